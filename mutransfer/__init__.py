@@ -1,0 +1,40 @@
+"""Tune hyperparameters on small proxies, carry them to wide models under µP, and prove that they carried over.
+
+The names below load on first use, so that the command line answers before torch is imported.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .errors import RequestError as RequestError
+    from .family import Family as Family
+    from .planning import plan as plan
+    from .plans import Plan as Plan
+    from .recipe import Recipe as Recipe
+    from .scale import Scale as Scale
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Family": "family",
+    "Plan": "plans",
+    "Recipe": "recipe",
+    "RequestError": "errors",
+    "Scale": "scale",
+    "plan": "planning",
+}
+
+__all__ = ["Family", "Plan", "Recipe", "RequestError", "Scale", "plan"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'mutransfer' has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_HOMES]

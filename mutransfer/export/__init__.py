@@ -1,0 +1,1 @@
+"""Exports: the target settings in the form a training framework reads."""

@@ -1,0 +1,42 @@
+"""A model family: the same model at any size, with one batch of its data and its loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map_only
+
+from .scale import Scale
+
+__all__ = ["Family"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model at any size.
+
+    Args:
+        build: ``Scale`` → a plain `torch.nn.Module`, freshly initialized.
+        batch: one example batch (tensor, tuple or dict), as ``loss`` takes it; only its shapes are looked at, except by
+            the coordinate check, which trains on it.
+        loss: ``(model, batch)`` → a scalar tensor.
+        base: the scale at which µP changes nothing, the anchor of all ratios.
+        name: how reports call it.
+    """
+
+    build: Callable[[Scale], torch.nn.Module]
+    batch: Any
+    loss: Callable[[torch.nn.Module, Any], torch.Tensor]
+    base: Scale
+    name: str = "model"
+
+    def with_base(self, base: Scale) -> Family:
+        """Return the same family anchored at another base."""
+        return Family(self.build, self.batch, self.loss, base, self.name)
+
+    def batch_on(self, device: torch.device | str) -> Any:
+        """Return the example batch with every tensor on ``device``."""
+        return tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), self.batch)

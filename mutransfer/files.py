@@ -1,0 +1,89 @@
+"""Files that are either written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .errors import RequestError
+
+__all__ = ["FULL_DISK", "naming_the_disk", "read_json", "write_bytes", "write_json", "write_text"]
+
+# EFBIG is what a size limit (ulimit -f, a quota of some file systems) answers instead of ENOSPC.
+FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+@contextlib.contextmanager
+def naming_the_disk(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn a full or read-only disk under ``path`` into a `RequestError` that names it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FULL_DISK:
+            raise RequestError(
+                f"no space left to write {path} ({os.strerror(error.errno or 0)}): free some disk space or choose another "
+                "--out, then run the same command again; what was finished is kept."
+            ) from error
+        if error.errno in {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}:
+            raise RequestError(
+                f"cannot write {path} ({os.strerror(error.errno or 0)}): choose an --out that can be written."
+            ) from error
+        raise
+
+
+def write_bytes(path: str | os.PathLike[str], content: bytes) -> Path:
+    """Write ``content`` to ``path``, making its folders; a reader, or a crash, sees the old file or the new one.
+
+    Raises:
+        RequestError: the disk is full or ``path`` cannot be written; no partial file is left.
+    """
+    path = Path(path)
+    with naming_the_disk(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            umask = os.umask(0)
+            os.umask(umask)
+            os.chmod(temporary, 0o666 & ~umask)  # mkstemp's 0600 would hide a report from colleagues
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+    return path
+
+
+def write_text(path: str | os.PathLike[str], content: str) -> Path:
+    """Write text as UTF-8 through `write_bytes`."""
+    return write_bytes(path, content.encode())
+
+
+def write_json(path: str | os.PathLike[str], content: Any) -> Path:
+    """Write ``content`` as indented JSON through `write_bytes`; NaN and infinities are refused by the encoder."""
+    return write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: str | os.PathLike[str], what: str) -> Any:
+    """Read the JSON of ``path``.
+
+    Raises:
+        RequestError: the file is missing or is not JSON; ``what`` says what it should have been.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RequestError(f"there is no {path}: expected {what}.") from None
+    except IsADirectoryError:
+        raise RequestError(f"{path} is a folder: expected {what}.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise RequestError(f"{path} is not valid JSON ({error}): expected {what}.") from None

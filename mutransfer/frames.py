@@ -1,0 +1,167 @@
+"""Column names, types and units of every frame: the contract between measuring and drawing."""
+
+from __future__ import annotations
+
+import io
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from .errors import RequestError
+from .files import write_text
+
+__all__ = ["BASINS", "COORDINATES", "OPTIMA", "PARAMETERS", "SLOPES", "TRIALS", "Schema"]
+
+
+@dataclass(frozen=True)
+class Schema:
+    """The columns of one kind of frame: name → (pandas dtype, meaning and unit).
+
+    ``open`` lets a frame carry further columns behind the named ones (a trial's hyperparameters).
+    """
+
+    name: str
+    columns: dict[str, tuple[str, str]]
+    open: bool = False
+
+    def frame(self, rows: list[dict[str, object]] | pd.DataFrame) -> pd.DataFrame:
+        """Return ``rows`` as a frame with this schema's columns, order and dtypes.
+
+        Raises:
+            RequestError: a column is missing, or unknown while the schema is not open.
+        """
+        given = pd.DataFrame(rows, columns=None if len(rows) else list(self.columns))
+        missing = [column for column in self.columns if column not in given]
+        extra = [column for column in given if column not in self.columns]
+        if missing or (extra and not self.open):
+            raise RequestError(
+                f"the {self.name} frame needs the columns {', '.join(self.columns)}: "
+                + (f"missing {', '.join(missing)}" if missing else f"unknown {', '.join(map(str, extra))}")
+                + "."
+            )
+        types = {column: dtype for column, (dtype, _) in self.columns.items()}
+        return given[[*self.columns, *extra]].astype(types)
+
+    def write(self, frame: pd.DataFrame, path: str | os.PathLike[str]) -> Path:
+        """Write ``frame`` as CSV, whole or not at all; floats keep every digit."""
+        return write_text(path, self.frame(frame).to_csv(index=False))
+
+    def read(self, path: str | os.PathLike[str]) -> pd.DataFrame:
+        """Read a CSV that `write` made.
+
+        Raises:
+            RequestError: the file is missing, is not CSV, or lacks a column.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+            # "NA" and "null" may be a module's name: only the empty cell is missing.
+            given = pd.read_csv(io.StringIO(text), keep_default_na=False, na_values=[""], float_precision="round_trip")
+        except FileNotFoundError:
+            raise RequestError(f"there is no {path}: expected the {self.name} frame as CSV.") from None
+        except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+            raise RequestError(f"{path} is not a CSV of the {self.name} frame ({str(error).strip()}).") from None
+        return self.frame(given)
+
+
+COORDINATES = Schema(
+    "coordinates",
+    {
+        "parametrization": ("string", "name of the table in force"),
+        "optimizer": ("string", "name of the optimizer"),
+        "module": ("string", "module's qualified name; parameters named by themselves for raw ones"),
+        "role": ("string", "feature, or output when its result is a logit"),
+        "statistic": ("string", "activation: mean |x|; change: mean |x_t − x_0| on the same batch"),
+        "step": ("int64", "optimizer steps done before this forward pass"),
+        "seed": ("int64", "seed of the initial weights and of the batch"),
+        "width": ("int64", "width of the model"),
+        "depth": ("int64", "depth of the model"),
+        "value": ("float64", "size of the entries, in the module output's own units"),
+    },
+)
+
+SLOPES = Schema(
+    "slopes",
+    {
+        "parametrization": ("string", "name of the table in force"),
+        "module": ("string", "module's qualified name"),
+        "role": ("string", "feature or output"),
+        "statistic": ("string", "activation or change"),
+        "step": ("int64", "optimizer steps done"),
+        "slope": ("float64", "d log2(value) / d log2(width)"),
+        "low": ("float64", "lower end of the 95% interval over seeds"),
+        "high": ("float64", "upper end of the 95% interval over seeds"),
+        "expected": ("string", "range of slopes of width-stable learning, as 'low..high'"),
+        "declared": ("string", "range of slopes the parametrization in force declares"),
+        "ok": ("boolean", "inside the expected range with margin; missing when the evidence does not tell"),
+    },
+)
+
+BASINS = Schema(
+    "basins",
+    {
+        "parametrization": ("string", "name of the table in force"),
+        "width": ("int64", "width of the model"),
+        "depth": ("int64", "depth of the model"),
+        "seed": ("int64", "seed of weights and data order"),
+        "log2_lr": ("float64", "log2 of the base learning rate, before any factor"),
+        "loss": ("float64", "validation loss at the end; missing when diverged"),
+        "diverged": ("boolean", "the loss was not finite, or ended above its start"),
+        "flops": ("float64", "floating point operations of the run"),
+        "seconds": ("float64", "wall-clock time of the run"),
+    },
+)
+
+OPTIMA = Schema(
+    "optima",
+    {
+        "parametrization": ("string", "name of the table in force"),
+        "width": ("int64", "width of the model"),
+        "log2_lr": ("float64", "optimal log2 base learning rate, from a local quadratic fit"),
+        "log2_lr_low": ("float64", "lower end of its 95% bootstrap interval over seeds"),
+        "log2_lr_high": ("float64", "upper end"),
+        "drift": ("float64", "optimum minus the smallest width's optimum, octaves (factors of 2)"),
+        "drift_low": ("float64", "lower end of its 95% bootstrap interval over seeds"),
+        "drift_high": ("float64", "upper end"),
+        "best_loss": ("float64", "mean loss at this width's own best grid point"),
+        "transferred_loss": ("float64", "mean loss at the transferred learning rate"),
+        "regret": ("float64", "(transferred_loss − best_loss) / best_loss"),
+        "regret_low": ("float64", "lower end of its 95% bootstrap interval over seeds"),
+        "regret_high": ("float64", "upper end"),
+        "at_edge": ("boolean", "the best grid point is the first or last: the optimum may lie outside"),
+    },
+)
+
+TRIALS = Schema(
+    "trials",
+    {
+        "number": ("int64", "the trial's number in the study"),
+        "state": ("string", "COMPLETE, PRUNED, FAIL, RUNNING or WAITING"),
+        "value": ("float64", "validation loss; missing when it was not finite"),
+        "diverged": ("boolean", "the loss was not finite, or ended above its start"),
+        "steps": ("float64", "optimizer steps done"),
+        "flops": ("float64", "floating point operations of the run"),
+        "seconds": ("float64", "wall-clock time of the run"),
+    },
+    open=True,
+)
+
+PARAMETERS = Schema(
+    "parameters",
+    {
+        "name": ("string", "the parameter's name in the model"),
+        "shape": ("string", "its shape at the target, as '4096x1024'"),
+        "role": ("string", "input, vector, hidden, output, bottleneck or finite"),
+        "m_in": ("float64", "fan-in / base fan-in"),
+        "m_out": ("float64", "fan-out / base fan-out"),
+        "init_std": ("float64", "standard deviation of the initial weights"),
+        "lr": ("float64", "learning rate of its group"),
+        "weight_decay": ("float64", "weight decay of its group, as torch takes it"),
+        "eps": ("float64", "epsilon of its group; missing for optimizers without one"),
+        "lr_factor": ("float64", "lr relative to the base model's"),
+        "wd_factor": ("float64", "weight decay relative to the base model's"),
+        "eps_factor": ("float64", "epsilon relative to the base model's; missing without one"),
+        "init_factor": ("float64", "initial std relative to the base model's; missing for constants"),
+    },
+)

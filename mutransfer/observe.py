@@ -1,0 +1,181 @@
+"""What every parameter of a family is for: seen in one forward pass and two builds, not guessed from names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
+
+from .errors import RequestError
+from .family import Family
+from .inits import Init, InitWatcher
+from .uses import Use, UseWatcher
+
+__all__ = ["Observation", "ParamSpec", "observe", "shapes_of"]
+
+WIDER = 2  # a doubled width keeps every divisibility the base has
+
+
+@dataclass(frozen=True)
+class ParamSpec:
+    """One parameter at base width.
+
+    ``axes`` names what becomes of each axis (in, out, gather, each); ``grows`` says which of them grow with width.
+    ``carriers`` is set for a tied readout: the parameters that carry a factor into its input (the final norm's).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    role: str
+    axes: tuple[str, ...]
+    grows: tuple[bool, ...]
+    init: Init
+    tied: bool
+    carriers: frozenset[str]
+    on_data: bool
+
+    def multipliers(self, shape: tuple[int, ...]) -> tuple[float, float]:
+        """Return (m_in, m_out) of the same parameter with another ``shape``: every axis counts by its own ratio.
+
+        Raises:
+            RequestError: an axis differs that does not grow with the width.
+        """
+        if len(shape) != len(self.shape):
+            raise RequestError(f"{self.name} has shape {list(shape)} in the target and {list(self.shape)} in the base.")
+        m_in = m_out = 1.0
+        for axis, (label, grows, size, base) in enumerate(zip(self.axes, self.grows, shape, self.shape, strict=True)):
+            if not grows and size != base:
+                raise RequestError(
+                    f"axis {axis} of {self.name} is {size} in the target and {base} in the base, yet does not grow when "
+                    "the width doubles: build both with the same data, vocabulary and fixed sizes."
+                )
+            if label == "in":
+                m_in *= size / base
+            else:
+                m_out *= size / base
+        return m_in, m_out
+
+
+@dataclass(frozen=True)
+class Observation:
+    """All parameters of a family, and its attention.
+
+    ``queries`` carry a factor into the attention logits; ``head_dim_ratio`` is what the head dim grows by when the width
+    doubles. Both are empty for models without a scaled dot product.
+    """
+
+    specs: dict[str, ParamSpec]
+    queries: frozenset[str]
+    head_dim: int | None
+    head_dim_ratio: float
+
+
+def observe(family: Family, depth: int | None = None) -> Observation:
+    """Watch the family at base width and, if given, another ``depth``.
+
+    Nothing is allocated: both builds and the forward pass run on fake tensors.
+
+    Raises:
+        RequestError: a parameter whose role or initialization cannot be told, with its name, shape and the operation
+            seen; or a model that does not run on the example batch.
+    """
+    base = family.base.with_(depth=depth or family.base.depth)
+    watcher = InitWatcher()
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        with watcher:
+            model = _build(family, base)
+        wider = _build(family, base.with_(width=WIDER * base.width))
+        seen = _forward(family, model, mode)
+        seen_wider = _forward(family, wider, mode)
+    wide = shapes_of(wider)
+    if set(wide) != {name for name, _ in model.named_parameters()}:
+        odd = sorted(set(wide) ^ {name for name, _ in model.named_parameters()})[0]
+        raise RequestError(
+            f"{odd} is there at one width and not at the other: one family must have the same parameters."
+        )
+    specs, uses = {}, seen.uses()
+    for name, parameter in model.named_parameters():
+        grows = tuple(a != b for a, b in zip(parameter.shape, wide[name], strict=True))
+        init = watcher.find(parameter)
+        if isinstance(init, str):
+            raise RequestError(
+                f"cannot tell how {name} {list(parameter.shape)} is initialized (last operation: {init}): use normal_, "
+                "uniform_, trunc_normal_ free fills or a constant in the model's constructor."
+            )
+        specs[name] = _spec(name, tuple(parameter.shape), grows, uses[name], init)
+    dims = [(a.head_dim, b.head_dim) for a, b in zip(seen.attentions, seen_wider.attentions, strict=True)]
+    if len(set(dims)) > 1:
+        raise RequestError(
+            f"attention layers differ in head dim ({sorted({base for base, _ in dims})}): use one for all."
+        )
+    return Observation(
+        specs,
+        queries=frozenset().union(*(attention.queries for attention in seen.attentions)),
+        head_dim=dims[0][0] if dims else None,
+        head_dim_ratio=dims[0][1] / dims[0][0] if dims else 1.0,
+    )
+
+
+def shapes_of(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every parameter by name."""
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def _build(family: Family, scale: Any) -> torch.nn.Module:
+    model = family.build(scale)
+    if not isinstance(model, torch.nn.Module):
+        raise RequestError(f"build({scale}) returned {type(model).__name__}: return a torch.nn.Module.")
+    return model
+
+
+def _forward(family: Family, model: torch.nn.Module, mode: FakeTensorMode) -> UseWatcher:
+    batch = tree_map_only(torch.Tensor, mode.from_tensor, family.batch)
+    with torch.no_grad(), UseWatcher(model) as watcher:
+        loss = family.loss(model, batch)
+    if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+        raise RequestError(f"loss(model, batch) returned {loss!r:.80}: return a tensor with one entry.")
+    return watcher
+
+
+def _spec(name: str, shape: tuple[int, ...], grows: tuple[bool, ...], uses: list[Use], init: Init) -> ParamSpec:
+    if not uses:
+        raise RequestError(
+            f"{name} {list(shape)} is never used in the forward pass: remove it, or freeze and exclude it."
+        )
+    roles = [_role(name, shape, use, grows) for use in uses]
+    tied = len(set(roles)) > 1
+    if tied and set(roles) != {"input", "output"}:
+        raise RequestError(
+            f"{name} {list(shape)} is used as {' and as '.join(sorted(set(roles)))}: only a readout tied to an embedding "
+            "is known, so give the other use its own parameter."
+        )
+    first = uses[roles.index("input")] if tied else uses[0]
+    readout = uses[roles.index("output")] if tied else first
+    return ParamSpec(
+        name, shape, roles[roles.index("input")] if tied else roles[0], first.axes, grows, init, tied,
+        carriers=readout.carriers if tied else frozenset(), on_data=first.on_data,
+    )  # fmt: skip
+
+
+def _role(name: str, shape: tuple[int, ...], use: Use, grows: tuple[bool, ...]) -> str:
+    """RULES of the roles: which axes grow, and whether the result is a logit."""
+    if "unknown" in use.axes and any(grow for grow, label in zip(grows, use.axes, strict=True) if label == "unknown"):
+        raise RequestError(
+            f"cannot tell the role of {name} {list(shape)}: it enters the operation {use.op!r}, for which no axis rule is "
+            "known; write that step as a matmul, an embedding, a convolution or an entrywise operation."
+        )
+    into = any(grow for grow, label in zip(grows, use.axes, strict=True) if label == "in")
+    out = any(grow for grow, label in zip(grows, use.axes, strict=True) if label != "in")
+    contracted = "in" in use.axes or "gather" in use.axes
+    match into, out:
+        case True, True:
+            return "hidden"
+        case True, False:
+            return "bottleneck" if use.feature else "output"
+        case False, True:
+            return "input" if contracted or len(shape) > 1 else "vector"
+        case _:
+            return "finite"

@@ -1,0 +1,217 @@
+"""A plan: the settings of every parameter of one model, printable before anything is touched."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from .errors import RequestError
+from .files import read_json, write_json
+from .frames import PARAMETERS
+from .inits import Init
+from .optimizers import OPTIMIZERS
+from .recipe import Recipe
+from .scale import Scale
+
+__all__ = ["ParameterPlan", "Plan"]
+
+FORMAT = "mutransfer-plan/1"
+
+
+@dataclass(frozen=True)
+class ParameterPlan:
+    """What one parameter starts from and is trained with; the columns are those of `frames.PARAMETERS`.
+
+    ``*_factor`` compares with the base model under the same recipe; ``gauge`` is the factor between this parameter and
+    the one in the source's own gauge (see `fold.Factors`).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    role: str
+    m_in: float
+    m_out: float
+    init: Init
+    lr: float
+    weight_decay: float
+    eps: float | None
+    lr_factor: float
+    wd_factor: float
+    eps_factor: float | None
+    init_factor: float | None
+    gauge: float
+
+    def as_row(self) -> dict[str, Any]:
+        """Return the parameter as plain data, with the shape as a list."""
+        row = asdict(self) | {"shape": list(self.shape), "init_std": self.init.std}
+        return {key: row[key] for key in (*PARAMETERS.columns, "gauge", "init")}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The settings of every parameter of the model at ``scale``.
+
+    ``notes`` says what a reader of the numbers should know: folds made, axes without a rule.
+    """
+
+    scale: Scale
+    base: Scale
+    parametrization: str
+    optimizer: str
+    recipe: Recipe
+    rows: tuple[ParameterPlan, ...]
+    notes: tuple[str, ...] = ()
+
+    def frame(self) -> pd.DataFrame:
+        """Return one row per parameter (`frames.PARAMETERS`)."""
+        rows = [row.as_row() | {"shape": "x".join(map(str, row.shape))} for row in self.rows]
+        return PARAMETERS.frame([{key: row[key] for key in PARAMETERS.columns} for row in rows])
+
+    @torch.no_grad()
+    def initialize(self, model: torch.nn.Module, seed: int = 0) -> None:
+        """Draw every weight of ``model`` afresh, in place.
+
+        Each parameter has its own stream of random numbers, from ``seed`` and its name: the result depends on nothing
+        that happened before, and is the same on every device.
+
+        Raises:
+            RequestError: the model's parameters are not the plan's.
+        """
+        parameters = self._matched(model)
+        for row in self.rows:
+            parameter = parameters[row.name]
+            digest = hashlib.sha256(f"{seed}/{row.name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") % 2**63)
+            fresh = torch.empty(row.shape, dtype=torch.float32)
+            row.init.fill_(fresh, generator)
+            parameter.copy_(fresh)
+
+    def param_groups(self, model: torch.nn.Module) -> list[dict[str, Any]]:
+        """Return parameter groups for the plan's `torch.optim` class: one per distinct setting, parameters with names.
+
+        Raises:
+            RequestError: the model's parameters are not the plan's.
+        """
+        parameters = self._matched(model)
+        shared = OPTIMIZERS[self.optimizer].settings(self.recipe)
+        groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+        for row in self.rows:
+            group = groups.setdefault((row.lr, row.weight_decay, row.eps), {"params": [], **_settings(row), **shared})
+            group["params"].append((row.name, parameters[row.name]))
+        return list(groups.values())
+
+    def make_optimizer(self, model: torch.nn.Module, **options: Any) -> torch.optim.Optimizer:
+        """Return the plan's torch optimizer over ``model``; ``options`` (fused, foreach) go to its constructor."""
+        return getattr(torch.optim, OPTIMIZERS[self.optimizer].torch_name)(self.param_groups(model), **options)
+
+    def groups(self) -> list[dict[str, Any]]:
+        """Return the distinct settings and how many parameters share each."""
+        counts: dict[tuple[Any, ...], dict[str, Any]] = {}
+        for row in self.rows:
+            key = (row.lr, row.weight_decay, row.eps)
+            group = counts.setdefault(key, {"lr": row.lr, "weight_decay": row.weight_decay, "eps": row.eps, "count": 0})
+            group["count"] += 1
+        return list(counts.values())
+
+    @torch.no_grad()
+    def clip_grad_norm_(self, model: torch.nn.Module, max_norm: float) -> torch.Tensor:
+        """Clip the gradients of ``model`` to ``max_norm`` and return their norm before clipping (a scalar tensor).
+
+        The norm is taken in the gauge of the table's source, where a gradient is ``gauge`` times as large: in the gauge
+        without multipliers the readout's share of the norm would grow with width, and the clipping with it.
+        """
+        parameters = self._matched(model)
+        pairs = [(row.gauge, parameters[row.name].grad) for row in self.rows]
+        live = [(gauge, grad) for gauge, grad in pairs if grad is not None]
+        if not live:
+            return torch.zeros(())
+        norms = torch.stack([torch.linalg.vector_norm(grad) * gauge for gauge, grad in live])
+        total = torch.linalg.vector_norm(norms)
+        scale = torch.clamp(max_norm / (total + 1e-6), max=1.0)
+        torch._foreach_mul_([grad for _, grad in live], scale)
+        return total
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the plan as JSON, whole or not at all."""
+        return write_json(path, self.as_dict())
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the plan as plain data that `from_dict` reads."""
+        return {
+            "format": FORMAT,
+            "scale": self.scale.as_dict(),
+            "base": self.base.as_dict(),
+            "parametrization": self.parametrization,
+            "optimizer": self.optimizer,
+            "recipe": self.recipe.model_dump(mode="json"),
+            "parameters": [row.as_row() for row in self.rows],
+            "notes": list(self.notes),
+        }
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """Read what `save` wrote."""
+        return cls.from_dict(read_json(path, "a plan, as Plan.save writes it"), str(path))
+
+    @classmethod
+    def from_dict(cls, data: Any, where: str = "plan") -> Plan:
+        """Rebuild a plan from `as_dict`'s data.
+
+        Raises:
+            RequestError: the data is not a plan; ``where`` names its source.
+        """
+        if not isinstance(data, dict) or "parameters" not in data or "recipe" not in data:
+            raise RequestError(f"{where} holds no plan: expected the keys scale, base, recipe and parameters.")
+        try:
+            rows = tuple(_read_row(row) for row in data["parameters"])
+            scales = Scale(**data["scale"]), Scale(**data["base"])
+            names = data["parametrization"], data["optimizer"]
+        except (KeyError, TypeError) as error:
+            raise RequestError(f"{where} holds a damaged plan ({error}): write it again.") from None
+        recipe = Recipe.read(data["recipe"], f"{where}, recipe")
+        return cls(*scales, *names, recipe, rows, tuple(data.get("notes", ())))
+
+    def _matched(self, model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+        """Return the model's parameters by name, after comparing names and shapes with the plan's."""
+        parameters = {_plain(name): parameter for name, parameter in model.named_parameters()}
+        planned = {row.name: row.shape for row in self.rows}
+        _refuse_difference(parameters.keys() - planned.keys(), "the model has", "the plan does not")
+        _refuse_difference(planned.keys() - parameters.keys(), "the plan has", "the model does not")
+        for name, shape in planned.items():
+            if tuple(parameters[name].shape) != shape:
+                raise RequestError(
+                    f"{name} has shape {list(parameters[name].shape)} in the model and {list(shape)} in the plan for width "
+                    f"{self.scale.width}: build the model at the plan's scale."
+                )
+        return parameters
+
+
+def _settings(row: ParameterPlan) -> dict[str, Any]:
+    settings = {"lr": row.lr, "weight_decay": row.weight_decay}
+    return settings if row.eps is None else settings | {"eps": row.eps}
+
+
+def _plain(name: str) -> str:
+    """The parameter's own name, without what torch.compile and DDP put before it."""
+    return name.removeprefix("_orig_mod.").removeprefix("module.")
+
+
+def _refuse_difference(names: Iterable[str], here: str, there: str) -> None:
+    for name in sorted(names):
+        raise RequestError(f"{here} a parameter {name!r} that {there}: plan and build the same family.")
+
+
+def _read_row(row: dict[str, Any]) -> ParameterPlan:
+    data = {key: value for key, value in row.items() if key != "init_std"}
+    plan = ParameterPlan(**{**data, "shape": tuple(row["shape"]), "init": Init(**row["init"])})
+    if not math.isfinite(plan.lr):
+        raise TypeError(f"lr of {plan.name} is {plan.lr}")
+    return plan

@@ -1,0 +1,68 @@
+"""The hyperparameters of a run, as tuned at base scale."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from .files import read_json, write_json
+from .settings import Settings
+
+__all__ = ["Recipe"]
+
+Positive = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Recipe(Settings):
+    """Hyperparameters at base scale, before any scaling rule: what is tuned on a proxy and carried to the target.
+
+    Everything is dimensionless except ``clip`` (units of the gradient's norm). The α's and ``init_scale`` are
+    multipliers on the base model's own forward and initial weights, 1 meaning "as the model was written"
+    (TP-V 2203.03466, Table 1 lists which of these transfer).
+    """
+
+    lr: Positive = 2**-9
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    eps: Positive = 1e-8
+    momentum: Fraction = 0.9
+    init_scale: Positive = 1.0
+    alpha_input: Positive = 1.0
+    alpha_attention: Positive = 1.0
+    alpha_output: Positive = 1.0
+    decay: Literal["matrices", "all"] = "matrices"
+    decay_policy: Literal["independent", "coupled", "sqrt"] = "independent"
+    schedule: Literal["constant", "cosine", "linear", "wsd"] = "cosine"
+    warmup: Annotated[float, Field(ge=0, le=1)] = 0.1
+    cooldown: Annotated[float, Field(gt=0, le=1)] = 0.2
+    final: Annotated[float, Field(ge=0, le=1)] = 0.0
+    clip: Positive | None = None
+
+    @model_validator(mode="after")
+    def _phases_fit(self) -> Self:
+        if self.schedule == "wsd" and self.warmup + self.cooldown > 1:
+            raise ValueError(
+                f"warmup {self.warmup:g} and cooldown {self.cooldown:g} are fractions of one run: make their sum at most 1."
+            )
+        return self
+
+    def with_(self, **changes: Any) -> Recipe:
+        """Return this recipe with some values replaced, validated again."""
+        return Recipe.read({**self.model_dump(), **changes}, "recipe")
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the recipe as JSON, whole or not at all."""
+        return write_json(path, self.model_dump(mode="json"))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Recipe:
+        """Read what `save` wrote.
+
+        Raises:
+            RequestError: no such file, not JSON, an unknown key or a value out of range.
+        """
+        return cls.read(read_json(path, "a recipe, as `mutransfer tune` writes best.json"), str(path))

@@ -1,0 +1,79 @@
+"""Settings that people write by hand: validated once, frozen after, and wrong ones answered in one sentence."""
+
+from __future__ import annotations
+
+from typing import Any, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from .errors import RequestError, nearest
+
+__all__ = ["Settings", "parse"]
+
+T = TypeVar("T", bound=BaseModel)
+
+
+class Settings(BaseModel):
+    """Base of everything read from YAML or JSON: no unknown keys, no changes after reading, no NaN."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @classmethod
+    def read(cls, data: Any, where: str) -> Self:
+        """Validate ``data``; see `parse`."""
+        return parse(cls, data, where)
+
+
+def parse(model: type[T], data: Any, where: str) -> T:
+    """Validate ``data`` as ``model``.
+
+    Raises:
+        RequestError: one sentence with the dotted key, the value, what was expected, and for an unknown key the
+            nearest known one. ``where`` names the file or flag the data came from.
+    """
+    if not isinstance(data, dict):
+        raise RequestError(
+            f"{where} should hold keys and values, and holds {type(data).__name__}: see `mutransfer init`."
+        )
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        # Unknown keys first: "lrr" unknown explains "lr" missing.
+        problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
+        raise RequestError(f"{where}: {_sentence(model, problems[0])}") from None
+
+
+def _sentence(model: type[BaseModel], problem: Any) -> str:
+    location = [str(part) for part in problem["loc"]]
+    key = ".".join(part for part in location if not part.startswith(("function-", "tagged-union", "union")))
+    match problem["type"]:
+        case "extra_forbidden":
+            known = _fields(model, location[:-1])
+            return f"unknown key {key!r}: {nearest(location[-1], known)}"
+        case "missing":
+            return f"the key {key!r} is missing: add it."
+        case "value_error":
+            text = str(problem["ctx"]["error"])
+            return f"{key}: {text}" if key else text
+        case _:
+            expected = problem["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+            return f"{key} is {problem['input']!r}: it should be {expected}."
+
+
+def _fields(model: type[BaseModel], path: list[str]) -> list[str]:
+    """Names of the fields at ``path``; dictionaries and choices inside it lead to all the models they can hold."""
+    models = [model]
+    for part in path:
+        found: list[type[BaseModel]] = []
+        for current in models:
+            field = current.model_fields.get(part)
+            if field is not None:
+                found += _models_in(field.annotation)
+        models = found or models
+    return sorted({name for current in models for name in current.model_fields})
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in getattr(annotation, "__args__", ()) for model in _models_in(part)]

@@ -1,0 +1,224 @@
+"""How one forward pass uses every parameter: which axis is contracted, gathered, or met entry by entry.
+
+A `TorchDispatchMode` sees every operation after torch has broken it down, so `nn.Linear`, an einsum and a raw matmul look
+alike. A parameter is known by its storage and an axis by its stride, so views and transposes need no rules of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+
+__all__ = ["Use", "UseWatcher"]
+
+# Axes of each tensor argument, last axes last. "in" is summed over, "out" survives, "gather" is indexed.
+CONTRACTIONS: dict[str, dict[int, tuple[str, ...]]] = {
+    "mm": {0: ("out", "in"), 1: ("in", "out")},
+    "mv": {0: ("out", "in"), 1: ("in",)},
+    "dot": {0: ("in",), 1: ("in",)},
+    "addmm": {0: ("each", "each"), 1: ("out", "in"), 2: ("in", "out")},
+    "bmm": {0: ("each", "out", "in"), 1: ("each", "in", "out")},
+    "baddbmm": {0: ("each", "each", "each"), 1: ("each", "out", "in"), 2: ("each", "in", "out")},
+    "linear": {1: ("out", "in"), 2: ("each",)},
+    "embedding": {0: ("gather", "out")},
+    "convolution": {1: ("out", "in", "in", "in", "in"), 2: ("each",)},
+}
+TRANSPOSED_CONVOLUTION = {1: ("in", "out", "in", "in", "in"), 2: ("each",)}
+ENTRYWISE = {
+    "add",
+    "add_",
+    "sub",
+    "sub_",
+    "rsub",
+    "mul",
+    "mul_",
+    "div",
+    "div_",
+    "neg",
+    "where",
+    "expand",
+    "cat",
+    "stack",
+}
+AFFINE_NORMS = {"native_layer_norm", "native_group_norm", "native_batch_norm", "cudnn_batch_norm", "_fused_rms_norm"}
+AFFINE_NORMS |= {
+    "_native_batch_norm_legit",
+    "_batch_norm_with_update",
+    "rms_norm",
+    "_native_batch_norm_legit_functional",
+}
+
+# Operations through which a factor on every tensor input comes out as the same factor.
+PRODUCTS = {"mul", "mul_", "div", "div_"}
+LINEAR = ENTRYWISE - PRODUCTS - {"where", "rsub"}
+LINEAR |= {"view", "_unsafe_view", "reshape", "transpose", "permute", "t", "slice", "select", "unsqueeze", "squeeze"}
+LINEAR |= {"clone", "_to_copy", "alias", "detach", "split", "split_with_sizes", "unbind", "chunk", "narrow", "index"}
+LINEAR |= {"gather", "mean", "sum", "as_strided", "contiguous", "roll", "flip", "constant_pad_nd", "avg_pool2d"}
+
+
+@dataclass(frozen=True)
+class Use:
+    """One use of one parameter: the operation, what became of each axis, and what it met.
+
+    ``carriers`` are the parameters that jointly carry a factor into this use's other operand: multiplying all of
+    them by c multiplies that operand by c. It is where a multiplier before a shared matrix can be folded.
+    ``on_data`` says that the other operand depends on no parameter at all: this is where data enters the model.
+    ``feature`` says that the result meets another contracted parameter downstream, so that it is no logit.
+    """
+
+    op: str
+    axes: tuple[str, ...]
+    carriers: frozenset[str]
+    on_data: bool
+    feature: bool = False
+
+
+@dataclass
+class Flow:
+    """What a tensor depends on: parameters and uses of them at all, and the parameters that carry a factor into it.
+
+    Sets as bits: bit i is parameter i, or use i in the order seen.
+    """
+
+    depends: int = 0
+    carries: int = 0
+    uses: int = 0
+
+
+@dataclass
+class Attention:
+    """One scaled dot product: the head dim and the parameters that carry a factor into its queries."""
+
+    head_dim: int
+    queries: frozenset[str] = field(default_factory=frozenset)
+
+
+class UseWatcher(TorchDispatchMode):
+    """Watch a forward pass of ``model``; ask `uses` afterwards.
+
+    Attributes:
+        attentions: every scaled dot product seen.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self._names = [name for name, _ in model.named_parameters()]
+        self._parameters = list(model.parameters())
+        self._index = {_key(parameter): i for i, parameter in enumerate(self._parameters)}
+        self._flows = WeakIdKeyDictionary()
+        self._seen: list[tuple[int, Use]] = []
+        self._features = 0
+        self.attentions: list[Attention] = []
+
+    def uses(self) -> dict[str, list[Use]]:
+        """Return every parameter's uses in the order seen; a tied matrix has two, an unused parameter none."""
+        found: dict[str, list[Use]] = {name: [] for name in self._names}
+        for i, (index, use) in enumerate(self._seen):
+            found[self._names[index]].append(replace(use, feature=bool(self._features >> i & 1)))
+        return found
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
+        if not inputs or not outputs:
+            return out
+        if all(self._parameter(output) is not None for output in outputs):
+            return out  # a view of a parameter is still the parameter
+        noted = self._note_uses(name, args, inputs)
+        if name.startswith("_scaled_dot_product"):
+            queries = self._flow(args[0])
+            self.attentions.append(Attention(int(args[0].shape[-1]), self._decode(queries.carries)))
+        flow = self._through(name, inputs)
+        flow.uses |= noted
+        for output in outputs:
+            self._flows[output] = flow
+        return out
+
+    def _note_uses(self, name: str, args: Any, inputs: list[torch.Tensor]) -> int:
+        others = [self._flow(other) for other in inputs if self._parameter(other) is None]
+        carried = _union(flow.carries for flow in others)
+        noted = 0
+        for tensor in inputs:
+            index = self._parameter(tensor)
+            if index is None:
+                continue
+            axes = self._axes(name, args, tensor, self._parameters[index])
+            if "in" in axes:
+                self._features |= _union(other.uses for other in others)
+            on_data = not any(other.depends for other in others)
+            noted |= 1 << len(self._seen)
+            self._seen.append((index, Use(name, axes, self._decode(carried), on_data)))
+        return noted
+
+    def _axes(self, name: str, args: Any, tensor: torch.Tensor, parameter: torch.Tensor) -> tuple[str, ...]:
+        """Labels of the parameter's own axes, found in the view that the operation met."""
+        labels = CONTRACTIONS.get(name)
+        if name == "convolution" and args[6]:
+            labels = TRANSPOSED_CONVOLUTION
+        if labels is not None:
+            position = next(i for i, argument in enumerate(args) if argument is tensor)
+            seen = (
+                labels.get(position, ())[-tensor.dim() :] if name != "convolution" else labels[position][: tensor.dim()]
+            )
+        elif name in ENTRYWISE or name in AFFINE_NORMS:
+            seen = ("each",) * tensor.dim()
+        else:
+            seen = ()
+        by_stride = {s: label for s, n, label in zip(tensor.stride(), tensor.shape, seen, strict=False) if n > 1}
+        # An axis of size 1 has no telling stride; it cannot be the one that grows either, unless nothing else says.
+        layout = zip(parameter.stride(), parameter.shape, strict=True)
+        return tuple("each" if n == 1 else by_stride.get(s, "unknown") for s, n in layout)
+
+    def _through(self, name: str, inputs: list[torch.Tensor]) -> Flow:
+        flows = [(tensor, self._flow(tensor)) for tensor in inputs if tensor.is_floating_point()]
+        own = [flow.carries for tensor, flow in flows if self._parameter(tensor) is not None]
+        result = Flow(_union(flow.depends for _, flow in flows), uses=_union(flow.uses for _, flow in flows))
+        if name in CONTRACTIONS or name in AFFINE_NORMS:
+            result.carries = _union(own)
+        elif name in LINEAR and all(flow.carries for _, flow in flows):
+            result.carries = _union(flow.carries for _, flow in flows)
+        elif name in PRODUCTS and flows:
+            result.carries = self._product(name, flows, own)
+        return result
+
+    def _product(self, name: str, flows: list[tuple[torch.Tensor, Flow]], own: list[int]) -> int:
+        """A product carries what one side carries, if the other side does not depend on it (as in x·sigmoid(x))."""
+        if own and not name.startswith("div"):
+            return own[0]
+        sides = flows[:1] if name.startswith("div") else flows
+        for tensor, flow in sides:
+            others = _union(other.depends for t, other in flows if t is not tensor)
+            if flow.carries and not flow.carries & others:
+                return flow.carries
+        return 0
+
+    def _flow(self, tensor: torch.Tensor) -> Flow:
+        index = self._parameter(tensor)
+        if index is not None:
+            return Flow(1 << index, 1 << index)
+        return self._flows.get(tensor) or Flow()
+
+    def _parameter(self, tensor: torch.Tensor) -> int | None:
+        return self._index.get(_key(tensor))
+
+    def _decode(self, bits: int) -> frozenset[str]:
+        return frozenset(name for i, name in enumerate(self._names) if bits >> i & 1)
+
+
+def _union(bits: Iterator[int] | list[int]) -> int:
+    total = 0
+    for each in bits:
+        total |= each
+    return total
+
+
+def _key(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata

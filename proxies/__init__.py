@@ -1,0 +1,1 @@
+"""Proxies: small models, data, and the one training loop."""

@@ -1,0 +1,1 @@
+"""Sweeps: Optuna studies over proxies, and learning-rate basins across widths."""

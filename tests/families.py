@@ -1,0 +1,45 @@
+"""Small families that tests share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from mutransfer import Family, Scale
+from mutransfer.proxies.models import MLP, ResNet, Transformer
+from mutransfer.proxies.models.transformer import TransformerShape
+
+VOCABULARY = 17
+
+
+def loss(model: torch.nn.Module, batch: Any) -> torch.Tensor:
+    x, y = batch
+    return F.cross_entropy(model(x).flatten(0, -2), y.flatten())
+
+
+def image_batch(size: int = 16) -> Any:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(size, 1, 8, 8, generator=generator), torch.randint(10, (size,), generator=generator)
+
+
+def token_batch(size: int = 4, length: int = 12) -> Any:
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(VOCABULARY, (size, length + 1), generator=generator)
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def mlp(width: int = 32, depth: int = 3) -> Family:
+    return Family(lambda s: MLP(64, s.width, s.depth, 10), image_batch(), loss, Scale(width, depth), "mlp")
+
+
+def resnet(width: int = 16, depth: int = 2) -> Family:
+    return Family(lambda s: ResNet(1, s.width, s.depth, 10), image_batch(), loss, Scale(width, depth), "resnet")
+
+
+def transformer(width: int = 32, depth: int = 2, **shape: Any) -> Family:
+    def build(scale: Scale) -> torch.nn.Module:
+        return Transformer(TransformerShape(scale.width, scale.depth, VOCABULARY, **shape))
+
+    return Family(build, token_batch(), loss, Scale(width, depth), "transformer")
