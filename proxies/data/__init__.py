@@ -1,0 +1,57 @@
+"""Data for proxies by name: what comes with the dependencies, and the user's own files."""
+
+from __future__ import annotations
+
+from mutransfer.errors import RequestError, nearest
+
+from .base import Batch as Batch
+from .base import Data as Data
+
+__all__ = ["Batch", "Data", "load_data"]
+
+NAMES = ("digits", "bytes", "markov", "text:PATH", "bin:PATH")
+
+
+def load_data(spec: str, sequence_length: int = 128) -> Data:
+    """Load the data that ``spec`` names.
+
+    Args:
+        spec: ``digits`` (images), ``bytes`` (the Python standard library's source), ``markov`` (a language of known
+            entropy), ``text:PATH`` (a text file or folder) or ``bin:PATH`` (nanoGPT's uint16 tokens).
+        sequence_length: T, tokens per sequence; images ignore it.
+
+    Raises:
+        RequestError: the name is unknown, or the files are missing, unreadable or too small.
+    """
+    name, colon, path = spec.partition(":")
+    known = {choice.partition(":")[0]: choice for choice in NAMES}
+    if name not in known:
+        raise RequestError(f"unknown data {spec!r}: {nearest(name, known)}")
+    if known[name].endswith(":PATH"):
+        if not path:
+            raise RequestError(f"the data {spec!r} lacks its path: write {known[name]}.")
+    elif colon:
+        raise RequestError(f"the data {name!r} takes no path, and {spec!r} gives one: write {name}.")
+
+    # Each source imports what it needs only when it is the one: scikit-learn alone takes a second.
+    match name:
+        case "digits":
+            from . import digits
+
+            return digits.load()
+        case "bytes":
+            from . import stdlib
+
+            return stdlib.load(sequence_length)
+        case "markov":
+            from . import markov
+
+            return markov.load(sequence_length)
+        case "text":
+            from . import text
+
+            return text.load(path, sequence_length)
+        case _:
+            from . import memmap
+
+            return memmap.load(path, sequence_length)

@@ -1,0 +1,126 @@
+"""A Markov language: endless data whose lowest reachable cross-entropy is known exactly."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+
+import numpy as np
+from scipy.special import entr
+
+from mutransfer.errors import RequestError
+
+from .base import Batch, Data, generator
+from .tokens import VALIDATION_SEQUENCES, batches_of, check_sequence_length, next_token
+
+__all__ = ["Markov", "load"]
+
+LARGEST_CONTEXTS = 4096  # the stationary distribution solves a dense system of this size
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Markov(Data):
+    """An order-k chain over V symbols; a context is the last k symbols, read as a number with base V.
+
+    Attributes:
+        order: k.
+        successors: the B symbols that can follow a context, [V**k, B] int64.
+        probabilities: how often each does, [V**k, B], rows sum to one.
+        stationary: how often each context occurs, [V**k], sums to one.
+        sequence_length: T, tokens per sequence.
+    """
+
+    order: int
+    successors: np.ndarray = field(repr=False)
+    probabilities: np.ndarray = field(repr=False)
+    stationary: np.ndarray = field(repr=False)
+    sequence_length: int
+
+    def batch(self, step: int, size: int, seed: int) -> Batch:
+        """Return ``size`` fresh sequences: x_NT and y_NT int64, y the next token."""
+        return next_token(self._sample(size, generator("markov training", seed, step)))
+
+    def validation(self) -> list[Batch]:
+        """Return 64 sequences from a stream of their own."""
+        return batches_of(self._sample(VALIDATION_SEQUENCES, generator("markov held out")))
+
+    def _sample(self, size: int, random: np.random.Generator) -> np.ndarray:
+        """Sample [size, T + 1] tokens from stationary chains."""
+        cumulative = np.cumsum(self.probabilities, axis=1)
+        cumulative[:, -1] = 1.0  # rounding must not leave a gap at the top
+        contexts_N = random.choice(len(self.stationary), size=size, p=self.stationary)
+        tokens_NU = np.empty((size, self.sequence_length + 1), dtype=np.int64)
+        for place in range(self.order):  # the sequence starts with its first context, oldest symbol first
+            tokens_NU[:, place] = contexts_N // self.classes ** (self.order - 1 - place) % self.classes
+        for place in range(self.order, self.sequence_length + 1):
+            choice_N = (random.random((size, 1)) >= cumulative[contexts_N]).sum(axis=1)
+            tokens_NU[:, place] = self.successors[contexts_N, choice_N]
+            contexts_N = (contexts_N * self.classes + tokens_NU[:, place]) % len(self.stationary)
+        return tokens_NU
+
+
+def load(sequence_length: int, vocabulary: int = 32, order: int = 2, branching: int = 4, language: int = 0) -> Markov:
+    """Build the language number ``language``.
+
+    Symbol 0 can follow every context, like a space: from anywhere k of them in a row can be reached, so the stationary
+    distribution is unique. ``floor`` is the entropy of a sequence given its first symbol, per predicted token: the
+    entropy rate, and for k > 1 a little more, since the first k - 1 predictions see fewer than k symbols.
+
+    Raises:
+        RequestError: a size that makes no language, or more than 4096 contexts.
+    """
+    check_sequence_length(sequence_length)
+    contexts = vocabulary**order
+    if order < 1 or not 2 <= branching <= vocabulary or contexts > LARGEST_CONTEXTS:
+        raise RequestError(
+            f"a Markov language of order {order} with {vocabulary} symbols and {branching} successors cannot be built: "
+            f"the order should be at least 1, the successors 2 to {vocabulary}, the contexts {contexts} at most "
+            f"{LARGEST_CONTEXTS}."
+        )
+    if sequence_length < order:
+        raise RequestError(
+            f"sequences of {sequence_length} tokens are shorter than the order {order}: make them longer."
+        )
+    random = generator("markov language", language, vocabulary, order, branching)
+    others = 1 + np.argsort(random.random((contexts, vocabulary - 1)), axis=1)[:, : branching - 1]
+    successors = np.concatenate([np.zeros((contexts, 1), dtype=np.int64), others], axis=1)
+    weights = random.integers(1, 10, size=successors.shape)  # whole numbers: the hash is the same on every machine
+    probabilities = weights / weights.sum(axis=1, keepdims=True)
+    stationary = _stationary(successors, probabilities, vocabulary)
+    rate = float(stationary @ entr(probabilities).sum(axis=1))
+    floor = _entropy_after_first(stationary, rate, vocabulary, order, sequence_length) / sequence_length
+    return Markov(
+        name="markov",
+        sha256=hashlib.sha256(
+            f"{vocabulary} {order} ".encode() + successors.astype("<i8").tobytes() + weights.astype("<i8").tobytes()
+        ).hexdigest(),
+        facts={"vocabulary": vocabulary, "order": order, "branching": branching, "entropy_rate": rate},
+        inputs=vocabulary,
+        classes=vocabulary,
+        kind="tokens",
+        floor=floor,
+        order=order,
+        successors=successors,
+        probabilities=probabilities,
+        stationary=stationary,
+        sequence_length=sequence_length,
+    )
+
+
+def _stationary(successors: np.ndarray, probabilities: np.ndarray, vocabulary: int) -> np.ndarray:
+    """Solve πP = π with Σπ = 1; contexts that are never entered get zero."""
+    count = len(successors)
+    contexts = np.arange(count)[:, None]
+    equations = -np.eye(count)
+    np.add.at(equations, ((contexts * vocabulary + successors) % count, contexts), probabilities)
+    equations[-1] = 1.0  # one balance equation follows from the others
+    right = np.zeros(count)
+    right[-1] = 1.0
+    solution = np.linalg.solve(equations, right).clip(min=0.0)
+    return solution / solution.sum()
+
+
+def _entropy_after_first(stationary: np.ndarray, rate: float, vocabulary: int, order: int, length: int) -> float:
+    """Return the entropy in nats of ``length`` tokens given the one before them: H(first k) - H(first) + the rest."""
+    first = stationary.reshape(vocabulary, -1).sum(axis=1)
+    return float(entr(stationary).sum() - entr(first).sum()) + (length + 1 - order) * rate
