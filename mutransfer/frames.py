@@ -57,7 +57,7 @@ class Schema:
         try:
             text = Path(path).read_text(encoding="utf-8")
             # "NA" and "null" may be a module's name: only the empty cell is missing.
-            given = pd.read_csv(io.StringIO(text), keep_default_na=False, na_values=[""], float_precision="round_trip")
+            given = pd.read_csv(io.StringIO(text), keep_default_na=False, na_values=[""])
         except FileNotFoundError:
             raise RequestError(f"there is no {path}: expected the {self.name} frame as CSV.") from None
         except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:

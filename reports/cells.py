@@ -1,0 +1,162 @@
+"""Frames as tables for a page: what each cell says, what it is sorted by, what each column means."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from mutransfer.frames import OPTIMA, PARAMETERS, SLOPES
+from mutransfer.recipe import Recipe
+from mutransfer.reports.words import interval, label, number, percent, power_of_two
+
+__all__ = [
+    "Table",
+    "comparison_table",
+    "environment_table",
+    "optimum_table",
+    "parameter_table",
+    "recipe_table",
+    "slope_table",
+]
+
+MOST_ROWS = 2000
+
+
+@dataclass(frozen=True)
+class Table:
+    """Header cells (name, meaning) and rows of (text, sort key); ``left_out`` counts rows that only the CSV holds."""
+
+    header: list[tuple[str, str]]
+    rows: list[list[tuple[str, str]]]
+    left_out: int = 0
+
+
+def _cell(text: str, key: object = None) -> tuple[str, str]:
+    return text, text if key is None else "" if key is pd.NA or key != key else str(key)
+
+
+def optimum_table(optima: pd.DataFrame) -> Table:
+    """Return the optima (schema OPTIMA): best lr, drift, losses and regret per parametrization and width."""
+    about = {name: meaning for name, (_, meaning) in OPTIMA.columns.items()}
+    header = [
+        ("parametrization", about["parametrization"]),
+        ("width", about["width"]),
+        ("best lr", about["log2_lr"]),
+        ("drift, octaves [95%]", about["drift"]),
+        ("loss at own best lr", about["best_loss"]),
+        ("loss at transferred lr", about["transferred_loss"]),
+        ("regret [95%]", about["regret"]),
+    ]
+    rows = []
+    for row in optima.itertuples():
+        reference = row.drift == row.drift_low == row.drift_high == 0
+        lost = "diverged" if row.transferred_loss != row.transferred_loss else number(row.transferred_loss)
+        cells = [
+            _cell(label(row.parametrization)),
+            _cell(str(row.width)),
+            _cell(power_of_two(row.log2_lr) + (" (edge of the grid)" if row.at_edge else ""), row.log2_lr),
+            _cell("reference" if reference else interval(row.drift, row.drift_low, row.drift_high), row.drift),
+            _cell(number(row.best_loss)),
+            _cell(lost, row.transferred_loss),
+            _cell(percent(row.regret, row.regret_low, row.regret_high), row.regret),
+        ]
+        rows.append(cells)
+    return Table(header, rows)
+
+
+def comparison_table(rows: list[dict[str, Any]]) -> Table:
+    """Return the runs at the widest width side by side: lr, loss with its interval, distance from the first row."""
+    header = [
+        ("run", "parametrization and where its learning rate came from"),
+        ("lr", "base learning rate"),
+        ("validation loss", "mean over seeds"),
+        ("interval", "over seeds"),
+        ("against the first", "difference in loss"),
+    ]
+    table = []
+    first = _float(rows[0].get("loss")) if rows else math.nan
+    for row in rows:
+        loss, low, high = (_float(row.get(key)) for key in ("loss", "low", "high"))
+        table.append(
+            [
+                _cell(str(row.get("label", ""))),
+                _cell(power_of_two(_float(row.get("log2_lr"))), row.get("log2_lr")),
+                _cell("diverged" if math.isnan(loss) else number(loss), loss),
+                _cell("–" if math.isnan(low) or math.isnan(high) else f"{number(low)} to {number(high)}", low),
+                _cell("–" if row is rows[0] else percent(loss / first - 1) if first else "–"),
+            ]
+        )
+    return Table(header, table)
+
+
+def slope_table(slopes: pd.DataFrame) -> Table:
+    """Return the slopes (schema SLOPES), the failing ones first."""
+    said = {True: "✓ holds", False: "✗ fails", None: "? not enough evidence"}
+    columns = ["module", "role", "statistic", "step", "slope", "expected", "declared", "ok"]
+    names = {"slope": "slope [95%]", "ok": "outcome"}
+    header = [(names.get(name, name), SLOPES.columns[name][1]) for name in columns]
+    rows = []
+    for row in (
+        slopes.assign(rank=slopes["ok"].map({False: 0, True: 2}).fillna(1))
+        .sort_values("rank", kind="stable")
+        .itertuples()
+    ):
+        outcome = said[None if row.ok is pd.NA else bool(row.ok)]
+        cells = [_cell(str(getattr(row, name))) for name in columns]
+        cells[4] = _cell(interval(row.slope, row.low, row.high), row.slope)
+        cells[5:7] = [_cell(_range(text), text) for text in (row.expected, row.declared)]
+        cells[7] = _cell(outcome)
+        rows.append(cells)
+    return Table(header, rows[:MOST_ROWS], max(len(rows) - MOST_ROWS, 0))
+
+
+def parameter_table(parameters: pd.DataFrame) -> Table:
+    """Return the settings per parameter (schema PARAMETERS)."""
+    header = [(name.replace("_", " "), meaning) for name, (_, meaning) in PARAMETERS.columns.items()]
+    shown = parameters.head(MOST_ROWS)
+    rows = [[_cell(number(value), value) for value in row] for row in shown[list(PARAMETERS.columns)].values.tolist()]
+    return Table(header, rows, len(parameters) - len(shown))
+
+
+def recipe_table(recipe: Recipe) -> Table:
+    """Return the recipe's values beside the defaults; what was changed by tuning differs."""
+    default = Recipe().model_dump(mode="json")
+    rows = []
+    for key, value in recipe.model_dump(mode="json").items():
+        text = f"{_value(value)} ({power_of_two(math.log2(value))})" if key == "lr" else _value(value)
+        rows.append([_cell(key), _cell(text), _cell("same" if value == default[key] else _value(default[key]))])
+    return Table([("setting", "at base scale"), ("value", "as tuned"), ("default", "before tuning")], rows)
+
+
+def environment_table(content: dict[str, Any], prefix: str = "") -> Table:
+    """Return nested keys and values as one flat table, with dotted keys."""
+    rows: list[list[tuple[str, str]]] = []
+    for key, value in content.items():
+        if isinstance(value, dict) and value:
+            rows += environment_table(value, f"{prefix}{key}.").rows
+        else:
+            rows.append([_cell(f"{prefix}{key}"), _cell(value if isinstance(value, str) else _value(value))])
+    return Table([("what", ""), ("value", "")], rows)
+
+
+def _range(text: str) -> str:
+    low, _, high = str(text).replace("-", "−").partition("..")
+    if low == high or not high:
+        return low
+    return f"up to {high}" if low == "−inf" else f"{low} to {high}"
+
+
+def _float(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(_value(entry) for entry in value)
+    if isinstance(value, dict | bool):
+        return json.dumps(value, ensure_ascii=False)
+    return number(value) if isinstance(value, float) or value is None else str(value)

@@ -1,0 +1,77 @@
+"""Colours and the style file: the one look of every figure, without touching matplotlib's global state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import matplotlib
+import matplotlib.style
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
+from matplotlib.legend import Legend
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MultipleLocator, NullFormatter, NullLocator
+
+__all__ = ["GREY", "INK", "colour", "literal", "log_loss", "lr_axis", "styled", "width_axis", "width_colours"]
+
+INK = "#1f2430"
+GREY = "#7d8390"
+
+# Okabe and Ito's palette: told apart under every common colour vision, and of different lightness where it matters.
+FIXED = {"mup": "#0072b2", "sp": "#d55e00", "completep": "#009e73", "ntk": "#cc79a7", "umup": "#56b4e9"}
+OTHERS = ("#a6761d", "#5e3c99", "#44616b")
+
+
+def styled() -> AbstractContextManager[None]:
+    """Return a context in which matplotlib draws in this package's style; the settings before it come back after it."""
+    return matplotlib.style.context(Path(__file__).with_name("mutransfer.mplstyle"), after_reset=True)
+
+
+def colour(parametrization: str) -> str:
+    """Return the fixed colour of a parametrization; names without one share a few by their letters' sum."""
+    return FIXED.get(parametrization) or OTHERS[sum(map(ord, parametrization)) % len(OTHERS)]
+
+
+def width_colours(widths: Iterable[int]) -> dict[int, str]:
+    """Return a colour per width, wide is dark: viridis without its yellow end, so lightness alone orders them in grey."""
+    ordered = sorted(set(widths))
+    steps = max(len(ordered) - 1, 1)
+    viridis = matplotlib.colormaps["viridis"]
+    return {width: to_hex(viridis(0.80 - 0.75 * i / steps)) for i, width in enumerate(ordered)}
+
+
+def lr_axis(axes: Axes, low: float, high: float) -> None:
+    """Label the x axis, in log2 of the learning rate, as powers of two."""
+    axes.xaxis.set_major_locator(MultipleLocator(1 if high - low <= 10 else 2))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"$2^{{{value:g}}}$"))
+
+
+def width_axis(axes: Axes, widths: Iterable[int]) -> None:
+    """Make the x axis logarithmic with one tick per measured width; crowded ones are thinned, the ends kept."""
+    ordered = sorted(set(widths))
+    axes.set_xscale("log", base=2)
+    stride = max(1, -(-len(ordered) // 6))
+    shown = ordered[::-1][::stride][::-1]
+    axes.xaxis.set_major_locator(FixedLocator(shown))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))
+
+
+def literal(legend: Legend) -> None:
+    """Keep dollar signs in a legend's labels from being read as formulas: a name may hold them."""
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+
+
+def log_loss(axes: Axes, values: Iterable[float], ratio: float = 4.0) -> bool:
+    """Make the y axis logarithmic if the positive ``values`` span more than ``ratio``; say whether it was."""
+    finite = [value for value in values if value == value]
+    if not finite or min(finite) <= 0 or max(finite) / min(finite) <= ratio:
+        return False
+    axes.set_yscale("log")
+    wide = max(finite) / min(finite) > 30
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0,) if wide else (1.0, 2.0, 3.0, 5.0)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    return True
