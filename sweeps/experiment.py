@@ -1,0 +1,160 @@
+"""The experiment file: what is tuned, on which proxy, over which ranges."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import Field, model_validator
+
+from mutransfer.errors import RequestError, nearest
+from mutransfer.files import write_text
+from mutransfer.optimizers import optimizer_rule
+from mutransfer.recipe import Recipe
+from mutransfer.scale import Scale
+from mutransfer.settings import Settings
+from mutransfer.tables import table
+
+__all__ = ["Experiment", "Range", "Size"]
+
+Count = Annotated[int, Field(ge=1)]
+# Adam's betas are searched one by one, as the distance from 1 is what matters.
+BETAS = ("beta1", "beta2")
+
+
+class Size(Settings):
+    """Width and depth of a model."""
+
+    width: Count
+    depth: Count = 2
+
+
+class Range(Settings):
+    """One hyperparameter's range: ``low`` to ``high`` (``log`` for factors instead of differences), or ``choices``."""
+
+    low: float | None = None
+    high: float | None = None
+    log: bool = False
+    choices: Annotated[tuple[float | int | str | bool, ...], Field(min_length=1)] | None = None
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Self:
+        if (self.choices is None) == (self.low is None or self.high is None):
+            raise ValueError("give either low and high, or choices.")
+        if self.low is not None and self.high is not None:
+            if self.low >= self.high:
+                raise ValueError(f"low {self.low:g} is not below high {self.high:g}: swap or widen them.")
+            if self.log and self.low <= 0:
+                raise ValueError(f"low {self.low:g} has no logarithm: make it positive or set log to false.")
+        return self
+
+    def ends(self) -> list[Any]:
+        """Return the values that must be allowed if all are to be."""
+        return list(self.choices) if self.choices is not None else [self.low, self.high]
+
+
+class Experiment(Settings):
+    """Everything `mutransfer tune` needs, as read from YAML.
+
+    ``proxy`` is trained; ``base`` (the proxy unless given) is where µP changes nothing and what the recipe refers to.
+    ``recipe`` holds values that are not searched; ``search`` ranges for those that are.
+    """
+
+    model: str = "transformer"
+    options: dict[str, Any] = Field(default_factory=dict)
+    data: str = "bytes"
+    sequence_length: Count = 64
+    proxy: Size = Size(width=64)
+    base: Size | None = None
+    parametrization: str = "mup"
+    optimizer: str = "adamw"
+    steps: Count = 200
+    batch_size: Count = 16
+    recipe: Recipe = Recipe()
+    search: dict[str, Range] = Field(default_factory=lambda: {"lr": Range(low=2**-12, high=2**-3, log=True)})
+    sampler: Literal["tpe", "gp", "random", "qmc"] = "tpe"
+    pruner: Literal["median", "halving", "none"] = "median"
+    rungs: Annotated[int, Field(ge=1, le=32)] = 4
+    trials: Count = 24
+    seed: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        table(self.parametrization)
+        optimizer_rule(self.optimizer, self.recipe)
+        known = {*Recipe.model_fields, *BETAS} - {"betas", "decay", "decay_policy"}
+        for name, range_ in self.search.items():
+            if name not in known:
+                raise ValueError(f"search.{name} is no hyperparameter of a recipe: {nearest(name, known)}")
+            for value in range_.ends():
+                optimizer_rule(self.optimizer, with_values(self.recipe, {name: value}))
+        return self
+
+    @property
+    def proxy_scale(self) -> Scale:
+        """The scale that trials are trained at."""
+        return Scale(self.proxy.width, self.proxy.depth)
+
+    @property
+    def base_scale(self) -> Scale:
+        """The scale that the recipe refers to."""
+        base = self.base or self.proxy
+        return Scale(base.width, base.depth)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the experiment with every default spelled out."""
+        return write_text(path, yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], changes: list[str] | None = None) -> Experiment:
+        """Read an experiment file, with ``changes`` like ``recipe.lr=0.01`` applied before it is validated.
+
+        Raises:
+            RequestError: no such file, no YAML, an unknown key or a value out of range.
+        """
+        try:
+            data = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        except FileNotFoundError:
+            raise RequestError(f"there is no {path}: write one with `mutransfer init`.") from None
+        except IsADirectoryError:
+            raise RequestError(f"{path} is a folder: name the experiment file in it.") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise RequestError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
+        if isinstance(data, dict):
+            for change in changes or []:
+                _apply(data, change)
+        return cls.read(data, str(path))
+
+
+def with_values(recipe: Recipe, values: dict[str, Any]) -> Recipe:
+    """Return ``recipe`` with searched values put in; beta1 and beta2 go into the pair of betas."""
+    values = dict(values)
+    beta1, beta2 = recipe.betas
+    betas = (values.pop("beta1", beta1), values.pop("beta2", beta2))
+    return recipe.with_(**values, betas=betas)
+
+
+def _apply(data: dict[str, Any], change: str) -> None:
+    key, equals, text = change.partition("=")
+    if not equals or not key:
+        raise RequestError(f"--set {change!r} is not of the form key=value, as in recipe.lr=0.01.")
+    *path, last = key.split(".")
+    for part in path:
+        data = data.setdefault(part, {})
+        if not isinstance(data, dict):
+            raise RequestError(f"--set {change!r}: {part} holds a value and no further keys.")
+    try:
+        # YAML 1.1 reads 1e-3 as a string, which nobody means here.
+        data[last] = float(text) if _is_number(text) and not text.lstrip("+-").isdigit() else yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RequestError(f"--set {change!r} is not valid YAML: {' '.join(str(error).split())}.") from None
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

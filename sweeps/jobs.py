@@ -1,0 +1,148 @@
+"""One training run of a sweep, described by plain data so that any process can do it, and how many are done at once.
+
+An `Executor` is the seam between deciding which runs to do and doing them: the study and the basins know nothing of
+processes, devices or fusing.
+"""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from mutransfer.family import Family
+from mutransfer.observe import observe
+from mutransfer.planning import plan
+from mutransfer.price import step_flops
+from mutransfer.proxies.data import Data, load_data
+from mutransfer.proxies.reference import load_family
+from mutransfer.proxies.training import Outcome, Training, train
+from mutransfer.recipe import Recipe
+from mutransfer.scale import Scale
+
+from .experiment import Experiment
+
+__all__ = ["Executor", "Job", "OneByOne", "Processes", "family_of", "flops_of"]
+
+Report = Callable[["Job", int, float], bool]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: ``recipe`` at ``scale``; ``key`` is the asker's own name for it."""
+
+    key: Any
+    scale: Scale
+    parametrization: str
+    recipe: Recipe
+    seed: int
+    rungs: tuple[int, ...] = ()
+
+
+class Executor(Protocol):
+    """Does jobs. ``capacity`` is how many it wants at a time."""
+
+    capacity: int
+
+    def run(
+        self, experiment: Experiment, jobs: Sequence[Job], report: Report | None = None
+    ) -> Iterator[tuple[Job, Outcome]]:
+        """Yield every job with its outcome as it ends; ``report(job, step, loss)`` at its rungs may stop it with True."""
+        ...
+
+
+class OneByOne:
+    """Every job in this process, one after the other."""
+
+    capacity = 1
+
+    def __init__(self, device: str = "cpu") -> None:
+        self.device = device
+
+    def run(
+        self, experiment: Experiment, jobs: Sequence[Job], report: Report | None = None
+    ) -> Iterator[tuple[Job, Outcome]]:
+        """See `Executor.run`."""
+        for job in jobs:
+            yield job, _do(experiment, job, self.device, report)
+
+
+class Processes:
+    """Jobs side by side in ``count`` single-threaded processes on the CPU: small models do not use two cores well."""
+
+    def __init__(self, count: int) -> None:
+        self.capacity = count
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> Processes:
+        # A forked torch may deadlock in its thread pool, so the processes start afresh.
+        context = multiprocessing.get_context("spawn")
+        self._pool = ProcessPoolExecutor(self.capacity, mp_context=context, initializer=_quiet)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._pool is not None
+        for process in list((self._pool._processes or {}).values()):
+            process.terminate()  # nothing that is still running is wanted any more
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def run(
+        self, experiment: Experiment, jobs: Sequence[Job], report: Report | None = None
+    ) -> Iterator[tuple[Job, Outcome]]:
+        """See `Executor.run`; reports do not cross processes, so jobs run to their end."""
+        assert self._pool is not None, "use as a context manager"
+        # The longest first, so that none is left running alone at the end.
+        queue = sorted(jobs, key=lambda job: -job.scale.width)
+        running: dict[Future[Outcome], Job] = {
+            self._pool.submit(_do, experiment, job, "cpu", None): job for job in queue
+        }
+        while running:
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                yield running.pop(future), future.result()
+
+
+def _quiet() -> None:
+    """Leave Ctrl-C to the parent, and the other cores to the other processes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+def family_of(experiment: Experiment) -> tuple[Family, Data]:
+    """Return the experiment's family and data, loaded once per process."""
+    return _loaded(experiment.model_dump_json(include={"model", "options", "data", "sequence_length", "proxy", "base"}))
+
+
+@functools.lru_cache(maxsize=4)
+def _loaded(key: str) -> tuple[Family, Data]:
+    experiment = Experiment.model_validate_json(key)
+    data = load_data(experiment.data, experiment.sequence_length)
+    return load_family(experiment.model, data, experiment.base_scale, options=experiment.options), data
+
+
+@functools.lru_cache(maxsize=32)
+def _observed(key: str, depth: int) -> Any:
+    return observe(_loaded(key)[0], depth)
+
+
+def flops_of(experiment: Experiment, scale: Scale) -> float:
+    """Return the floating point operations of one training step at ``scale``."""
+    family, data = family_of(experiment)
+    return step_flops(family, scale, data.batch(0, experiment.batch_size, 0))
+
+
+def _do(experiment: Experiment, job: Job, device: str, report: Report | None) -> Outcome:
+    family, data = family_of(experiment)
+    key = experiment.model_dump_json(include={"model", "options", "data", "sequence_length", "proxy", "base"})
+    seen = _observed(key, job.scale.depth)
+    planned = plan(family, job.scale, job.parametrization, experiment.optimizer, job.recipe, observation=seen)
+    training = Training(
+        family, planned, data, steps=experiment.steps, batch_size=experiment.batch_size, seed=job.seed, device=device
+    )
+    return train(training, job.rungs, None if report is None else functools.partial(report, job))

@@ -1,0 +1,193 @@
+"""Tuning: Optuna asks, an executor trains, Optuna is told; the run folder always holds all that is finished."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import optuna
+import pandas as pd
+import yaml
+from optuna.trial import Trial, TrialState
+
+from mutransfer.errors import RequestError
+from mutransfer.files import naming_the_disk
+from mutransfer.frames import TRIALS
+from mutransfer.recipe import Recipe
+from mutransfer.runs import RunFolder
+
+from .experiment import Experiment, with_values
+from .jobs import Executor, Job, OneByOne, family_of, flops_of
+from .study import FINISHED, baseline, distributions, only_one, open_study, trials_frame
+
+__all__ = ["Tuned", "tune"]
+
+EDGE = 0.03  # of a range, in its own scale: closer to an end than this is "at the edge"
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What a study has found so far."""
+
+    trials: pd.DataFrame
+    best: Recipe
+    value: float
+    params: dict[str, Any]
+    default: float | None
+    seconds: float
+    warnings: list[str] = field(default_factory=list)
+
+
+def tune(
+    experiment: Experiment,
+    folder: RunFolder,
+    *,
+    storage: str | None = None,
+    name: str | None = None,
+    executor: Executor | None = None,
+    device: str = "cpu",
+    progress: Callable[[int, int, str], None] = lambda done, total, text: None,
+) -> Tuned:
+    """Bring the study in ``folder`` to ``experiment.trials`` finished trials, and write what it found.
+
+    The first trial is the experiment's own recipe, the one to beat. A trial that diverges is told as a finite penalty of
+    twice its starting loss, so that the sampler learns to keep away. Running it again adds only the missing trials.
+
+    Args:
+        experiment: what to tune.
+        folder: run folder; made if it does not exist.
+        storage: Optuna storage URL; by default a journal in the folder.
+        name: study name.
+        executor: how trials are trained; one by one in this process by default.
+        device: for the default executor.
+        progress: called with (finished, total, what was found).
+
+    Raises:
+        RequestError: another experiment or another data hash is in the folder, the disk is full, or every trial diverged.
+    """
+    begun = time.perf_counter()
+    executor = executor or OneByOne(device)
+    _, data = family_of(experiment)  # a wrong model or corpus is said before anything is written
+    space = distributions(experiment)
+    _refuse_other_experiment(experiment, folder)
+    folder.make()
+    with naming_the_disk(folder.path), only_one(folder):
+        folder.note_environment(
+            data_sha256=data.sha256, data=data.name, data_facts=data.facts, seed=experiment.seed, device=device
+        )
+        experiment.save(folder.experiment)
+        study = open_study(experiment, folder, storage, name)
+        flops = flops_of(experiment, experiment.proxy_scale)
+        if not study.get_trials(deepcopy=False) and (first := baseline(experiment)) is not None:
+            study.enqueue_trial(first)
+        while missing := experiment.trials - _finished(study):
+            progress(experiment.trials - missing, experiment.trials, _best_so_far(study))
+            _round(experiment, study, space, executor, min(missing, executor.capacity), flops)
+            TRIALS.write(trials_frame(study.get_trials(deepcopy=False)), folder.trials)
+        progress(experiment.trials, experiment.trials, _best_so_far(study))
+        frame = trials_frame(study.get_trials(deepcopy=False))
+        TRIALS.write(frame, folder.trials)
+        tuned = _summary(experiment, study, frame, time.perf_counter() - begun)
+        tuned.best.save(folder.best)
+    return tuned
+
+
+def _round(
+    experiment: Experiment, study: optuna.Study, space: dict[str, Any], executor: Executor, count: int, flops: float
+) -> None:
+    """Ask for ``count`` trials, train them, tell their outcomes; an interruption returns what is unfinished to the queue."""
+    open_trials: dict[int, Trial] = {}
+    try:
+        jobs = []
+        for _ in range(count):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                trial = study.ask(fixed_distributions=space)
+            open_trials[trial.number] = trial
+            jobs.append(_job(experiment, trial))
+
+        def report(job: Job, step: int, loss: float) -> bool:
+            open_trials[job.key].report(loss, step)
+            return open_trials[job.key].should_prune()
+
+        for job, outcome in executor.run(experiment, jobs, report):
+            trial = open_trials[job.key]
+            finite = outcome.loss if math.isfinite(outcome.loss) else None
+            trial.set_user_attr(
+                "outcome",
+                {"loss": finite, "start": outcome.start, "diverged": outcome.diverged, "steps": outcome.steps,
+                 "flops": flops * outcome.steps, "seconds": outcome.seconds},
+            )  # fmt: skip
+            if outcome.stopped:
+                study.tell(trial, state=TrialState.PRUNED)
+            else:
+                study.tell(trial, 2 * outcome.start if outcome.diverged else outcome.loss)
+            del open_trials[job.key]
+    except BaseException:
+        for trial in open_trials.values():
+            study.tell(trial, state=TrialState.FAIL)
+            study.enqueue_trial(trial.params)
+        raise
+
+
+def _job(experiment: Experiment, trial: Trial) -> Job:
+    rungs = tuple(round(experiment.steps * k / (experiment.rungs + 1)) for k in range(1, experiment.rungs + 1))
+    recipe = with_values(experiment.recipe, trial.params)
+    return Job(trial.number, experiment.proxy_scale, experiment.parametrization, recipe, experiment.seed, rungs)
+
+
+def _finished(study: optuna.Study) -> int:
+    return len(study.get_trials(deepcopy=False, states=FINISHED))
+
+
+def _best_so_far(study: optuna.Study) -> str:
+    values = [trial.value for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)) if trial.value]
+    return f"best loss {min(values):.4f}" if values else ""
+
+
+def _summary(experiment: Experiment, study: optuna.Study, frame: pd.DataFrame, seconds: float) -> Tuned:
+    usable = frame[(frame["state"] == "COMPLETE") & ~frame["diverged"]]
+    if usable.empty:
+        raise RequestError(
+            f"all {len(frame)} trials diverged or were pruned: lower search.lr in the experiment and use another --out."
+        )
+    best = study.get_trials(deepcopy=False)[int(usable.loc[usable["value"].idxmin(), "number"])]
+    assert best.value is not None
+    first = frame[(frame["number"] == 0) & (frame["state"] == "COMPLETE")]
+    default = float(first["value"].iloc[0]) if baseline(experiment) is not None and len(first) else None
+    return Tuned(
+        frame, with_values(experiment.recipe, best.params), best.value, best.params, default, seconds,
+        _at_edges(experiment, best.params),
+    )  # fmt: skip
+
+
+def _at_edges(experiment: Experiment, params: dict[str, Any]) -> list[str]:
+    found = []
+    for name, range_ in experiment.search.items():
+        if range_.low is None or range_.high is None:
+            continue
+        value, low, high = (math.log(x) if range_.log else x for x in (params[name], range_.low, range_.high))
+        place = (value - low) / (high - low)
+        if place < EDGE or place > 1 - EDGE:
+            end = "low" if place < EDGE else "high"
+            found.append(
+                f"the best {name} {params[name]:.4g} is at the {end} end of its range: widen search.{name}.{end}."
+            )
+    return found
+
+
+def _refuse_other_experiment(experiment: Experiment, folder: RunFolder) -> None:
+    if not folder.experiment.exists():
+        return
+    before = yaml.safe_load(folder.experiment.read_text(encoding="utf-8")) or {}
+    now = experiment.model_dump(mode="json")
+    for key in now:
+        if key != "trials" and before.get(key) != now[key]:
+            raise RequestError(
+                f"{folder.path} holds a study with {key} = {before.get(key)}, and this experiment has {now[key]}: use another "
+                "--out, or put it back to go on with that study."
+            )

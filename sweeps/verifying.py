@@ -1,0 +1,128 @@
+"""Verifying a transfer: learning-rate basins at several widths, extended until each optimum is bracketed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pandas as pd
+
+from mutransfer.errors import RequestError
+from mutransfer.files import read_json
+from mutransfer.frames import BASINS
+from mutransfer.recipe import Recipe
+from mutransfer.runs import RunFolder
+from mutransfer.scale import Scale
+
+from .experiment import Experiment
+from .jobs import Executor, Job, flops_of
+
+__all__ = ["basins"]
+
+REACH = 2  # grid points on each side of the best one, so that a parabola has shoulders
+Done = dict[tuple[str, int, int, int], dict[str, Any]]  # (parametrization, width, seed, grid point) → row
+
+LIMIT = 14  # grid points per width at most: beyond, the loss does not depend on the learning rate
+
+
+def basins(
+    experiment: Experiment,
+    recipe: Recipe,
+    widths: Sequence[int],
+    *,
+    folder: RunFolder,
+    executor: Executor,
+    parametrizations: Sequence[str] = ("mup",),
+    seeds: int = 3,
+    step: float = 1.0,
+    progress: Callable[[int, int, str], None] = lambda done, total, text: None,
+) -> pd.DataFrame:
+    """Train over a grid of learning rates at every width and return the frame `frames.BASINS`.
+
+    The grid has a point every ``step`` octaves and starts around the recipe's own learning rate; each width's is extended
+    towards its best point until that has two points on both sides. Every finished run is written to the folder's
+    ``basins.csv`` at once, and runs found there are not done again.
+
+    Args:
+        experiment: the proxy's experiment: model, data, steps.
+        recipe: all other hyperparameters, and the center of the grid.
+        widths: at least two.
+        folder: run folder.
+        executor: how runs are done.
+        parametrizations: "mup", and "sp" as a control.
+        seeds: repeats of every run; the same ones for all.
+        step: octaves between grid points.
+        progress: called with (runs done, runs known to be needed, what runs).
+
+    Raises:
+        RequestError: fewer than two widths.
+    """
+    widths = sorted(set(widths))
+    if len(widths) < 2:
+        raise RequestError(f"a drift needs at least two widths, and {widths} is {len(widths)}: see --widths.")
+    center = math.log2(recipe.lr)
+    done = _known(folder, recipe, step)
+    flops = {width: flops_of(experiment, _scale(experiment, width)) * experiment.steps for width in widths}
+    while True:
+        wanted = [
+            Job(
+                (name, width, seed, k), _scale(experiment, width), name, recipe.with_(lr=2 ** (center + k * step)), seed
+            )
+            for name in parametrizations
+            for width in widths
+            for k in _grid(done, name, width)
+            for seed in range(seeds)
+        ]
+        missing = [job for job in wanted if job.key not in done]
+        count = len(wanted) - len(missing)
+        progress(count, len(wanted), "")
+        if not missing:
+            break
+        for job, outcome in executor.run(experiment, missing):
+            name, width, seed, k = job.key
+            done[job.key] = {
+                "parametrization": name, "width": width, "depth": job.scale.depth, "seed": seed, "log2_lr": center + k * step,
+                "loss": outcome.loss if math.isfinite(outcome.loss) else None, "diverged": outcome.diverged,
+                "flops": flops[width] * outcome.steps / experiment.steps, "seconds": outcome.seconds,
+            }  # fmt: skip
+            count += 1
+            BASINS.write(pd.DataFrame(done.values()), folder.basins)
+            progress(count, len(wanted), f"{name} width {width}")
+    keys = {job.key for job in wanted}
+    return BASINS.frame([row for key, row in done.items() if key in keys])
+
+
+def _scale(experiment: Experiment, width: int) -> Scale:
+    return experiment.proxy_scale.with_(width=width)
+
+
+def _known(folder: RunFolder, recipe: Recipe, step: float) -> Done:
+    """Runs of an earlier call with the same recipe; those of another recipe answer another question and are dropped."""
+    question = {"recipe": recipe.model_dump(mode="json"), "step": step}
+    before = read_json(folder.environment, "the run's environment") if folder.environment.exists() else {}
+    if before.get("basins") != question or not folder.basins.exists():
+        folder.basins.unlink(missing_ok=True)
+        folder.note_environment(basins=question)
+        return {}
+    center = math.log2(recipe.lr)
+    rows = BASINS.read(folder.basins).to_dict("records")
+    return {(r["parametrization"], r["width"], r["seed"], round((r["log2_lr"] - center) / step)): r for r in rows}
+
+
+def _grid(done: Done, name: str, width: int) -> list[int]:
+    """Grid points that this width needs, in steps from the center, given what is known about it."""
+    known: dict[int, list[float]] = {}
+    for (parametrization, w, _, k), row in done.items():
+        if (parametrization, w) == (name, width):
+            lost = row["diverged"] or row["loss"] is None or not math.isfinite(row["loss"])
+            known.setdefault(k, []).append(math.inf if lost else row["loss"])
+    points = set(range(-REACH, REACH + 1))
+    while known.keys() >= points and len(points) < LIMIT:
+        means = {k: sum(known[k]) / len(known[k]) for k in points}
+        best = min(points, key=lambda k: (means[k], k))
+        needed = set(range(best - REACH, best + REACH + 1))
+        if needed <= points:
+            break
+        points |= needed
+    return sorted(points)
