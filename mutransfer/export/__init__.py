@@ -1,1 +1,30 @@
 """Exports: the target settings in the form a training framework reads."""
+
+from __future__ import annotations
+
+from ..errors import RequestError, nearest
+from ..transfer import TargetConfig
+from . import pytorch
+
+__all__ = ["FORMATS", "export"]
+
+WRITERS = {"pytorch": pytorch.write}
+FORMATS = (
+    "pytorch", "transformers", "torchtitan", "olmo-core", "megatron", "nemo", "nanotron", "gpt-neox", "cerebras", "axolotl",
+    "lightning",
+)  # fmt: skip
+
+
+def export(target: TargetConfig, to: str) -> tuple[str, str]:
+    """Return a suggested file name and the text of ``target`` in the format ``to``; the same text every time.
+
+    Raises:
+        RequestError: the format is unknown, or not in this version.
+    """
+    if to not in FORMATS:
+        raise RequestError(f"unknown format {to!r}: {nearest(to, FORMATS)}")
+    if to not in WRITERS:
+        raise RequestError(
+            f"the format {to!r} is not in this version: use --to pytorch, whose JSON any plain-torch script can read."
+        )
+    return WRITERS[to](target)

@@ -1,0 +1,39 @@
+"""The commands and their order in ``--help``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from . import audit, check, demo, doctor, init, plan, report, train, transfer, tune, verify
+
+app = typer.Typer(
+    name="mutransfer",
+    help="Tune hyperparameters on small proxies, prove that they carry over, and hand over the wide model's settings.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from .. import __version__
+
+        print(f"mutransfer {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+for module in (demo, init, doctor, plan, check, tune, verify, transfer, train, audit, report):
+    module.add_to(app)

@@ -1,0 +1,31 @@
+"""`mutransfer audit`: the live optimizer and model against the plan."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .console import AsJson, emit, records, table
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the command."""
+    app.command("audit")(audit)
+
+
+def audit(
+    target: Annotated[Path, typer.Argument(help="A target config of `mutransfer transfer`.")],
+    dump: Annotated[Path, typer.Argument(help="A checkpoint or JSON with the optimizer's state_dict.")],
+    as_json: AsJson = False,
+) -> int:
+    """Say whether a running optimizer uses the planned settings (exit 1 if not)."""
+    from .. import audit as auditing
+    from ..transfer import TargetConfig
+
+    found = auditing.audit(TargetConfig.load(target).plan, dump)
+    verdict = "pass" if found.empty else "fail"
+    text = "verdict: pass, every setting is as planned" if found.empty else f"{table(found)}\n\nverdict: fail"
+    emit({"verdict": verdict, "differences": records(found)}, as_json, text)
+    return 0 if found.empty else 1

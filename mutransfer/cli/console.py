@@ -1,0 +1,151 @@
+"""What every command shares: progress on stderr, results on stdout, and the common options."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from types import TracebackType
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import RequestError
+
+__all__ = ["AsJson", "Device", "Progress", "Seed", "emit", "numbers", "plain", "say", "table"]
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+
+
+def device_of(name: str) -> str:
+    """Return a torch device for the --device option.
+
+    Raises:
+        RequestError: the name is unknown, or CUDA is asked for and not there.
+    """
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cpu", "cuda"):
+        raise RequestError(f"--device {name!r} is not known: use auto, cpu or cuda.")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise RequestError("--device cuda, but torch sees no GPU: use --device cpu, or see `mutransfer doctor`.")
+    return name
+
+
+def say(text: str) -> None:
+    """Print a line for a person, on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def emit(result: dict[str, Any], as_json: bool, text: str) -> None:
+    """Print the result on stdout: as one JSON object, or as text for a person."""
+    print(json.dumps(plain(result), ensure_ascii=False, allow_nan=False) if as_json else text, flush=True)
+
+
+def plain(value: Any) -> Any:
+    """JSON has no NaN and no infinity: both become null."""
+    if isinstance(value, dict):
+        return {str(key): plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(inner) for inner in value]
+    if hasattr(value, "item") and not isinstance(value, str):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def numbers(text: str, flag: str) -> list[int]:
+    """Read a list such as ``64,128,256``.
+
+    Raises:
+        RequestError: an entry is no positive whole number.
+    """
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    for part in parts:
+        if not part.isdigit() or int(part) < 1:
+            raise RequestError(f"{flag} {text!r}: {part!r} is no positive whole number, write it as 64,128,256.")
+    return [int(part) for part in parts]
+
+
+def records(frame: Any) -> list[dict[str, Any]]:
+    """Return a frame's rows as plain data, missing values as None."""
+    return frame.astype(object).where(frame.notna(), None).to_dict("records")
+
+
+def table(frame: Any, **formats: str) -> str:
+    """Return a frame as aligned text; ``formats`` gives a format per column, missing values show as –."""
+    texts = {
+        column: [_cell(value, formats.get(str(column), "")) for value in frame[column]] for column in frame.columns
+    }
+    widths = {column: max(len(str(column)), *(len(cell) for cell in cells), 1) for column, cells in texts.items()}
+    right = {column: frame[column].dtype.kind in "if" for column in frame.columns}
+    lines = ["  ".join(_pad(str(column), widths[column], right[column]) for column in frame.columns)]
+    for i in range(len(frame)):
+        lines.append("  ".join(_pad(texts[column][i], widths[column], right[column]) for column in frame.columns))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _cell(value: Any, form: str) -> str:
+    missing = value is None or value != value or type(value).__name__ == "NAType"
+    return "–" if missing else format(value, form)
+
+
+def _pad(text: str, width: int, right: bool) -> str:
+    return text.rjust(width) if right else text.ljust(width)
+
+
+class Progress:
+    """Shows what is done, how far it is, and how long it will take: a bar on a terminal, lines in a log.
+
+    Call it with (done, total, text); use it as a context manager.
+    """
+
+    LINE_EVERY = 10.0  # seconds between lines in a log
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self._begun = self._last = time.monotonic()
+        self._first_done: int | None = None
+        self._bar: Any = None
+        self._task: Any = None
+
+    def __enter__(self) -> Progress:
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import Progress as Bar
+
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self._bar = Bar(*columns, TextColumn("{task.fields[text]}"), console=Console(stderr=True))
+            self._bar.start()
+            self._task = self._bar.add_task(self.what, total=None, text="")
+        else:
+            say(f"{self.what} …")
+        return self
+
+    def __call__(self, done: int, total: int, text: str = "") -> None:
+        """Report that ``done`` of ``total`` pieces of work are finished."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, total=total, text=text)
+            return
+        now = time.monotonic()
+        if self._first_done is None:
+            self._first_done = done
+        if now - self._last < self.LINE_EVERY and done < total:
+            return
+        self._last = now
+        fresh = done - self._first_done
+        left = (
+            f", about {(now - self._begun) / fresh * (total - done):.0f} s left" if fresh > 0 and done < total else ""
+        )
+        say(f"{self.what}: {done}/{total}{left}{', ' + text if text else ''}")
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()

@@ -1,0 +1,101 @@
+"""`mutransfer doctor`: what this machine can do, and broken installs with their fix."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+from collections.abc import Callable
+from importlib import metadata
+from typing import Annotated, Any
+
+import typer
+
+from .console import emit
+
+REQUIRED = ("torch", "mup", "optuna", "pandas", "matplotlib", "numpy", "scipy", "sklearn", "pydantic", "yaml", "jinja2")
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the command."""
+    app.command("doctor")(doctor)
+
+
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False) -> int:
+    """Look at the installation and the machine; exit 1 if something needed is broken."""
+    checks = [_import(name) for name in REQUIRED]
+    checks += [_guarded(check) for check in (_torchvision, _transformers, _gpu, _compiler, _cores, _disk)]
+    failed = [check for check in checks if not check["ok"]]
+    lines = [f"{'ok  ' if check['ok'] else 'FAIL'} {check['name']:<14} {check['detail']}" for check in checks]
+    lines += [f"fix {check['name']}: {check['fix']}" for check in failed]
+    emit({"checks": checks, "verdict": "fail" if failed else "pass"}, as_json, "\n".join(lines))
+    return 1 if failed else 0
+
+
+def _check(name: str, ok: bool, detail: str, fix: str | None = None) -> dict[str, Any]:
+    return {"name": name, "ok": ok, "detail": detail, "fix": fix}
+
+
+def _guarded(check: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    try:
+        return check()
+    except Exception as error:  # a doctor that dies of what it should report is of no use
+        return _check(check.__name__.strip("_"), False, _first_line(error), "reinstall with -c constraints.txt")
+
+
+def _import(name: str) -> dict[str, Any]:
+    try:
+        module = importlib.import_module(name)
+    except Exception as error:
+        return _check(name, False, _first_line(error), "pip install -c constraints.txt -e .")
+    return _check(name, True, str(getattr(module, "__version__", "")))
+
+
+def _torchvision() -> dict[str, Any]:
+    try:
+        version = metadata.version("torchvision")
+    except metadata.PackageNotFoundError:
+        return _check("torchvision", True, "not installed, and not needed")
+    try:
+        importlib.import_module("torchvision")
+    except Exception as error:
+        # mup asks for torchvision but never imports it; transformers does, and falls over.
+        detail = f"{version} is broken beside this torch ({_first_line(error)}); only transformers models mind"
+        return _check("torchvision", True, detail, "pip uninstall torchvision, or install the build that matches torch")
+    return _check("torchvision", True, version)
+
+
+def _transformers() -> dict[str, Any]:
+    try:
+        return _check("transformers", True, metadata.version("transformers"))
+    except metadata.PackageNotFoundError:
+        return _check("transformers", True, "not installed (extra hf)")
+
+
+def _gpu() -> dict[str, Any]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return _check("gpu", True, "none seen by torch: everything runs on the CPU")
+    total = torch.cuda.get_device_properties(0).total_memory / 2**30
+    return _check("gpu", True, f"{torch.cuda.get_device_name()}, {total:.0f} GiB")
+
+
+def _compiler() -> dict[str, Any]:
+    found = next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
+    return _check("compiler", True, found or "none: torch.compile is not available on the CPU")
+
+
+def _cores() -> dict[str, Any]:
+    import torch
+
+    return _check("cores", True, f"{os.cpu_count()}, torch uses {torch.get_num_threads()} threads")
+
+
+def _disk() -> dict[str, Any]:
+    free = shutil.disk_usage(".").free / 2**30
+    return _check("disk", free > 0.1, f"{free:.1f} GiB free here", "free some disk space")
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"

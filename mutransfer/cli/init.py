@@ -1,0 +1,33 @@
+"""`mutransfer init`: a commented experiment file to start from."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .console import AsJson, emit
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the command."""
+    app.command("init")(init)
+
+
+def init(
+    folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="Where to write experiment.yaml.")] = Path("."),
+    force: Annotated[bool, typer.Option("--force", help="Overwrite a file that is there.")] = False,
+    as_json: AsJson = False,
+) -> int:
+    """Write DIR/experiment.yaml, commented and ready to tune."""
+    from ..errors import RequestError
+    from ..files import write_text
+
+    path = folder / "experiment.yaml"
+    if path.exists() and not force:
+        raise RequestError(f"{path} is there already: edit it, name another folder, or overwrite it with --force.")
+    write_text(path, resources.files("mutransfer.cli").joinpath("experiment.yaml").read_text(encoding="utf-8"))
+    emit({"path": str(path)}, as_json, f"{path}\nnext: mutransfer tune {path}")
+    return 0

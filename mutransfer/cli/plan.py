@@ -1,0 +1,49 @@
+"""`mutransfer plan`: the settings per parameter, at any size."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from .console import AsJson, emit, records, table
+
+BASE_WIDTH = 64  # of built-in models, where the command line names none
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the command."""
+    app.command("plan")(plan)
+
+
+def plan(
+    model: Annotated[str, typer.Argument(help="mlp, transformer, resnet, file.py:name or package.module:name.")],
+    width: Annotated[int, typer.Option(min=1, help="Width to plan for.")],
+    depth: Annotated[int | None, typer.Option(min=1, help="Depth to plan for; the base's by default.")] = None,
+    base_width: Annotated[int | None, typer.Option(min=1, help="Width at which nothing is scaled.")] = None,
+    base_depth: Annotated[int | None, typer.Option(min=1, help="Depth at which nothing is scaled.")] = None,
+    parametrization: Annotated[str, typer.Option(help="mup or sp.")] = "mup",
+    optimizer: Annotated[str, typer.Option(help="adamw, adam or sgd.")] = "adamw",
+    recipe: Annotated[str | None, typer.Option(help="A recipe (best.json) instead of the defaults.")] = None,
+    data: Annotated[str | None, typer.Option(help="Data that says how many inputs and classes there are.")] = None,
+    as_json: AsJson = False,
+) -> int:
+    """Print what is set for every parameter, before anything is touched."""
+    from .. import planning
+    from .models import family_for
+
+    family, _ = family_for(model, data, base_width, base_depth, default_width=BASE_WIDTH)
+    scale = family.base.with_(width=width, depth=depth or base_depth or family.base.depth)
+    planned = planning.plan(family, scale, parametrization, optimizer, recipe)
+    frame = planned.frame()
+    compact = {column: ".4g" for column in frame.columns if frame[column].dtype.kind == "f"}
+    text = table(frame, **compact)
+    heading = (
+        f"{family.name} {parametrization} {optimizer}: width {family.base.width} → {width}, {len(frame)} parameters"
+    )
+    text = "\n".join([heading, "", text, *(f"note: {note}" for note in planned.notes)])
+    parameters = [
+        row | {"shape": list(plan_row.shape)} for row, plan_row in zip(records(frame), planned.rows, strict=True)
+    ]
+    emit({"parameters": parameters, "groups": planned.groups(), "notes": list(planned.notes)}, as_json, text)
+    return 0

@@ -1,0 +1,27 @@
+"""`mutransfer report`: one page of everything a run folder holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .console import AsJson, emit
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the command."""
+    app.command("report")(report)
+
+
+def report(run: Annotated[Path, typer.Argument(help="A run folder.")], as_json: AsJson = False) -> int:
+    """Write one self-contained report.html, with its pictures and tables beside it."""
+    from ..errors import RequestError
+    from ..reports import write_report
+
+    if not run.is_dir():
+        raise RequestError(f"there is no folder {run}: make a run with `mutransfer tune`.")
+    path = write_report(run)
+    emit({"report": str(path)}, as_json, str(path))
+    return 0

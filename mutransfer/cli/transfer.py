@@ -1,0 +1,96 @@
+"""`mutransfer transfer`: from the tuned proxy to the big run's settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .console import AsJson, emit, say
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the command."""
+    app.command("transfer")(transfer)
+
+
+def transfer(
+    run: Annotated[Path, typer.Argument(help="A run folder of `mutransfer tune`.")],
+    width: Annotated[int, typer.Option(min=1, help="Width of the big model.")],
+    depth: Annotated[int | None, typer.Option(min=1, help="Depth of the big model; the proxy's by default.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Examples per step; the proxy's by default.")] = None,
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="Training tokens (or images) in all; the proxy's by default.")
+    ] = None,
+    to: Annotated[str | None, typer.Option(help="Also export for a framework: pytorch.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where to write; target.json in the run folder by default.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the big run.")] = 0,
+    as_json: AsJson = False,
+) -> int:
+    """Write the target config: every parameter's settings, schedule, provenance, and warnings about what may not transfer."""
+    from ..export import export
+    from ..files import write_text
+    from ..runs import RunFolder
+
+    target = target_of(RunFolder(run).existing(), width, depth, batch_size, tokens, seed)
+    exported = export(target, to) if to is not None else None
+    path = target.save(out if out is not None and exported is None else run / "target.json")
+    written = [str(path)]
+    if exported is not None:
+        name, content = exported
+        written.append(str(write_text(out or run / name, content)))
+    for warning in target.warnings:
+        say(f"warning: {warning}")
+    plan = target.plan
+    text = (
+        f"{target.model} at width {plan.scale.width}, depth {plan.scale.depth}: {len(plan.rows)} parameters in "
+        f"{len(plan.groups())} groups, {target.steps} steps of {target.batch_size}\nwritten: {', '.join(written)}\n"
+        f"next: mutransfer train {path}"
+    )
+    emit(target.as_dict(), as_json, text)
+    return 0
+
+
+def target_of(folder, width, depth=None, batch_size=None, tokens=None, seed=0):  # type: ignore[no-untyped-def]
+    """Return the `TargetConfig` of a run folder at another scale; sizes default to the proxy's."""
+    from ..files import read_json
+    from ..planning import plan
+    from ..recipe import Recipe
+    from ..sweeps.experiment import Experiment
+    from ..sweeps.jobs import family_of
+    from ..transfer import target_config
+
+    experiment, recipe = Experiment.load(folder.experiment), Recipe.load(folder.best)
+    family, data = family_of(experiment)
+    scale = family.base.with_(width=width, depth=depth or experiment.proxy.depth)
+    batch_size = batch_size or experiment.batch_size
+    per_example = experiment.sequence_length if data.kind == "tokens" else 1
+    steps = (
+        -(-tokens // (batch_size * per_example))
+        if tokens
+        else max(1, experiment.steps * experiment.batch_size // batch_size)
+    )
+    before = read_json(folder.environment, "the run's environment") if folder.environment.exists() else {}
+    provenance = {
+        "run": str(folder.path),
+        "data_sha256": data.sha256,
+        "proxy": experiment.proxy.model_dump(),
+        "versions": before.get("versions"),
+        "commands": before.get("commands"),
+    }
+    return target_config(
+        plan(family, scale, experiment.parametrization, experiment.optimizer, recipe),
+        model=experiment.model,
+        options=experiment.options,
+        data=experiment.data,
+        sequence_length=experiment.sequence_length,
+        proxy=experiment.proxy_scale,
+        proxy_batch_size=experiment.batch_size,
+        proxy_steps=experiment.steps,
+        batch_size=batch_size,
+        steps=steps,
+        tuned=sorted(experiment.search),
+        seed=seed,
+        provenance=provenance,
+    )

@@ -1,0 +1,73 @@
+"""`mutransfer tune`: Optuna over the proxy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .console import AsJson, Device, Progress, device_of, emit, say
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the command."""
+    app.command("tune")(tune)
+
+
+def tune(
+    experiment: Annotated[Path, typer.Argument(help="An experiment file; `mutransfer init` writes one.")],
+    changes: Annotated[list[str] | None, typer.Option("--set", help="Change a value: --set recipe.lr=0.01.")] = None,
+    storage: Annotated[str | None, typer.Option(help="Optuna storage URL instead of the run folder's journal.")] = None,
+    study: Annotated[str | None, typer.Option(help="Name of the study in that storage.")] = None,
+    trials: Annotated[int | None, typer.Option(min=1, help="Finished trials in all, earlier ones included.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder; runs/NAME of the experiment by default.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of everything random.")] = None,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> int:
+    """Find the best hyperparameters of the proxy; running it again adds only the missing trials."""
+    import torch
+
+    from ..runs import RunFolder
+    from ..sweeps.experiment import Experiment
+    from ..sweeps.tuning import tune as run
+
+    given = list(changes or [])
+    given += [f"trials={trials}"] if trials is not None else []
+    given += [f"seed={seed}"] if seed is not None else []
+    wanted = Experiment.load(experiment, given)
+    folder = RunFolder(
+        out
+        or Path("runs")
+        / (experiment.parent.name if experiment.stem == "experiment" and experiment.parent.name else experiment.stem)
+    )
+    torch.set_num_threads(min(torch.get_num_threads(), 2))  # a proxy is too small for more
+    with Progress(f"tuning {wanted.model} at width {wanted.proxy.width}") as progress:
+        found = run(wanted, folder, storage=storage, name=study, device=device_of(device), progress=progress)
+    frame = found.trials
+    result = {
+        "trials": len(frame),
+        "finished": int(frame["state"].isin(["COMPLETE", "PRUNED"]).sum()),
+        "diverged": int(frame["diverged"].sum()),
+        "pruned": int((frame["state"] == "PRUNED").sum()),
+        "best": {"value": found.value, "params": found.params},
+        "default": {"value": found.default},
+        "seconds": found.seconds,
+        "run": str(folder.path),
+        "warnings": found.warnings,
+    }
+    for warning in found.warnings:
+        say(f"warning: {warning}")
+    gain = "" if found.default is None else f" (default recipe: {found.default:.4f})"
+    params = "\n".join(
+        f"  {name:<16} {value:.5g}" if isinstance(value, float) else f"  {name:<16} {value}"
+        for name, value in found.params.items()
+    )
+    text = (
+        f"best validation loss {found.value:.4f}{gain} of {result['finished']} finished trials, {result['pruned']} pruned, "
+        f"{result['diverged']} diverged, {found.seconds:.0f} s\n{params}\n"
+        f"next: mutransfer verify {folder.path}"
+    )
+    emit(result, as_json, text)
+    return 0

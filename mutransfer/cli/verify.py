@@ -1,0 +1,173 @@
+"""`mutransfer verify`: learning-rate basins across widths."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .console import AsJson, Device, Progress, device_of, emit, numbers, table
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from ..runs import RunFolder
+    from ..sweeps.experiment import Experiment
+    from ..sweeps.jobs import Executor
+
+COLUMNS = {
+    "parametrization": "", "width": "", "log2_lr": ".2f", "drift": "+.2f", "drift_low": "+.2f", "drift_high": "+.2f",
+    "best_loss": ".4f", "transferred_loss": ".4f", "regret": ".2%",
+}  # fmt: skip
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the command."""
+    app.command("verify")(verify)
+
+
+def verify(
+    run: Annotated[Path, typer.Argument(help="A run folder of `mutransfer tune`.")],
+    widths: Annotated[
+        str | None, typer.Option(help="Widths to compare; 1, 2 and 4 times the proxy's by default.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Repeats of every run.")] = 3,
+    control: Annotated[str | None, typer.Option(help="A second parametrization to compare with, such as sp.")] = None,
+    step: Annotated[float, typer.Option(min=0.1, max=4, help="Octaves between learning rates.")] = 1.0,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> int:
+    """Say whether the best learning rate stays where the proxy found it (exit 1 if not), and what the proxy's one costs."""
+    from ..recipe import Recipe
+    from ..runs import RunFolder
+    from ..sweeps.experiment import Experiment
+
+    folder = RunFolder(run).existing()
+    experiment, recipe = Experiment.load(folder.experiment), Recipe.load(folder.best)
+    proxy = experiment.proxy.width
+    sizes = numbers(widths, "--widths") if widths is not None else [proxy, 2 * proxy, 4 * proxy]
+    with executor_for(device_of(device)) as executor:
+        result, optima = verify_run(
+            experiment, recipe, folder, sizes, executor, seeds=seeds, control=control, step=step
+        )
+    emit(result, as_json, text_of(result, optima))
+    return 0 if result["verdict"] == "pass" else 1
+
+
+@contextlib.contextmanager
+def executor_for(device: str) -> Any:
+    """Yield how runs are done: a process per core on the CPU, one by one on a GPU."""
+    from ..sweeps.jobs import OneByOne, Processes
+
+    if device != "cpu":
+        yield OneByOne(device)
+        return
+    with Processes(max(1, min(os.cpu_count() or 1, 8))) as executor:
+        yield executor
+
+
+def verify_run(
+    experiment: Experiment, recipe: Any, folder: RunFolder, widths: Sequence[int], executor: Executor, *,
+    seeds: int, control: str | None, step: float = 1.0,
+) -> tuple[dict[str, Any], pd.DataFrame]:  # fmt: skip
+    """Measure the basins, judge them, and write verify.json; return it with the optima."""
+    from ..basins import judge, optima
+    from ..files import write_json
+    from ..sweeps.jobs import flops_of
+    from ..sweeps.verifying import basins
+    from .console import plain
+
+    name = experiment.parametrization
+    kinds = [name, *([control] if control and control != name else [])]
+    with Progress(
+        f"learning-rate basins of {experiment.model} at widths {', '.join(map(str, sorted(widths)))}"
+    ) as progress:
+        frame = basins(
+            experiment, recipe, widths,
+            folder=folder, executor=executor, parametrizations=kinds, seeds=seeds, step=step, progress=progress,
+        )  # fmt: skip
+    found = optima(frame)
+    ours = found[found["parametrization"] == name]
+    status, reasons = judge(ours)
+    first, last = ours.iloc[0], ours.iloc[-1]
+    transferred = _best_point(frame, name, int(first["width"]))
+    widest = experiment.proxy_scale.with_(width=int(last["width"]))
+    target_flops = flops_of(experiment, widest) * experiment.steps
+    tuning_flops = _tuning_flops(folder)
+    result = {
+        "verdict": status,
+        "reasons": reasons,
+        "optimum_log2_lr": first["log2_lr"],
+        "transferred_log2_lr": transferred,
+        "drift_octaves": {kind: _by_width(found, kind, "drift") for kind in kinds},
+        "regret": {kind: _by_width(found, kind, "regret") for kind in kinds},
+        "price": {
+            "tuning_flops": tuning_flops,
+            "target_flops": target_flops,
+            "ratio": tuning_flops / target_flops if tuning_flops is not None else None,
+        },
+        "comparison": _comparison(frame, kinds, int(last["width"]), transferred),
+    }
+    write_json(folder.verify, plain(result))
+    return result, found
+
+
+def _best_point(frame: pd.DataFrame, name: str, width: int) -> float:
+    """Best grid point of the mean loss: the learning rate that is carried over."""
+    import math
+
+    rows = frame[(frame["parametrization"] == name) & (frame["width"] == width)]
+    means = rows.assign(loss=rows["loss"].where(~rows["diverged"], math.inf)).groupby("log2_lr")["loss"].mean()
+    return float(means.idxmin())
+
+
+def _by_width(found: pd.DataFrame, kind: str, what: str) -> dict[int, dict[str, float]]:
+    rows = found[found["parametrization"] == kind]
+    return {
+        int(row["width"]): {"value": row[what], "low": row[f"{what}_low"], "high": row[f"{what}_high"]}
+        for row in rows.to_dict("records")
+    }
+
+
+def _comparison(frame: pd.DataFrame, kinds: list[str], width: int, transferred: float) -> list[dict[str, Any]]:
+    """Losses at the widest width, ours and the control's, at the transferred learning rate and at their own best."""
+    from scipy import stats
+
+    rows = []
+    for kind in kinds:
+        label = {"mup": "µP", "sp": "SP"}.get(kind, kind)
+        own = _best_point(frame, kind, width)
+        for where, x in (("at the transferred learning rate", transferred), ("at its own best", own)):
+            runs = frame[(frame["parametrization"] == kind) & (frame["width"] == width) & (frame["log2_lr"] == x)]
+            losses = runs["loss"].where(~runs["diverged"]).dropna()
+            error = stats.t.ppf(0.975, len(losses) - 1) * losses.sem() if len(losses) > 1 else float("nan")
+            mean = losses.mean() if len(losses) == len(runs) else float("nan")
+            rows.append(
+                {"label": f"{label} {where}", "log2_lr": x, "loss": mean, "low": mean - error, "high": mean + error}
+            )
+    return rows
+
+
+def _tuning_flops(folder: RunFolder) -> float | None:
+    from ..frames import TRIALS
+
+    return float(TRIALS.read(folder.trials)["flops"].sum()) if folder.trials.exists() else None
+
+
+def text_of(result: dict[str, Any], optima: pd.DataFrame) -> str:
+    """Return the result for a person."""
+    price, widest = result["price"], int(optima["width"].max())
+    lines = [table(optima[list(COLUMNS)], **COLUMNS), ""]
+    lines += [
+        f"width {widest}: {row['label']} (lr 2^{row['log2_lr']:.1f}): loss {row['loss']:.4f}"
+        for row in result["comparison"]
+    ]
+    if price["ratio"] is not None:
+        lines.append(
+            f"price: tuning took {price['tuning_flops']:.2e} FLOPs, {price['ratio']:.1%} of one run at width {widest}"
+        )
+    return "\n".join([*lines, f"verdict: {result['verdict']}", *result["reasons"]])

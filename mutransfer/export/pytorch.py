@@ -1,0 +1,74 @@
+"""Plain torch: a JSON of parameter-name patterns and their settings, which twenty lines read (docs/pytorch-export.md)."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from ..plans import ParameterPlan
+from ..transfer import TargetConfig
+
+__all__ = ["matches", "patterns", "write"]
+
+FORMAT = "mutransfer-pytorch/1"
+
+
+def write(target: TargetConfig) -> tuple[str, str]:
+    """Return the file name and the JSON text; see docs/pytorch-export.md for its keys."""
+    data = target.as_dict()
+    recipe = target.plan.recipe
+    content = {
+        "format": FORMAT,
+        "model": target.model,
+        "scale": data["scale"],
+        "parametrization": data["parametrization"],
+        "optimizer": {"class": data["optimizer"]["torch_name"], "settings": data["optimizer"]["settings"]},
+        "parameters": patterns(target.plan.rows),
+        "schedule": {
+            **data["schedule"],
+            "warmup_steps": round(recipe.warmup * target.steps),
+            "cooldown_steps": max(1, round(recipe.cooldown * target.steps)),
+        },
+        "clip": data["clip"],
+        **{key: data[key] for key in ("batch_size", "sequence_length", "steps", "seed", "warnings")},
+    }
+    return "target.pytorch.json", json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def patterns(rows: Sequence[ParameterPlan]) -> list[dict[str, Any]]:
+    """Return the settings by pattern, in the plan's order; ``*`` stands for one layer number.
+
+    Numbers collapse only where all the parameters that differ in nothing else agree on every setting; otherwise each is
+    listed by its own name.
+    """
+    families: dict[str, list[ParameterPlan]] = {}
+    for row in rows:
+        families.setdefault(_template(row.name), []).append(row)
+    found = []
+    for template, members in families.items():
+        agree = len(members) > 1 and all(_settings(row) == _settings(members[0]) for row in members)
+        for row in members[:1] if agree else members:
+            found.append({"pattern": template if agree else row.name, **_settings(row)})
+    return found
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Return whether ``name`` is ``pattern`` with a layer number for every ``*``."""
+    return re.fullmatch(re.escape(pattern).replace(r"\*", r"\d+"), name) is not None
+
+
+def _template(name: str) -> str:
+    return ".".join("*" if part.isdecimal() else part for part in name.split("."))
+
+
+def _settings(row: ParameterPlan) -> dict[str, Any]:
+    return {
+        "lr": row.lr,
+        "weight_decay": row.weight_decay,
+        "eps": row.eps,
+        "init": {**asdict(row.init), "std": row.init.std},
+        "gauge": row.gauge,
+    }
