@@ -68,7 +68,7 @@ def load_family(
         raise RequestError(_not_a_reference(model))
     is_file = where.endswith(".py") or "/" in where or "\\" in where
     module = _import_file(Path(where)) if is_file else _import_module(where)
-    source = Path(module.__file__) if module.__file__ else None
+    folder = Path(str(module.__file__)).parent if is_file else None  # a package finds its own modules
     found = _named(module, where, name)
     if isinstance(found, Family):
         if options:
@@ -76,9 +76,9 @@ def load_family(
                 f"{model} is a Family and takes no options, and {', '.join(map(str, options))} is given: set it in its build."
             )
         family = found if base is None else found.with_base(base)
-        family = replace(family, build=_guarded(family.build, model, source))
+        family = replace(family, build=_guarded(family.build, model, module.__file__, folder))
     else:
-        family = _from_function(found, module, model, data, base, batch_size, options, source)
+        family = _from_function(found, module, model, data, base, batch_size, options, folder)
     with FakeTensorMode(allow_non_fake_inputs=True):  # no memory: whether it can be built is known at once
         family.build(family.base)
     return family
@@ -93,12 +93,12 @@ def _builtin(model: str, data: Data | None, base: Scale | None, batch_size: int,
     if reserved:
         raise RequestError(f"{model} has no option {min(reserved)!r}: see its class in mutransfer.proxies.models.")
     family = builtin(model, data, base, batch_size, **options)
-    return replace(family, build=_guarded(family.build, model, None))
+    return replace(family, build=_guarded(family.build, model))
 
 
 def _from_function(
     found: Any, module: ModuleType, model: str, data: Data | None, base: Scale | None, batch_size: int,
-    options: dict[str, Any], source: Path | None,
+    options: dict[str, Any], folder: Path | None,
 ) -> Family:  # fmt: skip
     if isinstance(found, torch.nn.Module):
         raise RequestError(f"{model} is a model of one size ({type(found).__name__}): give a Family, or {BUILD}.")
@@ -111,7 +111,7 @@ def _from_function(
         try:
             batch = batch()
         except Exception as error:
-            raise RequestError(f"batch() beside {model} raised {_said(error, source)}.") from error
+            raise RequestError(f"batch() beside {model} raised {_said(error, module.__file__)}.") from error
     if batch is None:
         if data is None:
             raise RequestError(
@@ -119,22 +119,24 @@ def _from_function(
             )
         batch = data.batch(0, batch_size, 0)
     loss = getattr(module, "loss", cross_entropy)
-    build = _guarded(lambda scale: found(scale.width, scale.depth, **options), model, source)
+    build = _guarded(lambda scale: found(scale.width, scale.depth, **options), model, module.__file__, folder)
     return Family(build, batch, loss, base, model.rpartition(":")[2])
 
 
-def _guarded(build: Callable[[Scale], Any], model: str, source: Path | None) -> Callable[[Scale], torch.nn.Module]:
+def _guarded(
+    build: Callable[[Scale], Any], model: str, file: str | None = None, folder: Path | None = None
+) -> Callable[[Scale], torch.nn.Module]:
     """Return ``build`` with its failures in one sentence, and with the file's folder at hand for imports inside it."""
 
     def guarded(scale: Scale) -> torch.nn.Module:
         try:
-            with _on_path(source.parent if source else None):
+            with _helpers_of(folder) if folder else contextlib.nullcontext():
                 built = build(scale)
         except RequestError:
             raise
         except Exception as error:
             raise RequestError(
-                f"{model} could not be built at width {scale.width}, depth {scale.depth}: it raised {_said(error, source)}."
+                f"{model} could not be built at width {scale.width}, depth {scale.depth}: it raised {_said(error, file)}."
             ) from error
         if not isinstance(built, torch.nn.Module):
             raise RequestError(
@@ -160,17 +162,13 @@ def _import_file(path: Path) -> ModuleType:
     assert spec is not None, file
     assert spec.loader is not None, file
     module = importlib.util.module_from_spec(spec)
-    _forget_helpers_of_others(file.parent)
-    before = set(sys.modules)
     sys.modules[name] = module  # dataclasses look their module up while it is being executed
     try:
-        with _on_path(file.parent):
+        with _helpers_of(file.parent):
             spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         del sys.modules[name]
-        raise RequestError(f"{path} could not be imported: it raised {_said(error, file)}.") from error
-    finally:
-        _remember_helpers(set(sys.modules) - before, file.parent)
+        raise RequestError(f"{path} could not be imported: it raised {_said(error, str(file))}.") from error
     _loaded[file] = stamp, module
     return module
 
@@ -211,9 +209,8 @@ def _baseless(model: str) -> str:
     return f"{model} has no base width, and without one µP has nothing to scale from: pass --base-width."
 
 
-def _said(error: BaseException, source: Path | None = None) -> str:
-    """Return "Type: message (line n of file)": the last line in ``source`` or, if there is none, outside this module."""
-    file = str(source)
+def _said(error: BaseException, file: str | None = None) -> str:
+    """Return "Type: message (line n of file)": the last line in ``file`` or, if there is none, outside this module."""
     frames = traceback.extract_tb(error.__traceback__)
     outside = [frame for frame in frames if frame.filename != __file__ and "importlib" not in frame.filename]
     line = next((frame for frame in reversed(frames) if frame.filename == file), outside[-1] if outside else None)
@@ -225,10 +222,7 @@ def _said(error: BaseException, source: Path | None = None) -> str:
 
 
 @contextlib.contextmanager
-def _on_path(folder: Path | None) -> Iterator[None]:
-    if folder is None:
-        yield
-        return
+def _on_path(folder: Path) -> Iterator[None]:
     entry = str(folder)
     importlib.invalidate_caches()
     sys.path.insert(0, entry)
@@ -239,16 +233,19 @@ def _on_path(folder: Path | None) -> Iterator[None]:
             sys.path.remove(entry)
 
 
-def _remember_helpers(names: set[str], folder: Path) -> None:
-    """Note the modules that lie directly in ``folder`` (not those of an environment somewhere below it)."""
-    for name in names:
-        top = getattr(sys.modules.get(name.partition(".")[0]), "__file__", None)
-        if top and folder in (Path(top).parent, Path(top).parent.parent if Path(top).stem == "__init__" else None):
-            _beside[name] = folder
-
-
-def _forget_helpers_of_others(folder: Path) -> None:
-    """Two model files may each have a `helpers.py` beside them: the second must not be given the first one's."""
+@contextlib.contextmanager
+def _helpers_of(folder: Path) -> Iterator[None]:
+    """Let modules in ``folder`` be imported, also where another model file's folder has some of the same names."""
     for name in [name for name, home in _beside.items() if home != folder]:
         sys.modules.pop(name, None)
         del _beside[name]
+    before = set(sys.modules)
+    try:
+        with _on_path(folder):
+            yield
+    finally:
+        for name in set(sys.modules) - before:
+            top = getattr(sys.modules.get(name.partition(".")[0]), "__file__", None)
+            # Directly in the folder, as a file or a package: not in an environment somewhere below it.
+            if top and folder == (Path(top).parent.parent if Path(top).stem == "__init__" else Path(top).parent):
+                _beside[name] = folder

@@ -78,8 +78,13 @@ def records(frame: Any) -> list[dict[str, Any]]:
 
 def table(frame: Any, **formats: str) -> str:
     """Return a frame as aligned text; ``formats`` gives a format per column, missing values show as –."""
+    missing = frame.isna()
     texts = {
-        column: [_cell(value, formats.get(str(column), "")) for value in frame[column]] for column in frame.columns
+        column: [
+            "–" if gone else format(value, formats.get(str(column), ""))
+            for value, gone in zip(frame[column], missing[column], strict=True)
+        ]
+        for column in frame.columns
     }
     widths = {column: max(len(str(column)), *(len(cell) for cell in cells), 1) for column, cells in texts.items()}
     right = {column: frame[column].dtype.kind in "if" for column in frame.columns}
@@ -87,11 +92,6 @@ def table(frame: Any, **formats: str) -> str:
     for i in range(len(frame)):
         lines.append("  ".join(_pad(texts[column][i], widths[column], right[column]) for column in frame.columns))
     return "\n".join(line.rstrip() for line in lines)
-
-
-def _cell(value: Any, form: str) -> str:
-    missing = value is None or value != value or type(value).__name__ == "NAType"
-    return "–" if missing else format(value, form)
 
 
 def _pad(text: str, width: int, right: bool) -> str:
