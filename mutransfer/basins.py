@@ -57,7 +57,8 @@ def optima(
             vertex = _vertices(x, means)
             if start is None:
                 start = vertex
-                transferred = float(x[means[0].argmin()]) if transferred is None else transferred
+            if transferred is None:
+                transferred = float(x[means[0].argmin()])
             rows.append({"parametrization": name, "width": width} | _summary(x, means, vertex, start, transferred))
     return OPTIMA.frame(rows)
 

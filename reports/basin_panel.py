@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pandas as pd
 from matplotlib.axes import Axes
 
@@ -77,7 +79,7 @@ def optimum_strip(axes: Axes, optima: pd.DataFrame, colours: dict[int, str], lim
         axes.plot(best.log2_lr, row, "o", markersize=6, color=hue, markerfacecolor=face, markeredgewidth=1.2)
         words = "drift in octaves:" if index == 0 else interval(best.drift, best.drift_low, best.drift_high)
         words += " (edge of the grid)" if best.at_edge else ""
-        side = {"x": 0.995, "ha": "right"} if right else {"x": 0.005, "ha": "left"}
+        side: dict[str, Any] = {"x": 0.995, "ha": "right"} if right else {"x": 0.005, "ha": "left"}
         axes.text(y=row, s=words, va="center", transform=axes.get_yaxis_transform(), fontsize=8, color=INK, **side)
 
 

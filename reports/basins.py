@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -61,7 +62,8 @@ class BasinFigure(ReportFigure):
         lrs = self.basins["log2_lr"]
         with styled():
             figure = Figure(figsize=(max(4.9 * len(names), 6.4), 4.2 + 0.24 * len(colours)), layout="constrained")
-            figure.get_layout_engine().set(h_pad=0.04, w_pad=0.08, hspace=0.0, wspace=0.03)  # type: ignore[union-attr]
+            engine: Any = figure.get_layout_engine()
+            engine.set(h_pad=0.04, w_pad=0.08, hspace=0.0, wspace=0.03)
             grid = figure.subplots(
                 2, len(names), sharex=True, sharey="row", squeeze=False, height_ratios=[3.6, 0.3 + 0.25 * len(colours)]
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -136,6 +137,6 @@ def _heading(statistic: str, step: int) -> str:
 
 def _legend(names: list[str]) -> list[Line2D | Patch]:
     checked = Line2D([], [], color=colour(names[0]), marker="o", label=f"{plain(label(names[0]))}, checked")
-    grey = {"color": GREY, "linestyle": "--", "marker": "s", "markersize": 3}
+    grey: dict[str, Any] = {"color": GREY, "linestyle": "--", "marker": "s", "markersize": 3}
     controls = [Line2D([], [], label=f"{plain(label(name))}, control", **grey) for name in names[1:]]
     return [checked, Patch(color=colour(names[0]), alpha=0.2, label="expected slopes"), *controls]

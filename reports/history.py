@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -65,12 +66,17 @@ class HistoryFigure(ReportFigure):
             axes = figure.subplots()
             _scale(axes, rows["value"].dropna())
             hue = colour("mup")
-            quiet = {"linestyle": "", "markersize": 5, "alpha": 0.75}
+            quiet: dict[str, Any] = {"linestyle": "", "markersize": 5, "alpha": 0.75}
             axes.plot(full["x"], full["value"], marker="o", color=hue, label="finished", gid="finished", **quiet)
             axes.plot(
                 pruned["x"], pruned["value"], marker="v", mfc="none", color=GREY, label="pruned", gid="pruned", **quiet
             )
-            top = {"transform": axes.get_xaxis_transform(), "color": colour("sp"), "gid": "lost", "markersize": 5}
+            top: dict[str, Any] = {
+                "transform": axes.get_xaxis_transform(),
+                "color": colour("sp"),
+                "gid": "lost",
+                "markersize": 5,
+            }
             axes.plot(rows["x"][lost], [0.965] * lost.sum(), "x", label="diverged or failed", **top)
             if len(full):
                 _best(axes, full, float(rows["x"].max()))

@@ -69,7 +69,9 @@ def overall(found: list[Finding]) -> str:
 def facts(run: RunFolder, optima: pd.DataFrame | None) -> list[Fact]:
     """Return the key numbers: drift and regret per parametrization at the widest width, the price, the best trial."""
     drifts, regrets, price = [], [], []
-    for name in ordered(list(optima["parametrization"]))[::-1] if optima is not None else []:
+    names = [] if optima is None else ordered(list(optima["parametrization"]))[::-1]
+    for name in names:
+        assert optima is not None
         rows = optima[optima["parametrization"] == name].sort_values("width")
         last = rows.iloc[-1]
         drift = octaves(*last[["drift", "drift_low", "drift_high"]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -95,7 +96,12 @@ class WiderFigure(ReportFigure):
         last = self.optima.sort_values("width").groupby("parametrization").tail(1).dropna(subset="transferred_loss")
         for rank, row in enumerate(last.sort_values("transferred_loss").itertuples()):
             words = f"{plain(label(row.parametrization), 14)}: regret\n{percent(row.regret, row.regret_low, row.regret_high)}"
-            style = {"ha": "left", "va": "bottom" if rank else "top", "parse_math": False, "fontsize": 8.5}
+            style: dict[str, Any] = {
+                "ha": "left",
+                "va": "bottom" if rank else "top",
+                "parse_math": False,
+                "fontsize": 8.5,
+            }
             place = (row.width, row.transferred_loss)
             axes.annotate(words, place, (9, 0), textcoords="offset points", color=colour(row.parametrization), **style)
 
@@ -106,7 +112,7 @@ def _curve(axes: Axes, name: str, carried: pd.DataFrame, own: pd.DataFrame) -> N
     axes.fill_between(own.index, own["low"], own["high"], color=hue, alpha=0.13, linewidth=0)
     axes.plot(own.index, own["loss"], "--", marker="D", markersize=3.5, color=hue, label=f"{short}, own best lr")
     errors = [(carried["loss"] - carried["low"]).clip(lower=0), (carried["high"] - carried["loss"]).clip(lower=0)]
-    line = {"marker": "o", "markersize": 5.5, "capsize": 3, "elinewidth": 1.0, "gid": "transferred"}
+    line: dict[str, Any] = {"marker": "o", "markersize": 5.5, "capsize": 3, "elinewidth": 1.0, "gid": "transferred"}
     axes.errorbar(carried.index, carried["loss"], yerr=errors, color=hue, label=f"{short}, transferred lr", **line)
     lost = carried.index[carried["loss"].isna()]
     axes.plot(lost, [0.97] * len(lost), "x", color=hue, markersize=7, transform=axes.get_xaxis_transform(), gid="lost")

@@ -59,5 +59,5 @@ USAGE_ERRORS = {
 
 
 def _usage(error: Exception) -> str:
-    text = error.format_message() if hasattr(error, "format_message") else str(error)  # type: ignore[attr-defined]
+    text = error.format_message() if hasattr(error, "format_message") else str(error)
     return " ".join(text.split()) + " (see mutransfer COMMAND --help)"

@@ -90,11 +90,11 @@ def verify_run(
             experiment, recipe, widths,
             folder=folder, executor=executor, parametrizations=kinds, seeds=seeds, step=step, progress=progress,
         )  # fmt: skip
-    found = optima(frame)
+    transferred = _best_point(frame, name, min(widths))
+    found = optima(frame, transferred)
     ours = found[found["parametrization"] == name]
     status, reasons = judge(ours)
     first, last = ours.iloc[0], ours.iloc[-1]
-    transferred = _best_point(frame, name, int(first["width"]))
     widest = experiment.proxy_scale.with_(width=int(last["width"]))
     target_flops = flops_of(experiment, widest) * experiment.steps
     tuning_flops = _tuning_flops(folder)
