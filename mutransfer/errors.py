@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["RequestError", "nearest"]
+__all__ = ["RequestError", "describe", "nearest"]
 
 
 class RequestError(ValueError):
@@ -21,3 +21,9 @@ def nearest(word: str, known: Iterable[str]) -> str:
     choices = sorted(known)
     close = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
     return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(choices)}."
+
+
+def describe(error: BaseException) -> str:
+    """Return an exception's type and the first line of its message, for use inside a sentence."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0].rstrip('.')}" if lines else type(error).__name__

@@ -9,12 +9,13 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
-from .errors import RequestError
+from .errors import RequestError, describe
 from .family import Family
 from .inits import Init, InitWatcher
+from .scale import Scale
 from .uses import Use, UseWatcher
 
-__all__ = ["Observation", "ParamSpec", "observe", "shapes_of"]
+__all__ = ["Observation", "ParamSpec", "build", "observe", "shapes_of"]
 
 WIDER = 2  # a doubled width keeps every divisibility the base has
 
@@ -86,8 +87,8 @@ def observe(family: Family, depth: int | None = None) -> Observation:
     watcher = InitWatcher()
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         with watcher:
-            model = _build(family, base)
-        wider = _build(family, base.with_(width=WIDER * base.width))
+            model = build(family, base)
+        wider = build(family, base.with_(width=WIDER * base.width))
         seen = _forward(family, model, mode)
         seen_wider = _forward(family, wider, mode)
     wide = shapes_of(wider)
@@ -124,8 +125,18 @@ def shapes_of(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
-def _build(family: Family, scale: Any) -> torch.nn.Module:
-    model = family.build(scale)
+def build(family: Family, scale: Scale) -> torch.nn.Module:
+    """Build the family's model under the caller's fake tensor mode.
+
+    Raises:
+        RequestError: the build raised, or returned something else than a module.
+    """
+    try:
+        model = family.build(scale)
+    except RequestError:
+        raise
+    except Exception as error:
+        raise RequestError(f"building {family.name} at {scale} on fake tensors failed ({describe(error)}).") from error
     if not isinstance(model, torch.nn.Module):
         raise RequestError(f"build({scale}) returned {type(model).__name__}: return a torch.nn.Module.")
     return model
@@ -133,8 +144,15 @@ def _build(family: Family, scale: Any) -> torch.nn.Module:
 
 def _forward(family: Family, model: torch.nn.Module, mode: FakeTensorMode) -> UseWatcher:
     batch = tree_map_only(torch.Tensor, mode.from_tensor, family.batch)
-    with torch.no_grad(), UseWatcher(model) as watcher:
-        loss = family.loss(model, batch)
+    watcher = UseWatcher(model)
+    try:
+        with torch.no_grad(), watcher:
+            loss = family.loss(model, batch)
+    except Exception as error:
+        raise RequestError(
+            f"{family.name} does not run on its example batch with fake tensors ({describe(error)}): check that build, batch "
+            "and loss fit together and that the forward pass reads no values."
+        ) from error
     if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
         raise RequestError(f"loss(model, batch) returned {loss!r:.80}: return a tensor with one entry.")
     return watcher

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from .errors import RequestError
 from .family import Family
 from .fold import Factors
-from .observe import WIDER, Observation, ParamSpec, observe, shapes_of
+from .observe import WIDER, Observation, ParamSpec, build, observe, shapes_of
 from .optimizers import OptimizerRule, optimizer_rule
 from .plans import ParameterPlan, Plan
 from .recipe import Recipe
@@ -50,7 +50,7 @@ def plan(
     rules, rule = table(parametrization), optimizer_rule(optimizer, recipe)
     seen = observation or observe(family, scale.depth)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        shapes = shapes_of(family.build(scale))
+        shapes = shapes_of(build(family, scale))
     if shapes.keys() != seen.specs.keys():
         odd = sorted(shapes.keys() ^ seen.specs.keys())[0]
         raise RequestError(

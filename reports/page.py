@@ -26,7 +26,7 @@ from mutransfer.reports.cells import (
 )
 from mutransfer.reports.coordinates import CoordinateFigure
 from mutransfer.reports.figure import ReportFigure
-from mutransfer.reports.folder import RunFolder
+from mutransfer.reports.contents import RunContents
 from mutransfer.reports.history import HistoryFigure
 from mutransfer.reports.summary import facts, findings, overall
 from mutransfer.reports.wider import WiderFigure
@@ -47,7 +47,7 @@ def write_report(folder: str | os.PathLike[str]) -> Path:
         RequestError: no such folder, none of these files in it, a file that does not hold what its name says, or a
             disk that is full.
     """
-    run = RunFolder.read(Path(folder))
+    run = RunContents.read(Path(folder))
     verdict, optima, notes = _analysed(run)
     figures = _figures(run, None if verdict is None else verdict.slopes, optima)
     for name, figure in figures.items():
@@ -64,7 +64,7 @@ def download(name: str, content: str) -> tuple[str, str]:
     return name, f"data:{kind};base64,{base64.b64encode(raw).decode()}"
 
 
-def _analysed(run: RunFolder) -> tuple[Any | None, pd.DataFrame | None, dict[str, str]]:
+def _analysed(run: RunContents) -> tuple[Any | None, pd.DataFrame | None, dict[str, str]]:
     """Return the coordinate check's verdict, the optima, and sentences on what could not be computed.
 
     Both need scipy and the core; a report of trials alone imports neither.
@@ -88,7 +88,7 @@ def _analysed(run: RunFolder) -> tuple[Any | None, pd.DataFrame | None, dict[str
     return verdict, optima, notes
 
 
-def _figures(run: RunFolder, slopes: pd.DataFrame | None, optima: pd.DataFrame | None) -> dict[str, ReportFigure]:
+def _figures(run: RunContents, slopes: pd.DataFrame | None, optima: pd.DataFrame | None) -> dict[str, ReportFigure]:
     figures: dict[str, ReportFigure] = {}
     if run.basins is not None and optima is not None:
         figures["basins"] = BasinFigure(run.basins, optima)
@@ -102,7 +102,7 @@ def _figures(run: RunFolder, slopes: pd.DataFrame | None, optima: pd.DataFrame |
 
 
 def _render(
-    run: RunFolder,
+    run: RunContents,
     verdict: Any | None,
     optima: pd.DataFrame | None,
     figures: dict[str, ReportFigure],

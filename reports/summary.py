@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from mutransfer.reports.folder import RunFolder
+from mutransfer.reports.contents import RunContents
 from mutransfer.reports.words import across, label, number, octaves, ordered, percent
 
 __all__ = ["Fact", "Finding", "facts", "findings", "overall"]
@@ -46,7 +46,7 @@ class Fact:
     note: str = ""
 
 
-def findings(run: RunFolder, verdict: Any | None) -> list[Finding]:
+def findings(run: RunContents, verdict: Any | None) -> list[Finding]:
     """Return the verdict on the transfer and that of the coordinate check.
 
     ``verdict`` is the coordinate check's as computed from the frame, for a folder without check.json.
@@ -66,7 +66,7 @@ def overall(found: list[Finding]) -> str:
     return next((status for status in ("fail", "undecided", "pass") if status in there), "none")
 
 
-def facts(run: RunFolder, optima: pd.DataFrame | None) -> list[Fact]:
+def facts(run: RunContents, optima: pd.DataFrame | None) -> list[Fact]:
     """Return the key numbers: drift and regret per parametrization at the widest width, the price, the best trial."""
     drifts, regrets, price = [], [], []
     names = [] if optima is None else ordered(list(optima["parametrization"]))[::-1]

@@ -15,7 +15,7 @@ from mutransfer.files import read_json
 from mutransfer.frames import BASINS, COORDINATES, PARAMETERS, TRIALS
 from mutransfer.recipe import Recipe
 
-__all__ = ["RunFolder"]
+__all__ = ["RunContents"]
 
 # file → (what is missing without it, the command that makes it)
 MADE_BY = {
@@ -31,7 +31,7 @@ MADE_BY = {
 
 
 @dataclass(frozen=True, eq=False)
-class RunFolder:
+class RunContents:
     """The measurements and decisions of one run; None, or an empty dictionary, for what is not there."""
 
     path: Path
@@ -45,7 +45,7 @@ class RunFolder:
     check: dict[str, Any]
 
     @classmethod
-    def read(cls, path: Path) -> RunFolder:
+    def read(cls, path: Path) -> RunContents:
         """Read what is in the folder ``path``.
 
         Raises:
