@@ -24,9 +24,9 @@ from mutransfer.reports.cells import (
     recipe_table,
     slope_table,
 )
+from mutransfer.reports.contents import RunContents
 from mutransfer.reports.coordinates import CoordinateFigure
 from mutransfer.reports.figure import ReportFigure
-from mutransfer.reports.contents import RunContents
 from mutransfer.reports.history import HistoryFigure
 from mutransfer.reports.summary import facts, findings, overall
 from mutransfer.reports.wider import WiderFigure
