@@ -16,7 +16,7 @@ import torch
 from .errors import RequestError
 from .files import read_json
 from .optimizers import OPTIMIZERS
-from .plans import Plan, _plain
+from .plans import Plan, plain_name
 
 __all__ = ["COLUMNS", "audit", "live"]
 
@@ -134,7 +134,7 @@ def _by_name(groups: list[dict[str, Any]], plan: Plan) -> Iterator[tuple[str, di
                 f"parameter group {i} of the dump has {len(names)} names for {len(parameters)} parameters: save it again."
             )
         for name in names:
-            yield _plain(name), group
+            yield plain_name(name), group
 
 
 def _uneven_schedule(found: dict[str, dict[str, Any]]) -> Iterator[Difference]:
@@ -157,7 +157,7 @@ def _shapes(plan: Plan, dump: dict[str, Any]) -> Iterator[Difference]:
         return
     if not isinstance(dump["model"], dict):
         raise RequestError(f"the dump's model is of type {type(dump['model']).__name__}: expected model.state_dict().")
-    model = {_plain(str(name)): value for name, value in dump["model"].items()}
+    model = {plain_name(str(name)): value for name, value in dump["model"].items()}
     for row in plan.rows:
         value = model.get(row.name)
         shape = None if value is None else list(getattr(value, "shape", value))

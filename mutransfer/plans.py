@@ -13,15 +13,16 @@ from typing import Any
 import pandas as pd
 import torch
 
-from .errors import RequestError
+from .errors import RequestError, nearest
 from .files import read_json, write_json
 from .frames import PARAMETERS
 from .inits import Init
 from .optimizers import OPTIMIZERS
 from .recipe import Recipe
 from .scale import Scale
+from .tables import table
 
-__all__ = ["ParameterPlan", "Plan"]
+__all__ = ["ParameterPlan", "Plan", "plain_name"]
 
 FORMAT = "mutransfer-plan/1"
 
@@ -173,15 +174,17 @@ class Plan:
         try:
             rows = tuple(_read_row(row) for row in data["parameters"])
             scales = Scale(**data["scale"]), Scale(**data["base"])
-            names = data["parametrization"], data["optimizer"]
-        except (KeyError, TypeError) as error:
+            names = table(data["parametrization"]).name, str(data["optimizer"])
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise RequestError(f"{where} holds a damaged plan ({error}): write it again.") from None
+        if names[1] not in OPTIMIZERS:
+            raise RequestError(f"{where} is for the optimizer {names[1]!r}: {nearest(names[1], OPTIMIZERS)}")
         recipe = Recipe.read(data["recipe"], f"{where}, recipe")
         return cls(*scales, *names, recipe, rows, tuple(data.get("notes", ())))
 
     def _matched(self, model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
         """Return the model's parameters by name, after comparing names and shapes with the plan's."""
-        parameters = {_plain(name): parameter for name, parameter in model.named_parameters()}
+        parameters = {plain_name(name): parameter for name, parameter in model.named_parameters()}
         planned = {row.name: row.shape for row in self.rows}
         _refuse_difference(parameters.keys() - planned.keys(), "the model has", "the plan does not")
         _refuse_difference(planned.keys() - parameters.keys(), "the plan has", "the model does not")
@@ -199,7 +202,7 @@ def _settings(row: ParameterPlan) -> dict[str, Any]:
     return settings if row.eps is None else settings | {"eps": row.eps}
 
 
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
     """The parameter's own name, without what torch.compile and DDP put before it."""
     return name.removeprefix("_orig_mod.").removeprefix("module.")
 
@@ -212,6 +215,9 @@ def _refuse_difference(names: Iterable[str], here: str, there: str) -> None:
 def _read_row(row: dict[str, Any]) -> ParameterPlan:
     data = {key: value for key, value in row.items() if key != "init_std"}
     plan = ParameterPlan(**{**data, "shape": tuple(row["shape"]), "init": Init(**row["init"])})
-    if not math.isfinite(plan.lr):
-        raise TypeError(f"lr of {plan.name} is {plan.lr}")
+    spread = plan.init.a, plan.init.b, plan.init.std  # a KeyError for an unknown kind
+    numbers = plan.m_in, plan.m_out, plan.lr, plan.weight_decay, plan.lr_factor, plan.wd_factor, plan.gauge, *spread
+    optional = [number for number in (plan.eps, plan.eps_factor, plan.init_factor) if number is not None]
+    if not all(math.isfinite(number) for number in (*numbers, *optional)):
+        raise TypeError(f"a setting of {plan.name} is not a finite number")
     return plan

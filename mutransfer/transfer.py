@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from .optimizers import optimizer_rule
 from .plans import Plan
 from .scale import Scale
 from .tables import table
+from .transferability import of_depth, of_laws, of_tuned
 
 __all__ = ["TargetConfig", "target_config"]
 
@@ -24,15 +25,6 @@ KEYS = (
     "format", "model", "options", "data", "sequence_length", "scale", "base", "parametrization", "optimizer", "recipe",
     "parameters", "groups", "schedule", "clip", "batch_size", "steps", "tokens", "seed", "provenance", "warnings", "notes",
 )  # fmt: skip
-TABLE_1 = "TP-V 2203.03466, Table 1"
-
-# What TP-V's Table 1 says of a tuned value, by the recipe's or the model's name for it.
-REGULARISATION = {"weight_decay", "decay", "decay_policy", "dropout", "label_smoothing", "l2", "stochastic_depth"}
-TIED_TO_BATCH = {"betas", "beta1", "beta2", "momentum", "eps", "clip"}
-TIED_TO_LENGTH = {"betas", "beta1", "beta2", "momentum", "eps", "warmup", "cooldown", "final"}
-OF_THE_RUN = {"batch_size", "batch", "steps", "tokens", "epochs", "sequence_length"}
-TRANSFERS = {"lr", "schedule", "init_scale", "alpha_input", "alpha_attention", "alpha_output"}
-NO_DEPTH_RULE = {"mup", "sp"}
 
 
 @dataclass(frozen=True)
@@ -214,57 +206,13 @@ def target_config(
     m_B = batch_size / proxy_batch_size
     m_D = m_B * steps / proxy_steps
     warnings = [
-        *_of_tuned(plan, tuned, m_B, m_D),
-        *_of_laws(m_B, m_D, (proxy_batch_size, batch_size), (proxy_batch_size * proxy_steps, batch_size * steps)),
-        *_of_depth(plan, proxy),
+        *of_tuned(plan.recipe, tuned, m_B, m_D),
+        *of_laws(m_B, m_D, (proxy_batch_size, batch_size), (proxy_batch_size * proxy_steps, batch_size * steps)),
+        *of_depth(plan, proxy),
         *plan.notes,  # a target smaller than the base, a depth other than the base's: the plan says so itself
     ]
     scale = plan.scale.with_(batch=batch_size, tokens=target.tokens)
     return replace(target, plan=replace(plan, scale=scale), warnings=tuple(dict.fromkeys(warnings)))
-
-
-def _of_tuned(plan: Plan, tuned: Sequence[str], m_B: float, m_D: float) -> Iterator[str]:
-    for full in tuned:
-        name = full.rpartition(".")[2]
-        value = getattr(plan.recipe, name, None)
-        what = f"{name} ({value})" if value is not None else name
-        if name in REGULARISATION or "dropout" in name:
-            yield (
-                f"{what} was tuned on the proxy, and regularisation does not transfer across scale ({TABLE_1}): choose it "
-                "for the target's own data and size."
-            )
-        elif name in OF_THE_RUN:
-            yield f"{what} was tuned on the proxy, and what is tied to batch or length does not transfer ({TABLE_1})."
-        elif name in TIED_TO_BATCH | TIED_TO_LENGTH:
-            changed = [f"batch (m_B = {m_B:g})"] if name in TIED_TO_BATCH and m_B != 1 else []
-            changed += [f"duration (m_D = {m_D:g})"] if name in TIED_TO_LENGTH and m_D != 1 else []
-            if changed:
-                yield f"{what} was tuned on the proxy, is tied to the {' and the '.join(changed)}, and is carried unchanged."
-        elif name not in TRANSFERS:
-            yield f"{what} was tuned on the proxy, and whether it transfers is not known: check it at two widths."
-
-
-def _of_laws(m_B: float, m_D: float, batch: tuple[int, int], examples: tuple[int, int]) -> Iterator[str]:
-    if m_B != 1:
-        yield (
-            f"the batch grows {m_B:g}x ({batch[0]} to {batch[1]} examples): no batch or duration law applied, so lr, betas and "
-            "eps are those of the proxy's batch."
-        )
-    if m_D != 1:
-        yield (
-            f"the run's data grows {m_D:g}x ({examples[0]} to {examples[1]} examples): no batch or duration law applied, so lr "
-            "and weight decay are those of the proxy's duration."
-        )
-
-
-def _of_depth(plan: Plan, proxy: Scale) -> Iterator[str]:
-    # When the proxy has the base's depth, the plan's own note says the same.
-    changed = plan.scale.depth != proxy.depth and proxy.depth != plan.base.depth
-    if changed and plan.parametrization in NO_DEPTH_RULE:
-        yield (
-            f"depth goes from {proxy.depth} in the proxy to {plan.scale.depth}: {plan.parametrization} has no rule for depth, "
-            "so the recipe is carried without any factor."
-        )
 
 
 def _refuse_other_files(data: Any, path: Any) -> None:

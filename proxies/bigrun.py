@@ -6,28 +6,25 @@ import contextlib
 import hashlib
 import json
 import math
-import os
-import pickle
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 import torch
 
 from mutransfer.errors import RequestError
-from mutransfer.files import naming_the_disk
 from mutransfer.transfer import TargetConfig
 
+from .checkpoints import restore, save
 from .data import Data, load_data
 from .reference import load_family
 from .training import FINITE_EVERY, Training
 
 __all__ = ["run_target"]
 
-FORMAT = "mutransfer-checkpoint/1"
 SLOW = 0.05  # seconds a step must take for a look after each to cost nothing
 
 
@@ -74,7 +71,7 @@ def run_target(
     )
     path, identity = Path(out) / "checkpoint.pt", _identity(target, data)
     if resume and path.exists():
-        _restore(training, path, identity)
+        restore(training, path, identity)
     begun, seconds = training.step, 0.0
     pace = 1
     with _interrupts() as asked:
@@ -87,14 +84,14 @@ def run_target(
             seconds += took
             pace = 1 if took > SLOW * (training.step - before) else FINITE_EVERY
             if training.step == due and training.finite:
-                _save(training, path, identity)
+                save(training, path, identity)
             try:
                 progress(training.step, target.steps)
                 if asked.is_set():
                     raise KeyboardInterrupt
             except KeyboardInterrupt:
                 if training.finite:
-                    _save(training, path, identity)
+                    save(training, path, identity)
                 raise
     loss = training.validate()
     tokens = target.batch_size * (target.sequence_length if data.kind == "tokens" else 1) * (training.step - begun)
@@ -119,77 +116,6 @@ def _identity(target: TargetConfig, data: Data) -> str:
     """Hash of all that decides what is trained; who tuned it when, and what was warned about, does not."""
     told = {key: value for key, value in target.as_dict().items() if key not in ("provenance", "warnings", "notes")}
     return hashlib.sha256(json.dumps([told, data.sha256], sort_keys=True).encode()).hexdigest()
-
-
-def _save(training: Training, path: Path, identity: str) -> None:
-    """Write the checkpoint beside the old one, then put it in its place."""
-    state = {"format": FORMAT, "target": identity, "random": _random(training.device), **training.state_dict()}
-    # One fixed name, so that a killed run's leftover is overwritten rather than kept.
-    partial = path.with_name(f".{path.name}.partial")
-    with naming_the_disk(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with partial.open("wb") as file:
-                writer = _Writer(file)
-                try:
-                    torch.save(state, cast(IO[bytes], writer))
-                except RuntimeError:
-                    if writer.error is None:
-                        raise
-                    raise writer.error from None
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                partial.unlink()
-            raise
-
-
-class _Writer:
-    """A file that remembers why a write failed: torch's archive writer raises a RuntimeError that does not say."""
-
-    def __init__(self, file: Any) -> None:
-        self.file = file
-        self.error: OSError | None = None
-
-    def write(self, chunk: Any) -> int:
-        try:
-            return self.file.write(chunk)
-        except OSError as error:
-            self.error = error
-            raise
-
-    def flush(self) -> None:
-        self.file.flush()
-
-
-def _restore(training: Training, path: Path, identity: str) -> None:
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        found = state.get("target") if isinstance(state, dict) and state.get("format") == FORMAT else None
-    except (RuntimeError, EOFError, KeyError, ValueError, OSError, pickle.UnpicklingError) as error:
-        raise RequestError(
-            f"{path} cannot be read ({type(error).__name__}): move it away to start over, or put a good copy in its place."
-        ) from None
-    if found != identity:
-        whose = "is of another target" if found else "is not a checkpoint of mutransfer"
-        raise RequestError(f"{path} {whose}: choose another --out, or move it away to start over.")
-    try:
-        training.load_state_dict(state)
-    except (RuntimeError, KeyError, ValueError) as error:
-        raise RequestError(
-            f"{path} does not fit the model as its code builds it now ({' '.join(str(error).split())[:160]}): restore the code, "
-            "or move the checkpoint away to start over."
-        ) from None
-    torch.set_rng_state(state["random"]["cpu"])
-    if "cuda" in state["random"] and training.device.startswith("cuda"):
-        torch.cuda.set_rng_state(state["random"]["cuda"], training.device)
-
-
-def _random(device: str) -> dict[str, torch.Tensor]:
-    cuda = {"cuda": torch.cuda.get_rng_state(device)} if device.startswith("cuda") else {}
-    return {"cpu": torch.get_rng_state(), **cuda}
 
 
 @contextlib.contextmanager
