@@ -9,12 +9,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .coordinates import record as record
+    from .coordinates import verdict as verdict
     from .errors import RequestError as RequestError
     from .family import Family as Family
     from .planning import plan as plan
     from .plans import Plan as Plan
     from .recipe import Recipe as Recipe
     from .scale import Scale as Scale
+    from .transfer import TargetConfig as TargetConfig
 
 __version__ = "0.1.0"
 
@@ -24,10 +27,13 @@ _HOMES = {
     "Recipe": "recipe",
     "RequestError": "errors",
     "Scale": "scale",
+    "TargetConfig": "transfer",
     "plan": "planning",
+    "record": "coordinates",
+    "verdict": "coordinates",
 }
 
-__all__ = ["Family", "Plan", "Recipe", "RequestError", "Scale", "plan"]
+__all__ = ["Family", "Plan", "Recipe", "RequestError", "Scale", "TargetConfig", "plan", "record", "verdict"]
 
 
 def __getattr__(name: str) -> Any:

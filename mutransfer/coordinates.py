@@ -6,31 +6,27 @@ feature learning (`tables.HEALTHY`), so the standard parametrization fails it, a
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
-from scipy import stats
 from torch.utils._pytree import tree_leaves
 
 from .errors import RequestError
 from .family import Family
-from .frames import COORDINATES, SLOPES
+from .frames import COORDINATES
 from .observe import Observation, observe
 from .optimizers import OPTIMIZERS
 from .planning import plan
 from .recipe import Recipe
-from .tables import HEALTHY, TABLES, Band
+from .verdicts import MARGIN as MARGIN
+from .verdicts import Verdict as Verdict
+from .verdicts import verdict as verdict
 
 __all__ = ["MARGIN", "Verdict", "record", "verdict"]
 
-MARGIN = 0.15  # finite width bends every slope a little; healthy and broken are 0.3 and more apart
 CHECK_LR = {"adam": 2**-8, "sgd": 2**-3}
-Status = Literal["pass", "fail", "undecided"]
 
 
 def record(
@@ -140,126 +136,3 @@ def module_roles(model: torch.nn.Module, seen: Observation) -> dict[str, str]:
         is_output = spec is None or spec.role == "output"
         roles[module] = "output" if is_output else roles.get(module, "feature")
     return roles
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What a coordinate check found.
-
-    ``slopes`` has the columns of `frames.SLOPES`; ``cause`` says in a sentence what failed, or what is missing.
-    """
-
-    status: Status
-    slopes: pd.DataFrame
-    cause: str | None
-
-
-def verdict(coordinates: pd.DataFrame, margin: float = MARGIN) -> Verdict:
-    """Judge a coordinates frame of one parametrization against the slopes of width-stable feature learning.
-
-    Per module, statistic and step, the slope of log2(value) against log2(width) is fitted over seeds and widths with a
-    95% interval. It passes when the interval lies within the expected band widened by ``margin``, fails when it lies
-    wholly outside, and is undecided otherwise. Changes are judged after the first and the last step.
-
-    Raises:
-        RequestError: two parametrizations in one frame, or fewer than two widths.
-    """
-    names = coordinates["parametrization"].unique()
-    if len(names) != 1:
-        raise RequestError(
-            f"one verdict judges one parametrization, and the frame holds {sorted(names)}: filter it first."
-        )
-    if coordinates["width"].nunique() < 2:
-        raise RequestError("a slope needs at least two widths: record more.")
-    last = int(coordinates["step"].max())
-    judged = coordinates[coordinates["step"].isin([0, 1, last])]
-    column = OPTIMIZERS[str(judged["optimizer"].iloc[0])].column
-    rows = []
-    first_module = judged["module"].iloc[0]
-    for (module, role, statistic, step), group in judged.groupby(["module", "role", "statistic", "step"], sort=False):
-        slope, low, high = _slope(group)
-        expected = HEALTHY[str(statistic), str(role)]
-        declared_role = "first" if role == "feature" and statistic == "change" and module == first_module else str(role)
-        declared = TABLES[names[0]].declared.get((column, str(statistic), declared_role), expected)
-        rows.append(
-            {
-                "parametrization": names[0],
-                "module": module,
-                "role": role,
-                "statistic": statistic,
-                "step": step,
-                "slope": slope,
-                "low": low,
-                "high": high,
-                "expected": _words(expected),
-                "declared": _words(declared),
-                "ok": _judge(group, slope, low, high, expected, margin),
-            }
-        )
-    slopes = SLOPES.frame(rows)
-    if (slopes["ok"] == False).any():  # noqa: E712 - a nullable column: missing is not False
-        return Verdict("fail", slopes, _cause(slopes))
-    if slopes["ok"].isna().any():
-        return Verdict("undecided", slopes, _undecided(slopes, coordinates))
-    return Verdict("pass", slopes, None)
-
-
-def _slope(group: pd.DataFrame) -> tuple[float, float, float]:
-    """Fitted slope with its 95% interval; NaN when a value is zero or not finite, infinite ends without a residual.
-
-    Least squares over all seeds and widths, weighted by width: the fluctuations of a random network between seeds have a
-    variance of 1/width (measured: docs/coordinate-check.md), so the wide models say more. Curvature of the true line
-    counts as residual and widens the interval.
-    """
-    width, value = group["width"].to_numpy(dtype=float), group["value"].to_numpy(dtype=float)
-    if not np.isfinite(value).all() or (value <= 0).any():
-        return math.nan, math.nan, math.nan
-    x, y, weight = np.log2(width), np.log2(value), width / width.mean()
-    x, y = x - np.average(x, weights=weight), y - np.average(y, weights=weight)
-    spread = weight @ (x * x)
-    slope = float(weight @ (x * y) / spread)
-    freedom = len(value) - 2
-    if freedom < 1:
-        return slope, -math.inf, math.inf
-    error = math.sqrt(weight @ (y - slope * x) ** 2 / freedom / spread)
-    half = float(stats.t.ppf(0.975, freedom)) * error
-    return slope, slope - half, slope + half
-
-
-def _judge(group: pd.DataFrame, slope: float, low: float, high: float, band: Band, margin: float) -> bool | None:
-    if not np.isfinite(group["value"]).all():
-        return False
-    if math.isnan(slope):
-        # All zeros is what a zero-initialized readout gives, and may: nothing else may be constant.
-        return True if (group["value"] == 0).all() and band[0] == -math.inf else None
-    if band[0] - margin <= low and high <= band[1] + margin:
-        return True
-    return False if high < band[0] - margin or low > band[1] + margin else None
-
-
-def _cause(slopes: pd.DataFrame) -> str:
-    failed = slopes[slopes["ok"] == False]  # noqa: E712
-    modules = list(dict.fromkeys(failed["module"]))
-    listed = ", ".join(modules[:6]) + (f" and {len(modules) - 6} more" if len(modules) > 6 else "")
-    worst = failed.loc[failed["slope"].abs().fillna(math.inf).idxmax()]
-    if math.isnan(worst["slope"]):
-        return f"{worst['module']} is not finite or zero at some width: lower --lr (fails in {listed})."
-    what = f"the {worst['statistic']} of {worst['module']} goes as width^{worst['slope']:+.2f}"
-    if worst["statistic"] == "change":
-        why = "its learning rate does not shrink with width" if worst["slope"] > 0 else "its updates fade with width"
-    else:
-        why = "its initial weights are not scaled with the fan-in"
-    return f"{what} where {worst['expected']} is healthy, so {why}; failing: {listed}."
-
-
-def _undecided(slopes: pd.DataFrame, coordinates: pd.DataFrame) -> str:
-    modules = list(dict.fromkeys(slopes[slopes["ok"].isna()]["module"]))
-    return (
-        f"not enough evidence for {', '.join(modules[:6])}: add seeds (now {coordinates['seed'].nunique()}) or widths "
-        f"(now {coordinates['width'].nunique()})."
-    )
-
-
-def _words(band: Band) -> str:
-    low, high = ("-inf" if math.isinf(end) else f"{end:g}" for end in band)
-    return f"{low}..{high}"
