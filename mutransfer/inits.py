@@ -34,7 +34,10 @@ class Init:
 
     def scaled(self, factor: float) -> Init:
         """Return the distribution of ``factor`` times a draw."""
-        return replace(self, a=self.a * factor, b=self.b * factor)
+        a, b = self.a * factor, self.b * factor
+        if factor < 0:  # a mirrored normal keeps its spread, a mirrored uniform swaps its ends
+            a, b = (b, a) if self.kind == "uniform" else (a, -b)
+        return replace(self, a=a, b=b)
 
     @torch.no_grad()
     def fill_(self, tensor: torch.Tensor, generator: torch.Generator) -> None:

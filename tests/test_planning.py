@@ -1,0 +1,561 @@
+"""The numbers of a plan: the identity at base width, RULES' factors elsewhere, and what is done with them."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+import mutransfer as mt
+from mutransfer.errors import RequestError
+from mutransfer.observe import Observation, observe
+from mutransfer.plans import ParameterPlan
+from mutransfer.scale import Scale
+
+from . import families
+
+FAMILIES = {
+    "mlp": families.mlp,
+    "resnet": families.resnet,
+    "transformer": families.transformer,
+    "tied": lambda: families.transformer(tied=True),
+    "heads": lambda: families.transformer(head_dim=None, heads=2, qk_norm=True),
+    "gqa": lambda: families.transformer(kv_heads=1, ffn="gelu"),
+}
+TUNED = {"lr": 0.003, "eps": 1e-6, "decay": "all"}
+OPTIMIZERS = {
+    "adamw": mt.Recipe(**TUNED, weight_decay=0.1),
+    "adam": mt.Recipe(**TUNED),
+    "sgd": mt.Recipe(**TUNED, weight_decay=0.1),
+}
+
+
+def rows(plan: mt.Plan) -> dict[str, ParameterPlan]:
+    return {row.name: row for row in plan.rows}
+
+
+def wider(family: mt.Family, ratio: int) -> Scale:
+    return family.base.with_(width=ratio * family.base.width)
+
+
+def model_of(family: mt.Family, plan: mt.Plan, seed: int = 0) -> nn.Module:
+    model = family.build(plan.scale)
+    plan.initialize(model, seed)
+    return model
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("parametrization", ["mup", "sp"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_at_base_width_every_factor_is_one(name: str, parametrization: str, optimizer: str) -> None:
+    family, recipe = FAMILIES[name](), OPTIMIZERS[optimizer]
+    plan = mt.plan(family, family.base, parametrization, optimizer, recipe)
+    for row in plan.rows:
+        factors = row.m_in, row.m_out, row.lr_factor, row.wd_factor, row.init_factor, row.eps_factor, row.gauge
+        assert all(factor in (1, None) for factor in factors), row
+        assert (row.lr, row.weight_decay) == (recipe.lr, recipe.weight_decay)
+        assert row.eps == (None if optimizer == "sgd" else recipe.eps)
+    assert plan.notes == ()
+
+
+#           init, lr and wd, eps, lr and wd of SGD, at 4x the width (RULES, canonical gauge)
+AT_4X = {
+    "input": (1, 1, 1, 1 / 4, 4, 1 / 4),
+    "vector": (1, 1, 1, 1 / 4, 4, 1 / 4),
+    "hidden": (1 / 2, 1 / 4, 4, 1 / 4, 1, 1),
+    "output": (1 / 4, 1 / 4, 4, 1, 1 / 4, 4),
+    "bottleneck": (1 / 2, 1 / 4, 4, 1, 1 / 4, 4),
+    "finite": (1, 1, 1, 1, 1, 1),
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("name", ["mlp", "resnet", "transformer", "gqa"])
+def test_factors_at_four_times_the_width(name: str, optimizer: str) -> None:
+    family, recipe = FAMILIES[name](), OPTIMIZERS[optimizer]
+    plan = mt.plan(family, wider(family, 4), "mup", optimizer, recipe)
+    assert {row.role for row in plan.rows} >= {"input", "vector", "hidden", "output"}
+    for row in plan.rows:
+        init, lr, decay, eps, sgd_lr, sgd_decay = AT_4X[row.role]
+        if optimizer == "sgd":
+            lr, decay = sgd_lr, sgd_decay
+        assert row.lr == pytest.approx(recipe.lr * lr, rel=1e-12), row
+        assert row.weight_decay == pytest.approx(recipe.weight_decay * decay, rel=1e-12), row
+        assert row.eps == (None if optimizer == "sgd" else pytest.approx(recipe.eps * eps, rel=1e-12)), row
+        assert row.init_factor in (None, init), row
+        assert (row.init_factor is None) == (row.init.kind == "constant")
+        assert row.gauge == (1 / 4 if row.role == "output" else 1)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_sp_changes_only_the_initialization(optimizer: str) -> None:
+    family = families.transformer()
+    plan = mt.plan(family, wider(family, 4), "sp", optimizer, OPTIMIZERS[optimizer])
+    for row in plan.rows:
+        assert (row.lr_factor, row.wd_factor) == (1, 1)
+        assert row.eps_factor in (1, None)
+        assert row.init_factor in (None, 1 / 2 if row.role in ("hidden", "output") else 1)
+        assert row.gauge == 1
+
+
+def test_attention_factors_when_the_head_dim_grows() -> None:
+    """α√d₀/d in place of 1/√d: c = m_h^-1/2 = 1/2 on W_q, or on the gain of the queries' norm."""
+    family = families.transformer(head_dim=None, heads=2)
+    plan = mt.plan(family, wider(family, 4), "mup", "adamw", OPTIMIZERS["adamw"])
+    row = rows(plan)["blocks.0.attention.q.weight"]
+    assert (row.init_factor, row.lr_factor, row.wd_factor, row.eps_factor, row.gauge) == (1 / 4, 1 / 8, 8, 1 / 2, 1 / 2)
+    assert rows(plan)["blocks.0.attention.k.weight"].lr_factor == 1 / 4
+    assert any("head dim grows 4x" in note for note in plan.notes)
+    sgd = rows(mt.plan(family, plan.scale, "mup", "sgd"))["blocks.0.attention.q.weight"]
+    assert (sgd.init_factor, sgd.lr_factor, sgd.wd_factor, sgd.gauge) == (1 / 4, 1 / 4, 4, 1 / 2)
+    family = families.transformer(head_dim=None, heads=2, qk_norm=True)
+    normed = rows(mt.plan(family, wider(family, 4)))
+    gain = normed["blocks.0.attention.q_norm.weight"]
+    assert (gain.init.a, gain.lr_factor, gain.wd_factor, gain.eps_factor) == (1 / 2, 1 / 2, 2, 1 / 2)
+    assert normed["blocks.0.attention.q.weight"].lr_factor == 1 / 4
+    assert normed["blocks.0.attention.k_norm.weight"].init.a == 1
+    assert rows(mt.plan(family, wider(family, 4), "sp"))["blocks.0.attention.q_norm.weight"].init.a == 1
+
+
+def test_a_tied_readouts_factor_is_in_the_final_norm() -> None:
+    family = families.transformer(tied=True)
+    plan = mt.plan(family, wider(family, 4), "mup", "adamw", OPTIMIZERS["adamw"])
+    gain, embedding = rows(plan)["norm.weight"], rows(plan)["embedding.weight"]
+    assert (gain.init.a, gain.lr_factor, gain.wd_factor, gain.eps_factor, gain.gauge) == (1 / 4, 1 / 4, 4, 1, 1 / 4)
+    assert (embedding.role, embedding.init_factor, embedding.lr_factor, embedding.gauge) == ("input", 1, 1, 1)
+    assert any("folded into norm.weight" in note for note in plan.notes)
+    sgd = rows(mt.plan(family, plan.scale, "mup", "sgd"))["norm.weight"]
+    assert (sgd.lr_factor, sgd.wd_factor) == (4 / 16, 16 / 4)
+
+
+class Shared(nn.Module):
+    """A tied readout with no norm before it that could carry its factor."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(families.VOCABULARY, width)
+        self.middle = nn.Linear(width, width)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        h = self.embedding(tokens)
+        return torch.tanh(h + self.middle(h)) @ self.embedding.weight.T
+
+
+def test_a_tied_readout_that_nothing_carries_is_refused() -> None:
+    family = mt.Family(lambda s: Shared(s.width), families.token_batch(), families.loss, Scale(16))
+    mt.plan(family, family.base)
+    with pytest.raises(
+        RequestError, match=r"tied to embedding\.weight and nothing before it can carry its factor 0\.5"
+    ):
+        mt.plan(family, Scale(32))
+
+
+def test_every_axis_has_its_own_ratio() -> None:
+    """Width 4x with a feed-forward layer that grows 2x: by hand from RULES, no global width multiplier."""
+
+    def build(scale: Scale) -> nn.Module:
+        inner = {32: 64, 64: 96, 128: 128}[scale.width]
+        return nn.Sequential(
+            nn.Flatten(), nn.Linear(64, scale.width), nn.ReLU(), nn.Linear(scale.width, inner), nn.ReLU(),
+            nn.Linear(inner, scale.width), nn.ReLU(), nn.Linear(scale.width, 10),
+        )  # fmt: skip
+
+    family = mt.Family(build, families.image_batch(), families.loss, Scale(32))
+    adam, sgd = (rows(mt.plan(family, Scale(128), optimizer=name)) for name in ("adamw", "sgd"))
+    up, down = adam["3.weight"], adam["5.weight"]
+    assert (up.m_in, up.m_out, up.init_factor, up.lr_factor, up.wd_factor, up.eps_factor) == (
+        4,
+        2,
+        1 / 2,
+        1 / 4,
+        4,
+        1 / 2,
+    )
+    assert (down.m_in, down.m_out, down.lr_factor, down.wd_factor, down.eps_factor) == (2, 4, 1 / 2, 2, 1 / 4)
+    assert down.init_factor == pytest.approx(2**-0.5)
+    assert (adam["3.bias"].m_out, adam["3.bias"].eps_factor, sgd["3.bias"].lr_factor) == (2, 1 / 2, 2)
+    assert (sgd["3.weight"].lr_factor, sgd["5.weight"].lr_factor) == (1 / 2, 2)
+
+
+def test_the_same_seed_gives_the_same_weights() -> None:
+    family = families.transformer()
+    plan = mt.plan(family, wider(family, 2))
+    model = model_of(family, plan, seed=5)
+    first = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    torch.rand(17)
+    plan.initialize(model, seed=5)
+    assert all(torch.equal(parameter, first[name]) for name, parameter in model.named_parameters())
+    other = dict(model_of(family, plan, seed=6).named_parameters())
+    for row in plan.rows:
+        assert torch.equal(other[row.name], first[row.name]) == (row.init.kind == "constant")
+    # streams belong to names: no two matrices start alike
+    assert not torch.equal(first["blocks.0.attention.q.weight"], first["blocks.0.attention.k.weight"])
+    assert not torch.equal(first["blocks.0.attention.q.weight"], first["blocks.1.attention.q.weight"])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_empirical_std(name: str) -> None:
+    """Drawn weights have the planned std, and at base width the std of the model's own constructor."""
+    family = FAMILIES[name]()
+    family = family.with_base(family.base.with_(width=128))
+    for ratio in (1, 4):
+        plan = mt.plan(family, wider(family, ratio))
+        model, own = dict(model_of(family, plan).named_parameters()), dict(family.build(plan.scale).named_parameters())
+        big = [row for row in plan.rows if own[row.name].numel() >= 10_000]
+        assert big
+        for row in big:
+            assert model[row.name].std().item() == pytest.approx(row.init.std, rel=0.02), row
+            if ratio == 1:
+                assert model[row.name].std().item() == pytest.approx(own[row.name].std().item(), rel=0.02), row
+        for row in plan.rows:
+            if row.init.kind == "constant" and row.gauge == 1:
+                assert torch.equal(model[row.name], own[row.name]), row
+
+
+def test_init_scale_multiplies_the_matrices_only() -> None:
+    family = families.mlp()
+    plain, scaled = (rows(mt.plan(family, family.base, recipe=mt.Recipe(init_scale=s))) for s in (1.0, 3.0))
+    for name, row in scaled.items():
+        assert row.init.std == pytest.approx(plain[name].init.std * (3 if name.endswith("weight") else 1))
+        assert row.lr == plain[name].lr
+
+
+@pytest.mark.parametrize(
+    ("policy", "power"), [("independent", 0.0), ("coupled", 1.0), ("sqrt", 0.5)]
+)  # of the lr factor in lr · wd
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_decay_policies(optimizer: str, policy: str, power: float) -> None:
+    family = families.mlp()
+    recipe = mt.Recipe.read({"lr": 0.01, "weight_decay": 0.1, "decay": "all", "decay_policy": policy}, "recipe")
+    for row in mt.plan(family, wider(family, 4), "mup", optimizer, recipe).rows:
+        assert row.lr * row.weight_decay == pytest.approx(0.01 * 0.1 * row.lr_factor**power, rel=1e-12), row
+
+
+def test_which_parameters_decay() -> None:
+    family = families.resnet()
+    for decay in ("matrices", "all"):
+        recipe = mt.Recipe.read({"weight_decay": 0.1, "decay": decay}, "recipe")
+        for row in mt.plan(family, wider(family, 2), recipe=recipe).rows:
+            assert (row.weight_decay > 0) == (decay == "all" or len(row.shape) > 1), row
+
+
+@pytest.mark.parametrize(("optimizer", "power"), [("adamw", 1), ("sgd", 2)])
+def test_the_alphas_of_the_recipe(optimizer: str, power: int) -> None:
+    """α multiplies a forward value: std α, lr α (Adam) or α² (SGD), wd the reverse, eps 1/α; factors stay the table's."""
+    family = families.transformer()
+    tuned = {"lr": 0.01, "weight_decay": 0.1, "eps": 1e-6}
+    plain = rows(mt.plan(family, wider(family, 4), "mup", optimizer, mt.Recipe(**tuned)))
+    alphas = {"alpha_input": 2.0, "alpha_attention": 3.0, "alpha_output": 5.0}
+    found = rows(mt.plan(family, wider(family, 4), "mup", optimizer, mt.Recipe(**tuned, **alphas)))
+    expected = {"embedding.weight": 2, "readout.weight": 5} | {f"blocks.{i}.attention.q.weight": 3 for i in (0, 1)}
+    for name, row in found.items():
+        alpha = expected.get(name, 1)
+        assert row.init.std == pytest.approx(plain[name].init.std * alpha)
+        assert row.lr == pytest.approx(plain[name].lr * alpha**power)
+        assert row.weight_decay == pytest.approx(plain[name].weight_decay / alpha**power)
+        assert row.gauge == pytest.approx(plain[name].gauge * alpha)
+        if optimizer == "adamw":
+            assert row.eps == pytest.approx((plain[name].eps or 0) / alpha)
+        assert (row.lr_factor, row.wd_factor, row.eps_factor, row.init_factor) == (
+            plain[name].lr_factor, plain[name].wd_factor, plain[name].eps_factor, plain[name].init_factor,
+        )  # fmt: skip
+
+
+def test_the_input_alpha_is_for_what_meets_the_data() -> None:
+    """The way up from a fixed rank scales as an input, yet the data does not enter there."""
+
+    def build(scale: Scale) -> nn.Module:
+        layers = nn.Linear(64, scale.width), nn.Linear(scale.width, 2), nn.Linear(2, scale.width)
+        return nn.Sequential(nn.Flatten(), *layers, nn.Linear(scale.width, 10))
+
+    family = mt.Family(build, families.image_batch(), families.loss, Scale(32))
+    plain, found = (rows(mt.plan(family, family.base, recipe=mt.Recipe(alpha_input=a))) for a in (1.0, 3.0))
+    assert {name for name in found if found[name] != plain[name]} == {"1.weight"}
+    assert found["3.weight"].role == "input"
+
+
+def test_alphas_of_a_tied_model_meet_in_the_final_norm() -> None:
+    recipe = mt.Recipe(alpha_input=2.0, alpha_output=5.0)
+    family = families.transformer(tied=True)
+    found = rows(mt.plan(family, family.base, recipe=recipe))
+    assert found["norm.weight"].init.a == 5 / 2
+    assert found["embedding.weight"].init.std == 2 * rows(mt.plan(family, family.base))["embedding.weight"].init.std
+
+
+@pytest.mark.parametrize("options", [{}, {"fused": True}, {"foreach": True}])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_parameter_groups(optimizer: str, options: dict[str, Any]) -> None:
+    family = families.transformer(tied=True)
+    plan = mt.plan(family, wider(family, 4), "mup", optimizer, OPTIMIZERS[optimizer].with_(decay="matrices"))
+    model = model_of(family, plan)
+    groups = plan.param_groups(model)
+    distinct = [(group["lr"], group["weight_decay"], group.get("eps")) for group in groups]
+    assert len(set(distinct)) == len(distinct) < len(plan.rows)
+    given = [pair for group in groups for pair in group["params"]]
+    assert sorted(name for name, _ in given) == sorted(row.name for row in plan.rows)
+    assert all(dict(model.named_parameters())[name] is parameter for name, parameter in given)
+    by_name = {name: group for group in groups for name, _ in group["params"]}
+    for row in plan.rows:
+        group = by_name[row.name]
+        assert (group["lr"], group["weight_decay"], group.get("eps")) == (row.lr, row.weight_decay, row.eps)
+    assert [group["count"] for group in plan.groups()] == [len(group["params"]) for group in groups]
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    torch_optimizer = plan.make_optimizer(model, **options)
+    assert type(torch_optimizer).__name__.lower() == optimizer
+    named = [name for group in torch_optimizer.param_groups for name in group["param_names"]]
+    assert sorted(named) == sorted(row.name for row in plan.rows)
+    shared = {"momentum": 0.9} if optimizer == "sgd" else {"betas": (0.9, 0.95)}
+    assert all(group[key] == value for group in torch_optimizer.param_groups for key, value in shared.items())
+    families.loss(model, family.batch).backward()
+    torch_optimizer.step()
+    assert all(not torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+@pytest.mark.parametrize("action", ["initialize", "param_groups", "make_optimizer"])
+def test_a_model_of_another_width_is_refused(action: str) -> None:
+    family = families.mlp()
+    plan = mt.plan(family, wider(family, 4))
+    model = family.build(wider(family, 2))
+    before = [parameter.clone() for parameter in model.parameters()]
+    message = r"input\.weight has shape \[64, 64\] in the model and \[128, 64\] in the plan for width 128"
+    with pytest.raises(RequestError, match=message):
+        getattr(plan, action)(model)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
+    with pytest.raises(RequestError, match=r"the plan has a parameter 'hidden\.1\.bias' that the model does not"):
+        getattr(plan, action)(family.build(replace(plan.scale, depth=2)))
+    with pytest.raises(RequestError, match=r"the model has a parameter 'hidden\.2\.bias' that the plan does not"):
+        getattr(plan, action)(family.build(replace(plan.scale, depth=4)))
+
+
+def test_wrapped_models_are_recognized() -> None:
+    family = families.mlp()
+    plan = mt.plan(family, wider(family, 2))
+    model = model_of(family, plan)
+    wrapped = nn.Module()
+    wrapped.module = model
+    assert len(plan.param_groups(wrapped)) == len(plan.param_groups(model))
+
+
+def test_notes_say_what_a_reader_should_know() -> None:
+    family = families.mlp(width=64, depth=3)
+    smaller = mt.plan(family, Scale(16, 3))
+    assert any("16 is smaller than the base's 64" in note for note in smaller.notes)
+    assert rows(smaller)["hidden.0.weight"].lr_factor == 4
+    assert any("from 3 to 5 layers" in note for note in mt.plan(family, Scale(64, 5)).notes)
+    assert mt.plan(family, Scale(128, 3)).notes == ()
+
+
+def test_a_head_dim_that_grows_oddly_is_refused() -> None:
+    class Odd(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.q = nn.Linear(8, width + 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = self.q(x)[:, None]
+            return F.scaled_dot_product_attention(h, h, h)
+
+    family = mt.Family(lambda s: Odd(s.width), torch.zeros(2, 3, 8), lambda m, x: m(x).mean(), Scale(8))
+    with pytest.raises(RequestError, match=r"head dim grows 1\.5x when the width grows 2x"):
+        mt.plan(family, Scale(16))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"parametrization": "mu"}, "unknown parametrization 'mu'"),
+        ({"optimizer": "adamww"}, "no scaling rule is known for the optimizer 'adamww': did you mean 'adamw'"),
+        ({"optimizer": "lion"}, "no scaling rule is known for the optimizer 'lion': known are"),
+        ({"optimizer": "radam"}, "radam has no rule that transfers"),
+        ({"optimizer": "LBFGS"}, "LBFGS has no rule that transfers"),
+        (
+            {"optimizer": "adam", "recipe": mt.Recipe(weight_decay=0.1)},
+            "Adam with weight_decay 0.1 is L2 regularization",
+        ),
+        ({"recipe": "nowhere.json"}, r"there is no nowhere\.json: expected a recipe"),
+    ],
+)
+def test_wrong_requests_are_answered_in_a_sentence(arguments: dict[str, Any], message: str) -> None:
+    family = families.mlp()
+    with pytest.raises(RequestError, match=message):
+        mt.plan(family, wider(family, 2), **arguments)
+
+
+def test_a_model_of_other_parameters_at_the_target_is_refused() -> None:
+    def build(scale: Scale) -> nn.Module:
+        return nn.Sequential(
+            nn.Flatten(), nn.Linear(64, scale.width), nn.Linear(scale.width, 10, bias=scale.width < 100)
+        )
+
+    family = mt.Family(build, families.image_batch(), families.loss, Scale(32))
+    with pytest.raises(RequestError, match=r"2\.bias is there at width 128 or at the base, not at both"):
+        mt.plan(family, Scale(128))
+
+
+def finite(low: float, high: float, **options: Any) -> st.SearchStrategy[float]:
+    return st.floats(low, high, allow_nan=False, allow_infinity=False, **options)
+
+
+@st.composite
+def recipes(draw: st.DrawFn) -> mt.Recipe:
+    positive, share = finite(1e-30, 1e10), finite(0, 1, exclude_max=True)
+    data: dict[str, Any] = {
+        "lr": draw(positive),
+        "weight_decay": draw(finite(0, 10)),
+        "betas": (draw(share), draw(share)),
+        "eps": draw(positive),
+        "momentum": draw(share),
+        "decay": draw(st.sampled_from(["matrices", "all"])),
+        "decay_policy": draw(st.sampled_from(["independent", "coupled", "sqrt"])),
+        "schedule": draw(st.sampled_from(["constant", "cosine", "linear", "wsd"])),
+        "warmup": draw(finite(0, 0.5)),
+        "cooldown": draw(finite(1e-6, 0.5)),
+        "final": draw(finite(0, 1)),
+        "clip": draw(st.none() | positive),
+    }
+    data |= {name: draw(finite(1e-6, 1e6)) for name in ("init_scale", "alpha_input", "alpha_attention", "alpha_output")}
+    return mt.Recipe.read(data, "recipe")
+
+
+@settings(max_examples=60, deadline=None)
+@given(recipes())
+def test_a_recipe_survives_save_and_load(tmp_path_factory: pytest.TempPathFactory, recipe: mt.Recipe) -> None:
+    path = tmp_path_factory.getbasetemp() / "recipe.json"
+    assert mt.Recipe.load(recipe.save(path)) == recipe
+
+
+@cache
+def small_and_seen() -> tuple[mt.Family, Observation]:
+    family = families.transformer(width=16, depth=1, tied=True)
+    return family, observe(family)
+
+
+@settings(max_examples=25, deadline=None)
+@given(recipes(), st.sampled_from(["mup", "sp"]), st.sampled_from(["adamw", "sgd"]))
+def test_a_plan_survives_save_and_load(
+    tmp_path_factory: pytest.TempPathFactory, recipe: mt.Recipe, parametrization: str, optimizer: str
+) -> None:
+    family, seen = small_and_seen()
+    plan = mt.plan(family, Scale(64, 1), parametrization, optimizer, recipe, observation=seen)
+    path = tmp_path_factory.getbasetemp() / "plan.json"
+    again = mt.Plan.load(plan.save(path))
+    assert again == plan
+    assert again.frame().equals(plan.frame())
+
+
+def test_a_loaded_recipe_plans_the_same(tmp_path: Path) -> None:
+    family, recipe = families.mlp(), mt.Recipe(lr=0.1, alpha_output=3.0)
+    path = recipe.save(tmp_path / "best.json")
+    assert mt.plan(family, wider(family, 2), recipe=path) == mt.plan(family, wider(family, 2), recipe=recipe)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lrr": 1}, "unknown key 'lrr': did you mean 'lr'"),
+        ({"lr": -1.0}, r"lr is -1\.0: it should be greater than 0"),
+        ({"lr": float("nan")}, "lr is nan: it should be a finite number"),
+        ({"lr": float("inf")}, "lr is inf"),
+        ({"betas": [0.9, 1.0]}, r"betas\.1 is 1\.0: it should be less than 1"),
+        ({"schedule": "cosin"}, "schedule is 'cosin': it should be 'constant', 'cosine', 'linear' or 'wsd'"),
+        (
+            {"schedule": "wsd", "warmup": 0.9, "cooldown": 0.2},
+            r"warmup 0\.9 and cooldown 0\.2 are fractions of one run",
+        ),
+        ({"clip": 0}, "clip is 0: it should be greater than 0"),
+    ],
+)
+def test_a_wrong_recipe_is_answered_in_a_sentence(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.json"
+    path.write_text(json.dumps(mt.Recipe().model_dump() | changes), encoding="utf-8")
+    with pytest.raises(RequestError, match=f"{re.escape(str(path))}: {message}"):
+        mt.Recipe.load(path)
+    with pytest.raises(RequestError, match=message):
+        mt.Recipe().with_(**changes)
+
+
+def damaged(data: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
+    data = json.loads(json.dumps(data))
+    *path, last = key.split(".")
+    inner: Any = data
+    for name in path:
+        inner = inner[int(name) if name.isdigit() else name]
+    if value is KeyError:
+        del inner[last]
+    else:
+        inner[last] = value
+    return data
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("parameters", KeyError),
+        ("recipe", KeyError),
+        ("recipe.lr", 0),
+        ("recipe", 7),
+        ("scale", KeyError),
+        ("scale", [64]),
+        ("scale.width", "wide"),
+        ("scale.widht", 3),
+        ("optimizer", KeyError),
+        ("optimizer", "adamww"),
+        ("parametrization", 3),
+        ("parameters", 3),
+        ("parameters", [1]),
+        ("parameters", ["input.weight"]),
+        ("parameters.0.lr", KeyError),
+        ("parameters.0.lr", None),
+        ("parameters.0.lr", "fast"),
+        ("parameters.0.weight_decay", "0.1"),
+        ("parameters.0.eps", "tiny"),
+        ("parameters.0.init", 3),
+        ("parameters.0.init", KeyError),
+        ("parameters.0.init.kind", "cauchy"),
+        ("parameters.0.init.b", "wide"),
+        ("parameters.0.shape", None),
+        ("parameters.0.unknown", 1),
+    ],
+)
+def test_a_damaged_plan_is_answered_in_a_sentence(key: str, value: Any, tmp_path: Path) -> None:
+    family = families.mlp()
+    path = tmp_path / "plan.json"
+    data = damaged(mt.plan(family, family.base).as_dict(), key, value)
+    path.write_text(json.dumps(data), encoding="utf-8")
+    with pytest.raises(RequestError, match=re.escape(str(path))):
+        mt.Plan.load(path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", "null"])
+def test_what_is_no_plan_is_answered_in_a_sentence(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(text, encoding="utf-8")
+    for load in (mt.Plan.load, mt.Recipe.load):
+        with pytest.raises(RequestError, match=re.escape(str(path))):
+            load(path)
+    with pytest.raises(RequestError, match="there is no"):
+        mt.Plan.load(tmp_path / "nowhere.json")
+
+
+def test_a_plan_as_a_frame() -> None:
+    family = families.mlp()
+    frame = mt.plan(family, wider(family, 4)).frame().set_index("name")
+    assert frame.loc["hidden.0.weight", "shape"] == "128x128"
+    assert frame.loc["readout.weight", "role"] == "output"
+    assert frame.loc["hidden.0.weight", "lr"] == mt.Recipe().lr / 4
+
+
+@pytest.mark.parametrize("width", [0, -1, 1.5, True, "64"])
+def test_a_scale_is_whole_numbers(width: Any) -> None:
+    with pytest.raises(RequestError, match=f"width is {width!r}: give a whole number of at least 1"):
+        Scale(width)
