@@ -19,6 +19,7 @@ from .frames import COORDINATES
 from .observe import Observation, observe
 from .optimizers import OPTIMIZERS
 from .planning import plan
+from .plans import Plan
 from .recipe import Recipe
 from .verdicts import MARGIN as MARGIN
 from .verdicts import Verdict as Verdict
@@ -83,18 +84,18 @@ def record(
             planned.initialize(model, seed)
             common = {"parametrization": parametrization, "optimizer": optimizer, "seed": seed}
             common |= {"width": width, "depth": scale.depth}
-            rows += [
-                row | common for row in _one_run(family, seen, planned.make_optimizer(model), model, steps, device)
-            ]
+            rows += [row | common for row in _one_run(family, seen, planned, model, steps, device)]
     progress(len(widths) * len(seeds), len(widths) * len(seeds))
     return COORDINATES.frame(rows)
 
 
 def _one_run(
-    family: Family, seen: Observation, optimizer: torch.optim.Optimizer, model: torch.nn.Module, steps: int, device: str
+    family: Family, seen: Observation, planned: Plan, model: torch.nn.Module, steps: int, device: str
 ) -> list[dict[str, Any]]:
     batch = family.batch_on(device)
+    optimizer = planned.make_optimizer(model)
     roles = module_roles(model, seen)
+    gauges = {row.name.removesuffix(".weight"): row.gauge for row in planned.rows}
     names = {module: name for name, module in model.named_modules()}
     outputs: dict[str, torch.Tensor] = {}
 
@@ -112,6 +113,12 @@ def _one_run(
             initial = {name: output.clone() for name, output in outputs.items()}
         sizes = outputs if step == 0 else {name: output - initial[name] for name, output in outputs.items()}
         values = torch.stack([size.abs().mean().double() for size in sizes.values()]).tolist()
+        # A feature that carries a folded multiplier (queries, a final norm before a tied readout) is compared as it is
+        # without it; a logit is what it is.
+        values = [
+            value / gauges.get(name, 1.0) if roles[name] == "feature" else value
+            for name, value in zip(sizes, values, strict=True)
+        ]
         statistic = "activation" if step == 0 else "change"
         rows += [
             {"module": name, "role": roles[name], "statistic": statistic, "step": step, "value": value}
@@ -134,5 +141,6 @@ def module_roles(model: torch.nn.Module, seen: Observation) -> dict[str, str]:
         spec = seen.specs.get(name)
         # A second name for a tied matrix is the readout's.
         is_output = spec is None or spec.role == "output"
-        roles[module] = "output" if is_output else roles.get(module, "feature")
+        # The whole model's output is a logit, also where the model owns a parameter of its own.
+        roles[module] = "output" if is_output or not module else roles.get(module, "feature")
     return roles

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -64,13 +65,14 @@ class Observation:
     """All parameters of a family, and its attention.
 
     ``queries`` carry a factor into the attention logits; ``head_dim_ratio`` is what the head dim grows by when the width
-    doubles. Both are empty for models without a scaled dot product.
+    doubles, and ``scale_power`` the power of the head dim by which the model itself scales the logits (−½ as usual).
     """
 
     specs: dict[str, ParamSpec]
     queries: frozenset[str]
     head_dim: int | None
     head_dim_ratio: float
+    scale_power: float
 
 
 def observe(family: Family, depth: int | None = None) -> Observation:
@@ -103,9 +105,13 @@ def observe(family: Family, depth: int | None = None) -> Observation:
         if isinstance(init, str):
             raise RequestError(
                 f"cannot tell how {name} {list(parameter.shape)} is initialized (last operation: {init}): use normal_, "
-                "uniform_, trunc_normal_ free fills or a constant in the model's constructor."
+                "uniform_ or a constant in the model's constructor."
             )
         specs[name] = _spec(name, tuple(parameter.shape), grows, uses[name], init)
+    if len(seen.attentions) != len(seen_wider.attentions):
+        raise RequestError(
+            "the number of attention layers depends on the width: build the same modules at every width."
+        )
     dims = [(a.head_dim, b.head_dim) for a, b in zip(seen.attentions, seen_wider.attentions, strict=True)]
     if len(set(dims)) > 1:
         raise RequestError(
@@ -116,7 +122,19 @@ def observe(family: Family, depth: int | None = None) -> Observation:
         queries=frozenset().union(*(attention.queries for attention in seen.attentions)),
         head_dim=dims[0][0] if dims else None,
         head_dim_ratio=dims[0][1] / dims[0][0] if dims else 1.0,
+        scale_power=_scale_power(seen, seen_wider),
     )
+
+
+def _scale_power(seen: UseWatcher, wider: UseWatcher) -> float:
+    """Power p in scale ∝ head_dim^p; of no consequence where the head dim does not grow."""
+    pairs = zip(seen.attentions, wider.attentions, strict=True)
+    powers = [math.log(b.scale / a.scale, b.head_dim / a.head_dim) for a, b in pairs if a.head_dim != b.head_dim]
+    if powers and max(powers) - min(powers) > 1e-6:
+        raise RequestError(
+            f"attention layers scale their logits by different powers of the head dim ({sorted(powers)}): use one."
+        )
+    return round(powers[0], 6) if powers else -0.5
 
 
 def shapes_of(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:

@@ -20,7 +20,6 @@ from .tables import Table, table
 __all__ = ["plan"]
 
 DECAY_POLICIES = {"independent": -1.0, "coupled": 0.0, "sqrt": -0.5}  # power of the lr factor
-MATRICES = {"input", "hidden", "output", "bottleneck"}
 
 
 def plan(
@@ -121,7 +120,10 @@ def _fold_attention(
     rules: Table, rule: OptimizerRule, recipe: Recipe, seen: Observation, ratio: float,
     width: dict[str, Factors], alpha: dict[str, Factors],
 ) -> list[str]:  # fmt: skip
-    """Turn 1/√d attention into α·√d₀/d by scaling the queries, where the head dim grows (TP-V 2203.03466, Definition 4.1)."""
+    """Turn the model's own scaling of attention into α·√d₀/d by scaling the queries, where the head dim d grows.
+
+    TP-V 2203.03466, Definition 4.1, which starts from 1/√d; a model that already divides by d needs no factor.
+    """
     if seen.head_dim is None:
         return []
     m_h = ratio if seen.head_dim_ratio == WIDER else 1.0
@@ -129,7 +131,7 @@ def _fold_attention(
         raise RequestError(
             f"the head dim grows {seen.head_dim_ratio:g}x when the width grows {WIDER}x: keep it fixed or proportional."
         )
-    c = rules.attention(m_h, 1.0)
+    c = rules.attention(m_h, 1.0) ** (2 * (1 + seen.scale_power))  # the table counts from 1/√d
     if c == 1 and recipe.alpha_attention == 1:
         return []
     if not seen.queries:

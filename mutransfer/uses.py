@@ -41,19 +41,24 @@ class Use:
 class Flow:
     """What a tensor depends on: parameters and uses of them at all, and the parameters that carry a factor into it.
 
-    Sets as bits: bit i is parameter i, or use i in the order seen.
+    Sets as bits: bit i is parameter i, or use i in the order seen. ``factor`` collects the constants multiplied in since
+    the last parameter; ``product`` is set on the product of two activations: the size summed over, and the parameters
+    that carry a factor into the first of them.
     """
 
     depends: int = 0
     carries: int = 0
     uses: int = 0
+    factor: float = 1.0
+    product: tuple[int, int] | None = None
 
 
 @dataclass
 class Attention:
-    """One scaled dot product: the head dim and the parameters that carry a factor into its queries."""
+    """One softmax over scaled dot products: head dim, scale, and the parameters that carry a factor into the queries."""
 
     head_dim: int
+    scale: float
     queries: frozenset[str] = field(default_factory=frozenset)
 
 
@@ -61,7 +66,7 @@ class UseWatcher(TorchDispatchMode):
     """Watch a forward pass of ``model``; ask `uses` afterwards.
 
     Attributes:
-        attentions: every scaled dot product seen.
+        attentions: every softmax over dot products of activations, fused or written out.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
@@ -91,11 +96,10 @@ class UseWatcher(TorchDispatchMode):
         if all(self._parameter(output) is not None for output in outputs):
             return out  # a view of a parameter is still the parameter
         noted = self._note_uses(name, args, inputs)
-        if name.startswith("_scaled_dot_product"):
-            queries = self._flow(args[0])
-            self.attentions.append(Attention(int(args[0].shape[-1]), self._decode(queries.carries)))
+        self._note_attention(name, args, kwargs or {})
         flow = self._through(name, inputs)
         flow.uses |= noted
+        self._follow_product(flow, name, args, inputs)
         for output in outputs:
             self._flows[output] = flow
         return out
@@ -115,6 +119,29 @@ class UseWatcher(TorchDispatchMode):
             noted |= 1 << len(self._seen)
             self._seen.append((index, Use(name, axes, self._decode(carried), on_data)))
         return noted
+
+    def _note_attention(self, name: str, args: Any, kwargs: dict[str, Any]) -> None:
+        if name.startswith("_scaled_dot_product"):
+            head_dim, queries = int(args[0].shape[-1]), self._flow(args[0])
+            scale = kwargs.get("scale") or head_dim**-0.5
+            self.attentions.append(Attention(head_dim, scale * queries.factor, self._decode(queries.carries)))
+        elif name in {"_softmax", "_safe_softmax"} and (flow := self._flow(args[0])).product is not None:
+            head_dim, carriers = flow.product
+            self.attentions.append(Attention(head_dim, flow.factor, self._decode(carriers)))
+
+    def _follow_product(self, flow: Flow, name: str, args: Any, inputs: list[torch.Tensor]) -> None:
+        """Keep track of dot products of activations on their way to a softmax, and of the constants that scale them."""
+        before = [self._flow(tensor) for tensor in inputs if self._parameter(tensor) is None]
+        if name in {"mm", "bmm"} and len(before) == 2 and all(each.depends for each in before):
+            flow.product = (int(args[0].shape[-1]), before[0].carries)
+            flow.factor = before[0].factor * before[1].factor
+        elif name in LINEAR or name in PRODUCTS or name in {"where", "masked_fill"}:
+            flow.product = next((each.product for each in before if each.product), None)
+            source = next((each for each in before if each.product), before[0] if before else flow)
+            constant = (
+                next((arg for arg in args[1:] if isinstance(arg, (int, float))), 1.0) if name in PRODUCTS else 1.0
+            )
+            flow.factor = source.factor / constant if name.startswith("div") else source.factor * constant
 
     def _axes(self, name: str, args: Any, tensor: torch.Tensor, parameter: torch.Tensor) -> tuple[str, ...]:
         """Labels of the parameter's own axes, found in the view that the operation met."""

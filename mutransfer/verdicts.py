@@ -72,7 +72,9 @@ def verdict(coordinates: pd.DataFrame, margin: float = MARGIN) -> Verdict:
                 "high": high,
                 "expected": _words(expected),
                 "declared": _words(declared),
-                "ok": _judge(group, slope, low, high, expected, margin),
+                "ok": _judge(
+                    group, slope, low, high, expected, margin, may_rest=step < last and (step > 0 or role == "output")
+                ),
             }
         )
     slopes = SLOPES.frame(rows)
@@ -105,12 +107,14 @@ def _slope(group: pd.DataFrame) -> tuple[float, float, float]:
     return slope, slope - half, slope + half
 
 
-def _judge(group: pd.DataFrame, slope: float, low: float, high: float, band: Band, margin: float) -> bool | None:
+def _judge(
+    group: pd.DataFrame, slope: float, low: float, high: float, band: Band, margin: float, may_rest: bool
+) -> bool | None:
     if not np.isfinite(group["value"]).all():
         return False
     if math.isnan(slope):
-        # All zeros is what a zero-initialized readout gives, and may: nothing else may be constant.
-        return True if (group["value"] == 0).all() and band[0] == -math.inf else None
+        # A zero-initialized readout starts at zero, and lets no gradient through in the first step; later all must move.
+        return True if (group["value"] == 0).all() and may_rest else None
     if band[0] - margin <= low and high <= band[1] + margin:
         return True
     return False if high < band[0] - margin or low > band[1] + margin else None

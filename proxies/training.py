@@ -126,13 +126,13 @@ def train(
     """Run ``training`` to its end.
 
     Args:
-        training: a fresh or resumed run.
+        training: a fresh run; a resumed one is judged against its loss where it resumed.
         rungs: steps at which the validation loss is reported.
         report: called with (step, validation loss) at each rung; True stops the run there.
     """
     begun = time.perf_counter()
     start = training.validate()
-    for rung in sorted({*(rung for rung in rungs if 0 < rung < training.steps)}):
+    for rung in sorted({*(rung for rung in rungs if training.step < rung < training.steps)}):
         training.advance(rung)
         loss = training.validate()
         if not math.isfinite(loss):

@@ -1,0 +1,95 @@
+"""Attention is found however it is written, and scaled by what its own scale lacks of 1/d."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import mutransfer as mt
+
+from . import families
+
+Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def masked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    above = torch.ones(q.shape[-2], q.shape[-2], dtype=torch.bool).triu(1)
+    return ((q * q.shape[-1] ** -0.5) @ k.mT).masked_fill(above, -1e9).softmax(-1) @ v
+
+
+# name → (how it is written, what µP's 1/d asks of the queries when the head dim grows 4 times)
+WAYS: dict[str, tuple[Product, float]] = {
+    "fused": (F.scaled_dot_product_attention, 1 / 2),
+    "dropout": (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, dropout_p=0.1), 1 / 2),
+    "written out": (lambda q, k, v: (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1) @ v, 1 / 2),
+    "scaled queries and a mask": (masked, 1 / 2),
+    "no scale": (lambda q, k, v: (q @ k.mT).softmax(-1) @ v, 1 / 4),
+    "1/d already": (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, scale=1 / q.shape[-1]), 1.0),
+    "1/d written out": (lambda q, k, v: (q @ k.mT / q.shape[-1]).softmax(-1) @ v, 1.0),
+}
+
+
+class Attending(nn.Module):
+    def __init__(self, width: int, heads: int | None, product: Product) -> None:
+        super().__init__()
+        self.heads = heads or width // 8
+        self.product = product
+        self.embedding = nn.Embedding(families.VOCABULARY, width)
+        self.q, self.k, self.v = (nn.Linear(width, width) for _ in range(3))
+        self.readout = nn.Linear(width, families.VOCABULARY)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(tokens)
+        q, k, v = (layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        return self.readout(self.product(q, k, v).transpose(1, 2).flatten(2))
+
+
+def family(product: Product, heads: int | None) -> mt.Family:
+    return mt.Family(
+        lambda s: Attending(s.width, heads, product), families.token_batch(), families.loss, mt.Scale(32, 1)
+    )
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_queries_carry_what_the_models_own_scale_lacks(way: str) -> None:
+    product, expected = WAYS[way]
+    rows = {row.name: row for row in mt.plan(family(product, heads=4), mt.Scale(128, 1)).rows}
+    for name in ("q.weight", "q.bias"):
+        assert rows[name].gauge == pytest.approx(expected, rel=1e-5)
+    assert rows["q.weight"].init_factor == pytest.approx(expected / 2, rel=1e-5)
+    assert rows["k.weight"].gauge == rows["v.weight"].gauge == 1
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_fixed_head_dim_needs_no_factor(way: str) -> None:
+    rows = mt.plan(family(WAYS[way][0], None), mt.Scale(128, 1)).rows
+    assert all(row.gauge == 1 or row.role == "output" for row in rows)
+
+
+@pytest.mark.parametrize("shape", [{"tied": True}, {"head_dim": None, "heads": 2}], ids=["tied", "growing head dim"])
+def test_a_folded_multiplier_does_not_fail_the_check(shape: dict[str, Any]) -> None:
+    frame = mt.record(families.transformer(depth=1, **shape), [32, 64, 128, 256], seeds=range(6))
+    verdict = mt.verdict(frame)
+    folded = verdict.slopes[verdict.slopes["module"].isin(["norm", "blocks.0.attention.q"])]
+    assert verdict.status != "fail", verdict.cause
+    assert folded["slope"].abs().max() < 0.15
+
+
+def test_a_zero_initialized_readout_may_rest_for_one_step() -> None:
+    def build(scale: mt.Scale) -> nn.Module:
+        model: Any = families.mlp().build(scale)
+        nn.init.zeros_(model.readout.weight)
+        nn.init.zeros_(model.readout.bias)
+        return model
+
+    frame = mt.record(mt.Family(build, families.image_batch(64), families.loss, mt.Scale(32, 2)), [64, 128, 256])
+    slopes = mt.verdict(frame).slopes
+    first = slopes[(slopes["statistic"] == "change") & (slopes["step"] == 1) & (slopes["role"] == "feature")]
+    assert first["slope"].isna().all()
+    assert first["ok"].all()
