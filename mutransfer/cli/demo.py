@@ -22,7 +22,7 @@ EXPERIMENT: dict[str, Any] = {
     "recipe": {"lr": 2**-6, "schedule": "cosine", "warmup": 0.1, "clip": 1.0},
     "search": {
         "lr": {"low": 2**-8, "high": 2**-1, "log": True},
-        "alpha_output": {"low": 0.5, "high": 8.0, "log": True},
+        "init_scale": {"low": 0.5, "high": 2.0, "log": True},
     },
     "trials": 24,
 }
