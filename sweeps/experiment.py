@@ -41,7 +41,8 @@ class Range(Settings):
 
     @model_validator(mode="after")
     def _one_kind(self) -> Self:
-        if (self.choices is None) == (self.low is None or self.high is None):
+        given = {name for name in ("low", "high", "choices") if getattr(self, name) is not None}
+        if given not in ({"low", "high"}, {"choices"}):
             raise ValueError("give either low and high, or choices.")
         if self.low is not None and self.high is not None:
             if self.low >= self.high:
@@ -120,6 +121,10 @@ class Experiment(Settings):
             raise RequestError(f"there is no {path}: write one with `mutransfer init`.") from None
         except IsADirectoryError:
             raise RequestError(f"{path} is a folder: name the experiment file in it.") from None
+        except OSError as error:
+            raise RequestError(
+                f"cannot read {path} ({os.strerror(error.errno or 0)}): name an experiment file."
+            ) from None
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise RequestError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
         if isinstance(data, dict):
@@ -142,7 +147,9 @@ def _apply(data: dict[str, Any], change: str) -> None:
         raise RequestError(f"--set {change!r} is not of the form key=value, as in recipe.lr=0.01.")
     *path, last = key.split(".")
     for part in path:
-        data = data.setdefault(part, {})
+        if data.get(part) is None:
+            data[part] = {}  # also an empty section
+        data = data[part]
         if not isinstance(data, dict):
             raise RequestError(f"--set {change!r}: {part} holds a value and no further keys.")
     try:

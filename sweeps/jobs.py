@@ -6,12 +6,16 @@ processes, devices or fusing.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +23,7 @@ import torch
 from mutransfer.family import Family
 from mutransfer.observe import observe
 from mutransfer.planning import plan
+from mutransfer.plans import Plan
 from mutransfer.price import step_flops
 from mutransfer.proxies.data import Data, load_data
 from mutransfer.proxies.reference import load_family
@@ -28,7 +33,7 @@ from mutransfer.scale import Scale
 
 from .experiment import Experiment
 
-__all__ = ["Executor", "Job", "OneByOne", "Processes", "family_of", "flops_of"]
+__all__ = ["Executor", "Job", "OneByOne", "Processes", "family_of", "flops_of", "plan_of"]
 
 Report = Callable[["Job", int, float], bool]
 
@@ -99,19 +104,40 @@ class Processes:
         assert self._pool is not None, "use as a context manager"
         # The longest first, so that none is left running alone at the end.
         queue = sorted(jobs, key=lambda job: -job.scale.width)
-        running: dict[Future[Outcome], Job] = {
-            self._pool.submit(_do, experiment, job, "cpu", None): job for job in queue
-        }
+        with _interrupts_held():
+            running: dict[Future[Outcome], Job] = {
+                self._pool.submit(_do, experiment, job, "cpu", None): job for job in queue
+            }
         while running:
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
                 yield running.pop(future), future.result()
 
 
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Let Ctrl-C wait while processes start: they inherit the mask, so it does not reach them before `_quiet` does."""
+    resource_tracker.ensure_running()  # starting it inside would lift the mask
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _quiet() -> None:
-    """Leave Ctrl-C to the parent, and the other cores to the other processes."""
+    """Leave Ctrl-C to the parent, end with it, and leave the other cores to the other processes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A killed parent closes no queue: its processes would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def family_of(experiment: Experiment) -> tuple[Family, Data]:
@@ -137,11 +163,17 @@ def flops_of(experiment: Experiment, scale: Scale) -> float:
     return step_flops(family, scale, data.batch(0, experiment.batch_size, 0))
 
 
+def plan_of(experiment: Experiment, scale: Scale, parametrization: str, recipe: Recipe) -> Plan:
+    """Return the plan of a run at ``scale``; the model is observed once per process."""
+    family, _ = family_of(experiment)
+    key = experiment.model_dump_json(include={"model", "options", "data", "sequence_length", "proxy", "base"})
+    seen = _observed(key, scale.depth)
+    return plan(family, scale, parametrization, experiment.optimizer, recipe, observation=seen)
+
+
 def _do(experiment: Experiment, job: Job, device: str, report: Report | None) -> Outcome:
     family, data = family_of(experiment)
-    key = experiment.model_dump_json(include={"model", "options", "data", "sequence_length", "proxy", "base"})
-    seen = _observed(key, job.scale.depth)
-    planned = plan(family, job.scale, job.parametrization, experiment.optimizer, job.recipe, observation=seen)
+    planned = plan_of(experiment, job.scale, job.parametrization, job.recipe)
     training = Training(
         family, planned, data, steps=experiment.steps, batch_size=experiment.batch_size, seed=job.seed, device=device
     )

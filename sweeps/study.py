@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ from typing import Any
 import optuna
 import pandas as pd
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages import BaseStorage, JournalStorage
+from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.trial import FrozenTrial, TrialState
 
 from mutransfer.errors import RequestError
@@ -22,7 +23,7 @@ from mutransfer.runs import RunFolder
 
 from .experiment import BETAS, Experiment
 
-__all__ = ["FINISHED", "distributions", "open_study", "only_one", "trials_frame"]
+__all__ = ["FINISHED", "distributions", "open_study", "only_one", "reach", "trials_frame"]
 
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 NAME = "mutransfer"
@@ -45,17 +46,33 @@ def only_one(folder: RunFolder) -> Iterator[None]:
         yield
 
 
-def open_study(experiment: Experiment, folder: RunFolder, storage: str | None, name: str | None) -> optuna.Study:
+def reach(storage: str) -> BaseStorage:
+    """Open an Optuna storage by its URL.
+
+    Raises:
+        RequestError: it cannot be reached.
+    """
+    try:
+        return optuna.storages.get_storage(storage)
+    except Exception as error:  # whatever its driver raises
+        reason = " ".join(f"{type(error).__name__}: {error}".splitlines()[:1])
+        raise RequestError(
+            f"cannot open the storage {storage} ({reason}): check that it runs and its address."
+        ) from None
+
+
+def open_study(
+    experiment: Experiment, folder: RunFolder, storage: BaseStorage | None, name: str | None
+) -> optuna.Study:
     """Open or create the study, heal a torn journal, and return what a killed process had begun to the queue.
 
     Raises:
-        RequestError: the storage cannot be reached, or the journal is not one.
+        RequestError: the journal is not one, or the storage holds something else.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
-        backend = optuna.storages.get_storage(storage) if storage else JournalStorage(_journal(folder.journal))
         study = optuna.create_study(
-            storage=backend,
+            storage=storage or JournalStorage(_journal(folder.journal)),
             study_name=name or NAME,
             direction="minimize",
             load_if_exists=True,
@@ -63,21 +80,14 @@ def open_study(experiment: Experiment, folder: RunFolder, storage: str | None, n
         )
         trials = study.get_trials(deepcopy=False)
     except (KeyError, ValueError) as error:
-        where = storage or folder.journal
+        where = "that storage" if storage else folder.journal
         raise RequestError(f"cannot read the study in {where} ({error}): name another --storage or --out.") from None
-    except Exception as error:
-        if not storage:
-            raise
-        reason = str(error).splitlines()[0]
-        raise RequestError(
-            f"cannot open the storage {storage} ({reason}): check that it runs and its address."
-        ) from None
     study.sampler = _sampler(experiment, len(trials))
     if storage is None:
         for trial in trials:
             if trial.state is TrialState.RUNNING:
-                study.tell(trial.number, state=TrialState.FAIL)
                 study.enqueue_trial(trial.params or trial.system_attrs.get("fixed_params", {}))
+                study.tell(trial.number, state=TrialState.FAIL)
     return study
 
 
@@ -89,7 +99,21 @@ def _journal(path: Path) -> JournalFileBackend:
         if whole < len(content):
             with path.open("r+b") as file:
                 file.truncate(whole)
-    return JournalFileBackend(str(path))
+    return JournalFileBackend(str(path), _Held(str(path)))
+
+
+class _Held(JournalFileSymlinkLock):
+    """No lock: the folder is held already (`only_one`).
+
+    Optuna's own outlives a killed process, is then waited for (without end where the path is relative, as its link
+    dangles), and turns a Ctrl-C during its release into a FileNotFoundError.
+    """
+
+    def acquire(self) -> bool:
+        return True
+
+    def release(self) -> None:
+        pass
 
 
 def distributions(experiment: Experiment) -> dict[str, BaseDistribution]:
@@ -129,7 +153,9 @@ def _sampler(experiment: Experiment, trials: int) -> optuna.samplers.BaseSampler
         case "gp":
             return optuna.samplers.GPSampler(n_startup_trials=8, seed=seed)
         case "qmc":
-            return optuna.samplers.QMCSampler(scramble=True, seed=experiment.seed)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                return optuna.samplers.QMCSampler(scramble=True, seed=experiment.seed)
         case _:
             return optuna.samplers.RandomSampler(seed=seed)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 import warnings
@@ -11,7 +12,6 @@ from typing import Any
 
 import optuna
 import pandas as pd
-import yaml
 from optuna.trial import Trial, TrialState
 
 from mutransfer.errors import RequestError
@@ -21,8 +21,8 @@ from mutransfer.recipe import Recipe
 from mutransfer.runs import RunFolder
 
 from .experiment import Experiment, with_values
-from .jobs import Executor, Job, OneByOne, family_of, flops_of
-from .study import FINISHED, baseline, distributions, only_one, open_study, trials_frame
+from .jobs import Executor, Job, OneByOne, family_of, flops_of, plan_of
+from .study import FINISHED, baseline, distributions, only_one, open_study, reach, trials_frame
 
 __all__ = ["Tuned", "tune"]
 
@@ -71,8 +71,12 @@ def tune(
     """
     begun = time.perf_counter()
     executor = executor or OneByOne(device)
-    _, data = family_of(experiment)  # a wrong model or corpus is said before anything is written
+    # A wrong model, corpus or size is said before anything is written.
+    _, data = family_of(experiment)
+    flops = flops_of(experiment, experiment.proxy_scale)
+    plan_of(experiment, experiment.proxy_scale, experiment.parametrization, experiment.recipe)
     space = distributions(experiment)
+    backend = reach(storage) if storage else None
     _refuse_other_experiment(experiment, folder)
     folder.make()
     with naming_the_disk(folder.path), only_one(folder):
@@ -80,11 +84,10 @@ def tune(
             data_sha256=data.sha256, data=data.name, data_facts=data.facts, seed=experiment.seed, device=device
         )
         experiment.save(folder.experiment)
-        study = open_study(experiment, folder, storage, name)
-        flops = flops_of(experiment, experiment.proxy_scale)
+        study = open_study(experiment, folder, backend, name)
         if not study.get_trials(deepcopy=False) and (first := baseline(experiment)) is not None:
             study.enqueue_trial(first)
-        while missing := experiment.trials - _finished(study):
+        while (missing := experiment.trials - _finished(study)) > 0:
             progress(experiment.trials - missing, experiment.trials, _best_so_far(study))
             _round(experiment, study, space, executor, min(missing, executor.capacity), flops)
             TRIALS.write(trials_frame(study.get_trials(deepcopy=False)), folder.trials)
@@ -128,10 +131,18 @@ def _round(
                 study.tell(trial, 2 * outcome.start if outcome.diverged else outcome.loss)
             del open_trials[job.key]
     except BaseException:
-        for trial in open_trials.values():
-            study.tell(trial, state=TrialState.FAIL)
-            study.enqueue_trial(trial.params)
+        # What cannot be told now (a full disk, an interruption inside the storage) is reaped when the run resumes.
+        with contextlib.suppress(Exception):
+            _give_back(study, open_trials)
         raise
+
+
+def _give_back(study: optuna.Study, open_trials: dict[int, Trial]) -> None:
+    for number, trial in open_trials.items():
+        # Another state: interrupted right after its tell.
+        if study.get_trials(deepcopy=False)[number].state is TrialState.RUNNING:
+            study.enqueue_trial(trial.params)
+            study.tell(trial, state=TrialState.FAIL)
 
 
 def _job(experiment: Experiment, trial: Trial) -> Job:
@@ -157,8 +168,11 @@ def _summary(experiment: Experiment, study: optuna.Study, frame: pd.DataFrame, s
         )
     best = study.get_trials(deepcopy=False)[int(usable.loc[usable["value"].idxmin(), "number"])]
     assert best.value is not None
-    first = frame[(frame["number"] == 0) & (frame["state"] == "COMPLETE")]
-    default = float(first["value"].iloc[0]) if baseline(experiment) is not None and len(first) else None
+    # Not simply the first: an interrupted trial is done again under another number.
+    own = baseline(experiment)
+    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    first = next((trial.number for trial in complete if trial.params == own), None)
+    default = None if first is None else float(frame.loc[frame["number"] == first, "value"].iloc[0])
     return Tuned(
         frame, with_values(experiment.recipe, best.params), best.value, best.params, default, seconds,
         _at_edges(experiment, best.params),
@@ -183,11 +197,11 @@ def _at_edges(experiment: Experiment, params: dict[str, Any]) -> list[str]:
 def _refuse_other_experiment(experiment: Experiment, folder: RunFolder) -> None:
     if not folder.experiment.exists():
         return
-    before = yaml.safe_load(folder.experiment.read_text(encoding="utf-8")) or {}
+    before = Experiment.load(folder.experiment).model_dump(mode="json")
     now = experiment.model_dump(mode="json")
     for key in now:
-        if key != "trials" and before.get(key) != now[key]:
+        if key != "trials" and before[key] != now[key]:
             raise RequestError(
-                f"{folder.path} holds a study with {key} = {before.get(key)}, and this experiment has {now[key]}: use another "
+                f"{folder.path} holds a study with {key} = {before[key]}, and this experiment has {now[key]}: use another "
                 "--out, or put it back to go on with that study."
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,7 +17,7 @@ from mutransfer.runs import RunFolder
 from mutransfer.scale import Scale
 
 from .experiment import Experiment
-from .jobs import Executor, Job, flops_of
+from .jobs import Executor, Job, family_of, flops_of, plan_of
 
 __all__ = ["basins"]
 
@@ -56,14 +57,19 @@ def basins(
         progress: called with (runs done, runs known to be needed, what runs).
 
     Raises:
-        RequestError: fewer than two widths.
+        RequestError: fewer than two widths, one that the model cannot have, or another data hash than the folder's.
     """
     widths = sorted(set(widths))
     if len(widths) < 2:
         raise RequestError(f"a drift needs at least two widths, and {widths} is {len(widths)}: see --widths.")
-    center = math.log2(recipe.lr)
-    done = _known(folder, recipe, step)
+    # What is wrong is said before anything is written.
     flops = {width: flops_of(experiment, _scale(experiment, width)) * experiment.steps for width in widths}
+    for name, width in itertools.product(parametrizations, widths):
+        plan_of(experiment, _scale(experiment, width), name, recipe)
+    center = math.log2(recipe.lr)
+    _, data = family_of(experiment)
+    folder.note_environment(data_sha256=data.sha256)
+    done = _known(folder, recipe, step)
     while True:
         wanted = [
             Job(

@@ -11,6 +11,7 @@ import traceback
 __all__ = ["main"]
 
 BUG = "mutransfer: this is a bug of ours; please report it with the traceback above."
+INTERRUPTED = "mutransfer: interrupted; run the same command again to go on."
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -20,44 +21,32 @@ def main(arguments: list[str] | None = None) -> None:
 
 def run(arguments: list[str]) -> int:
     """Run one command and return its exit code."""
-    import click
-    import typer
-
     from ..errors import RequestError
-    from .app import app
 
     try:
+        import typer
+
+        from .app import app
+
         code = typer.main.get_command(app).main(args=arguments, prog_name="mutransfer", standalone_mode=False)
     except RequestError as error:
         print(f"mutransfer: {error}", file=sys.stderr)
         return 2
-    except (KeyboardInterrupt, click.Abort):
-        print("mutransfer: interrupted; run the same command again to go on.", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        return 0  # whoever read our output has read enough
+    except KeyboardInterrupt:
+        code = 130
     except Exception as error:
-        if type(error).__name__ in USAGE_ERRORS or isinstance(error, click.ClickException):
-            print(f"mutransfer: {_usage(error)}", file=sys.stderr)
+        # typer has its own copy of click or imports it, depending on its version: the names are the same.
+        kinds = {kind.__name__ for kind in type(error).__mro__}
+        if "ClickException" in kinds:
+            text = error.format_message() if hasattr(error, "format_message") else str(error)
+            one_line = f"mutransfer: {' '.join(text.split())} (see mutransfer COMMAND --help)"
+            print(text if "NoArgsIsHelpError" in kinds else one_line, file=sys.stderr)
             return 2
-        traceback.print_exc()
-        print(BUG, file=sys.stderr)
-        return 3
+        if "Abort" not in kinds:
+            traceback.print_exc()
+            print(BUG, file=sys.stderr)
+            return 3
+        code = 130
+    if code == 130:  # also typer's own answer to Ctrl-C, which it does not let through
+        print(INTERRUPTED, file=sys.stderr)
     return int(code or 0)
-
-
-# typer may carry its own copy of click, whose exceptions are other classes of the same names.
-USAGE_ERRORS = {
-    "UsageError",
-    "BadParameter",
-    "NoSuchOption",
-    "MissingParameter",
-    "BadArgumentUsage",
-    "BadOptionUsage",
-    "NoArgsIsHelpError",
-}
-
-
-def _usage(error: Exception) -> str:
-    text = error.format_message() if hasattr(error, "format_message") else str(error)
-    return " ".join(text.split()) + " (see mutransfer COMMAND --help)"

@@ -45,11 +45,17 @@ def check(
     as_json: AsJson = False,
 ) -> int:
     """Say whether activations and their changes keep their size as the width grows (exit 1 if not)."""
+    from ..recipe import Recipe
+    from ..tables import table as parametrization_table
     from .models import family_for
 
     sizes = numbers(widths, "--widths")
     family, source = family_for(model, data, base_width or (min(sizes) if sizes else None), depth)
     where = device_of(device)
+    if lr is not None:
+        Recipe.read({"lr": lr}, "--lr")
+    if control:
+        parametrization_table(control)
     judged, frame = judge(family, sizes, parametrization, optimizer, where, steps, seeds, lr, seed)
     second = None
     if control:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
 from types import TracebackType
@@ -12,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import RequestError
+from ..files import naming_the_disk
 
 __all__ = ["AsJson", "Device", "Progress", "Seed", "emit", "numbers", "plain", "say", "table"]
 
@@ -44,7 +46,15 @@ def say(text: str) -> None:
 
 def emit(result: dict[str, Any], as_json: bool, text: str) -> None:
     """Print the result on stdout: as one JSON object, or as text for a person."""
-    print(json.dumps(plain(result), ensure_ascii=False, allow_nan=False) if as_json else text, flush=True)
+    line = json.dumps(plain(result), ensure_ascii=False, allow_nan=False) if as_json else text
+    try:
+        with naming_the_disk("the result to standard output"):
+            print(line, flush=True)
+    except (BrokenPipeError, RequestError) as error:
+        # What is left in the buffer cannot be written at exit either, and the exit code would then be Python's.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, RequestError):
+            raise
 
 
 def plain(value: Any) -> Any:
@@ -66,7 +76,7 @@ def numbers(text: str, flag: str) -> list[int]:
     """
     parts = [part.strip() for part in text.split(",") if part.strip()]
     for part in parts:
-        if not part.isdigit() or int(part) < 1:
+        if not part.isdecimal() or int(part) < 1:
             raise RequestError(f"{flag} {text!r}: {part!r} is no positive whole number, write it as 64,128,256.")
     return [int(part) for part in parts]
 

@@ -48,7 +48,7 @@ def _import(name: str) -> dict[str, Any]:
         module = importlib.import_module(name)
     except Exception as error:
         return _check(name, False, _first_line(error), "pip install -c constraints.txt -e .")
-    return _check(name, True, str(getattr(module, "__version__", "")))
+    return _check(name, True, str(getattr(module, "__version__", "") or metadata.version(name)))
 
 
 def _torchvision() -> dict[str, Any]:

@@ -32,9 +32,10 @@ def train(
             config, out or target.parent / "train",
             device=device_of(device), checkpoint_every=checkpoint_every, progress=progress,
         )  # fmt: skip
+    loss, pace = result["loss"], result["tokens_per_second"]
     text = (
-        f"validation loss {result['loss']:.4f} after {result['steps']} steps, "
-        f"{result['tokens_per_second']:.0f} tokens/s\ncheckpoint: {result['checkpoint']}"
+        ("diverged" if loss is None else f"validation loss {loss:.4f}") + f" after {result['steps']} steps"
+        f"{', nothing left to do' if pace is None else f', {pace:.0f} tokens/s'}\ncheckpoint: {result['checkpoint']}"
     )
     emit(result, as_json, text)
-    return 0
+    return 0 if loss is not None else 1

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .console import AsJson, emit, say
+
+if TYPE_CHECKING:
+    from ..runs import RunFolder
+    from ..transfer import TargetConfig
 
 
 def add_to(app: typer.Typer) -> None:
@@ -35,11 +39,12 @@ def transfer(
 
     target = target_of(RunFolder(run).existing(), width, depth, batch_size, tokens, seed)
     exported = export(target, to) if to is not None else None
-    path = target.save(out if out is not None and exported is None else run / "target.json")
-    written = [str(path)]
+    written = []
     if exported is not None:
         name, content = exported
         written.append(str(write_text(out or run / name, content)))
+    path = target.save(out if out is not None and exported is None else run / "target.json")
+    written.append(str(path))
     for warning in target.warnings:
         say(f"warning: {warning}")
     plan = target.plan
@@ -52,8 +57,16 @@ def transfer(
     return 0
 
 
-def target_of(folder, width, depth=None, batch_size=None, tokens=None, seed=0):  # type: ignore[no-untyped-def]
+def target_of(
+    folder: RunFolder,
+    width: int,
+    depth: int | None = None,
+    batch_size: int | None = None,
+    tokens: int | None = None,
+    seed: int = 0,
+) -> TargetConfig:
     """Return the `TargetConfig` of a run folder at another scale; sizes default to the proxy's."""
+    from ..errors import RequestError
     from ..files import read_json
     from ..planning import plan
     from ..recipe import Recipe
@@ -72,6 +85,12 @@ def target_of(folder, width, depth=None, batch_size=None, tokens=None, seed=0): 
         else max(1, experiment.steps * experiment.batch_size // batch_size)
     )
     before = read_json(folder.environment, "the run's environment") if folder.environment.exists() else {}
+    known = before.get("data_sha256")
+    if known and known != data.sha256:
+        raise RequestError(
+            f"{folder.path} holds results on data with SHA-256 {known[:12]}…, and the data is now {data.sha256[:12]}…: tune "
+            "again on this data with another --out, or put the old data back."
+        )
     provenance = {
         "run": str(folder.path),
         "data_sha256": data.sha256,
@@ -84,7 +103,7 @@ def target_of(folder, width, depth=None, batch_size=None, tokens=None, seed=0): 
         model=experiment.model,
         options=experiment.options,
         data=experiment.data,
-        sequence_length=experiment.sequence_length,
+        sequence_length=per_example,
         proxy=experiment.proxy_scale,
         proxy_batch_size=experiment.batch_size,
         proxy_steps=experiment.steps,

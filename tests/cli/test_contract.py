@@ -1,0 +1,399 @@
+"""The command contract: flags, exit codes, and one JSON object on stdout with the keys that others build on."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+import mutransfer
+from mutransfer import planning
+from mutransfer.cli import run
+from mutransfer.cli.app import app
+from mutransfer.cli.console import plain
+from mutransfer.export import FORMATS
+from mutransfer.frames import BASINS, COORDINATES, TRIALS
+from mutransfer.recipe import Recipe
+from mutransfer.sweeps.experiment import Experiment
+from mutransfer.transfer import KEYS, TargetConfig
+
+from .processes import Processes
+
+# Others' scripts hold these: add, but do not rename or take away without a release note.
+FLAGS = {
+    "demo": ["--json", "--out"],
+    "init": ["--force", "--json", "folder"],
+    "doctor": ["--json"],
+    "plan": [
+        "--base-depth", "--base-width", "--data", "--depth", "--json", "--optimizer", "--parametrization", "--recipe", "--width",
+        "model",
+    ],
+    "check": [
+        "--base-width", "--control", "--data", "--depth", "--device", "--json", "--lr", "--optimizer", "--out",
+        "--parametrization", "--seed", "--seeds", "--steps", "--widths", "model",
+    ],
+    "tune": ["--device", "--json", "--out", "--seed", "--set", "--storage", "--study", "--trials", "experiment"],
+    "verify": ["--control", "--device", "--json", "--seeds", "--step", "--widths", "run"],
+    "transfer": ["--batch-size", "--depth", "--json", "--out", "--seed", "--to", "--tokens", "--width", "run"],
+    "train": ["--checkpoint-every", "--device", "--json", "--out", "target"],
+    "audit": ["--json", "dump", "target"],
+    "report": ["--json", "run"],
+}  # fmt: skip
+
+DEFAULTS = {
+    ("check", "widths"): "64,128,256,512",
+    ("check", "parametrization"): "mup",
+    ("check", "optimizer"): "adamw",
+    ("check", "steps"): 4,
+    ("check", "seeds"): 5,
+    ("plan", "parametrization"): "mup",
+    ("plan", "optimizer"): "adamw",
+    ("verify", "seeds"): 3,
+    ("verify", "step"): 1.0,
+    ("transfer", "seed"): 0,
+    ("tune", "device"): "auto",
+}
+
+PARAMETER = {
+    "name", "shape", "role", "m_in", "m_out", "init_std", "lr", "weight_decay", "eps", "lr_factor", "wd_factor", "eps_factor",
+    "init_factor",
+}  # fmt: skip
+
+
+def commands_of_the_app() -> dict[str, Any]:
+    return dict(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+
+
+def in_process(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict[str, Any]]:
+    code = run([*arguments, "--json"])
+    out, err = capsys.readouterr()
+    assert out.count("\n") == 1, (out, err)
+    return code, json.loads(out)
+
+
+def test_the_flags_are_frozen() -> None:
+    found = {
+        name: sorted((p.opts[0] if p.opts[0].startswith("--") else p.name) for p in command.params if p.name != "help")
+        for name, command in commands_of_the_app().items()
+    }
+    assert found == FLAGS
+
+
+def test_the_defaults_are_frozen() -> None:
+    found = {(name, p.name): p.default for name, command in commands_of_the_app().items() for p in command.params}
+    assert {key: found[key] for key in DEFAULTS} == DEFAULTS
+
+
+def test_every_flag_and_command_says_what_it_is_for() -> None:
+    for name, command in commands_of_the_app().items():
+        assert command.help, name
+        assert all(p.help for p in command.params), name
+
+
+def test_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    code, told = in_process(capsys, "plan", "transformer", "--width", "128", "--data", "markov")
+    assert code == 0
+    assert set(told) >= {"parameters", "groups"}
+    assert all(set(row) >= PARAMETER for row in told["parameters"])
+    assert {row["role"] for row in told["parameters"]} <= {
+        "input",
+        "vector",
+        "hidden",
+        "output",
+        "bottleneck",
+        "finite",
+    }
+    assert all(set(group) == {"lr", "weight_decay", "eps", "count"} for group in told["groups"])
+    assert sum(group["count"] for group in told["groups"]) == len(told["parameters"])
+    hidden = next(row for row in told["parameters"] if row["role"] == "hidden")
+    assert (hidden["m_in"], hidden["lr_factor"], hidden["init_factor"]) == (2, 0.5, 2**-0.5)
+    assert [row["init_factor"] for row in told["parameters"] if row["name"].endswith("norm.weight")][:1] == [None]
+
+
+def test_plan_builds_nothing_for_real(commands: Processes, tmp_path: Path) -> None:
+    told = commands.run("plan", "mlp", "--width", str(2**20), "--json", cwd=tmp_path).json
+    assert [2**20, 2**20] in [row["shape"] for row in told["parameters"]]
+
+
+@pytest.mark.parametrize("parametrization", ["mup", "sp"])
+def test_check(parametrization: str, commands: Processes, tmp_path: Path) -> None:
+    asked = ("check", "mlp", "--widths", "32,128,512", "--seeds", "3", "--steps", "2", "--out", "seen", "--json")
+    ended = commands.run(*asked, "--parametrization", parametrization, "--control", "sp", cwd=tmp_path)
+    told = ended.json
+    assert set(told) >= {"verdict", "modules", "cause", "control", "report"}
+    slope = {"module", "statistic", "step", "slope", "low", "high", "expected", "declared", "ok"}
+    assert all(set(row) >= slope for row in told["modules"])
+    assert ended.code == (0 if told["verdict"] == "pass" else 1)
+    assert told["control"]["verdict"] == "fail"
+    if parametrization == "sp":
+        assert told["verdict"] == "fail"
+        assert any(row["module"] in told["cause"] for row in told["modules"] if row["ok"] is False)
+    else:
+        assert told["verdict"] == "pass"
+    assert (tmp_path / told["report"]).is_file()
+    assert len(COORDINATES.read(tmp_path / "seen" / "coordinates.csv"))
+
+
+def test_an_undecided_check_does_not_pass(commands: Processes, tmp_path: Path) -> None:
+    ended = commands.run("check", "mlp", "--widths", "8,16", "--seeds", "2", "--steps", "2", "--json", cwd=tmp_path)
+    assert ended.json["verdict"] in ("undecided", "fail")
+    assert ended.code == 1
+
+
+def test_init(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    code, told = in_process(capsys, "init", str(tmp_path / "new"))
+    path = tmp_path / "new" / "experiment.yaml"
+    assert (code, told) == (0, {"path": str(path)})
+    assert list(path.parent.iterdir()) == [path]
+    assert Experiment.load(path).trials == 24
+    path.write_text("model: mlp")
+    assert in_process(capsys, "init", str(tmp_path / "new"), "--force")[0] == 0
+    assert Experiment.load(path).trials == 24
+
+
+def test_doctor(commands: Processes, tmp_path: Path) -> None:
+    ended = commands.run("doctor", "--json", cwd=tmp_path)
+    told = ended.json
+    assert all(set(check) == {"name", "ok", "detail", "fix"} for check in told["checks"])
+    assert {"torch", "mup", "optuna", "gpu", "disk"} <= {check["name"] for check in told["checks"]}
+    assert ended.code == (0 if all(check["ok"] for check in told["checks"]) else 1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tune(commands: Processes, shop: Path) -> None:
+    asked = ("tune", "experiment.yaml", "--out", "new", "--trials", "4", "--set", "steps=6", "--seed", "3", "--json")
+    ended = commands.run(*asked, cwd=shop)
+    told = ended.json
+    assert ended.code == 0
+    assert set(told) >= {"trials", "finished", "diverged", "pruned", "best", "seconds", "run"}
+    assert (told["trials"], told["finished"]) == (4, 4)
+    assert set(told["best"]) == {"value", "params"}
+    assert told["run"] == "new"
+    assert {path.name for path in (shop / "new").iterdir()} == {
+        "experiment.yaml", "study.journal", "trials.csv", "best.json", "environment.json", ".lock",
+    }  # fmt: skip
+    resolved = Experiment.load(shop / "new" / "experiment.yaml")
+    assert (resolved.steps, resolved.seed, resolved.trials) == (6, 3, 4)
+    assert Recipe.load(shop / "new" / "best.json").lr == told["best"]["params"]["lr"]
+    assert TRIALS.read(shop / "new" / "trials.csv")["value"].min() == told["best"]["value"]
+    noted = json.loads((shop / "new" / "environment.json").read_text())
+    assert {"versions", "device", "seed", "data_sha256", "commands"} <= set(noted)
+    assert noted["commands"] == ["mutransfer " + " ".join(asked)]
+    assert commands.run(*asked, cwd=shop).json["trials"] == 4
+
+
+def test_tune_without_out_makes_a_folder_below_runs(commands: Processes, shop: Path) -> None:
+    told = commands.run("tune", "language.yaml", "--json", cwd=shop).json
+    assert told["run"] == "runs/language"
+    told = commands.run("tune", "./experiment.yaml", "--trials", "1", "--json", cwd=shop).json
+    assert told["run"] == "runs/experiment"
+    (shop / "nothing" / "experiment.yaml").write_text((shop / "experiment.yaml").read_text())
+    told = commands.run("tune", "nothing/experiment.yaml", "--trials", "1", "--json", cwd=shop).json
+    assert told["run"] == "runs/nothing"
+
+
+def test_verify(commands: Processes, shop: Path) -> None:
+    ended = commands.run("verify", "run", "--widths", "8,16", "--seeds", "2", "--control", "sp", "--json", cwd=shop)
+    told = ended.json
+    assert set(told) >= {"verdict", "optimum_log2_lr", "drift_octaves", "regret", "price"}
+    assert ended.code == (0 if told["verdict"] == "pass" else 1)
+    for measured in (told["drift_octaves"], told["regret"]):
+        assert set(measured) == {"mup", "sp"}
+        assert set(measured["mup"]) == {"8", "16"}
+        assert set(measured["mup"]["16"]) == {"value", "low", "high"}
+    assert set(told["price"]) == {"tuning_flops", "target_flops", "ratio"}
+    assert told["price"]["ratio"] == told["price"]["tuning_flops"] / told["price"]["target_flops"]
+    assert json.loads((shop / "run" / "verify.json").read_text()) == told
+    assert set(BASINS.read(shop / "run" / "basins.csv")["parametrization"]) == {"mup", "sp"}
+
+
+def test_transfer(commands: Processes, shop: Path) -> None:
+    ended = commands.run(
+        "transfer", "run", "--width", "64", "--depth", "3", "--batch-size", "32", "--tokens", "1000", "--json", cwd=shop
+    )
+    told = ended.json
+    assert ended.code == 0
+    assert tuple(told) == KEYS
+    assert told["scale"] == {"width": 64, "depth": 3, "batch": 32, "tokens": told["tokens"]}
+    assert (told["batch_size"], told["steps"]) == (32, 32)  # 1000 / 32, rounded up
+    assert told["warnings"]
+    assert ended.err.count("warning: ") == len(told["warnings"])
+    assert json.loads((shop / "run" / "target.json").read_text()) == told
+    assert TargetConfig.load(shop / "run" / "target.json").plan.scale.width == 64
+
+
+def test_transfer_to_a_framework(commands: Processes, shop: Path) -> None:
+    before = (shop / "run" / "target.json").read_bytes()
+    ended = commands.run(
+        "transfer", "run", "--width", "64", "--to", "pytorch", "--out", "here/it.json", "--json", cwd=shop
+    )
+    assert ended.code == 0
+    exported = json.loads((shop / "here" / "it.json").read_text())
+    assert exported["scale"]["width"] == 64
+    assert (shop / "run" / "target.json").read_bytes() != before
+    commands.run("transfer", "run", "--width", "16", "--out", "here/target.json", cwd=shop)
+    assert TargetConfig.load(shop / "here" / "target.json").plan.scale.width == 16
+    assert TargetConfig.load(shop / "run" / "target.json").plan.scale.width == 64
+    assert set(FORMATS) >= {"pytorch", "transformers", "torchtitan", "megatron", "lightning"}
+
+
+@pytest.mark.parametrize("flags", [(), ("--json",)])
+def test_train(flags: tuple[str, ...], commands: Processes, shop: Path) -> None:
+    ended = commands.run("train", "run/target.json", "--out", "big", *flags, cwd=shop)
+    assert ended.code == 0
+    assert (shop / "big" / "checkpoint.pt").is_file()
+    again = commands.run("train", "run/target.json", "--out", "big", *flags, cwd=shop)
+    assert again.code == 0, again.err
+    if flags:
+        told = ended.json
+        assert set(told) >= {"loss", "steps", "tokens_per_second", "checkpoint"}
+        assert (told["steps"], told["checkpoint"]) == (8, "big/checkpoint.pt")
+        assert again.json == told | {"tokens_per_second": None}
+    else:
+        assert "nothing left to do" in again.out
+
+
+def test_train_says_that_it_diverged(commands: Processes, shop: Path) -> None:
+    (shop / "run" / "best.json").write_text('{"lr": 1e30, "warmup": 0.0}')
+    assert commands.run("transfer", "run", "--width", "16", "--out", "wild.json", cwd=shop).code == 0
+    ended = commands.run("train", "wild.json", "--out", "wild", "--json", cwd=shop)
+    assert (ended.code, ended.json["loss"]) == (1, None)
+    ended = commands.run("train", "wild.json", "--out", "wild", cwd=shop)
+    assert (ended.code, "diverged after" in ended.out) == (1, True), ended.err
+
+
+def test_audit(commands: Processes, shop: Path) -> None:
+    ended = commands.run("audit", "run/target.json", "run/train/checkpoint.pt", "--json", cwd=shop)
+    assert (ended.code, ended.json) == (0, {"verdict": "pass", "differences": []})
+    commands.run("transfer", "run", "--width", "16", "--out", "mine.json", cwd=shop)
+    planned = json.loads((shop / "mine.json").read_text())["parameters"]
+    kept = ("weight_decay", "eps")
+    groups = [
+        {"lr": 1e-3, "betas": [0.9, 0.95], "param_names": [row["name"]], **{key: row[key] for key in kept}}
+        for row in planned
+    ]
+    (shop / "dump.json").write_text(json.dumps({"param_groups": groups}))
+    ended = commands.run("audit", "mine.json", "dump.json", "--json", cwd=shop)
+    assert (ended.code, ended.json["verdict"]) == (1, "fail")
+    assert all(set(row) == {"name", "setting", "planned", "found"} for row in ended.json["differences"])
+    assert {row["setting"] for row in ended.json["differences"]} == {"lr"}
+    assert "verdict: fail" in commands.run("audit", "mine.json", "dump.json", cwd=shop).out
+
+
+def test_report(commands: Processes, shop: Path) -> None:
+    ended = commands.run("report", "run", "--json", cwd=shop)
+    assert (ended.code, ended.json) == (0, {"report": "run/report.html"})
+    assert "<svg" in (shop / "run" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("plan", "mlp", "--width", "32"),
+        ("init", "new"),
+        ("tune", "experiment.yaml", "--out", "run"),
+        ("transfer", "run", "--width", "16"),
+        ("audit", "run/target.json", "run/train/checkpoint.pt"),
+        ("report", "run"),
+    ],
+)
+def test_without_json_a_person_is_told(arguments: tuple[str, ...], commands: Processes, shop: Path) -> None:
+    ended = commands.run(*arguments, cwd=shop)
+    assert ended.code == 0
+    assert ended.out.strip()
+    with pytest.raises(json.JSONDecodeError):
+        json.loads(ended.out)
+
+
+def test_json_has_no_nan() -> None:
+    given = {"a": [float("nan"), 1.5, (float("-inf"),)], 3: {"b": TRIALS.frame([])["value"].mean()}}
+    assert plain(given) == {"a": [None, 1.5, [None]], "3": {"b": None}}
+
+
+def test_ctrl_c_is_130_and_a_bug_is_3(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def fails_with(error: BaseException) -> tuple[int, str]:
+        def fail(*args: Any, **kwargs: Any) -> None:
+            raise error
+
+        monkeypatch.setattr(planning, "plan", fail)
+        code = run(["plan", "mlp", "--width", "16", "--json"])
+        out, err = capsys.readouterr()
+        assert out == ""
+        return code, err
+
+    code, err = fails_with(KeyboardInterrupt())
+    assert (code, err) == (130, "mutransfer: interrupted; run the same command again to go on.\n")
+    code, err = fails_with(ZeroDivisionError("nobody thought of this"))
+    assert code == 3
+    assert "Traceback" in err
+    assert "ZeroDivisionError: nobody thought of this" in err
+    assert err.endswith("mutransfer: this is a bug of ours; please report it with the traceback above.\n")
+
+
+def test_no_command_shows_the_help(commands: Processes, tmp_path: Path) -> None:
+    ended = commands.run(cwd=tmp_path)
+    assert ended.code == 2
+    assert "Usage: mutransfer" in ended.err
+    assert all(re.search(rf"^  {name} ", ended.err, re.MULTILINE) for name in FLAGS)
+
+
+def test_the_version(commands: Processes, tmp_path: Path) -> None:
+    ended = commands.run("--version", cwd=tmp_path)
+    assert (ended.code, ended.out) == (0, f"mutransfer {mutransfer.__version__}\n")
+
+
+def python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_help_imports_nothing_heavy() -> None:
+    heavy = ("torch", "numpy", "pandas", "optuna", "scipy", "matplotlib", "sklearn", "pydantic_core", "yaml", "mup")
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    ended = python(
+        "import sys\nfrom mutransfer.cli import run\n"
+        "codes = [run(['--help']), *(run([name, '--help']) for name in sys.argv[1:])]\n"
+        f"print(codes, sorted(set(sys.modules) & set({heavy})))"
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert ended.stdout.endswith("[0] []\n"), ended
+    # Processor time: the machine may be busy. The contract's 0.4 s are of a whole start of `mutransfer --help`.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.4
+
+
+def test_every_command_has_a_light_help() -> None:
+    ended = python(
+        "import sys\nfrom mutransfer.cli import run\n"
+        f"codes = [run([name, '--help']) for name in {list(FLAGS)}]\n"
+        "print(codes, 'torch' in sys.modules)"
+    )
+    assert ended.stdout.endswith(f"{[0] * len(FLAGS)} False\n"), ended
+
+
+def test_click_itself_is_not_needed() -> None:
+    """A typer that brings its own copy does not install click, and neither do we."""
+    ended = python(
+        "import sys\nsys.modules['click'] = None\nfrom mutransfer.cli import run\n"
+        "print([run(['--help']), run(['plan']), run(['nonsense'])])"
+    )
+    assert ended.stdout.endswith("[0, 2, 2]\n"), ended
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_reader_that_has_read_enough_is_no_error(tmp_path: Path) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    ended = subprocess.run(
+        [sys.executable, "-c", "from mutransfer.cli import main; main()", "init", "--json"],
+        cwd=tmp_path, stdout=write, stderr=subprocess.PIPE, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    os.close(write)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert (tmp_path / "experiment.yaml").is_file()

@@ -1,0 +1,119 @@
+"""Experiments that take a blink, and executors that count, plant losses or fail."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+
+from mutransfer.proxies.training import Outcome
+from mutransfer.recipe import Recipe
+from mutransfer.runs import RunFolder
+from mutransfer.sweeps.experiment import Experiment
+from mutransfer.sweeps.jobs import Job, OneByOne, Report
+
+SMALL: dict[str, Any] = {
+    "model": "mlp",
+    "data": "digits",
+    "proxy": {"width": 8, "depth": 2},
+    "steps": 8,
+    "batch_size": 16,
+    "recipe": {"lr": 2**-6, "warmup": 0.0},
+    "search": {"lr": {"low": 2**-9, "high": 2**-3, "log": True}},
+    "rungs": 2,
+    "pruner": "none",
+    "trials": 4,
+}
+
+
+def experiment(**changes: Any) -> Experiment:
+    return Experiment.read({**SMALL, **changes}, "test")
+
+
+class Counting:
+    """Another executor, with the jobs it was given."""
+
+    def __init__(self, inner: Any = None) -> None:
+        self.inner = inner or OneByOne()
+        self.capacity = self.inner.capacity
+        self.jobs: list[Job] = []
+
+    def run(
+        self, experiment: Experiment, jobs: Sequence[Job], report: Report | None = None
+    ) -> Iterator[tuple[Job, Outcome]]:
+        for job, outcome in self.inner.run(experiment, jobs, report):
+            self.jobs.append(job)
+            yield job, outcome
+
+
+class Planted:
+    """No training: the loss is a function of the job, reported at its rungs and at the end; the start is 10."""
+
+    capacity = 1
+
+    def __init__(self, loss: Callable[[Job], float]) -> None:
+        self.loss = loss
+
+    def run(
+        self, experiment: Experiment, jobs: Sequence[Job], report: Report | None = None
+    ) -> Iterator[tuple[Job, Outcome]]:
+        for job in jobs:
+            loss = self.loss(job)
+            stopped_at = next((rung for rung in job.rungs if report and report(job, rung, loss)), None)
+            yield job, Outcome(loss, 10.0, stopped_at or experiment.steps, stopped_at is not None, 0.01)
+
+
+class Failing:
+    """Raises ``error`` in place of the outcome number ``at`` (from 0), once."""
+
+    capacity = 1
+
+    def __init__(self, at: int, error: BaseException, inner: Any = None) -> None:
+        self.at, self.error, self.inner, self.done = at, error, inner or OneByOne(), 0
+
+    def run(
+        self, experiment: Experiment, jobs: Sequence[Job], report: Report | None = None
+    ) -> Iterator[tuple[Job, Outcome]]:
+        for job, outcome in self.inner.run(experiment, jobs, report):
+            self.done += 1
+            if self.done == self.at + 1:
+                raise self.error
+            yield job, outcome
+
+
+def octaves(recipe: Recipe) -> float:
+    return math.log2(recipe.lr)
+
+
+def journal(folder: RunFolder) -> optuna.Study:
+    """The folder's study, as anyone else opens it."""
+    storage = JournalStorage(JournalFileBackend(str(folder.journal)))
+    return optuna.load_study(study_name=None, storage=storage)
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    """All files below ``path`` by name."""
+    return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
+
+
+@contextlib.contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """Fail rather than wait for ever."""
+
+    def late(number: int, frame: Any) -> None:
+        raise TimeoutError(f"still not done after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

@@ -1,0 +1,186 @@
+"""Basins: extended until bracketed, never measured twice, and the same whatever does the runs."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from mutransfer.basins import optima
+from mutransfer.errors import RequestError
+from mutransfer.frames import BASINS
+from mutransfer.recipe import Recipe
+from mutransfer.runs import RunFolder
+from mutransfer.sweeps.jobs import Job, OneByOne, Processes
+from mutransfer.sweeps.verifying import LIMIT, REACH, basins
+
+from .small import Counting, Failing, Planted, contents, experiment, octaves
+
+RECIPE = Recipe(lr=2**-6, warmup=0.0)
+PER_WIDTH = 2 * REACH + 1
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    return RunFolder(tmp_path / "run").make()
+
+
+def parabola(offsets: dict[int, float]) -> Planted:
+    """Per width, a loss with its optimum at the recipe's learning rate plus so many octaves."""
+    return Planted(lambda job: 1 + (octaves(job.recipe) + 6 - offsets[job.scale.width]) ** 2 / 100 + job.seed / 1000)
+
+
+def measure(folder: RunFolder, executor: Any, widths: tuple[int, ...] = (8, 16), **options: Any) -> pd.DataFrame:
+    options = {"recipe": RECIPE, "seeds": 2, **options}
+    return basins(experiment(), options.pop("recipe"), widths, folder=folder, executor=executor, **options)
+
+
+def points(frame: pd.DataFrame, width: int) -> list[float]:
+    return sorted(set(frame.loc[frame["width"] == width, "log2_lr"]))
+
+
+def test_a_bracketed_optimum_needs_no_more_than_its_neighbours(folder: RunFolder) -> None:
+    counting = Counting(parabola({8: 0, 16: 0.2}))
+    frame = measure(folder, counting)
+    assert points(frame, 8) == points(frame, 16) == [-8, -7, -6, -5, -4]
+    assert len(counting.jobs) == len(frame) == 2 * 2 * PER_WIDTH
+    assert {job.seed for job in counting.jobs} == {0, 1}
+    assert all(job.recipe.with_(lr=RECIPE.lr) == RECIPE for job in counting.jobs)
+    assert {(job.scale.width, job.scale.depth) for job in counting.jobs} == {(8, 2), (16, 2)}
+    pd.testing.assert_frame_equal(BASINS.read(folder.basins), frame)
+
+
+@pytest.mark.parametrize("shift", [4.1, -4.1])
+def test_a_grid_follows_its_optimum_until_it_is_bracketed(shift: float, folder: RunFolder) -> None:
+    frame = measure(folder, parabola({8: 0, 16: shift}))
+    assert points(frame, 8) == [-8, -7, -6, -5, -4]
+    best = -6 + round(shift)
+    assert {best - 2, best - 1, best, best + 1, best + 2} <= set(points(frame, 16))
+    assert len(points(frame, 16)) == PER_WIDTH + 4
+    found = optima(frame).set_index("width")
+    assert found.loc[16, "drift"] == pytest.approx(shift)
+    assert not found["at_edge"].any()
+
+
+def test_a_loss_without_an_optimum_is_given_up(folder: RunFolder) -> None:
+    frame = measure(folder, Planted(lambda job: 5 + octaves(job.recipe) / 100), seeds=1)
+    assert LIMIT <= len(points(frame, 8)) <= LIMIT + REACH
+    assert optima(frame)["at_edge"].all()
+
+
+def test_finer_steps(folder: RunFolder) -> None:
+    frame = measure(folder, parabola({8: 0, 16: 0}), step=0.5)
+    assert points(frame, 8) == [-7, -6.5, -6, -5.5, -5]
+    again = measure(folder, counting := Counting(parabola({8: 0, 16: 0})), step=1.0)
+    assert points(again, 8) == [-8, -7, -6, -5, -4]
+    assert len(counting.jobs) == len(again)  # another grid answers another question
+
+
+def test_diverged_runs_are_kept_and_avoided(folder: RunFolder) -> None:
+    frame = measure(folder, Planted(lambda job: math.inf if octaves(job.recipe) > -6.5 else 2.0 - job.key[3] / 10))
+    lost = frame[frame["log2_lr"] > -6.5]
+    assert lost["diverged"].all()
+    assert lost["loss"].isna().all()
+    assert set(frame.loc[~frame["diverged"], "log2_lr"]) == {-9, -8, -7}
+
+
+def test_what_is_measured_is_not_measured_again(folder: RunFolder) -> None:
+    planted = parabola({8: 0, 16: 0, 32: 0})
+    first = measure(folder, planted)
+    again = measure(folder, idle := Counting(planted))
+    assert idle.jobs == []
+    pd.testing.assert_frame_equal(again, first)
+
+    measure(folder, wider := Counting(planted), widths=(8, 16, 32))
+    assert {job.scale.width for job in wider.jobs} == {32}
+    more = measure(folder, seeded := Counting(planted), widths=(8, 16, 32), seeds=3)
+    assert {job.seed for job in seeded.jobs} == {2}
+    assert len(more) == 3 * 3 * PER_WIDTH
+    measure(folder, control := Counting(planted), parametrizations=("mup", "sp"))
+    assert {job.parametrization for job in control.jobs} == {"sp"}
+    # Asked for less, only that is returned, and nothing is forgotten.
+    pd.testing.assert_frame_equal(measure(folder, idle, seeds=2).reset_index(drop=True), first)
+    assert len(BASINS.read(folder.basins)) == len(more) + 2 * 2 * PER_WIDTH
+    assert idle.jobs == []
+
+
+def test_another_recipe_starts_again(folder: RunFolder) -> None:
+    planted = parabola({8: 0, 16: 0})
+    measure(folder, planted)
+    other = RECIPE.with_(alpha_output=2.0)
+    frame = measure(folder, counting := Counting(planted), recipe=other)
+    assert len(counting.jobs) == len(frame) == len(BASINS.read(folder.basins))
+    assert all(job.recipe.alpha_output == 2 for job in counting.jobs)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
+def test_an_interruption_keeps_what_is_done(error: type[BaseException], folder: RunFolder) -> None:
+    planted = parabola({8: 0, 16: 0})
+    whole = measure(RunFolder(folder.path / "other").make(), planted)
+    with pytest.raises(error):
+        measure(folder, Failing(7, error(), planted))
+    assert len(BASINS.read(folder.basins)) == 7
+    frame = measure(folder, rest := Counting(planted))
+    assert len(rest.jobs) == len(whole) - 7
+    pd.testing.assert_frame_equal(frame, whole)
+
+
+def test_processes_and_one_by_one_train_the_same(tmp_path: Path) -> None:
+    given = experiment(steps=5)
+    jobs = [
+        Job((name, width, seed), given.proxy_scale.with_(width=width), name, RECIPE, seed)
+        for name in ("mup", "sp")
+        for width in (8, 16)
+        for seed in (0, 1)
+    ]
+    alone = {job.key: outcome for job, outcome in OneByOne().run(given, jobs)}
+    with Processes(2) as executor:
+        beside = {job.key: outcome for job, outcome in executor.run(given, jobs)}
+        with pytest.raises(RequestError, match="unknown parametrization"):
+            list(executor.run(given, [Job("wrong", given.proxy_scale, "nup", RECIPE, 0)]))
+    assert beside.keys() == alone.keys()
+    for key, outcome in alone.items():
+        assert beside[key].loss == pytest.approx(outcome.loss, rel=1e-6)
+        assert beside[key].start == pytest.approx(outcome.start, rel=1e-6)
+    assert len({outcome.loss for outcome in alone.values()}) >= 6  # else nothing is compared
+    processes = list((executor._pool._processes or {}).values()) if executor._pool else []
+    assert not any(process.is_alive() for process in processes)
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "said"),
+    [
+        ({}, {"widths": (8,)}, "at least two widths"),
+        ({}, {"widths": (8, 8)}, "at least two widths"),
+        ({}, {"widths": ()}, "at least two widths"),
+        ({}, {"parametrizations": ("mup", "spp")}, "did you mean 'sp'?"),
+        (
+            {"model": "transformer", "data": "markov", "sequence_length": 8, "proxy": {"width": 16, "depth": 1}},
+            {"widths": (16, 40)},
+            "width 40 is not a multiple",
+        ),
+    ],
+)
+def test_what_cannot_be_measured_is_said_before_anything_is_written(
+    change: dict[str, Any], options: dict[str, Any], said: str, folder: RunFolder
+) -> None:
+    measure(folder, parabola({8: 0, 16: 0}))
+    before = contents(folder.path)
+    settings = {"widths": (8, 16), **options}
+    with pytest.raises(RequestError, match=said):
+        basins(experiment(**change), RECIPE.with_(lr=0.5), folder=folder, executor=OneByOne(), **settings)
+    assert contents(folder.path) == before
+
+
+def test_another_data_hash_in_the_folder_is_refused(folder: RunFolder) -> None:
+    measure(folder, parabola({8: 0, 16: 0}))
+    noted = json.loads(folder.environment.read_text())
+    folder.environment.write_text(json.dumps(noted | {"data_sha256": "0123456789abcdef"}))
+    before = contents(folder.path)
+    with pytest.raises(RequestError, match="0123456789ab…"):
+        measure(folder, parabola({8: 0, 16: 0}), recipe=RECIPE.with_(lr=0.5))
+    assert contents(folder.path) == before
