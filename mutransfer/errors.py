@@ -17,7 +17,7 @@ class RequestError(ValueError):
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """Return ", did you mean 'x'?" for the known word most like ``word``, or all the known words when none is like it."""
+    """Return "did you mean 'x'?" for the known word most like ``word``, or all the known words when none is like it."""
     choices = sorted(known)
     close = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
     return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(choices)}."

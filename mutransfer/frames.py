@@ -74,7 +74,7 @@ COORDINATES = Schema(
         "role": ("string", "feature, or output when its result is a logit"),
         "statistic": ("string", "activation: mean |x|; change: mean |x_t − x_0| on the same batch"),
         "step": ("int64", "optimizer steps done before this forward pass"),
-        "seed": ("int64", "seed of the initial weights and of the batch"),
+        "seed": ("int64", "seed of the initial weights"),
         "width": ("int64", "width of the model"),
         "depth": ("int64", "depth of the model"),
         "value": ("float64", "size of the entries, in the module output's own units"),

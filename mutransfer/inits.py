@@ -77,11 +77,12 @@ class InitWatcher(TorchDispatchMode):
         written = any(info is not None and info.is_write for info in _aliases(func))
         fresh = _key(out) not in self._seen
         if written or fresh:
-            # A write to a part (a padding row set to zero) leaves most entries as drawn; keep the draw.
-            whole = fresh or out.numel() == self._seen[_key(out)][0].numel()
-            if whole:
-                keep = out if fresh else self._seen[_key(out)][0]
-                self._seen[_key(out)] = (keep, record)
+            kept = out if fresh else self._seen[_key(out)][0]
+            # Zeroing a part (a padding row) leaves the draw; another value there is a special init that must not be lost.
+            if fresh or out.numel() == kept.numel():
+                self._seen[_key(out)] = (kept, record)
+            elif record != Init("constant", 0.0):
+                self._seen[_key(out)] = (kept, f"{name} of a part")
 
     def _record(self, name: str, args: Any, kwargs: dict[str, Any]) -> Init | str:
         number = [value for value in args[1:] if isinstance(value, (int, float))]

@@ -25,7 +25,8 @@ class ParamSpec:
     """One parameter at base width.
 
     ``axes`` names what becomes of each axis (in, out, gather, each); ``grows`` says which of them grow with width.
-    ``carriers`` is set for a tied readout: the parameters that carry a factor into its input (the final norm's).
+    ``carriers`` is set for a tied readout: the parameters that carry a factor into its input (the final norm's);
+    ``meets`` are those that carry one into what this parameter is applied to, in any of its uses.
     """
 
     name: str
@@ -37,6 +38,7 @@ class ParamSpec:
     tied: bool
     carriers: frozenset[str]
     on_data: bool
+    meets: frozenset[str] = frozenset()
 
     def multipliers(self, shape: tuple[int, ...]) -> tuple[float, float]:
         """Return (m_in, m_out) of the same parameter with another ``shape``: every axis counts by its own ratio.
@@ -64,12 +66,14 @@ class ParamSpec:
 class Observation:
     """All parameters of a family, and its attention.
 
-    ``queries`` carry a factor into the attention logits; ``head_dim_ratio`` is what the head dim grows by when the width
-    doubles, and ``scale_power`` the power of the head dim by which the model itself scales the logits (−½ as usual).
+    ``queries`` carry a factor into the attention logits, ``shared_queries`` of them also into keys or values.
+    ``head_dim_ratio`` is what the head dim grows by when the width doubles, and ``scale_power`` the power of the head dim
+    by which the model itself scales the logits (−½ as usual).
     """
 
     specs: dict[str, ParamSpec]
     queries: frozenset[str]
+    shared_queries: frozenset[str]
     head_dim: int | None
     head_dim_ratio: float
     scale_power: float
@@ -120,6 +124,7 @@ def observe(family: Family, depth: int | None = None) -> Observation:
     return Observation(
         specs,
         queries=frozenset().union(*(attention.queries for attention in seen.attentions)),
+        shared_queries=frozenset().union(*(attention.queries & attention.others for attention in seen.attentions)),
         head_dim=dims[0][0] if dims else None,
         head_dim_ratio=dims[0][1] / dims[0][0] if dims else 1.0,
         scale_power=_scale_power(seen, seen_wider),
@@ -192,6 +197,7 @@ def _spec(name: str, shape: tuple[int, ...], grows: tuple[bool, ...], uses: list
     return ParamSpec(
         name, shape, roles[roles.index("input")] if tied else roles[0], first.axes, grows, init, tied,
         carriers=readout.carriers if tied else frozenset(), on_data=first.on_data,
+        meets=frozenset().union(*(use.carriers for use in uses if "in" in use.axes)),
     )  # fmt: skip
 
 

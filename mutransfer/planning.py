@@ -103,12 +103,24 @@ def _fold_shared(
                 f"the readout is tied to {name} and nothing before it can carry its factor {c_width * c_alpha:g}: give the "
                 "model a final norm with a gain, or untie the readout."
             )
+        if c_width != 1 or c_alpha != 1:
+            _refuse_other_use(seen, spec.carriers, name)
         for carrier in sorted(spec.carriers):
             width[carrier] = width[carrier].folded(c_width, rule.column)
             alpha[carrier] = alpha[carrier].folded(c_alpha, rule.column)
         if c_width != 1:
             notes.append(f"tied readout: its factor {c_width:g} is folded into {', '.join(sorted(spec.carriers))}.")
     return notes
+
+
+def _refuse_other_use(seen: Observation, carriers: frozenset[str], readout: str) -> None:
+    """What a carrier feeds besides the readout would be scaled with it."""
+    for name, spec in seen.specs.items():
+        if name != readout and spec.meets & carriers:
+            raise RequestError(
+                f"the readout tied to {readout} passes its factor to {min(carriers)}, which also feeds {name}: give it a norm of "
+                "its own, or untie the readout."
+            )
 
 
 def _growth(spec: ParamSpec, shape: tuple[int, ...]) -> float:
@@ -125,6 +137,10 @@ def _fold_attention(
     TP-V 2203.03466, Definition 4.1, which starts from 1/√d; a model that already divides by d needs no factor.
     """
     if seen.head_dim is None:
+        if recipe.alpha_attention != 1:
+            raise RequestError(
+                f"alpha_attention is {recipe.alpha_attention:g} and the model has no attention that could be seen: leave it at 1."
+            )
         return []
     m_h = ratio if seen.head_dim_ratio == WIDER else 1.0
     if seen.head_dim_ratio not in (1, WIDER):
@@ -134,6 +150,11 @@ def _fold_attention(
     c = rules.attention(m_h, 1.0) ** (2 * (1 + seen.scale_power))  # the table counts from 1/√d
     if c == 1 and recipe.alpha_attention == 1:
         return []
+    if seen.shared_queries:
+        raise RequestError(
+            f"attention asks for a factor {c * recipe.alpha_attention:.4g} on the queries alone, and {min(seen.shared_queries)} "
+            "also makes keys or values: split it into its own query projection, or keep the head dim fixed and alpha_attention 1."
+        )
     if not seen.queries:
         raise RequestError(
             "attention asks for a factor on the queries, and no parameter carries it: use a query projection."

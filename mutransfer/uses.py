@@ -43,22 +43,26 @@ class Flow:
 
     Sets as bits: bit i is parameter i, or use i in the order seen. ``factor`` collects the constants multiplied in since
     the last parameter; ``product`` is set on the product of two activations: the size summed over, and the parameters
-    that carry a factor into the first of them.
+    that carry a factor into the first and into the second of them.
     """
 
     depends: int = 0
     carries: int = 0
     uses: int = 0
     factor: float = 1.0
-    product: tuple[int, int] | None = None
+    product: tuple[int, int, int] | None = None
 
 
 @dataclass
 class Attention:
-    """One softmax over scaled dot products: head dim, scale, and the parameters that carry a factor into the queries."""
+    """One softmax over scaled dot products: head dim, scale, and the parameters that carry a factor into the queries.
+
+    ``others`` are the parameters that the keys and, where the operation is fused, the values depend on through them alone.
+    """
 
     head_dim: int
     scale: float
+    others: frozenset[str]
     queries: frozenset[str] = field(default_factory=frozenset)
 
 
@@ -124,16 +128,17 @@ class UseWatcher(TorchDispatchMode):
         if name.startswith("_scaled_dot_product"):
             head_dim, queries = int(args[0].shape[-1]), self._flow(args[0])
             scale = kwargs.get("scale") or head_dim**-0.5
-            self.attentions.append(Attention(head_dim, scale * queries.factor, self._decode(queries.carries)))
+            others = self._decode(self._flow(args[1]).carries | self._flow(args[2]).carries)
+            self.attentions.append(Attention(head_dim, scale * queries.factor, others, self._decode(queries.carries)))
         elif name in {"_softmax", "_safe_softmax"} and (flow := self._flow(args[0])).product is not None:
-            head_dim, carriers = flow.product
-            self.attentions.append(Attention(head_dim, flow.factor, self._decode(carriers)))
+            head_dim, carriers, others = flow.product
+            self.attentions.append(Attention(head_dim, flow.factor, self._decode(others), self._decode(carriers)))
 
     def _follow_product(self, flow: Flow, name: str, args: Any, inputs: list[torch.Tensor]) -> None:
         """Keep track of dot products of activations on their way to a softmax, and of the constants that scale them."""
         before = [self._flow(tensor) for tensor in inputs if self._parameter(tensor) is None]
         if name in {"mm", "bmm"} and len(before) == 2 and all(each.depends for each in before):
-            flow.product = (int(args[0].shape[-1]), before[0].carries)
+            flow.product = (int(args[0].shape[-1]), before[0].carries, before[1].carries)
             flow.factor = before[0].factor * before[1].factor
         elif name in LINEAR or name in PRODUCTS or name in {"where", "masked_fill"}:
             flow.product = next((each.product for each in before if each.product), None)

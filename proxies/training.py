@@ -136,7 +136,7 @@ def train(
         training.advance(rung)
         loss = training.validate()
         if not math.isfinite(loss):
-            break
+            return Outcome(loss, start, training.step, False, time.perf_counter() - begun)
         if report is not None and report(rung, loss):
             return Outcome(loss, start, training.step, True, time.perf_counter() - begun)
     training.advance(training.steps)

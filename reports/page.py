@@ -52,6 +52,9 @@ def write_report(folder: str | os.PathLike[str]) -> Path:
     figures = _figures(run, None if verdict is None else verdict.slopes, optima)
     for name, figure in figures.items():
         figure.save(run.path / "plots" / f"{name}.png")
+    for name, rows in (("slopes", None if verdict is None else verdict.slopes), ("optima", optima)):
+        if rows is not None:
+            write_text(run.path / f"{name}.csv", rows.to_csv(index=False))
     return write_text(run.path / "report.html", _render(run, verdict, optima, figures, notes))
 
 
@@ -81,19 +84,29 @@ def _analysed(run: RunContents) -> tuple[Any | None, pd.DataFrame | None, dict[s
         from mutransfer.basins import optima as fit
 
         transferred = run.verify.get("transferred_log2_lr")
+        rows = judged_basins(run)
         try:
-            optima = fit(run.basins, None if transferred is None else float(transferred))
+            optima = fit(rows, None if transferred is None else float(transferred))
         except RequestError as error:
             notes["basins"] = f"No optima from basins.csv: {error}"
     return verdict, optima, notes
 
 
+def judged_basins(run: RunContents) -> pd.DataFrame:
+    """Return the basins that verify.json judged: the file may hold runs of other seeds and widths as well."""
+    assert run.basins is not None
+    rows, widths, seeds = run.basins, run.verify.get("widths"), run.verify.get("seeds")
+    if widths is None or seeds is None:
+        return rows
+    return rows[rows["width"].isin(widths) & (rows["seed"] < seeds)]
+
+
 def _figures(run: RunContents, slopes: pd.DataFrame | None, optima: pd.DataFrame | None) -> dict[str, ReportFigure]:
     figures: dict[str, ReportFigure] = {}
     if run.basins is not None and optima is not None:
-        figures["basins"] = BasinFigure(run.basins, optima)
+        figures["basins"] = BasinFigure(judged_basins(run), optima)
         if len(optima):
-            figures["wider"] = WiderFigure(run.basins, optima)
+            figures["wider"] = WiderFigure(judged_basins(run), optima)
     if run.coordinates is not None and slopes is not None and len(slopes):
         figures["coordinates"] = CoordinateFigure(run.coordinates, slopes)
     if run.trials is not None and run.trials["state"].isin(["COMPLETE", "PRUNED", "FAIL"]).any():

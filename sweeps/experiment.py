@@ -89,9 +89,21 @@ class Experiment(Settings):
         for name, range_ in self.search.items():
             if name not in known:
                 raise ValueError(f"search.{name} is no hyperparameter of a recipe: {nearest(name, known)}")
+            if name in (idle := self._idle()):
+                raise ValueError(f"search.{name} changes nothing here ({idle[name]}): take it out.")
             for value in range_.ends():
                 optimizer_rule(self.optimizer, with_values(self.recipe, {name: value}))
         return self
+
+    def _idle(self) -> dict[str, str]:
+        """Hyperparameters that nothing reads, with the reason: searching them would report noise as a finding."""
+        adam = optimizer_rule(self.optimizer, self.recipe).column == "adam"
+        names = ("momentum",) if adam else ("beta1", "beta2", "eps")
+        idle = dict.fromkeys(names, f"{self.optimizer} has none")
+        schedules = self.search["schedule"].ends() if "schedule" in self.search else [self.recipe.schedule]
+        if "wsd" not in schedules:
+            idle["cooldown"] = "only the schedule wsd has one"
+        return idle
 
     @property
     def proxy_scale(self) -> Scale:

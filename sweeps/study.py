@@ -41,7 +41,7 @@ def only_one(folder: RunFolder) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RequestError(
-                f"another process is tuning in {folder.path}: wait for it or use another --out."
+                f"another process is at work in {folder.path}: wait for it or use another --out."
             ) from None
         yield
 
@@ -82,6 +82,7 @@ def open_study(
     except (KeyError, ValueError) as error:
         where = "that storage" if storage else folder.journal
         raise RequestError(f"cannot read the study in {where} ({error}): name another --storage or --out.") from None
+    _refuse_other_study(study, experiment, storage is None)
     study.sampler = _sampler(experiment, len(trials))
     if storage is None:
         for trial in trials:
@@ -89,6 +90,25 @@ def open_study(
                 study.enqueue_trial(trial.params or trial.system_attrs.get("fixed_params", {}))
                 study.tell(trial.number, state=TrialState.FAIL)
     return study
+
+
+def _refuse_other_study(study: optuna.Study, experiment: Experiment, own_journal: bool) -> None:
+    """One study is one question: trials of another experiment in it would count, and one could be called the best."""
+    if own_journal and len(names := optuna.get_all_study_names(study._storage)) > 1:
+        study._storage.delete_study(study._study_id)
+        raise RequestError(
+            f"the run folder holds the study {min(set(names) - {study.study_name})!r}: leave out --study, or use another --out."
+        )
+    asked = experiment.model_dump(mode="json", exclude={"trials"})
+    known = study.user_attrs.get("experiment")
+    if known is None:
+        study.set_user_attr("experiment", asked)
+    elif known != asked:
+        key = next(key for key in asked if known.get(key) != asked[key])
+        raise RequestError(
+            f"the study {study.study_name!r} was made with {key} = {known.get(key)}, and this experiment has {asked[key]}: name "
+            "another --study, or put it back."
+        )
 
 
 def _journal(path: Path) -> JournalFileBackend:

@@ -73,8 +73,8 @@ def tune(
     executor = executor or OneByOne(device)
     # A wrong model, corpus or size is said before anything is written.
     _, data = family_of(experiment)
-    flops = flops_of(experiment, experiment.proxy_scale)
     plan_of(experiment, experiment.proxy_scale, experiment.parametrization, experiment.recipe)
+    flops = flops_of(experiment, experiment.proxy_scale)
     space = distributions(experiment)
     backend = reach(storage) if storage else None
     _refuse_other_experiment(experiment, folder)
@@ -122,19 +122,30 @@ def _round(
             finite = outcome.loss if math.isfinite(outcome.loss) else None
             trial.set_user_attr(
                 "outcome",
-                {"loss": finite, "start": outcome.start, "diverged": outcome.diverged, "steps": outcome.steps,
-                 "flops": flops * outcome.steps, "seconds": outcome.seconds},
-            )  # fmt: skip
+                {
+                    "loss": finite,
+                    "start": outcome.start if math.isfinite(outcome.start) else None,
+                    "diverged": outcome.diverged,
+                    "steps": outcome.steps,
+                    "flops": flops * outcome.steps,
+                    "seconds": outcome.seconds,
+                },
+            )
             if outcome.stopped:
                 study.tell(trial, state=TrialState.PRUNED)
             else:
-                study.tell(trial, 2 * outcome.start if outcome.diverged else outcome.loss)
+                study.tell(trial, _penalty(outcome.start) if outcome.diverged else outcome.loss)
             del open_trials[job.key]
     except BaseException:
         # What cannot be told now (a full disk, an interruption inside the storage) is reaped when the run resumes.
         with contextlib.suppress(Exception):
             _give_back(study, open_trials)
         raise
+
+
+def _penalty(start: float) -> float:
+    """What a diverged trial is told as: a NaN would be a failure, which samplers ignore and `trials` does not count."""
+    return 2 * start if math.isfinite(start) else 100.0
 
 
 def _give_back(study: optuna.Study, open_trials: dict[int, Trial]) -> None:

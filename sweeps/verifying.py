@@ -63,9 +63,9 @@ def basins(
     if len(widths) < 2:
         raise RequestError(f"a drift needs at least two widths, and {widths} is {len(widths)}: see --widths.")
     # What is wrong is said before anything is written.
-    flops = {width: flops_of(experiment, _scale(experiment, width)) * experiment.steps for width in widths}
     for name, width in itertools.product(parametrizations, widths):
         plan_of(experiment, _scale(experiment, width), name, recipe)
+    flops = {width: flops_of(experiment, _scale(experiment, width)) * experiment.steps for width in widths}
     center = math.log2(recipe.lr)
     _, data = family_of(experiment)
     folder.note_environment(data_sha256=data.sha256)
@@ -104,11 +104,13 @@ def _scale(experiment: Experiment, width: int) -> Scale:
 
 
 def _known(folder: RunFolder, recipe: Recipe, step: float) -> Done:
-    """Runs of an earlier call with the same recipe; those of another recipe answer another question and are dropped."""
+    """Runs of an earlier call with the same recipe; those of another recipe answer another question."""
     question = {"recipe": recipe.model_dump(mode="json"), "step": step}
     before = read_json(folder.environment, "the run's environment") if folder.environment.exists() else {}
     if before.get("basins") != question or not folder.basins.exists():
-        folder.basins.unlink(missing_ok=True)
+        if folder.basins.exists():
+            folder.basins.replace(folder.path / "basins.previous.csv")  # finished runs are never thrown away
+        folder.verify.unlink(missing_ok=True)
         folder.note_environment(basins=question)
         return {}
     center = math.log2(recipe.lr)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .console import AsJson, emit, records, table
+from .console import AsJson, UnusedDevice, UnusedSeed, emit, records, table
 
 
 def add_to(app: typer.Typer) -> None:
@@ -18,6 +18,8 @@ def add_to(app: typer.Typer) -> None:
 def audit(
     target: Annotated[Path, typer.Argument(help="A target config of `mutransfer transfer`.")],
     dump: Annotated[Path, typer.Argument(help="A checkpoint or JSON with the optimizer's state_dict.")],
+    seed: UnusedSeed = 0,
+    device: UnusedDevice = "auto",
     as_json: AsJson = False,
 ) -> int:
     """Say whether a running optimizer uses the planned settings (exit 1 if not)."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..errors import RequestError
 from .console import AsJson, Device, Progress, device_of, emit, numbers, records, say, table
 
 if TYPE_CHECKING:
@@ -34,6 +35,9 @@ def check(
     ] = 5,
     lr: Annotated[float | None, typer.Option(help="Base learning rate.")] = None,
     depth: Annotated[int | None, typer.Option(min=1, help="Layers.")] = None,
+    depths: Annotated[
+        str | None, typer.Option(help="Depths to compare; no parametrization of this version has a rule.")
+    ] = None,
     base_width: Annotated[
         int | None, typer.Option(min=1, help="Width at which nothing is scaled; the smallest.")
     ] = None,
@@ -49,13 +53,22 @@ def check(
     from ..tables import table as parametrization_table
     from .models import family_for
 
+    if depths is not None:
+        raise RequestError(
+            f"--depths {depths}: neither mup nor sp has a rule for depth, so there is nothing to check; compare --widths instead."
+        )
     sizes = numbers(widths, "--widths")
-    family, source = family_for(model, data, base_width or (min(sizes) if sizes else None), depth)
+    family, source = family_for(model, data, base_width, depth, default_width=min(sizes, default=None))
     where = device_of(device)
     if lr is not None:
         Recipe.read({"lr": lr}, "--lr")
     if control:
         parametrization_table(control)
+    if out is not None:
+        from ..runs import RunFolder
+
+        folder = RunFolder(out).make()
+        folder.note_environment(device=where, **({"data_sha256": source.sha256, "data": source.name} if source else {}))
     judged, frame = judge(family, sizes, parametrization, optimizer, where, steps, seeds, lr, seed)
     second = None
     if control:
@@ -70,8 +83,6 @@ def check(
         from ..reports import write_report
         from ..runs import RunFolder
 
-        folder = RunFolder(out).make()
-        folder.note_environment(device=where, **({"data_sha256": source.sha256, "data": source.name} if source else {}))
         COORDINATES.write(frame, folder.coordinates)
         write_json(folder.check, result | {"report": None, "modules": None})
         result["report"] = str(write_report(folder.path))

@@ -20,6 +20,11 @@ __all__ = ["AsJson", "Device", "Progress", "Seed", "emit", "numbers", "plain", "
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+# Scripts pass the same options to every command; these commands draw nothing and compute nothing on a device.
+UnusedSeed = Annotated[int, typer.Option("--seed", min=0, help="Accepted by every command; nothing is random here.")]
+UnusedDevice = Annotated[
+    str, typer.Option("--device", help="Accepted by every command; nothing runs on a device here.")
+]
 
 
 def device_of(name: str) -> str:

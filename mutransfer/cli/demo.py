@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .console import AsJson, emit, say
+from .console import AsJson, Device, Seed, device_of, emit, say
 
 # A language model on the source of this Python's own standard library: real data that everyone has.
 EXPERIMENT: dict[str, Any] = {
@@ -38,6 +38,8 @@ def add_to(app: typer.Typer) -> None:
 
 def demo(
     out: Annotated[Path, typer.Option(help="Run folder; an interrupted demo goes on in it.")] = Path("mutransfer-demo"),
+    seed: Seed = 0,
+    device: Device = "auto",
     as_json: AsJson = False,
 ) -> int:
     """Check, tune a proxy of width 16, verify up to width 256 against SP, transfer, report: at most 3 minutes on two cores."""
@@ -54,17 +56,17 @@ def demo(
     from .verify import executor_for, text_of, verify_run
 
     begun = time.perf_counter()
-    experiment = Experiment.read(EXPERIMENT, "demo")
+    experiment, where = Experiment.read({**EXPERIMENT, "seed": seed}, "demo"), device_of(device)
     folder = RunFolder(out).make()
-    with executor_for("cpu") as executor:
+    with executor_for(where) as executor:
         with Progress("tuning the proxy, width 16") as progress:
-            found = tune(experiment, folder, progress=progress)
+            found = tune(experiment, folder, device=where, progress=progress)
         gain = f", the default recipe's is {found.default:.3f}" if found.default is not None else ""
         say(f"best recipe: lr {found.best.lr:.4g}, loss {found.value:.3f}{gain}")
         verified, optima = verify_run(experiment, found.best, folder, WIDTHS, executor, seeds=SEEDS, control="sp")
     family, _ = family_of(experiment)
-    checked, frame = judge(family, CHECK_WIDTHS, "mup", "adamw", "cpu", steps=4, seeds=3, lr=None)
-    control, control_frame = judge(family, CHECK_WIDTHS, "sp", "adamw", "cpu", steps=4, seeds=3, lr=None, patience=1)
+    checked, frame = judge(family, CHECK_WIDTHS, "mup", "adamw", where, steps=4, seeds=3, lr=None)
+    control, control_frame = judge(family, CHECK_WIDTHS, "sp", "adamw", where, steps=4, seeds=3, lr=None, patience=1)
     import pandas as pd
 
     COORDINATES.write(pd.concat([frame, control_frame], ignore_index=True), folder.coordinates)

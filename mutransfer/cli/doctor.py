@@ -7,11 +7,11 @@ import os
 import shutil
 from collections.abc import Callable
 from importlib import metadata
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
-from .console import emit
+from .console import AsJson, UnusedDevice, UnusedSeed, emit
 
 REQUIRED = ("torch", "mup", "optuna", "pandas", "matplotlib", "numpy", "scipy", "sklearn", "pydantic", "yaml", "jinja2")
 
@@ -21,7 +21,11 @@ def add_to(app: typer.Typer) -> None:
     app.command("doctor")(doctor)
 
 
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False) -> int:
+def doctor(
+    seed: UnusedSeed = 0,
+    device: UnusedDevice = "auto",
+    as_json: AsJson = False,
+) -> int:
     """Look at the installation and the machine; exit 1 if something needed is broken."""
     checks = [_import(name) for name in REQUIRED]
     checks += [_guarded(check) for check in (_torchvision, _transformers, _gpu, _compiler, _cores, _disk)]

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .console import AsJson, emit
+from .console import AsJson, UnusedDevice, UnusedSeed, emit
 
 
 def add_to(app: typer.Typer) -> None:
@@ -19,6 +19,8 @@ def add_to(app: typer.Typer) -> None:
 def init(
     folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="Where to write experiment.yaml.")] = Path("."),
     force: Annotated[bool, typer.Option("--force", help="Overwrite a file that is there.")] = False,
+    seed: UnusedSeed = 0,
+    device: UnusedDevice = "auto",
     as_json: AsJson = False,
 ) -> int:
     """Write DIR/experiment.yaml, commented and ready to tune."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ..family import Family
     from ..proxies.data import Data
+    from ..scale import Scale
 
 
 def family_for(
@@ -30,8 +31,28 @@ def family_for(
     from ..scale import Scale
 
     source = load_data(data or DEFAULT_DATA[model], sequence_length) if data or model in DEFAULT_DATA else None
-    if model in DEFAULT_DATA:
-        base_width, base_depth = base_width or default_width, base_depth or DEFAULT_DEPTH[model]
-    base = Scale(base_width, base_depth or 2) if base_width else None
-    family = load_family(model, source, base, batch_size=batch_size, options=options)
-    return (family if base_depth is None else family.with_base(family.base.with_(depth=base_depth))), source
+    depth = base_depth or DEFAULT_DEPTH.get(model, 2)
+    fallback = base_width or (default_width if model in DEFAULT_DATA else None)
+    base = Scale(fallback, depth) if fallback else None
+    if model not in DEFAULT_DATA:
+        # A Family brings its own base, of which only what was asked for is replaced; a bare function needs one.
+        own = load_own(model, source, base, batch_size, options)
+        return own.with_base(
+            own.base.with_(width=base_width or own.base.width, depth=base_depth or own.base.depth)
+        ), source
+    return load_family(model, source, base, batch_size=batch_size, options=options), source
+
+
+def load_own(
+    model: str, data: Data | None, base: Scale | None, batch_size: int, options: dict[str, Any] | None
+) -> Family:
+    """Return a user's family at the base it brings, or a bare build function's at ``base``."""
+    from ..errors import RequestError
+    from ..proxies.reference import load_family
+
+    try:
+        return load_family(model, data, None, batch_size=batch_size, options=options)
+    except RequestError as error:
+        if base is None or "has no base width" not in str(error):
+            raise
+    return load_family(model, data, base, batch_size=batch_size, options=options)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .console import AsJson, emit, records, table
+from .console import AsJson, UnusedDevice, UnusedSeed, emit, records, table
 
 BASE_WIDTH = 64  # of built-in models, where the command line names none
 
@@ -26,6 +26,8 @@ def plan(
     optimizer: Annotated[str, typer.Option(help="adamw, adam or sgd.")] = "adamw",
     recipe: Annotated[str | None, typer.Option(help="A recipe (best.json) instead of the defaults.")] = None,
     data: Annotated[str | None, typer.Option(help="Data that says how many inputs and classes there are.")] = None,
+    seed: UnusedSeed = 0,
+    device: UnusedDevice = "auto",
     as_json: AsJson = False,
 ) -> int:
     """Print what is set for every parameter, before anything is touched."""

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .console import AsJson, emit
+from .console import AsJson, UnusedDevice, UnusedSeed, emit
 
 
 def add_to(app: typer.Typer) -> None:
@@ -15,7 +15,12 @@ def add_to(app: typer.Typer) -> None:
     app.command("report")(report)
 
 
-def report(run: Annotated[Path, typer.Argument(help="A run folder.")], as_json: AsJson = False) -> int:
+def report(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    seed: UnusedSeed = 0,
+    device: UnusedDevice = "auto",
+    as_json: AsJson = False,
+) -> int:
     """Write one self-contained report.html, with its pictures and tables beside it."""
     from ..errors import RequestError
     from ..reports import write_report

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .console import AsJson, Device, Progress, device_of, emit
+from .console import AsJson, Device, Progress, UnusedSeed, device_of, emit
 
 
 def add_to(app: typer.Typer) -> None:
@@ -19,6 +19,7 @@ def train(
     target: Annotated[Path, typer.Argument(help="A target config of `mutransfer transfer`.")],
     out: Annotated[Path | None, typer.Option(help="Folder for checkpoints; beside the target by default.")] = None,
     checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 100,
+    seed: UnusedSeed = 0,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> int:
@@ -37,5 +38,5 @@ def train(
         ("diverged" if loss is None else f"validation loss {loss:.4f}") + f" after {result['steps']} steps"
         f"{', nothing left to do' if pace is None else f', {pace:.0f} tokens/s'}\ncheckpoint: {result['checkpoint']}"
     )
-    emit(result, as_json, text)
+    emit({"verdict": "fail" if loss is None else "pass", **result}, as_json, text)
     return 0 if loss is not None else 1

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .console import AsJson, emit, say
+from .console import AsJson, UnusedDevice, emit, say
 
 if TYPE_CHECKING:
     from ..runs import RunFolder
@@ -30,6 +30,7 @@ def transfer(
     to: Annotated[str | None, typer.Option(help="Also export for a framework: pytorch.")] = None,
     out: Annotated[Path | None, typer.Option(help="Where to write; target.json in the run folder by default.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the big run.")] = 0,
+    device: UnusedDevice = "auto",
     as_json: AsJson = False,
 ) -> int:
     """Write the target config: every parameter's settings, schedule, provenance, and warnings about what may not transfer."""
@@ -94,7 +95,6 @@ def target_of(
     provenance = {
         "run": str(folder.path),
         "data_sha256": data.sha256,
-        "proxy": experiment.proxy.model_dump(),
         "versions": before.get("versions"),
         "commands": before.get("commands"),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .console import AsJson, Device, Progress, device_of, emit, numbers, table
+from .console import AsJson, Device, Progress, UnusedSeed, device_of, emit, numbers, table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -38,6 +39,7 @@ def verify(
     seeds: Annotated[int, typer.Option(min=1, help="Repeats of every run.")] = 3,
     control: Annotated[str | None, typer.Option(help="A second parametrization to compare with, such as sp.")] = None,
     step: Annotated[float, typer.Option(min=0.1, max=4, help="Octaves between learning rates.")] = 1.0,
+    seed: UnusedSeed = 0,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> int:
@@ -66,7 +68,7 @@ def executor_for(device: str) -> Any:
     if device != "cpu":
         yield OneByOne(device)
         return
-    with Processes(max(1, min(os.cpu_count() or 1, 8))) as executor:
+    with Processes(max(1, min(len(os.sched_getaffinity(0)), 8))) as executor:
         yield executor
 
 
@@ -78,19 +80,24 @@ def verify_run(
     from ..basins import judge, optima
     from ..files import write_json
     from ..sweeps.jobs import flops_of
+    from ..sweeps.study import only_one
     from ..sweeps.verifying import basins
     from .console import plain
 
     name = experiment.parametrization
+    widths = sorted({experiment.proxy.width, *widths})  # the drift is measured from where the recipe was tuned
     kinds = [name, *([control] if control and control != name else [])]
-    with Progress(
-        f"learning-rate basins of {experiment.model} at widths {', '.join(map(str, sorted(widths)))}"
-    ) as progress:
+    with (
+        only_one(folder),
+        Progress(
+            f"learning-rate basins of {experiment.model} at widths {', '.join(map(str, sorted(widths)))}"
+        ) as progress,
+    ):
         frame = basins(
             experiment, recipe, widths,
             folder=folder, executor=executor, parametrizations=kinds, seeds=seeds, step=step, progress=progress,
         )  # fmt: skip
-    transferred = _best_point(frame, name, min(widths))
+    transferred = math.log2(recipe.lr)  # what `transfer` hands over
     found = optima(frame, transferred)
     ours = found[found["parametrization"] == name]
     status, reasons = judge(ours)
@@ -101,6 +108,8 @@ def verify_run(
     result = {
         "verdict": status,
         "reasons": reasons,
+        "widths": widths,
+        "seeds": seeds,
         "optimum_log2_lr": first["log2_lr"],
         "transferred_log2_lr": transferred,
         "drift_octaves": {kind: _by_width(found, kind, "drift") for kind in kinds},
@@ -117,9 +126,7 @@ def verify_run(
 
 
 def _best_point(frame: pd.DataFrame, name: str, width: int) -> float:
-    """Best grid point of the mean loss: the learning rate that is carried over."""
-    import math
-
+    """Best grid point of the mean loss."""
     rows = frame[(frame["parametrization"] == name) & (frame["width"] == width)]
     means = rows.assign(loss=rows["loss"].where(~rows["diverged"], math.inf)).groupby("log2_lr")["loss"].mean()
     return float(means.idxmin())
@@ -135,6 +142,7 @@ def _by_width(found: pd.DataFrame, kind: str, what: str) -> dict[int, dict[str, 
 
 def _comparison(frame: pd.DataFrame, kinds: list[str], width: int, transferred: float) -> list[dict[str, Any]]:
     """Losses at the widest width, ours and the control's, at the transferred learning rate and at their own best."""
+    import numpy as np
     from scipy import stats
 
     rows = []
@@ -142,7 +150,9 @@ def _comparison(frame: pd.DataFrame, kinds: list[str], width: int, transferred: 
         label = {"mup": "µP", "sp": "SP"}.get(kind, kind)
         own = _best_point(frame, kind, width)
         for where, x in (("at the transferred learning rate", transferred), ("at its own best", own)):
-            runs = frame[(frame["parametrization"] == kind) & (frame["width"] == width) & (frame["log2_lr"] == x)]
+            runs = frame[
+                (frame["parametrization"] == kind) & (frame["width"] == width) & np.isclose(frame["log2_lr"], x)
+            ]
             losses = runs["loss"].where(~runs["diverged"]).dropna()
             error = stats.t.ppf(0.975, len(losses) - 1) * losses.sem() if len(losses) > 1 else float("nan")
             mean = losses.mean() if len(losses) == len(runs) else float("nan")

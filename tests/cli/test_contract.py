@@ -29,23 +29,23 @@ from .processes import Processes
 
 # Others' scripts hold these: add, but do not rename or take away without a release note.
 FLAGS = {
-    "demo": ["--json", "--out"],
-    "init": ["--force", "--json", "folder"],
-    "doctor": ["--json"],
+    "demo": ["--device", "--json", "--out", "--seed"],
+    "init": ["--device", "--force", "--json", "--seed", "folder"],
+    "doctor": ["--device", "--json", "--seed"],
     "plan": [
-        "--base-depth", "--base-width", "--data", "--depth", "--json", "--optimizer", "--parametrization", "--recipe", "--width",
-        "model",
+        "--base-depth", "--base-width", "--data", "--depth", "--device", "--json", "--optimizer", "--parametrization", "--recipe",
+        "--seed", "--width", "model",
     ],
     "check": [
-        "--base-width", "--control", "--data", "--depth", "--device", "--json", "--lr", "--optimizer", "--out",
+        "--base-width", "--control", "--data", "--depth", "--depths", "--device", "--json", "--lr", "--optimizer", "--out",
         "--parametrization", "--seed", "--seeds", "--steps", "--widths", "model",
     ],
     "tune": ["--device", "--json", "--out", "--seed", "--set", "--storage", "--study", "--trials", "experiment"],
-    "verify": ["--control", "--device", "--json", "--seeds", "--step", "--widths", "run"],
-    "transfer": ["--batch-size", "--depth", "--json", "--out", "--seed", "--to", "--tokens", "--width", "run"],
-    "train": ["--checkpoint-every", "--device", "--json", "--out", "target"],
-    "audit": ["--json", "dump", "target"],
-    "report": ["--json", "run"],
+    "verify": ["--control", "--device", "--json", "--seed", "--seeds", "--step", "--widths", "run"],
+    "transfer": ["--batch-size", "--depth", "--device", "--json", "--out", "--seed", "--to", "--tokens", "--width", "run"],
+    "train": ["--checkpoint-every", "--device", "--json", "--out", "--seed", "target"],
+    "audit": ["--device", "--json", "--seed", "dump", "target"],
+    "report": ["--device", "--json", "--seed", "run"],
 }  # fmt: skip
 
 DEFAULTS = {

@@ -241,7 +241,7 @@ def test_a_second_sweep_in_the_folder_is_refused(folder: RunFolder) -> None:
 
     outer = Nosy(bowl)
     tune(experiment(trials=1), folder, executor=outer)
-    assert "another process is tuning" in outer.said
+    assert "another process is at work" in outer.said
     assert states(folder) == ["COMPLETE"]
 
 
