@@ -131,8 +131,8 @@ class UseWatcher(TorchDispatchMode):
             others = self._decode(self._flow(args[1]).carries | self._flow(args[2]).carries)
             self.attentions.append(Attention(head_dim, scale * queries.factor, others, self._decode(queries.carries)))
         elif name in {"_softmax", "_safe_softmax"} and (flow := self._flow(args[0])).product is not None:
-            head_dim, carriers, others = flow.product
-            self.attentions.append(Attention(head_dim, flow.factor, self._decode(others), self._decode(carriers)))
+            head_dim, carriers, second = flow.product
+            self.attentions.append(Attention(head_dim, flow.factor, self._decode(second), self._decode(carriers)))
 
     def _follow_product(self, flow: Flow, name: str, args: Any, inputs: list[torch.Tensor]) -> None:
         """Keep track of dot products of activations on their way to a softmax, and of the constants that scale them."""
