@@ -93,3 +93,57 @@ def test_a_zero_initialized_readout_may_rest_for_one_step() -> None:
     first = slopes[(slopes["statistic"] == "change") & (slopes["step"] == 1) & (slopes["role"] == "feature")]
     assert first["slope"].isna().all()
     assert first["ok"].all()
+
+
+class Fused(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(families.VOCABULARY, width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.readout = nn.Linear(width, families.VOCABULARY)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        qkv = self.qkv(self.embedding(tokens)).unflatten(-1, (3, 4, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        return self.readout(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def test_a_fused_qkv_is_refused_where_only_the_queries_should_be_scaled() -> None:
+    fused = mt.Family(lambda s: Fused(s.width), families.token_batch(), families.loss, mt.Scale(32, 1))
+    with pytest.raises(mt.RequestError, match=r"qkv\.(weight|bias) also makes keys or values"):
+        mt.plan(fused, mt.Scale(128, 1))
+    assert not mt.plan(fused, mt.Scale(32, 1)).notes
+
+
+def test_a_final_norm_that_feeds_another_head_is_refused() -> None:
+    class TwoHeads(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(families.VOCABULARY, width)
+            self.norm = nn.RMSNorm(width)
+            self.value = nn.Linear(width, 1)
+
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            x = self.norm(self.embedding(tokens))
+            return x @ self.embedding.weight.T + self.value(x)
+
+    tied = mt.Family(lambda s: TwoHeads(s.width), families.token_batch(), families.loss, mt.Scale(32, 1))
+    with pytest.raises(mt.RequestError, match=r"also feeds value\.weight"):
+        mt.plan(tied, mt.Scale(128, 1))
+
+
+def test_a_multiplier_without_attention_is_refused() -> None:
+    with pytest.raises(mt.RequestError, match="no attention"):
+        mt.plan(families.mlp(), mt.Scale(64, 3), recipe=mt.Recipe(alpha_attention=2.0))
+
+
+def test_a_special_init_of_a_part_is_refused() -> None:
+    def build(scale: mt.Scale) -> nn.Module:
+        model: Any = families.mlp().build(scale)
+        with torch.no_grad():
+            model.readout.bias.zero_()
+            model.readout.bias[:3].fill_(5.0)
+        return model
+
+    with pytest.raises(mt.RequestError, match=r"readout\.bias .*fill_ of a part"):
+        mt.plan(mt.Family(build, families.image_batch(), families.loss, mt.Scale(32, 2)), mt.Scale(64, 2))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -399,3 +400,42 @@ def test_a_journal_that_is_none_is_named(folder: RunFolder) -> None:
 def test_opening_a_study_says_nothing(folder: RunFolder, capfd: pytest.CaptureFixture[str]) -> None:
     open_study(experiment(), folder.make(), None, None)
     assert capfd.readouterr() == ("", "")
+
+
+def test_one_storage_does_not_mix_experiments(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'shared.db'}"
+    tune(experiment(trials=2), RunFolder(tmp_path / "one"), storage=url, executor=Planted(bowl))
+    other = experiment(trials=2, steps=9)
+    assert "steps = 8" in refusal(other, RunFolder(tmp_path / "two"), storage=url, executor=Planted(bowl))
+    assert len(tune(other, RunFolder(tmp_path / "two"), storage=url, name="two", executor=Planted(bowl)).trials) == 2
+
+
+def test_a_run_folder_holds_one_study(folder: RunFolder) -> None:
+    tune(experiment(trials=2), folder, executor=Planted(bowl))
+    assert "--study" in refusal(experiment(trials=2), folder, name="second", executor=Planted(bowl))
+    assert len(tune(experiment(trials=3), folder, executor=Planted(bowl)).trials) == 3
+
+
+def test_a_loss_that_is_no_number_before_training_ends_the_sweep_in_words(folder: RunFolder) -> None:
+    class Lost(Planted):
+        def run(self, *args: Any, **kwargs: Any) -> Any:
+            for job, outcome in super().run(*args, **kwargs):
+                yield job, replace(outcome, start=math.nan, loss=math.nan)
+
+    with within(60):
+        assert "diverged" in refusal(experiment(trials=3), folder, executor=Lost(bowl))
+    assert states(folder) == ["COMPLETE"] * 3
+
+
+@pytest.mark.parametrize(
+    ("search", "changes"),
+    [
+        ({"momentum": {"low": 0.1, "high": 0.9}}, {}),
+        ({"beta2": {"low": 0.9, "high": 0.99}}, {"optimizer": "sgd"}),
+        ({"cooldown": {"low": 0.1, "high": 0.5}}, {}),
+    ],
+)
+def test_a_search_that_changes_nothing_is_refused(search: dict[str, Any], changes: dict[str, Any]) -> None:
+    with pytest.raises(RequestError, match="changes nothing"):
+        experiment(search=search, **changes)
+    experiment(search={"cooldown": {"low": 0.1, "high": 0.5}, "schedule": {"choices": ["wsd", "cosine"]}})
