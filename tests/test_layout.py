@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import fnmatch
-import importlib.util
 import shutil
 import subprocess
 import sys
@@ -163,7 +162,6 @@ def test_start_up_imports_no_torch(statement: str) -> None:
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.skipif(importlib.util.find_spec("setuptools") is None, reason="a wheel is built without isolation")
 def test_the_wheel_holds_the_package_and_its_data(tmp_path: Path) -> None:
     # setuptools leaves a build folder and an egg-info beside the sources: build from a copy
     copy = tmp_path / "source"
