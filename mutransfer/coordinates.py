@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from .errors import RequestError
 from .family import Family
 from .frames import COORDINATES
-from .observe import Observation, observe
+from .observe import observe
 from .optimizers import OPTIMIZERS
 from .planning import plan
 from .plans import Plan
@@ -74,7 +74,7 @@ def record(
     column = OPTIMIZERS[optimizer].column if optimizer in OPTIMIZERS else "adam"
     recipe = Recipe(lr=lr or CHECK_LR[column], schedule="constant", warmup=0)
     scale = family.base.with_(depth=depth or family.base.depth)
-    seen = observe(family, scale.depth)
+    seen = observe(family)
     rows: list[dict[str, Any]] = []
     for i, width in enumerate(widths):
         planned = plan(family, scale.with_(width=width), parametrization, optimizer, recipe, observation=seen)
@@ -84,17 +84,15 @@ def record(
             planned.initialize(model, seed)
             common = {"parametrization": parametrization, "optimizer": optimizer, "seed": seed}
             common |= {"width": width, "depth": scale.depth}
-            rows += [row | common for row in _one_run(family, seen, planned, model, steps, device)]
+            rows += [row | common for row in _one_run(family, planned, model, steps, device)]
     progress(len(widths) * len(seeds), len(widths) * len(seeds))
     return COORDINATES.frame(rows)
 
 
-def _one_run(
-    family: Family, seen: Observation, planned: Plan, model: torch.nn.Module, steps: int, device: str
-) -> list[dict[str, Any]]:
+def _one_run(family: Family, planned: Plan, model: torch.nn.Module, steps: int, device: str) -> list[dict[str, Any]]:
     batch = family.batch_on(device)
     optimizer = planned.make_optimizer(model)
-    roles = module_roles(model, seen)
+    roles = module_roles(model, planned)
     gauges = {row.name.removesuffix(".weight"): row.gauge for row in planned.rows}
     names = {module: name for name, module in model.named_modules()}
     outputs: dict[str, torch.Tensor] = {}
@@ -133,14 +131,14 @@ def _one_run(
     return rows
 
 
-def module_roles(model: torch.nn.Module, seen: Observation) -> dict[str, str]:
+def module_roles(model: torch.nn.Module, planned: Plan) -> dict[str, str]:
     """Return, for every module that owns parameters, whether its output is a "feature" or an "output" (a logit)."""
     roles: dict[str, str] = {}
+    planned_roles = {row.name: row.role for row in planned.rows}
     for name, _ in model.named_parameters(remove_duplicate=False):
         module, _, _ = name.rpartition(".")
-        spec = seen.specs.get(name)
         # A second name for a tied matrix is the readout's.
-        is_output = spec is None or spec.role == "output"
+        is_output = planned_roles.get(name, "output") == "output"
         # The whole model's output is a logit, also where the model owns a parameter of its own.
         roles[module] = "output" if is_output or not module else roles.get(module, "feature")
     return roles

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,8 @@ class Family:
         loss: ``(model, batch)`` → a scalar tensor.
         base: the scale at which µP changes nothing, the anchor of all ratios.
         name: how reports call it.
+        roles: name pattern (as in a shell: * and ?) → role, for parameters whose use cannot be told or is told wrong; the
+            first pattern that fits counts.
     """
 
     build: Callable[[Scale], torch.nn.Module]
@@ -32,10 +34,11 @@ class Family:
     loss: Callable[[torch.nn.Module, Any], torch.Tensor]
     base: Scale
     name: str = "model"
+    roles: Mapping[str, str] = field(default_factory=dict)
 
     def with_base(self, base: Scale) -> Family:
         """Return the same family anchored at another base."""
-        return Family(self.build, self.batch, self.loss, base, self.name)
+        return replace(self, base=base)
 
     def batch_on(self, device: torch.device | str) -> Any:
         """Return the example batch with every tensor on ``device``."""

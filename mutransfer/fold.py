@@ -8,7 +8,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["Factors"]
+__all__ = ["FOLDS", "Factors"]
+
+# kind of update → powers of c on (lr, weight decay, epsilon); initial weights always take c itself
+FOLDS: dict[str, tuple[float, float, float]] = {
+    "adam": (1, -1, -1),  # the step does not see the gradient's size, so it must itself grow by c; decay is decoupled
+    "adam-l2": (1, -2, -1),  # lr·wd·p enters as a gradient
+    "sgd": (2, -2, 0),  # the gradient shrinks by c as well
+    "adafactor": (0, 0, 1),  # steps are relative to the parameter; the epsilon is its smallest size
+}
 
 
 @dataclass(frozen=True)
@@ -34,12 +42,7 @@ class Factors:
             self.gauge * other.gauge,
         )
 
-    def folded(self, c: float, column: str) -> Factors:
-        """Return these factors with a forward multiplier ``c`` written into them.
-
-        Adam-like steps do not see the gradient's size, so the step itself must grow by c; SGD's gradient has shrunk
-        by c, so its learning rate grows by c².
-        """
-        if column == "adam":
-            return self * Factors(init=c, lr=c, weight_decay=1 / c, eps=1 / c, gauge=c)
-        return self * Factors(init=c, lr=c * c, weight_decay=1 / (c * c), gauge=c)
+    def folded(self, c: float, kind: str) -> Factors:
+        """Return these factors with a forward multiplier ``c`` written into them, for one of the `FOLDS`."""
+        lr, decay, eps = FOLDS[kind]
+        return self * Factors(init=c, lr=c**lr, weight_decay=c**decay, eps=c**eps, gauge=c)

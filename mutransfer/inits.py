@@ -39,6 +39,10 @@ class Init:
             a, b = (b, a) if self.kind == "uniform" else (a, -b)
         return replace(self, a=a, b=b)
 
+    def shifted(self, shift: float) -> Init:
+        """Return the distribution of a draw plus ``shift``."""
+        return replace(self, a=self.a + shift, b=self.b + shift * (self.kind == "uniform"))
+
     @torch.no_grad()
     def fill_(self, tensor: torch.Tensor, generator: torch.Generator) -> None:
         """Overwrite ``tensor`` with a draw."""
@@ -105,8 +109,7 @@ class InitWatcher(TorchDispatchMode):
             case "mul_" | "mul" | "div_" | "div" if number and isinstance(before, Init):
                 return before.scaled(number[0] if name.startswith("mul") else 1 / number[0])
             case "add_" | "add" | "sub_" | "sub" if number and isinstance(before, Init):
-                shift = number[0] if name.startswith("add") else -number[0]
-                return replace(before, a=before.a + shift, b=before.b + shift * (before.kind == "uniform"))
+                return before.shifted(number[0] if name.startswith("add") else -number[0])
             case "copy_":
                 return self.find(args[1])
             case "clone" | "_to_copy" | "detach" | "contiguous":

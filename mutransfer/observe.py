@@ -2,149 +2,81 @@
 
 from __future__ import annotations
 
+import fnmatch
 import math
-from dataclasses import dataclass
+from collections import defaultdict
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
+from .branches import residual_branches
 from .errors import RequestError, describe
 from .family import Family
 from .inits import Init, InitWatcher
+from .roles import ROLES, roles_of
 from .scale import Scale
+from .specs import Observation, ParamSpec
 from .uses import Use, UseWatcher
 
-__all__ = ["Observation", "ParamSpec", "build", "observe", "shapes_of"]
+__all__ = ["WIDER", "build", "observe", "shapes_of"]
 
 WIDER = 2  # a doubled width keeps every divisibility the base has
+REAL = 3 * 10**7  # parameters up to which a forward pass that reads values is run for real
 
 
-@dataclass(frozen=True)
-class ParamSpec:
-    """One parameter at base width.
+def observe(family: Family) -> Observation:
+    """Watch the family at base size.
 
-    ``axes`` names what becomes of each axis (in, out, gather, each); ``grows`` says which of them grow with width.
-    ``carriers`` is set for a tied readout: the parameters that carry a factor into its input (the final norm's);
-    ``meets`` are those that carry one into what this parameter is applied to, in any of its uses.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    role: str
-    axes: tuple[str, ...]
-    grows: tuple[bool, ...]
-    init: Init
-    tied: bool
-    carriers: frozenset[str]
-    on_data: bool
-    meets: frozenset[str] = frozenset()
-
-    def multipliers(self, shape: tuple[int, ...]) -> tuple[float, float]:
-        """Return (m_in, m_out) of the same parameter with another ``shape``: every axis counts by its own ratio.
-
-        Raises:
-            RequestError: an axis differs that does not grow with the width.
-        """
-        if len(shape) != len(self.shape):
-            raise RequestError(f"{self.name} has shape {list(shape)} in the target and {list(self.shape)} in the base.")
-        m_in = m_out = 1.0
-        for axis, (label, grows, size, base) in enumerate(zip(self.axes, self.grows, shape, self.shape, strict=True)):
-            if not grows and size != base:
-                raise RequestError(
-                    f"axis {axis} of {self.name} is {size} in the target and {base} in the base, yet does not grow when "
-                    "the width doubles: build both with the same data, vocabulary and fixed sizes."
-                )
-            if label == "in":
-                m_in *= size / base
-            else:
-                m_out *= size / base
-        return m_in, m_out
-
-
-@dataclass(frozen=True)
-class Observation:
-    """All parameters of a family, and its attention.
-
-    ``queries`` carry a factor into the attention logits, ``shared_queries`` of them also into keys or values.
-    ``head_dim_ratio`` is what the head dim grows by when the width doubles, and ``scale_power`` the power of the head dim
-    by which the model itself scales the logits (−½ as usual).
-    """
-
-    specs: dict[str, ParamSpec]
-    queries: frozenset[str]
-    shared_queries: frozenset[str]
-    head_dim: int | None
-    head_dim_ratio: float
-    scale_power: float
-
-
-def observe(family: Family, depth: int | None = None) -> Observation:
-    """Watch the family at base width and, if given, another ``depth``.
-
-    Nothing is allocated: both builds and the forward pass run on fake tensors.
+    Nothing is allocated: both builds and the forward pass run on fake tensors. Only a forward pass that reads values (the
+    experts chosen by a router) is run for real, if the model is small.
 
     Raises:
         RequestError: a parameter whose role or initialization cannot be told, with its name, shape and the operation
             seen; or a model that does not run on the example batch.
     """
-    base = family.base.with_(depth=depth or family.base.depth)
-    watcher = InitWatcher()
+    wider_base = family.base.with_(width=WIDER * family.base.width)
+    inits = InitWatcher()
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        with watcher:
-            model = build(family, base)
-        wider = build(family, base.with_(width=WIDER * base.width))
-        seen = _forward(family, model, mode)
-        seen_wider = _forward(family, wider, mode)
-    wide = shapes_of(wider)
-    if set(wide) != {name for name, _ in model.named_parameters()}:
-        odd = sorted(set(wide) ^ {name for name, _ in model.named_parameters()})[0]
+        with inits:
+            model = build(family, family.base)
+        wider = build(family, wider_base)
+        seen = _forward(family, model, mode, family.base)
+        seen_wider = _forward(family, wider, mode, wider_base)
+    shapes, wide = shapes_of(model), shapes_of(wider)
+    if wide.keys() != shapes.keys():
+        odd = sorted(wide.keys() ^ shapes.keys())[0]
         raise RequestError(
             f"{odd} is there at one width and not at the other: one family must have the same parameters."
         )
-    specs, uses = {}, seen.uses()
+    uses = seen.uses()
+    branches = residual_branches(seen.graph, uses)
+    inside = frozenset().union(*(branch.inside for branch in branches))
+    ends = frozenset().union(*(seen.decode(branch.ends) for branch in branches))
+    constants, notes = _constants(seen, seen_wider)
+    mixed = _mixed(seen, seen_wider)
+    specs = {}
     for name, parameter in model.named_parameters():
-        grows = tuple(a != b for a, b in zip(parameter.shape, wide[name], strict=True))
-        init = watcher.find(parameter)
+        if name not in shapes:
+            continue
+        grows = tuple(a != b for a, b in zip(shapes[name], wide[name], strict=True))
+        init = inits.find(parameter)
         if isinstance(init, str):
             raise RequestError(
                 f"cannot tell how {name} {list(parameter.shape)} is initialized (last operation: {init}): use normal_, "
                 "uniform_ or a constant in the model's constructor."
             )
-        specs[name] = _spec(name, tuple(parameter.shape), grows, uses[name], init)
-    if len(seen.attentions) != len(seen_wider.attentions):
-        raise RequestError(
-            "the number of attention layers depends on the width: build the same modules at every width."
-        )
-    dims = [(a.head_dim, b.head_dim) for a, b in zip(seen.attentions, seen_wider.attentions, strict=True)]
-    if len(set(dims)) > 1:
-        raise RequestError(
-            f"attention layers differ in head dim ({sorted({base for base, _ in dims})}): use one for all."
-        )
-    return Observation(
-        specs,
-        queries=frozenset().union(*(attention.queries for attention in seen.attentions)),
-        shared_queries=frozenset().union(*(attention.queries & attention.others for attention in seen.attentions)),
-        head_dim=dims[0][0] if dims else None,
-        head_dim_ratio=dims[0][1] / dims[0][0] if dims else 1.0,
-        scale_power=_scale_power(seen, seen_wider),
-    )
-
-
-def _scale_power(seen: UseWatcher, wider: UseWatcher) -> float:
-    """Power p in scale ∝ head_dim^p; of no consequence where the head dim does not grow."""
-    pairs = zip(seen.attentions, wider.attentions, strict=True)
-    powers = [math.log(b.scale / a.scale, b.head_dim / a.head_dim) for a, b in pairs if a.head_dim != b.head_dim]
-    if powers and max(powers) - min(powers) > 1e-6:
-        raise RequestError(
-            f"attention layers scale their logits by different powers of the head dim ({sorted(powers)}): use one."
-        )
-    return round(powers[0], 6) if powers else -0.5
+        specs[name] = _spec(
+            family, name, shapes[name], grows, uses[name], init, inside=name in inside, ends_branch=name in ends,
+            constant=constants.get(name, 0.0), mixed=name in mixed,
+        )  # fmt: skip
+    return _with_attention(specs, seen, seen_wider, sum(not branch.ends for branch in branches), notes)
 
 
 def shapes_of(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every parameter by name."""
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    """Return the shape of every trainable parameter by name."""
+    return {name: tuple(each.shape) for name, each in model.named_parameters() if each.requires_grad}
 
 
 def build(family: Family, scale: Scale) -> torch.nn.Module:
@@ -164,59 +96,143 @@ def build(family: Family, scale: Scale) -> torch.nn.Module:
     return model
 
 
-def _forward(family: Family, model: torch.nn.Module, mode: FakeTensorMode) -> UseWatcher:
+def _forward(family: Family, model: torch.nn.Module, mode: FakeTensorMode, scale: Scale) -> UseWatcher:
     batch = tree_map_only(torch.Tensor, mode.from_tensor, family.batch)
-    watcher = UseWatcher(model)
     try:
-        with torch.no_grad(), watcher:
-            loss = family.loss(model, batch)
+        return _watched(family, model, batch)
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        if sum(each.numel() for each in model.parameters()) > REAL:
+            raise RequestError(
+                f"the forward pass of {family.name} reads values ({error.func}), so it must run for real, and at width "
+                f"{scale.width} it is too large for that: give a smaller base."
+            ) from None
     except Exception as error:
-        raise RequestError(
-            f"{family.name} does not run on its example batch with fake tensors ({describe(error)}): check that build, batch "
-            "and loss fit together and that the forward pass reads no values."
-        ) from error
+        raise _does_not_run(family, error, "with fake tensors") from error
+    with torch.random.fork_rng(devices=[]), _disable_current_modes():
+        model = build(family, scale)
+        try:
+            return _watched(family, model, family.batch)
+        except Exception as error:
+            raise _does_not_run(family, error, "for real") from error
+
+
+def _does_not_run(family: Family, error: Exception, how: str) -> RequestError:
+    return RequestError(
+        f"{family.name} does not run on its example batch {how} ({describe(error)}): check that build, batch and loss fit "
+        "together."
+    )
+
+
+def _watched(family: Family, model: torch.nn.Module, batch: object) -> UseWatcher:
+    watcher = UseWatcher(model)
+    with torch.no_grad(), watcher:
+        loss = family.loss(model, batch)
     if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
         raise RequestError(f"loss(model, batch) returned {loss!r:.80}: return a tensor with one entry.")
     return watcher
 
 
-def _spec(name: str, shape: tuple[int, ...], grows: tuple[bool, ...], uses: list[Use], init: Init) -> ParamSpec:
-    if not uses:
-        raise RequestError(
-            f"{name} {list(shape)} is never used in the forward pass: remove it, or freeze and exclude it."
-        )
-    roles = [_role(name, shape, use, grows) for use in uses]
-    tied = len(set(roles)) > 1
-    if tied and set(roles) != {"input", "output"}:
-        raise RequestError(
-            f"{name} {list(shape)} is used as {' and as '.join(sorted(set(roles)))}: only a readout tied to an embedding "
-            "is known, so give the other use its own parameter."
-        )
-    first = uses[roles.index("input")] if tied else uses[0]
-    readout = uses[roles.index("output")] if tied else first
+def _spec(
+    family: Family, name: str, shape: tuple[int, ...], grows: tuple[bool, ...], uses: list[Use], init: Init, *,
+    inside: bool, ends_branch: bool, constant: float, mixed: bool,
+) -> ParamSpec:  # fmt: skip
+    given = next((role for pattern, role in family.roles.items() if fnmatch.fnmatchcase(name, pattern)), None)
+    if given is not None and given not in ROLES:
+        raise RequestError(f"the role {given!r} of {name} is unknown: it is one of {', '.join(ROLES)}.")
+    if given is None:
+        roles = roles_of(name, shape, grows, uses)
+        tied = len(set(roles)) > 1
+        first: Use | None = uses[roles.index("input")] if tied else uses[0]
+        readout = uses[roles.index("output")] if tied else uses[0]
+        axes, role = first.axes, "input" if tied else roles[0]
+        carriers = readout.carriers if tied else frozenset()
+    else:
+        axes, role, tied, carriers = _axes_for(given, name, grows, uses), given, False, frozenset()
+        first = uses[0] if uses else None
     return ParamSpec(
-        name, shape, roles[roles.index("input")] if tied else roles[0], first.axes, grows, init, tied,
-        carriers=readout.carriers if tied else frozenset(), on_data=first.on_data,
+        name, shape, role, axes, grows, init, tied, carriers,
+        on_data=first is not None and first.on_data,
         meets=frozenset().union(*(use.carriers for use in uses if "in" in use.axes)),
+        inside=inside,
+        ends_branch=ends_branch,
+        shift=first.shift if first else 0.0,
+        constant=constant,
+        mixed=mixed,
     )  # fmt: skip
 
 
-def _role(name: str, shape: tuple[int, ...], use: Use, grows: tuple[bool, ...]) -> str:
-    """RULES of the roles: which axes grow, and whether the result is a logit."""
-    if "unknown" in use.axes and any(grow for grow, label in zip(grows, use.axes, strict=True) if label == "unknown"):
+def _axes_for(role: str, name: str, grows: tuple[bool, ...], uses: list[Use]) -> tuple[str, ...]:
+    """Axes of a parameter whose role was given: as seen where that fits, else as `nn.Linear` stores them."""
+    if uses and not any(grow and label == "unknown" for grow, label in zip(grows, uses[0].axes, strict=True)):
+        return uses[0].axes
+    growing = [axis for axis, grow in enumerate(grows) if grow]
+    into = {"hidden": growing[-1:] if len(growing) > 1 else [], "output": growing, "bottleneck": growing}.get(role, [])
+    if role in ("hidden", "output", "bottleneck") and not into:
         raise RequestError(
-            f"cannot tell the role of {name} {list(shape)}: it enters the operation {use.op!r}, for which no axis rule is "
-            "known; write that step as a matmul, an embedding, a convolution or an entrywise operation."
+            f"{name} is called {role} and has no axis for it that grows with the width: name another role."
         )
-    into = any(grow for grow, label in zip(grows, use.axes, strict=True) if label == "in")
-    out = any(grow for grow, label in zip(grows, use.axes, strict=True) if label != "in")
-    contracted = "in" in use.axes or "gather" in use.axes
-    match into, out:
-        case True, True:
-            return "hidden"
-        case True, False:
-            return "bottleneck" if use.feature else "output"
-        case False, True:
-            return "input" if contracted or len(shape) > 1 else "vector"
-        case _:
-            return "finite"
+    return tuple("in" if axis in into else "out" for axis in range(len(grows)))
+
+
+def _constants(seen: UseWatcher, wider: UseWatcher) -> tuple[dict[str, float], list[str]]:
+    """Powers of the width in the numbers that the forward pass multiplies with, by the parameters they could be written on."""
+    powers: dict[str, float] = defaultdict(float)
+    notes = []
+    for base, wide in zip(seen.constants(), wider.constants(), strict=False):
+        ratio = wide.value / base.value if base.value else 1.0
+        if base.carriers != wide.carriers or not ratio > 0 or abs(ratio - 1) < 1e-9:
+            continue
+        power = math.log(ratio, WIDER)
+        if not base.carriers:
+            notes.append(
+                f"the forward pass multiplies with a number that grows as width^{power:+.2f} and that no parameter carries: it "
+                "is left as it is, so check it."
+            )
+        for name in base.carriers:
+            powers[name] += power
+    for narrow, broad in zip(seen.attentions, wider.attentions, strict=False):
+        if narrow.head_dim == broad.head_dim:  # such as 1/√hidden with a fixed head dim
+            for name in narrow.queries:
+                powers[name] += math.log(broad.scale / narrow.scale, WIDER)
+    return {name: round(power, 6) for name, power in powers.items()}, notes
+
+
+def _mixed(seen: UseWatcher, wider: UseWatcher) -> frozenset[str]:
+    """Parameters whose result is cut into pieces that grow differently."""
+    bits = 0
+    for (whole, pieces, direct), (wide, wide_pieces, _) in zip(seen.parts, wider.parts, strict=False):
+        for dim, (base_size, wide_size) in enumerate(zip(whole, wide, strict=False)):
+            ratios = {b[dim] / a[dim] for a, b in zip(pieces, wide_pieces, strict=False) if a[dim]}
+            if wide_size != base_size and ratios != {wide_size / base_size}:
+                bits |= direct
+    return seen.used_by(bits)
+
+
+def _with_attention(
+    specs: dict[str, ParamSpec], seen: UseWatcher, wider: UseWatcher, open_branches: int, notes: list[str]
+) -> Observation:
+    if len(seen.attentions) != len(wider.attentions):
+        raise RequestError(
+            "the number of attention layers depends on the width: build the same modules at every width."
+        )
+    pairs = list(zip(seen.attentions, wider.attentions, strict=True))
+    dims = [(base.head_dim, wide.head_dim) for base, wide in pairs]
+    if len({wide / base for base, wide in dims}) > 1:
+        raise RequestError(
+            f"attention layers differ in head dim ({sorted({base for base, _ in dims})}), and only some grow: use one for all."
+        )
+    powers = [math.log(b.scale / a.scale, b.head_dim / a.head_dim) for a, b in pairs if a.head_dim != b.head_dim]
+    if powers and max(powers) - min(powers) > 1e-6:
+        raise RequestError(
+            f"attention layers scale their logits by different powers of the head dim ({sorted(powers)}): use one."
+        )
+    return Observation(
+        specs,
+        queries=frozenset().union(*(each.queries for each in seen.attentions)),
+        shared_queries=frozenset().union(*(each.queries & each.others for each in seen.attentions)),
+        head_dim=dims[0][0] if dims else None,
+        head_dim_ratio=dims[0][1] / dims[0][0] if dims else 1.0,
+        scale_power=round(powers[0], 6) if powers else -0.5,
+        open_branches=open_branches,
+        notes=tuple(dict.fromkeys(notes)),
+    )

@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
-__all__ = ["AFFINE_NORMS", "CONTRACTIONS", "ENTRYWISE", "LINEAR", "PRODUCTS", "TRANSPOSED_CONVOLUTION"]
+__all__ = [
+    "AFFINE_NORMS",
+    "CONTRACTIONS",
+    "COPIES",
+    "CREATIONS",
+    "ENTRYWISE",
+    "LINEAR",
+    "LOOKUPS",
+    "PRODUCTS",
+    "SUMS",
+    "TRANSPOSED_CONVOLUTION",
+    "UNARY",
+    "WRITES",
+]
 
 # Axes of each tensor argument, last axes last. "in" is summed over, "out" survives, "gather" is indexed.
 CONTRACTIONS: dict[str, dict[int, tuple[str, ...]]] = {
@@ -12,27 +25,56 @@ CONTRACTIONS: dict[str, dict[int, tuple[str, ...]]] = {
     "addmm": {0: ("each", "each"), 1: ("out", "in"), 2: ("in", "out")},
     "bmm": {0: ("each", "out", "in"), 1: ("each", "in", "out")},
     "baddbmm": {0: ("each", "each", "each"), 1: ("each", "out", "in"), 2: ("each", "in", "out")},
+    "_grouped_mm": {0: ("each", "out", "in"), 1: ("each", "in", "out")},
     "linear": {1: ("out", "in"), 2: ("each",)},
     "embedding": {0: ("gather", "out")},
+    "_embedding_bag": {0: ("gather", "out")},
     "convolution": {1: ("out", "in", "in", "in", "in"), 2: ("each",)},
 }
 TRANSPOSED_CONVOLUTION = {1: ("in", "out", "in", "in", "in"), 2: ("each",)}
-ENTRYWISE = {
-    "add",
-    "add_",
-    "sub",
-    "sub_",
-    "rsub",
-    "mul",
-    "mul_",
-    "div",
-    "div_",
-    "neg",
-    "where",
-    "expand",
-    "cat",
-    "stack",
+
+# The same numbers in another place, type or layout: one value, whoever looks at it.
+COPIES = {
+    "_to_copy",
+    "clone",
+    "contiguous",
+    "alias",
+    "detach",
+    "lift_fresh",
+    "lift_fresh_copy",
+    "native_dropout",
+    "_conj",
 }
+# A new tensor that takes only a shape from its argument.
+CREATIONS = {"empty_like", "zeros_like", "ones_like", "rand_like", "randn_like", "full_like", "bernoulli"}
+CREATIONS |= {"new_empty", "new_zeros", "new_ones", "new_full", "new_empty_strided"}
+LOOKUPS = {"index", "index_select", "gather"}
+WRITES = {"copy_", "index_put_", "index_add_", "index_copy_", "scatter_", "scatter_add_", "index_put", "index_add"}
+WRITES |= {"slice_scatter", "select_scatter", "scatter", "scatter_add"}
+
+# Functions of one entry: they keep the axes and stop a factor.
+UNARY = {"exp", "neg", "log", "sigmoid", "tanh", "softplus", "softplus_backward", "silu", "gelu", "relu", "abs", "sqrt"}
+UNARY |= {
+    "rsqrt",
+    "pow",
+    "reciprocal",
+    "square",
+    "clamp",
+    "expm1",
+    "log1p",
+    "hardtanh",
+    "elu",
+    "leaky_relu",
+    "sin",
+    "cos",
+}
+UNARY |= {"clamp_min", "clamp_max", "mish", "hardsigmoid", "hardswish", "relu_", "silu_", "exp_", "log_sigmoid_forward"}
+
+PRODUCTS = {"mul", "mul_", "div", "div_"}
+SUMS = {"add", "add_", "sub", "sub_"}
+ENTRYWISE = (
+    PRODUCTS | SUMS | UNARY | {"rsub", "where", "expand", "cat", "stack", "maximum", "minimum", "lerp", "addcmul"}
+)
 AFFINE_NORMS = {"native_layer_norm", "native_group_norm", "native_batch_norm", "cudnn_batch_norm", "_fused_rms_norm"}
 AFFINE_NORMS |= {
     "_native_batch_norm_legit",
@@ -42,8 +84,27 @@ AFFINE_NORMS |= {
 }
 
 # Operations through which a factor on every tensor input comes out as the same factor.
-PRODUCTS = {"mul", "mul_", "div", "div_"}
-LINEAR = ENTRYWISE - PRODUCTS - {"where", "rsub"}
+LINEAR = SUMS | COPIES | WRITES | LOOKUPS | {"neg", "expand", "cat", "stack", "mean", "sum", "cumsum", "masked_fill"}
 LINEAR |= {"view", "_unsafe_view", "reshape", "transpose", "permute", "t", "slice", "select", "unsqueeze", "squeeze"}
-LINEAR |= {"clone", "_to_copy", "alias", "detach", "split", "split_with_sizes", "unbind", "chunk", "narrow", "index"}
-LINEAR |= {"gather", "mean", "sum", "as_strided", "contiguous", "roll", "flip", "constant_pad_nd", "avg_pool2d"}
+LINEAR |= {
+    "split",
+    "split_with_sizes",
+    "unbind",
+    "chunk",
+    "narrow",
+    "as_strided",
+    "roll",
+    "flip",
+    "avg_pool2d",
+    "avg_pool1d",
+}
+LINEAR |= {
+    "constant_pad_nd",
+    "avg_pool3d",
+    "_adaptive_avg_pool2d",
+    "upsample_nearest2d",
+    "unfold",
+    "repeat",
+    "masked_scatter",
+}
+LINEAR |= {"upsample_bilinear2d", "upsample_bicubic2d", "pixel_shuffle", "masked_fill_", "im2col", "col2im"}

@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 from .errors import RequestError, nearest
 from .recipe import Recipe
+from .specs import ParamSpec
+from .tables import Row
 
 __all__ = ["OPTIMIZERS", "OptimizerRule", "optimizer_rule"]
 
@@ -18,13 +20,27 @@ class OptimizerRule:
     """How one `torch.optim` class scales.
 
     ``column``: "adam" when the update does not change with the gradient's size, "sgd" when it is proportional to it.
+    ``fold``: which of `fold.FOLDS` rewrites a forward multiplier.
     ``has_eps``: whether it adds an epsilon to the gradient's size.
     """
 
     name: str
     torch_name: str
     column: Column
+    fold: str
     has_eps: bool
+
+    def of(self, spec: ParamSpec) -> OptimizerRule:
+        """Return the rule that this parameter follows: some optimizers leave some roles to another."""
+        return self
+
+    def lr(self, row: Row, spec: ParamSpec, shape: tuple[int, ...], m: tuple[float, float]) -> float:
+        """Return the learning rate's factor for a parameter of this ``shape`` and these (m_in, m_out)."""
+        return row.lr(self.column)(*m)
+
+    def eps(self, row: Row, m: tuple[float, float]) -> float:
+        """Return epsilon's factor."""
+        return row.eps(*m)
 
     def settings(self, recipe: Recipe) -> dict[str, Any]:
         """Return the settings that are equal for all parameters, as keyword arguments of the torch class."""
@@ -34,9 +50,9 @@ class OptimizerRule:
 OPTIMIZERS = {
     rule.name: rule
     for rule in (
-        OptimizerRule("adamw", "AdamW", "adam", True),
-        OptimizerRule("adam", "Adam", "adam", True),
-        OptimizerRule("sgd", "SGD", "sgd", False),
+        OptimizerRule("adamw", "AdamW", "adam", "adam", True),
+        OptimizerRule("adam", "Adam", "adam", "adam", True),
+        OptimizerRule("sgd", "SGD", "sgd", "sgd", False),
     )
 }
 

@@ -184,7 +184,7 @@ class Plan:
 
     def _matched(self, model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
         """Return the model's parameters by name, after comparing names and shapes with the plan's."""
-        parameters = {plain_name(name): parameter for name, parameter in model.named_parameters()}
+        parameters = {plain_name(name): each for name, each in model.named_parameters() if each.requires_grad}
         planned = {row.name: row.shape for row in self.rows}
         _refuse_difference(parameters.keys() - planned.keys(), "the model has", "the plan does not")
         _refuse_difference(planned.keys() - parameters.keys(), "the plan has", "the model does not")

@@ -33,6 +33,7 @@ class Recipe(Settings):
     init_scale: Positive = 1.0
     alpha_input: Positive = 1.0
     alpha_attention: Positive = 1.0
+    alpha_residual: Positive = 1.0
     alpha_output: Positive = 1.0
     decay: Literal["matrices", "all"] = "matrices"
     decay_policy: Literal["independent", "coupled", "sqrt"] = "independent"

@@ -7,7 +7,7 @@ together) is derived when the table is built and held against the exponents the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from .errors import RequestError, nearest
@@ -68,6 +68,7 @@ class Table:
             takes it through the final norm, and gradient norms are measured in this gauge.
         declared: (column, statistic, role) → slope against log width that the source's theory predicts, as a band.
             "activation" at initialization, "change" after a step; role "feature" or "output".
+        depth: α of the residual branches' multiplier m_L^-α (CompleteP 2505.01618, Table 1); None without a rule.
 
     Raises:
         AssertionError: the rows do not give the declared slopes.
@@ -79,6 +80,7 @@ class Table:
     attention: Power
     readout: Power
     declared: dict[tuple[str, str, str], Band]
+    depth: Fraction | None = None
 
     def __post_init__(self) -> None:
         assert self.rows["finite"] == Row(ONE, ONE, ONE, ONE), "a parameter that does not grow is not scaled"
@@ -150,7 +152,15 @@ SP = Table(
     },
 )
 
-TABLES = {each.name: each for each in (MUP, SP)}
+# On residual branches besides: lr·m_L^(α−1) (SGD m_L^(2α−1)), eps·m_L^-α, and the multiplier folded into what ends them.
+COMPLETEP = replace(
+    MUP, name="completep", source="CompleteP 2505.01618, Table 1 (α = 1), over " + MUP.source, depth=Fraction(1)
+)
+DEPTH_MUP = replace(
+    MUP, name="depth-mup", source="CompleteP 2505.01618, Table 1 (α = ½), over " + MUP.source, depth=HALF
+)
+
+TABLES = {each.name: each for each in (MUP, SP, COMPLETEP, DEPTH_MUP)}
 
 # What width-stable feature learning looks like, whatever the parametrization in force: the coordinate check's measure.
 # Logits may start as small as they like (µP's fall as −½, a zero readout's are 0) but not grow.

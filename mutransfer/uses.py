@@ -1,23 +1,24 @@
 """How one forward pass uses every parameter: which axis is contracted, gathered, or met entry by entry.
 
 A `TorchDispatchMode` sees every operation after torch has broken it down, so `nn.Linear`, an einsum and a raw matmul look
-alike. A parameter is known by its storage and an axis by its stride, so views and transposes need no rules of their own.
+alike. A parameter is known by its storage and an axis by its stride, so views and transposes need no rules of their own;
+a tensor made of one parameter alone (a cast, a chosen expert, 1 + w) stands for that parameter.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.weak import WeakIdKeyDictionary
 
-from .operations import AFFINE_NORMS, CONTRACTIONS, ENTRYWISE, LINEAR, PRODUCTS, TRANSPOSED_CONVOLUTION
+from . import operations as ops
+from .flows import Flow, Graph, Sum, storage_key, union
+from .roots import Roots
 
-__all__ = ["Use", "UseWatcher"]
+__all__ = ["Attention", "Constant", "Use", "UseWatcher"]
 
 
 @dataclass(frozen=True)
@@ -27,30 +28,20 @@ class Use:
     ``carriers`` are the parameters that jointly carry a factor into this use's other operand: multiplying all of
     them by c multiplies that operand by c. It is where a multiplier before a shared matrix can be folded.
     ``on_data`` says that the other operand depends on no parameter at all: this is where data enters the model.
-    ``feature`` says that the result meets another contracted parameter downstream, so that it is no logit.
+    ``feature`` says that the result meets another contracted parameter downstream, ``logit`` that it is first normalized
+    over its entries (softmax, topk), as a router's is. ``shift`` is s for a gain used as s + w. ``node`` and
+    ``operands`` are the result's and the other operands' places in the graph.
     """
 
     op: str
     axes: tuple[str, ...]
     carriers: frozenset[str]
     on_data: bool
+    node: int
+    operands: tuple[int, ...]
+    shift: float = 0.0
     feature: bool = False
-
-
-@dataclass
-class Flow:
-    """What a tensor depends on: parameters and uses of them at all, and the parameters that carry a factor into it.
-
-    Sets as bits: bit i is parameter i, or use i in the order seen. ``factor`` collects the constants multiplied in since
-    the last parameter; ``product`` is set on the product of two activations: the size summed over, and the parameters
-    that carry a factor into the first and into the second of them.
-    """
-
-    depends: int = 0
-    carries: int = 0
-    uses: int = 0
-    factor: float = 1.0
-    product: tuple[int, int, int] | None = None
+    logit: bool = False
 
 
 @dataclass
@@ -66,149 +57,220 @@ class Attention:
     queries: frozenset[str] = field(default_factory=frozenset)
 
 
+@dataclass(frozen=True)
+class Constant:
+    """A number that the forward pass multiplies with a tensor that depends on parameters.
+
+    ``carriers`` are the parameters on which the number could as well be written.
+    """
+
+    value: float
+    carriers: frozenset[str]
+
+
 class UseWatcher(TorchDispatchMode):
-    """Watch a forward pass of ``model``; ask `uses` afterwards.
+    """Watch a forward pass of ``model``; ask `uses` and `constants` afterwards.
 
     Attributes:
         attentions: every softmax over dot products of activations, fused or written out.
+        graph: the order of values.
+        parts: shapes of (what is cut, the pieces, uses whose result it is), in the order seen.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
-        self._names = [name for name, _ in model.named_parameters()]
-        self._parameters = list(model.parameters())
-        self._index = {_key(parameter): i for i, parameter in enumerate(self._parameters)}
-        self._flows = WeakIdKeyDictionary()
+        named = [(name, each) for name, each in model.named_parameters() if each.requires_grad]
+        self._names = [name for name, _ in named]
+        self._roots = Roots([each for _, each in named])
+        self._flows: dict[int, Flow] = {}
+        self._kept: list[torch.Tensor] = []  # a freed storage's address would be given to the next one
         self._seen: list[tuple[int, Use]] = []
-        self._features = 0
+        self._features = self._logits = self._claimed = 0
+        self._constants: list[tuple[float, int]] = []
         self.attentions: list[Attention] = []
+        self.graph = Graph()
+        self.parts: list[tuple[tuple[int, ...], list[tuple[int, ...]], int]] = []
 
     def uses(self) -> dict[str, list[Use]]:
         """Return every parameter's uses in the order seen; a tied matrix has two, an unused parameter none."""
         found: dict[str, list[Use]] = {name: [] for name in self._names}
         for i, (index, use) in enumerate(self._seen):
-            found[self._names[index]].append(replace(use, feature=bool(self._features >> i & 1)))
+            feature, logit = bool(self._features >> i & 1), bool(self._logits >> i & 1)
+            found[self._names[index]].append(replace(use, feature=feature, logit=logit))
         return found
 
+    def used_by(self, bits: int) -> frozenset[str]:
+        """Return the parameters of a set of uses."""
+        return frozenset(self._names[index] for i, (index, _) in enumerate(self._seen) if bits >> i & 1)
+
+    def constants(self) -> list[Constant]:
+        """Return the numbers multiplied in, in the order seen, but for those that scale attention."""
+        return [
+            Constant(value, self.decode(carries))
+            for i, (value, carries) in enumerate(self._constants)
+            if not self._claimed >> i & 1
+        ]
+
+    def decode(self, bits: int) -> frozenset[str]:
+        """Return the names of a set of parameters."""
+        return frozenset(name for i, name in enumerate(self._names) if bits >> i & 1)
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
         name = func.overloadpacket.__name__
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
-        if not inputs or not outputs:
+        if not inputs or not outputs or name in ops.CREATIONS:
             return out
-        if all(self._parameter(output) is not None for output in outputs):
-            return out  # a view of a parameter is still the parameter
-        noted = self._note_uses(name, args, inputs)
-        self._note_attention(name, args, kwargs or {})
-        flow = self._through(name, inputs)
-        flow.uses |= noted
-        self._follow_product(flow, name, args, inputs)
-        for output in outputs:
-            self._flows[output] = flow
+        known = {storage_key(each) for each in inputs}
+        fresh = [each for each in outputs if storage_key(each) not in known]
+        if not fresh and not name.endswith("_") and name not in ops.WRITES:
+            self._note_parts(inputs[0], outputs)  # a view is what it views
+            return out
+        self._kept += fresh
+        if fresh and self._derive(name, args, inputs, fresh[0]):
+            return out
+        flow = self._through(name, args, kwargs, inputs)
+        for each in fresh or outputs[:1]:
+            self._flows[storage_key(each)] = flow
         return out
 
-    def _note_uses(self, name: str, args: Any, inputs: list[torch.Tensor]) -> int:
-        others = [self._flow(other) for other in inputs if self._parameter(other) is None]
-        carried = _union(flow.carries for flow in others)
+    def _derive(self, name: str, args: Any, inputs: list[torch.Tensor], out: torch.Tensor) -> bool:
+        """Let ``out`` stand for the one parameter that it is made of, if it is made of one by entries."""
+        if name == "_weight_norm_interface":  # v keeps its axes; g multiplies the rows
+            self._note_uses("mul", args, [args[1]], 0)
+            inputs = inputs[:1]
+        rooted = [(each, root) for each in inputs if (root := self._roots.get(each)) is not None]
+        if not rooted or not out.is_floating_point():
+            return False
+        tensor, root = rooted[0]
+        if union(self._flow(each).depends for each in inputs) != 1 << root.index:
+            return False
+        number = self._number(args) if name in ops.PRODUCTS else None
+        made = self._roots.derive(name, args, tensor, out, number, alone=len(inputs) == 1)
+        if made is not None and number is not None:
+            value = 1 / number if name.startswith("div") else number
+            self._constants.append((value, 1 << root.index if made.linear else 0))
+        return made is not None
+
+    def _through(self, name: str, args: Any, kwargs: dict[str, Any], inputs: list[torch.Tensor]) -> Flow:
+        """Return what the operation's result depends on, and note on the way what it tells about its inputs."""
+        floating = [each for each in inputs if each.is_floating_point()]
+        flows = [self._flow(each) for each in floating]
+        others = [flow for each, flow in zip(floating, flows, strict=True) if self._roots.get(each) is None]
+        contracts = name in ops.CONTRACTIONS
+        live = [flow for flow in flows if flow.depends]
+        if name in ops.COPIES and len(others) == 1:
+            return others[0]
+        node = self.graph.add(dict.fromkeys(flow.node for flow in others if flow.node)) if live else 0
+        noted = self._note_uses(name, args, inputs, node)
+        self._note_attention(name, args, kwargs)
+        result = Flow(union(each.depends for each in flows), uses=union(each.uses for each in flows) | noted, node=node)
+        result.carries = self._carried(name, floating, flows)
+        if name in {"_softmax", "_safe_softmax", "_log_softmax", "topk", "sort", "sigmoid"}:
+            self._logits |= union(each.direct for each in flows)
+            result.direct = union(each.direct for each in flows) if name == "sigmoid" else 0
+        elif noted and contracts:
+            result.direct = noted
+        elif not contracts and name not in ops.AFFINE_NORMS:
+            result.direct = union(each.direct for each in flows)
+        if name in ops.SUMS and len(others) == 2 and all(each.depends for each in others):
+            a, b = others
+            self.graph.sums.append(Sum(node, a.node, b.node, a.carries, b.carries))
+        self._follow(result, name, args, kwargs, others)
+        return result
+
+    def _follow(self, result: Flow, name: str, args: Any, kwargs: dict[str, Any], others: list[Flow]) -> None:
+        """Keep track of numbers multiplied in, and of dot products of activations on their way to a softmax."""
+        live = [each for each in others if each.depends]
+        if name in {"mm", "bmm", "baddbmm"} and len(live) >= 2:
+            result.product = (int(args[-2].shape[-1]), live[-2].carries, live[-1].carries)
+            result.constants = live[-2].constants | live[-1].constants
+        elif name in ops.LINEAR or name in ops.PRODUCTS or name in ops.UNARY or name == "where":
+            result.product = next((each.product for each in live if each.product), None)
+            result.constants = union(each.constants for each in live if not result.product or each.product)
+        value = self._number(args) if name in ops.PRODUCTS else kwargs.get("alpha") if name.endswith("addbmm") else None
+        if value is not None and result.depends:
+            if name.startswith("div"):
+                value = 1 / value if value else float("nan")
+            result.constants |= 1 << len(self._constants)
+            self._constants.append((float(value), result.carries))
+
+    def _note_uses(self, name: str, args: Any, inputs: list[torch.Tensor], node: int) -> int:
+        others = [self._flow(other) for other in inputs if self._roots.get(other) is None]
+        carried = union(flow.carries for flow in others)
+        operands = tuple(flow.node for flow in others if flow.node)
         noted = 0
         for tensor in inputs:
-            index = self._parameter(tensor)
-            if index is None:
+            root = self._roots.get(tensor)
+            if root is None:
                 continue
-            axes = self._axes(name, args, tensor, self._parameters[index])
+            axes = self._roots.axes(name, args, tensor)
             if "in" in axes:
-                self._features |= _union(other.uses for other in others)
+                self._features |= union(other.uses for other in others)
             on_data = not any(other.depends for other in others)
             noted |= 1 << len(self._seen)
-            self._seen.append((index, Use(name, axes, self._decode(carried), on_data)))
+            use = Use(name, axes, self.decode(carried), on_data, node, operands, root.shift if root.linear else 0.0)
+            self._seen.append((root.index, use))
         return noted
 
     def _note_attention(self, name: str, args: Any, kwargs: dict[str, Any]) -> None:
         if name.startswith("_scaled_dot_product"):
-            head_dim, queries = int(args[0].shape[-1]), self._flow(args[0])
-            scale = kwargs.get("scale") or head_dim**-0.5
-            others = self._decode(self._flow(args[1]).carries | self._flow(args[2]).carries)
-            self.attentions.append(Attention(head_dim, scale * queries.factor, others, self._decode(queries.carries)))
+            head_dim, queries, keys = int(args[0].shape[-1]), self._flow(args[0]), self._flow(args[1])
+            scale, constants = kwargs.get("scale") or head_dim**-0.5, queries.constants | keys.constants
+            carries, others = queries.carries, keys.carries | self._flow(args[2]).carries
         elif name in {"_softmax", "_safe_softmax"} and (flow := self._flow(args[0])).product is not None:
-            head_dim, carriers, second = flow.product
-            self.attentions.append(Attention(head_dim, flow.factor, self._decode(second), self._decode(carriers)))
-
-    def _follow_product(self, flow: Flow, name: str, args: Any, inputs: list[torch.Tensor]) -> None:
-        """Keep track of dot products of activations on their way to a softmax, and of the constants that scale them."""
-        before = [self._flow(tensor) for tensor in inputs if self._parameter(tensor) is None]
-        if name in {"mm", "bmm"} and len(before) == 2 and all(each.depends for each in before):
-            flow.product = (int(args[0].shape[-1]), before[0].carries, before[1].carries)
-            flow.factor = before[0].factor * before[1].factor
-        elif name in LINEAR or name in PRODUCTS or name in {"where", "masked_fill"}:
-            flow.product = next((each.product for each in before if each.product), None)
-            source = next((each for each in before if each.product), before[0] if before else flow)
-            constant = (
-                next((arg for arg in args[1:] if isinstance(arg, (int, float))), 1.0) if name in PRODUCTS else 1.0
-            )
-            flow.factor = source.factor / constant if name.startswith("div") else source.factor * constant
-
-    def _axes(self, name: str, args: Any, tensor: torch.Tensor, parameter: torch.Tensor) -> tuple[str, ...]:
-        """Labels of the parameter's own axes, found in the view that the operation met."""
-        labels = CONTRACTIONS.get(name)
-        if name == "convolution" and args[6]:
-            labels = TRANSPOSED_CONVOLUTION
-        if labels is not None:
-            position = next(i for i, argument in enumerate(args) if argument is tensor)
-            seen = (
-                labels.get(position, ())[-tensor.dim() :] if name != "convolution" else labels[position][: tensor.dim()]
-            )
-        elif name in ENTRYWISE or name in AFFINE_NORMS:
-            seen = ("each",) * tensor.dim()
+            (head_dim, carries, others), scale, constants = flow.product, 1.0, flow.constants
         else:
-            seen = ()
-        by_stride = {s: label for s, n, label in zip(tensor.stride(), tensor.shape, seen, strict=False) if n > 1}
-        # An axis of size 1 has no telling stride; it cannot be the one that grows either, unless nothing else says.
-        layout = zip(parameter.stride(), parameter.shape, strict=True)
-        return tuple("each" if n == 1 else by_stride.get(s, "unknown") for s, n in layout)
+            return
+        self._claimed |= constants
+        for i, (value, _) in enumerate(self._constants):
+            scale *= value if constants >> i & 1 else 1.0
+        self.attentions.append(Attention(head_dim, scale, self.decode(others), self.decode(carries)))
 
-    def _through(self, name: str, inputs: list[torch.Tensor]) -> Flow:
-        flows = [(tensor, self._flow(tensor)) for tensor in inputs if tensor.is_floating_point()]
-        own = [flow.carries for tensor, flow in flows if self._parameter(tensor) is not None]
-        result = Flow(_union(flow.depends for _, flow in flows), uses=_union(flow.uses for _, flow in flows))
-        if name in CONTRACTIONS or name in AFFINE_NORMS:
-            result.carries = _union(own)
-        elif name in LINEAR and all(flow.carries for _, flow in flows):
-            result.carries = _union(flow.carries for _, flow in flows)
-        elif name in PRODUCTS and flows:
-            result.carries = self._product(name, flows, own)
-        return result
+    def _note_parts(self, whole: torch.Tensor, pieces: list[torch.Tensor]) -> None:
+        """Remember how results of parameters are cut: pieces that grow differently are rows of different roles."""
+        direct = self._flow(whole).direct
+        if direct and any(piece.dim() == whole.dim() and piece.numel() < whole.numel() for piece in pieces):
+            self.parts.append((tuple(whole.shape), [tuple(piece.shape) for piece in pieces], direct))
 
-    def _product(self, name: str, flows: list[tuple[torch.Tensor, Flow]], own: list[int]) -> int:
+    def _carried(self, name: str, tensors: list[torch.Tensor], flows: list[Flow]) -> int:
+        own = [each.carries for tensor, each in zip(tensors, flows, strict=True) if self._roots.get(tensor) is not None]
+        if name in ops.CONTRACTIONS or name in ops.AFFINE_NORMS:
+            return union(own)
+        if name in ops.PRODUCTS and flows:
+            return self._product(name, tensors, flows, own)
+        if name in ops.WRITES:  # into a blank tensor, what is written
+            flows = [each for each in flows if each.depends]
+        if name in ops.LINEAR and flows and all(each.carries for each in flows):
+            return union(each.carries for each in flows)
+        return 0
+
+    def _product(self, name: str, tensors: list[torch.Tensor], flows: list[Flow], own: list[int]) -> int:
         """A product carries what one side carries, if the other side does not depend on it (as in x·sigmoid(x))."""
         if own and not name.startswith("div"):
             return own[0]
         sides = flows[:1] if name.startswith("div") else flows
-        for tensor, flow in sides:
-            others = _union(other.depends for t, other in flows if t is not tensor)
-            if flow.carries and not flow.carries & others:
-                return flow.carries
+        for side in sides:
+            others = union(other.depends for other in flows if other is not side)
+            if side.carries and not side.carries & others:
+                return side.carries
         return 0
 
+    def _number(self, args: Any) -> float | None:
+        """Return the number that a product has as one of its two factors, if it does and its value is known."""
+        for each in args[:2]:
+            if isinstance(each, (int, float)) and not isinstance(each, bool):
+                return float(each)
+            if isinstance(each, torch.Tensor) and each.numel() == 1 and not self._flow(each).depends:
+                known = getattr(each, "constant", each if type(each) is torch.Tensor else None)
+                if known is not None and not known.is_meta:
+                    return float(known)
+        return None
+
     def _flow(self, tensor: torch.Tensor) -> Flow:
-        index = self._parameter(tensor)
-        if index is not None:
-            return Flow(1 << index, 1 << index)
-        return self._flows.get(tensor) or Flow()
-
-    def _parameter(self, tensor: torch.Tensor) -> int | None:
-        return self._index.get(_key(tensor))
-
-    def _decode(self, bits: int) -> frozenset[str]:
-        return frozenset(name for i, name in enumerate(self._names) if bits >> i & 1)
-
-
-def _union(bits: Iterator[int] | list[int]) -> int:
-    total = 0
-    for each in bits:
-        total |= each
-    return total
-
-
-def _key(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+        root = self._roots.get(tensor)
+        if root is not None:
+            return Flow(1 << root.index, 1 << root.index if root.linear else 0)
+        return self._flows.get(storage_key(tensor)) or Flow()

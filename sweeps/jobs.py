@@ -153,8 +153,8 @@ def _loaded(key: str) -> tuple[Family, Data]:
 
 
 @functools.lru_cache(maxsize=32)
-def _observed(key: str, depth: int) -> Any:
-    return observe(_loaded(key)[0], depth)
+def _observed(key: str) -> Any:
+    return observe(_loaded(key)[0])
 
 
 def flops_of(experiment: Experiment, scale: Scale) -> float:
@@ -167,7 +167,7 @@ def plan_of(experiment: Experiment, scale: Scale, parametrization: str, recipe: 
     """Return the plan of a run at ``scale``; the model is observed once per process."""
     family, _ = family_of(experiment)
     key = experiment.model_dump_json(include={"model", "options", "data", "sequence_length", "proxy", "base"})
-    seen = _observed(key, scale.depth)
+    seen = _observed(key)
     return plan(family, scale, parametrization, experiment.optimizer, recipe, observation=seen)
 
 

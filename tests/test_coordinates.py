@@ -16,7 +16,6 @@ import mutransfer as mt
 from mutransfer.coordinates import module_roles, record
 from mutransfer.errors import RequestError
 from mutransfer.frames import COORDINATES, SLOPES
-from mutransfer.observe import observe
 from mutransfer.scale import Scale
 from mutransfer.verdicts import MARGIN, verdict
 
@@ -269,7 +268,7 @@ def test_a_change_is_measured_from_the_start() -> None:
 
 def test_a_tied_readouts_module_is_an_output() -> None:
     family = families.transformer(tied=True)
-    roles = module_roles(family.build(family.base), observe(family))
+    roles = module_roles(family.build(family.base), mt.plan(family, family.base))
     assert {module for module, role in roles.items() if role == "output"} == {"readout"}
     assert roles["embedding"] == roles["norm"] == "feature"
     assert "blocks.0" not in roles  # owns no parameters
@@ -277,7 +276,7 @@ def test_a_tied_readouts_module_is_an_output() -> None:
 
 def test_an_output_with_a_bias_is_an_output() -> None:
     family = families.mlp()
-    roles = module_roles(family.build(family.base), observe(family))
+    roles = module_roles(family.build(family.base), mt.plan(family, family.base))
     assert roles == {"input": "feature", "hidden.0": "feature", "hidden.1": "feature", "readout": "output"}
 
 

@@ -16,8 +16,9 @@ from torch.nn import functional as F
 import mutransfer as mt
 from mutransfer.errors import RequestError
 from mutransfer.inits import Init
-from mutransfer.observe import ParamSpec, observe
+from mutransfer.observe import observe
 from mutransfer.scale import Scale
+from mutransfer.specs import ParamSpec
 
 from . import families
 

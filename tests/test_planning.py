@@ -18,9 +18,10 @@ from torch.nn import functional as F
 
 import mutransfer as mt
 from mutransfer.errors import RequestError
-from mutransfer.observe import Observation, observe
+from mutransfer.observe import observe
 from mutransfer.plans import ParameterPlan
 from mutransfer.scale import Scale
+from mutransfer.specs import Observation
 
 from . import families
 

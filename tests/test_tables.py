@@ -126,7 +126,9 @@ def test_only_mup_declares_healthy_slopes() -> None:
     assert not healthy(SP)
 
 
-@pytest.mark.parametrize(("name", "hint"), [("mpu", "did you mean 'mup'"), ("ntk", "known are mup, sp")])
+@pytest.mark.parametrize(
+    ("name", "hint"), [("mpu", "did you mean 'mup'"), ("xyz", "known are completep, depth-mup, mup, sp")]
+)
 def test_an_unknown_table_is_refused_with_the_known_ones(name: str, hint: str) -> None:
     with pytest.raises(RequestError, match=f"unknown parametrization '{name}': {hint}"):
         table(name)

@@ -1,0 +1,72 @@
+"""Residual branches, found in the order of values: x + f(x) is a sum of which one side was made from the other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .flows import Graph, Sum
+from .uses import Use
+
+__all__ = ["Branch", "residual_branches"]
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One residual branch: the parameters used inside it, and what carries a factor into it (as a set of bits)."""
+
+    inside: frozenset[str]
+    ends: int
+
+
+def residual_branches(graph: Graph, uses: dict[str, list[Use]]) -> list[Branch]:
+    """Return the residual branches of one forward pass, the outermost only.
+
+    A branch within a branch (a gated unit written as x + …, a token shift) does not grow in number with the depth.
+    A parameter is inside a branch when it is used on the way from the stream to the sum; what feeds several branches
+    without coming from their stream (an encoder's final norm, a table of positions) is not.
+    """
+    above = _ancestors(graph, frozenset())
+    sums = [(each, *_sides(each, above)) for each in graph.sums]
+    found = [
+        (each.node, stream, branch, carries) for each, stream, branch, carries in sums if stream and branch != stream
+    ]
+    outer = [
+        (node, stream, branch, carries)
+        for node, stream, branch, carries in found
+        if not any(above[b] >> node & 1 and not above[s] >> node & 1 for _, s, b, _ in found)
+    ]
+    near = _ancestors(graph, frozenset(node for node, *_ in outer))
+    reach = [near[branch] for _, _, branch, _ in outer]
+    branches = []
+    for (_, stream, _, carries), all_near in zip(outer, reach, strict=True):
+        here = all_near & ~above[stream]
+        inside = {
+            name
+            for name, each in uses.items()
+            for use in each
+            if here >> use.node & 1
+            and (any(above[n] >> stream & 1 for n in use.operands) or sum(r >> use.node & 1 for r in reach) == 1)
+        }
+        if inside:
+            branches.append(Branch(frozenset(inside), carries))
+    return branches
+
+
+def _sides(each: Sum, above: list[int]) -> tuple[int, int, int]:
+    """Return (stream, branch, what carries the branch); a stream of 0 where neither side was made from the other."""
+    if above[each.right] >> each.left & 1:
+        return each.left, each.right, each.right_carries
+    if above[each.left] >> each.right & 1:
+        return each.right, each.left, each.left_carries
+    return 0, 0, 0
+
+
+def _ancestors(graph: Graph, stops: frozenset[int]) -> list[int]:
+    """Return for every node the set (as bits) of nodes it was made from, itself included, not looking past ``stops``."""
+    above = [0]
+    for node, parents in enumerate(graph.parents[1:], 1):
+        bits = 1 << node
+        for parent in parents:
+            bits |= 1 << parent if parent in stops else above[parent]
+        above.append(bits)
+    return above

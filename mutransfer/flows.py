@@ -1,0 +1,65 @@
+"""What is known of every tensor in a watched forward pass: what it depends on, and what carries a factor into it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+
+__all__ = ["Flow", "Graph", "Sum", "storage_key", "union"]
+
+
+@dataclass
+class Flow:
+    """What a tensor depends on. Sets are bits: bit i is parameter i, use i, or constant i in the order seen.
+
+    ``carries`` are the parameters that jointly carry a factor into the tensor; ``direct`` the uses whose result it still
+    is, up to functions of single entries; ``constants`` the numbers multiplied in since the last parameter. ``product``
+    is set on the product of two activations: the size summed over, and what the first and the second of them carry.
+    """
+
+    depends: int = 0
+    carries: int = 0
+    uses: int = 0
+    direct: int = 0
+    constants: int = 0
+    product: tuple[int, int, int] | None = None
+    node: int = 0
+
+
+@dataclass(frozen=True)
+class Sum:
+    """One sum of two activations: nodes of the result and of both sides, and what carries a factor into each side."""
+
+    node: int
+    left: int
+    right: int
+    left_carries: int
+    right_carries: int
+
+
+@dataclass
+class Graph:
+    """The order of values in a forward pass. Node 0 is everything that depends on no parameter."""
+
+    parents: list[tuple[int, ...]] = field(default_factory=lambda: [()])
+    sums: list[Sum] = field(default_factory=list)
+
+    def add(self, parents: Iterable[int]) -> int:
+        """Append a node and return its number."""
+        self.parents.append(tuple(parents))
+        return len(self.parents) - 1
+
+
+def union(bits: Iterable[int]) -> int:
+    """Return the union of sets of bits."""
+    total = 0
+    for each in bits:
+        total |= each
+    return total
+
+
+def storage_key(tensor: torch.Tensor) -> int:
+    """Return what all views of one tensor share."""
+    return tensor.untyped_storage()._cdata

@@ -1,0 +1,140 @@
+"""Where a forward multiplier belongs in a given model: the matrix itself, its final norm, its queries, its branch ends."""
+
+from __future__ import annotations
+
+from .drafts import Draft
+from .errors import RequestError
+from .observe import WIDER
+from .specs import Observation, ParamSpec
+
+__all__ = ["fold_all"]
+
+
+def fold_all(draft: Draft) -> None:
+    """Write every multiplier that the table, the recipe and the model's own forward pass ask for into parameters.
+
+    Raises:
+        RequestError: a multiplier that no parameter carries, or whose carrier has another use.
+    """
+    _fold_constants(draft)
+    _fold_ends(draft)
+    _fold_ties(draft)
+    _fold_attention(draft)
+    _fold_branches(draft)
+
+
+def _fold_constants(draft: Draft) -> None:
+    """Divide out what the model's own forward pass multiplies with more as it gets wider (√width on embeddings)."""
+    for name, spec in draft.seen.specs.items():
+        c = draft.wider**-spec.constant
+        draft.fold([name], size=c)
+        if c != 1:
+            draft.notes.append(
+                f"the forward pass multiplies {name} with width^{spec.constant:g}: divided out of its settings ({c:.4g})."
+            )
+
+
+def _fold_ends(draft: Draft) -> None:
+    """Write the input and output multipliers of the recipe into their matrices."""
+    for name, spec in draft.seen.specs.items():
+        if spec.role == "output":
+            draft.fold([name], alpha=draft.recipe.alpha_output)
+        elif spec.role in ("input", "finite") and spec.on_data and len(spec.shape) > 1:
+            draft.fold([name], alpha=draft.recipe.alpha_input)
+
+
+def _fold_ties(draft: Draft) -> None:
+    """Pass the readout's multiplier of a matrix that is also the embedding on to the final norm."""
+    for name, spec in draft.seen.specs.items():
+        if not spec.tied:
+            continue
+        target = next(each for each, origin in draft.origin.items() if origin == name)
+        # What the matrix itself took on as an embedding (a constant, alpha_input) must come off again behind it.
+        m = draft.multipliers(target)[1]
+        size = draft.rules.readout(m, 1.0) / draft.size[target].gauge
+        alpha = draft.recipe.alpha_output / draft.alpha[target].gauge
+        if size == 1 and alpha == 1:
+            continue
+        if not spec.carriers:
+            raise RequestError(
+                f"the readout is tied to {name} and nothing before it can carry its factor {size * alpha:g}: give the "
+                "model a final norm with a gain, or untie the readout."
+            )
+        _refuse_other_use(draft.seen, spec.carriers, name)
+        draft.fold(spec.carriers, size=size, alpha=alpha)
+        if size != 1:
+            draft.notes.append(f"tied readout: its factor {size:g} is folded into {', '.join(sorted(spec.carriers))}.")
+
+
+def _refuse_other_use(seen: Observation, carriers: frozenset[str], readout: str) -> None:
+    """What a carrier feeds besides the readout would be scaled with it."""
+    for name, spec in seen.specs.items():
+        if name != readout and spec.meets & carriers:
+            raise RequestError(
+                f"the readout tied to {readout} passes its factor to {min(carriers)}, which also feeds {name}: give it a norm of "
+                "its own, or untie the readout."
+            )
+
+
+def _fold_attention(draft: Draft) -> None:
+    """Turn the model's own scaling of attention into α·√d₀/d by scaling the queries, where the head dim d grows.
+
+    TP-V 2203.03466, Definition 4.1, which starts from 1/√d; a model that already divides by d needs no factor.
+    """
+    seen, alpha = draft.seen, draft.recipe.alpha_attention
+    if seen.head_dim is None:
+        if alpha != 1:
+            raise RequestError(
+                f"alpha_attention is {alpha:g} and the model has no attention that could be seen: leave it at 1."
+            )
+        return
+    if seen.head_dim_ratio not in (1, WIDER):
+        raise RequestError(
+            f"the head dim grows {seen.head_dim_ratio:g}x when the width grows {WIDER}x: keep it fixed or proportional."
+        )
+    m_h = draft.wider if seen.head_dim_ratio == WIDER else 1.0
+    c = draft.rules.attention(m_h, 1.0) ** (2 * (1 + seen.scale_power))  # the table counts from 1/√d
+    if c == 1 and alpha == 1:
+        return
+    if seen.shared_queries:
+        raise RequestError(
+            f"attention asks for a factor {c * alpha:.4g} on the queries alone, and {min(seen.shared_queries)} "
+            "also makes keys or values: split it into its own query projection, or keep the head dim fixed and alpha_attention 1."
+        )
+    if not seen.queries:
+        raise RequestError(
+            "attention asks for a factor on the queries, and no parameter carries it: use a query projection."
+        )
+    draft.fold(seen.queries, size=c, alpha=alpha)
+    if c != 1:
+        draft.notes.append(f"head dim grows {m_h:g}x: 1/d attention is folded into the queries ({c:.4g}).")
+
+
+def _fold_branches(draft: Draft) -> None:
+    """Write the multiplier of residual branches, m_L^-α and the recipe's own, into whatever ends each branch."""
+    power = draft.rules.depth
+    size = 1.0 if power is None else draft.deeper ** -float(power)
+    alpha = draft.recipe.alpha_residual
+    ends = {name for name, spec in draft.seen.specs.items() if spec.ends_branch}
+    if power is None and draft.deeper != 1:
+        draft.notes.append(
+            f"{draft.rules.name} has no rule for depth: the change from {draft.base.depth} to {draft.scale.depth} layers is "
+            "carried without any factor; completep has one."
+        )
+    if size == 1 and alpha == 1:
+        return
+    if not ends or draft.seen.open_branches:
+        found = "no residual branch was seen" if not ends else "a residual branch ends in no parameter"
+        raise RequestError(
+            f"residual branches ask for a factor {size * alpha:.4g}, and {found}: end every branch in a linear layer or a gain."
+        )
+    for name in sorted(ends):
+        _refuse_way_out(draft.seen.specs[name])
+    draft.fold(ends, size=size, alpha=alpha)
+
+
+def _refuse_way_out(spec: ParamSpec) -> None:
+    if not spec.inside:
+        raise RequestError(
+            f"{spec.name} ends a residual branch and is used outside of it as well: give the branch a layer of its own."
+        )

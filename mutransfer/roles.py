@@ -1,0 +1,61 @@
+"""The role of a parameter: which of its axes grow with the width, and what its result is for."""
+
+from __future__ import annotations
+
+from .errors import RequestError
+from .uses import Use
+
+__all__ = ["ROLES", "role_of", "roles_of"]
+
+ROLES = ("input", "vector", "hidden", "output", "bottleneck", "finite")
+
+
+def roles_of(name: str, shape: tuple[int, ...], grows: tuple[bool, ...], uses: list[Use]) -> list[str]:
+    """Return the role of every use: all the same, or an embedding's and the readout's that is tied to it.
+
+    Raises:
+        RequestError: no use, a use that cannot be told, or uses that contradict each other.
+    """
+    if not uses:
+        raise RequestError(
+            f"{name} {list(shape)} is never used in the forward pass: remove it, freeze it (requires_grad=False), or name its "
+            f"role in the family, roles={{{name!r}: 'hidden'}}."
+        )
+    roles = [role_of(name, shape, use, grows) for use in uses]
+    if len(set(roles)) > 1 and set(roles) != {"input", "output"}:
+        raise RequestError(
+            f"{name} {list(shape)} is used as {' and as '.join(sorted(set(roles)))}: only a readout tied to an embedding "
+            "is known, so give the other use its own parameter."
+        )
+    return roles
+
+
+def role_of(name: str, shape: tuple[int, ...], use: Use, grows: tuple[bool, ...]) -> str:
+    """Return the role in one use (the table of roles in docs/rules.md).
+
+    Raises:
+        RequestError: an axis that grows enters an operation without a rule.
+    """
+    growing = [label for grow, label in zip(grows, use.axes, strict=True) if grow]
+    if "unknown" in growing:
+        raise RequestError(
+            f"cannot tell the role of {name} {list(shape)}: it enters the operation {use.op!r}, for which no axis rule is "
+            "known; write that step as a matmul, an embedding, a convolution or an entrywise operation, or name the role in "
+            f"the family, roles={{{name!r}: 'hidden'}}."
+        )
+    if len(growing) > 1 and set(growing) == {"each"} and len(use.axes) > 1 and "in" not in use.axes:
+        raise RequestError(
+            f"cannot tell the role of {name} {list(shape)}: two of its axes grow and the operation {use.op!r} sums over "
+            f"neither; name the role in the family, roles={{{name!r}: 'input'}}."
+        )
+    into, out = "in" in growing, any(label != "in" for label in growing)
+    match into, out:
+        case True, True:
+            return "hidden"
+        case True, False:
+            return "bottleneck" if use.feature and not use.logit else "output"
+        case False, True:
+            contracted = "in" in use.axes or "gather" in use.axes
+            return "input" if contracted or sum(size > 1 for size in shape) > 1 else "vector"
+        case _:
+            return "finite"

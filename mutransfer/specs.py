@@ -1,0 +1,94 @@
+"""What is known of a family before any target is named: one `ParamSpec` per parameter, and the attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .errors import RequestError
+from .inits import Init
+
+__all__ = ["Observation", "ParamSpec"]
+
+
+@dataclass(frozen=True)
+class ParamSpec:
+    """One parameter of the base model.
+
+    Args:
+        name: as in ``named_parameters``.
+        shape: at base size.
+        role: input, vector, hidden, output, bottleneck or finite.
+        axes: what becomes of each axis (in, out, gather, each).
+        grows: which axes grow with the width.
+        init: what its entries are drawn from.
+        tied: whether it is also the readout.
+        carriers: for a tied readout, the parameters that carry a factor into its input (the final norm's).
+        on_data: whether the data enters the model here.
+        meets: the parameters that carry a factor into what this parameter is applied to, in any of its uses.
+        inside: whether it is used on a residual branch.
+        ends_branch: whether it carries a factor into a residual branch's end.
+        shift: s for a gain used as s + w, otherwise 0.
+        constant: power of the width in the number that the forward pass itself multiplies with this parameter.
+        mixed: whether its rows have different roles (a fused matrix of which some rows grow and some do not).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    role: str
+    axes: tuple[str, ...]
+    grows: tuple[bool, ...]
+    init: Init
+    tied: bool
+    carriers: frozenset[str]
+    on_data: bool
+    meets: frozenset[str] = frozenset()
+    inside: bool = False
+    ends_branch: bool = False
+    shift: float = 0.0
+    constant: float = 0.0
+    mixed: bool = False
+
+    def multipliers(self, shape: tuple[int, ...], name: str | None = None, deeper: float = 1.0) -> tuple[float, float]:
+        """Return (m_in, m_out) of the same parameter with another ``shape``: every axis counts by its own ratio.
+
+        An axis that does not grow with the width may be the layers themselves: then it is ``deeper`` times as long.
+
+        Raises:
+            RequestError: another axis differs.
+        """
+        name = name or self.name
+        if len(shape) != len(self.shape):
+            raise RequestError(f"{name} has shape {list(shape)} in the target and {list(self.shape)} in the base.")
+        m_in = m_out = 1.0
+        for axis, (label, grows, size, base) in enumerate(zip(self.axes, self.grows, shape, self.shape, strict=True)):
+            if not grows:
+                if size not in (base, base * deeper):
+                    raise RequestError(
+                        f"axis {axis} of {name} is {size} in the target and {base} in the base, yet does not grow when "
+                        "the width doubles: build both with the same data, vocabulary and fixed sizes."
+                    )
+            elif label == "in":
+                m_in *= size / base
+            else:
+                m_out *= size / base
+        return m_in, m_out
+
+
+@dataclass(frozen=True)
+class Observation:
+    """All parameters of a family at base size, and its attention.
+
+    ``queries`` carry a factor into the attention logits, ``shared_queries`` of them also into keys or values.
+    ``head_dim_ratio`` is what the head dim grows by when the width doubles, and ``scale_power`` the power of the head dim
+    by which the model itself scales the logits (−½ as usual). ``open_branches`` counts the residual branches into which no
+    parameter carries a factor; ``notes`` says what was seen and could not be written on any parameter.
+    """
+
+    specs: dict[str, ParamSpec]
+    queries: frozenset[str]
+    shared_queries: frozenset[str]
+    head_dim: int | None
+    head_dim_ratio: float
+    scale_power: float
+    open_branches: int = 0
+    notes: tuple[str, ...] = ()
