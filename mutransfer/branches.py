@@ -33,7 +33,7 @@ def residual_branches(graph: Graph, uses: dict[str, list[Use]]) -> list[Branch]:
     outer = [
         (node, stream, branch, carries)
         for node, stream, branch, carries in found
-        if not any(above[b] >> node & 1 and not above[s] >> node & 1 for _, s, b, _ in found)
+        if not any(above[b] >> node & 1 and above[node] >> s & 1 and not above[s] >> node & 1 for _, s, b, _ in found)
     ]
     near = _ancestors(graph, frozenset(node for node, *_ in outer))
     reach = [near[branch] for _, _, branch, _ in outer]

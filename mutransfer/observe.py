@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
+import logging
 import math
 from collections import defaultdict
+from collections.abc import Iterator
 
 import torch
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
@@ -99,27 +102,38 @@ def build(family: Family, scale: Scale) -> torch.nn.Module:
 def _forward(family: Family, model: torch.nn.Module, mode: FakeTensorMode, scale: Scale) -> UseWatcher:
     batch = tree_map_only(torch.Tensor, mode.from_tensor, family.batch)
     try:
-        return _watched(family, model, batch)
-    except (DataDependentOutputException, DynamicOutputShapeException) as error:
-        if sum(each.numel() for each in model.parameters()) > REAL:
-            raise RequestError(
-                f"the forward pass of {family.name} reads values ({error.func}), so it must run for real, and at width "
-                f"{scale.width} it is too large for that: give a smaller base."
-            ) from None
+        with _quiet():
+            return _watched(family, model, batch)
+    except RequestError:
+        raise
     except Exception as error:
-        raise _does_not_run(family, error, "with fake tensors") from error
-    with torch.random.fork_rng(devices=[]), _disable_current_modes():
+        if sum(each.numel() for each in model.parameters()) > REAL:
+            raise _does_not_run(family, error, f"on fake tensors, and at width {scale.width} is too large to be run") from error
+    with _disable_current_modes(), torch.random.fork_rng(devices=[]):
         model = build(family, scale)
         try:
             return _watched(family, model, family.batch)
+        except RequestError:
+            raise
         except Exception as error:
-            raise _does_not_run(family, error, "for real") from error
+            raise _does_not_run(family, error, "on its example batch") from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep what fake tensors cannot run out of the log: it is run for real instead."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def _does_not_run(family: Family, error: Exception, how: str) -> RequestError:
     return RequestError(
-        f"{family.name} does not run on its example batch {how} ({describe(error)}): check that build, batch and loss fit "
-        "together."
+        f"{family.name} does not run {how} ({describe(error)}): check that build, batch and loss fit together, or give a "
+        "smaller base."
     )
 
 
@@ -144,7 +158,7 @@ def _spec(
         tied = len(set(roles)) > 1
         first: Use | None = uses[roles.index("input")] if tied else uses[0]
         readout = uses[roles.index("output")] if tied else uses[0]
-        axes, role = first.axes, "input" if tied else roles[0]
+        axes, role = (readout if not tied else uses[roles.index("input")]).axes, "input" if tied else roles[0]
         carriers = readout.carriers if tied else frozenset()
     else:
         axes, role, tied, carriers = _axes_for(given, name, grows, uses), given, False, frozenset()

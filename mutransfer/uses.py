@@ -145,7 +145,8 @@ class UseWatcher(TorchDispatchMode):
         if not rooted or not out.is_floating_point():
             return False
         tensor, root = rooted[0]
-        if union(self._flow(each).depends for each in inputs) != 1 << root.index:
+        # An index says which entries, not what they are: the experts that a router chooses are still the parameter.
+        if union(self._flow(each).depends for each in inputs if each.is_floating_point()) != 1 << root.index:
             return False
         number = self._number(args) if name in ops.PRODUCTS else None
         made = self._roots.derive(name, args, tensor, out, number, alone=len(inputs) == 1)
@@ -175,7 +176,8 @@ class UseWatcher(TorchDispatchMode):
             result.direct = noted
         elif not contracts and name not in ops.AFFINE_NORMS:
             result.direct = union(each.direct for each in flows)
-        if name in ops.SUMS and len(others) == 2 and all(each.depends for each in others):
+        # Not on the way to a softmax: a bias that all layers add to their attention is no stream.
+        if name in ops.SUMS and len(others) == 2 and all(each.depends and not each.product for each in others):
             a, b = others
             self.graph.sums.append(Sum(node, a.node, b.node, a.carries, b.carries))
         self._follow(result, name, args, kwargs, others)
