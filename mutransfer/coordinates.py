@@ -11,19 +11,22 @@ from typing import Any
 
 import pandas as pd
 import torch
-from torch.utils._pytree import tree_leaves
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .errors import RequestError
 from .family import Family
 from .frames import COORDINATES
-from .observe import observe
+from .observe import build, observe
 from .optimizers import OPTIMIZERS
 from .planning import plan
 from .plans import Plan
 from .recipe import Recipe
+from .scale import Scale
+from .specs import Observation
 from .verdicts import MARGIN as MARGIN
 from .verdicts import Verdict as Verdict
 from .verdicts import verdict as verdict
+from .watching import module_roles, one_run, places
 
 __all__ = ["MARGIN", "Verdict", "record", "verdict"]
 
@@ -38,6 +41,7 @@ def record(
     *,
     lr: float | None = None,
     depth: int | None = None,
+    depths: Sequence[int] = (),
     steps: int = 4,
     seeds: Iterable[int] = range(5),
     device: str = "cpu",
@@ -49,11 +53,12 @@ def record(
 
     Args:
         family: what to check; its base anchors the plan.
-        widths: at least two, in any order.
+        widths: at least two, in any order; empty or one for a check over ``depths``.
         parametrization: name of the table that sets init and learning rates.
         optimizer: name of a torch optimizer.
         lr: base learning rate; by default one at which all the built-in models learn.
         depth: layers; the base's by default.
+        depths: for a check over depths instead: numbers of layers, at the one width in ``widths`` or the base's.
         steps: optimizer steps, at least 1.
         seeds: of the initial weights, at least one.
         device: where to train.
@@ -65,80 +70,64 @@ def record(
     Raises:
         RequestError: fewer than two different widths, or a model that cannot be planned.
     """
-    widths = sorted(set(widths))
-    if len(widths) < 2:
-        raise RequestError(f"a slope needs at least two widths, and {widths} is {len(widths)}: give 4 or more.")
+    sizes = sorted(set(depths or widths))
+    if len(sizes) < 2:
+        what = "depths" if depths else "widths"
+        raise RequestError(f"a slope needs at least two {what}, and {sizes} is {len(sizes)}: give 4 or more.")
     seeds = list(seeds)
     if steps < 1 or not seeds:
         raise RequestError(f"{steps} steps and {len(seeds)} seeds: give at least one of each.")
     column = OPTIMIZERS[optimizer].column if optimizer in OPTIMIZERS else "adam"
     recipe = Recipe(lr=lr or CHECK_LR[column], schedule="constant", warmup=0)
-    scale = family.base.with_(depth=depth or family.base.depth)
+    base = family.base.with_(depth=depth or family.base.depth)
+    scales = [base.with_(depth=each) if depths else base.with_(width=each) for each in sizes]
+    if depths and len(set(widths)) == 1:
+        scales = [scale.with_(width=widths[0]) for scale in scales]
     seen = observe(family)
+    growing = _stacks(family, scales) if depths else None
     rows: list[dict[str, Any]] = []
-    for i, width in enumerate(widths):
-        planned = plan(family, scale.with_(width=width), parametrization, optimizer, recipe, observation=seen)
+    for i, scale in enumerate(scales):
+        planned = plan(family, scale, parametrization, optimizer, recipe, observation=seen)
+        divide = _scales(planned, seen, scale.width / family.base.width)
         for j, seed in enumerate(seeds):
-            progress(i * len(seeds) + j, len(widths) * len(seeds))
+            progress(i * len(seeds) + j, len(scales) * len(seeds))
             model = family.build(planned.scale).to(device)
             planned.initialize(model, seed)
+            stacks = None if growing is None else {name: n for name, n in _layers(model).items() if name in growing}
+            shown = places(model, set(module_roles(model, planned)), stacks)
             common = {"parametrization": parametrization, "optimizer": optimizer, "seed": seed}
-            common |= {"width": width, "depth": scale.depth}
-            rows += [row | common for row in _one_run(family, planned, model, steps, device)]
-    progress(len(widths) * len(seeds), len(widths) * len(seeds))
+            common |= {"width": scale.width, "depth": scale.depth}
+            rows += [row | common for row in one_run(family, planned, model, divide, shown, steps, device)]
+    progress(len(scales) * len(seeds), len(scales) * len(seeds))
     return COORDINATES.frame(rows)
 
 
-def _one_run(family: Family, planned: Plan, model: torch.nn.Module, steps: int, device: str) -> list[dict[str, Any]]:
-    batch = family.batch_on(device)
-    optimizer = planned.make_optimizer(model)
-    roles = module_roles(model, planned)
-    gauges = {row.name.removesuffix(".weight"): row.gauge for row in planned.rows}
-    names = {module: name for name, module in model.named_modules()}
-    outputs: dict[str, torch.Tensor] = {}
+def _scales(planned: Plan, seen: Observation, wider: float) -> dict[str, float]:
+    """By what each module's features are divided: the multipliers folded into it.
 
-    def keep(module: torch.nn.Module, _: Any, output: Any) -> None:
-        tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
-        if tensors:
-            outputs[names[module]] = tensors[0].detach()
-
-    handles = [module.register_forward_hook(keep) for name, module in model.named_modules() if name in roles]
-    rows: list[dict[str, Any]] = []
-    initial: dict[str, torch.Tensor] = {}
-    for step in range(steps + 1):
-        loss = family.loss(model, batch)
-        if step == 0:
-            initial = {name: output.clone() for name, output in outputs.items()}
-        sizes = outputs if step == 0 else {name: output - initial[name] for name, output in outputs.items()}
-        values = torch.stack([size.abs().mean().double() for size in sizes.values()]).tolist()
-        # A feature that carries a folded multiplier (queries, a final norm before a tied readout) is compared as it is
-        # without it; a logit is what it is.
-        values = [
-            value / gauges.get(name, 1.0) if roles[name] == "feature" else value
-            for name, value in zip(sizes, values, strict=True)
-        ]
-        statistic = "activation" if step == 0 else "change"
-        rows += [
-            {"module": name, "role": roles[name], "statistic": statistic, "step": step, "value": value}
-            for name, value in zip(sizes, values, strict=True)
-        ]
-        if step < steps:
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    for handle in handles:
-        handle.remove()
-    return rows
+    A number with which the module itself multiplies its parameter's result belongs to the features.
+    """
+    scales = {}
+    for row in planned.rows:
+        spec = seen.specs.get(row.name)
+        own = wider**spec.constant if spec is not None and spec.constant_inside else 1.0
+        scales[row.name.removesuffix(".weight")] = row.gauge * own
+    return scales
 
 
-def module_roles(model: torch.nn.Module, planned: Plan) -> dict[str, str]:
-    """Return, for every module that owns parameters, whether its output is a "feature" or an "output" (a logit)."""
-    roles: dict[str, str] = {}
-    planned_roles = {row.name: row.role for row in planned.rows}
-    for name, _ in model.named_parameters(remove_duplicate=False):
-        module, _, _ = name.rpartition(".")
-        # A second name for a tied matrix is the readout's.
-        is_output = planned_roles.get(name, "output") == "output"
-        # The whole model's output is a logit, also where the model owns a parameter of its own.
-        roles[module] = "output" if is_output or not module else roles.get(module, "feature")
-    return roles
+def _stacks(family: Family, scales: Sequence[Scale]) -> dict[str, int]:
+    """Return the stacks of layers, by name, that the greatest depth has more of than the least; with no count yet."""
+    counts = []
+    for scale in (scales[0], scales[-1]):
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            counts.append(_layers(build(family, scale)))
+    return {name: count for name, count in counts[1].items() if counts[0].get(name) != count}
+
+
+def _layers(model: torch.nn.Module) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for name, _ in model.named_modules():
+        stack, _, last = name.rpartition(".")
+        if last.isdigit():
+            counts[stack] = max(counts.get(stack, 0), int(last) + 1)
+    return counts

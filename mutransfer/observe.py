@@ -57,7 +57,7 @@ def observe(family: Family) -> Observation:
     branches = residual_branches(seen.graph, uses)
     inside = frozenset().union(*(branch.inside for branch in branches))
     ends = frozenset().union(*(seen.decode(branch.ends) for branch in branches))
-    constants, notes = _constants(seen, seen_wider)
+    constants, own, notes = _constants(seen, seen_wider)
     mixed = _mixed(seen, seen_wider)
     specs = {}
     for name, parameter in model.named_parameters():
@@ -72,7 +72,8 @@ def observe(family: Family) -> Observation:
             )
         specs[name] = _spec(
             family, name, shapes[name], grows, uses[name], init, inside=name in inside, ends_branch=name in ends,
-            constant=constants.get(name, 0.0), mixed=name in mixed,
+            constant=constants.get(name, 0.0),
+            constant_inside=name in own, mixed=name in mixed,
         )  # fmt: skip
     return _with_attention(specs, seen, seen_wider, sum(not branch.ends for branch in branches), notes)
 
@@ -108,7 +109,9 @@ def _forward(family: Family, model: torch.nn.Module, mode: FakeTensorMode, scale
         raise
     except Exception as error:
         if sum(each.numel() for each in model.parameters()) > REAL:
-            raise _does_not_run(family, error, f"on fake tensors, and at width {scale.width} is too large to be run") from error
+            raise _does_not_run(
+                family, error, f"on fake tensors, and at width {scale.width} is too large to be run"
+            ) from error
     with _disable_current_modes(), torch.random.fork_rng(devices=[]):
         model = build(family, scale)
         try:
@@ -148,7 +151,7 @@ def _watched(family: Family, model: torch.nn.Module, batch: object) -> UseWatche
 
 def _spec(
     family: Family, name: str, shape: tuple[int, ...], grows: tuple[bool, ...], uses: list[Use], init: Init, *,
-    inside: bool, ends_branch: bool, constant: float, mixed: bool,
+    inside: bool, ends_branch: bool, constant: float, constant_inside: bool, mixed: bool,
 ) -> ParamSpec:  # fmt: skip
     given = next((role for pattern, role in family.roles.items() if fnmatch.fnmatchcase(name, pattern)), None)
     if given is not None and given not in ROLES:
@@ -171,6 +174,7 @@ def _spec(
         ends_branch=ends_branch,
         shift=first.shift if first else 0.0,
         constant=constant,
+        constant_inside=constant_inside,
         mixed=mixed,
     )  # fmt: skip
 
@@ -188,10 +192,10 @@ def _axes_for(role: str, name: str, grows: tuple[bool, ...], uses: list[Use]) ->
     return tuple("in" if axis in into else "out" for axis in range(len(grows)))
 
 
-def _constants(seen: UseWatcher, wider: UseWatcher) -> tuple[dict[str, float], list[str]]:
+def _constants(seen: UseWatcher, wider: UseWatcher) -> tuple[dict[str, float], set[str], list[str]]:
     """Powers of the width in the numbers that the forward pass multiplies with, by the parameters they could be written on."""
     powers: dict[str, float] = defaultdict(float)
-    notes = []
+    own, notes = set(), []
     for base, wide in zip(seen.constants(), wider.constants(), strict=False):
         ratio = wide.value / base.value if base.value else 1.0
         if base.carriers != wide.carriers or not ratio > 0 or abs(ratio - 1) < 1e-9:
@@ -204,11 +208,12 @@ def _constants(seen: UseWatcher, wider: UseWatcher) -> tuple[dict[str, float], l
             )
         for name in base.carriers:
             powers[name] += power
+            own |= {name} if name.rpartition(".")[0] == base.module else set()
     for narrow, broad in zip(seen.attentions, wider.attentions, strict=False):
         if narrow.head_dim == broad.head_dim:  # such as 1/√hidden with a fixed head dim
             for name in narrow.queries:
                 powers[name] += math.log(broad.scale / narrow.scale, WIDER)
-    return {name: round(power, 6) for name, power in powers.items()}, notes
+    return {name: round(power, 6) for name, power in powers.items()}, own, notes
 
 
 def _mixed(seen: UseWatcher, wider: UseWatcher) -> frozenset[str]:

@@ -29,6 +29,7 @@ class ParamSpec:
         ends_branch: whether it carries a factor into a residual branch's end.
         shift: s for a gain used as s + w, otherwise 0.
         constant: power of the width in the number that the forward pass itself multiplies with this parameter.
+        constant_inside: whether that number is multiplied in by the module that owns the parameter.
         mixed: whether its rows have different roles (a fused matrix of which some rows grow and some do not).
     """
 
@@ -46,6 +47,7 @@ class ParamSpec:
     ends_branch: bool = False
     shift: float = 0.0
     constant: float = 0.0
+    constant_inside: bool = False
     mixed: bool = False
 
     def multipliers(self, shape: tuple[int, ...], name: str | None = None, deeper: float = 1.0) -> tuple[float, float]:

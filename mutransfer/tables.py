@@ -12,7 +12,7 @@ from fractions import Fraction
 
 from .errors import RequestError, nearest
 
-__all__ = ["HEALTHY", "TABLES", "Band", "Power", "Row", "Table", "table"]
+__all__ = ["HEALTHY", "HEALTHY_DEPTH", "TABLES", "Band", "Power", "Row", "Table", "table"]
 
 Band = tuple[float, float]
 HALF = Fraction(1, 2)
@@ -166,6 +166,14 @@ TABLES = {each.name: each for each in (MUP, SP, COMPLETEP, DEPTH_MUP)}
 # Logits may start as small as they like (µP's fall as −½, a zero readout's are 0) but not grow.
 HEALTHY: dict[tuple[str, str], Band] = {
     ("activation", "feature"): (0, 0),
+    ("activation", "output"): (float("-inf"), 0),
+    ("change", "feature"): (0, 0),
+    ("change", "output"): (-0.5, 0),
+}
+
+# And over depth (CompleteP 2505.01618, Desiderata 1 and 2): the sum of the branches may fade at the start, as 1/√depth.
+HEALTHY_DEPTH: dict[tuple[str, str], Band] = {
+    ("activation", "feature"): (-0.5, 0),
     ("activation", "output"): (float("-inf"), 0),
     ("change", "feature"): (0, 0),
     ("change", "output"): (-0.5, 0),

@@ -61,11 +61,12 @@ class Attention:
 class Constant:
     """A number that the forward pass multiplies with a tensor that depends on parameters.
 
-    ``carriers`` are the parameters on which the number could as well be written.
+    ``carriers`` are the parameters on which the number could as well be written; ``module`` does the multiplication.
     """
 
     value: float
     carriers: frozenset[str]
+    module: str
 
 
 class UseWatcher(TorchDispatchMode):
@@ -86,10 +87,27 @@ class UseWatcher(TorchDispatchMode):
         self._kept: list[torch.Tensor] = []  # a freed storage's address would be given to the next one
         self._seen: list[tuple[int, Use]] = []
         self._features = self._logits = self._claimed = 0
-        self._constants: list[tuple[float, int]] = []
+        self._constants: list[tuple[float, int, str]] = []
+        self._modules: list[str] = [""]
+        self._model = model
+        self._hooks: list[Any] = []
         self.attentions: list[Attention] = []
         self.graph = Graph()
         self.parts: list[tuple[tuple[int, ...], list[tuple[int, ...]], int]] = []
+
+    def __enter__(self) -> UseWatcher:
+        for name, module in self._model.named_modules():
+            self._hooks.append(module.register_forward_pre_hook(lambda *_, name=name: self._modules.append(name)))
+            self._hooks.append(
+                module.register_forward_hook(lambda *_: (self._modules.pop(), None)[1], always_call=True)
+            )
+        super().__enter__()
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)
+        for hook in self._hooks:
+            hook.remove()
 
     def uses(self) -> dict[str, list[Use]]:
         """Return every parameter's uses in the order seen; a tied matrix has two, an unused parameter none."""
@@ -106,8 +124,8 @@ class UseWatcher(TorchDispatchMode):
     def constants(self) -> list[Constant]:
         """Return the numbers multiplied in, in the order seen, but for those that scale attention."""
         return [
-            Constant(value, self.decode(carries))
-            for i, (value, carries) in enumerate(self._constants)
+            Constant(value, self.decode(carries), module)
+            for i, (value, carries, module) in enumerate(self._constants)
             if not self._claimed >> i & 1
         ]
 
@@ -152,7 +170,7 @@ class UseWatcher(TorchDispatchMode):
         made = self._roots.derive(name, args, tensor, out, number, alone=len(inputs) == 1)
         if made is not None and number is not None:
             value = 1 / number if name.startswith("div") else number
-            self._constants.append((value, 1 << root.index if made.linear else 0))
+            self._constants.append((value, 1 << root.index if made.linear else 0, self._modules[-1]))
         return made is not None
 
     def _through(self, name: str, args: Any, kwargs: dict[str, Any], inputs: list[torch.Tensor]) -> Flow:
@@ -197,7 +215,7 @@ class UseWatcher(TorchDispatchMode):
             if name.startswith("div"):
                 value = 1 / value if value else float("nan")
             result.constants |= 1 << len(self._constants)
-            self._constants.append((float(value), result.carries))
+            self._constants.append((float(value), result.carries, self._modules[-1]))
 
     def _note_uses(self, name: str, args: Any, inputs: list[torch.Tensor], node: int) -> int:
         others = [self._flow(other) for other in inputs if self._roots.get(other) is None]
@@ -227,7 +245,7 @@ class UseWatcher(TorchDispatchMode):
         else:
             return
         self._claimed |= constants
-        for i, (value, _) in enumerate(self._constants):
+        for i, (value, *_) in enumerate(self._constants):
             scale *= value if constants >> i & 1 else 1.0
         self.attentions.append(Attention(head_dim, scale, self.decode(others), self.decode(carries)))
 

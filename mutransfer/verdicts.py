@@ -13,7 +13,7 @@ from scipy import stats
 from .errors import RequestError
 from .frames import SLOPES
 from .optimizers import OPTIMIZERS
-from .tables import HEALTHY, TABLES, Band
+from .tables import HEALTHY, HEALTHY_DEPTH, TABLES, Band
 
 __all__ = ["MARGIN", "Verdict", "verdict"]
 
@@ -36,7 +36,8 @@ class Verdict:
 def verdict(coordinates: pd.DataFrame, margin: float = MARGIN) -> Verdict:
     """Judge a coordinates frame of one parametrization against the slopes of width-stable feature learning.
 
-    Per module, statistic and step, the slope of log2(value) against log2(width) is fitted over seeds and widths with a
+    Per module, statistic and step, the slope of log2(value) against log2(width), or log2(depth) if that is what varies,
+    is fitted over seeds and widths with a
     95% interval. It passes when the interval lies within the expected band widened by ``margin``, fails when it lies
     wholly outside, and is undecided otherwise. Changes are judged after the first and the last step.
 
@@ -48,18 +49,22 @@ def verdict(coordinates: pd.DataFrame, margin: float = MARGIN) -> Verdict:
         raise RequestError(
             f"one verdict judges one parametrization, and the frame holds {sorted(names)}: filter it first."
         )
-    if coordinates["width"].nunique() < 2:
+    axis = "depth" if coordinates["depth"].nunique() > 1 else "width"
+    if coordinates[axis].nunique() < 2:
         raise RequestError("a slope needs at least two widths: record more.")
+    if axis == "depth" and coordinates["width"].nunique() > 1:
+        raise RequestError("widths and depths both vary, and a slope is along one of them: record one at a time.")
     last = int(coordinates["step"].max())
     judged = coordinates[coordinates["step"].isin([0, 1, last])]
     column = OPTIMIZERS[str(judged["optimizer"].iloc[0])].column
     rows = []
     first_module = judged["module"].iloc[0]
     for (module, role, statistic, step), group in judged.groupby(["module", "role", "statistic", "step"], sort=False):
-        slope, low, high = _slope(group)
-        expected = HEALTHY[str(statistic), str(role)]
+        slope, low, high = _slope(group, axis)
+        expected = (HEALTHY if axis == "width" else HEALTHY_DEPTH)[str(statistic), str(role)]
         declared_role = "first" if role == "feature" and statistic == "change" and module == first_module else str(role)
-        declared = TABLES[names[0]].declared.get((column, str(statistic), declared_role), expected)
+        claims = TABLES[names[0]].declared if axis == "width" else {}
+        declared = claims.get((column, str(statistic), declared_role), expected)
         rows.append(
             {
                 "parametrization": names[0],
@@ -85,17 +90,17 @@ def verdict(coordinates: pd.DataFrame, margin: float = MARGIN) -> Verdict:
     return Verdict("pass", slopes, None)
 
 
-def _slope(group: pd.DataFrame) -> tuple[float, float, float]:
+def _slope(group: pd.DataFrame, axis: str) -> tuple[float, float, float]:
     """Fitted slope with its 95% interval; NaN when a value is zero or not finite, infinite ends without a residual.
 
     Least squares over all seeds and widths, weighted by width: the fluctuations of a random network between seeds have a
-    variance of 1/width (measured: docs/coordinate-check.md), so the wide models say more. Curvature of the true line
-    counts as residual and widens the interval.
+    variance of 1/width (measured: docs/coordinate-check.md), so the wide models say more; depths count alike. Curvature
+    of the true line counts as residual and widens the interval.
     """
-    width, value = group["width"].to_numpy(dtype=float), group["value"].to_numpy(dtype=float)
+    size, value = group[axis].to_numpy(dtype=float), group["value"].to_numpy(dtype=float)
     if not np.isfinite(value).all() or (value <= 0).any():
         return math.nan, math.nan, math.nan
-    x, y, weight = np.log2(width), np.log2(value), width / width.mean()
+    x, y, weight = np.log2(size), np.log2(value), size / size.mean() if axis == "width" else np.ones_like(size)
     x, y = x - np.average(x, weights=weight), y - np.average(y, weights=weight)
     spread = weight @ (x * x)
     slope = float(weight @ (x * y) / spread)
