@@ -171,12 +171,14 @@ HEALTHY: dict[tuple[str, str], Band] = {
     ("change", "output"): (-0.5, 0),
 }
 
-# And over depth (CompleteP 2505.01618, Desiderata 1 and 2): the sum of the branches may fade at the start, as 1/√depth.
+# And over depth (CompleteP 2505.01618, Desiderata 1 and 2). The branches are 1/L large each: their incoherent part, all of
+# it at the start, sums to 1/√L, the coherent part of their change to 1; behind the first layer there is only one of them.
 HEALTHY_DEPTH: dict[tuple[str, str], Band] = {
     ("activation", "feature"): (-0.5, 0),
     ("activation", "output"): (float("-inf"), 0),
-    ("change", "feature"): (0, 0),
+    ("change", "feature"): (-0.5, 0),
     ("change", "output"): (-0.5, 0),
+    ("change", "first"): (-1, 0),
 }
 
 

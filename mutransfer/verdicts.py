@@ -61,7 +61,7 @@ def verdict(coordinates: pd.DataFrame, margin: float = MARGIN) -> Verdict:
     first_module = judged["module"].iloc[0]
     for (module, role, statistic, step), group in judged.groupby(["module", "role", "statistic", "step"], sort=False):
         slope, low, high = _slope(group, axis)
-        expected = (HEALTHY if axis == "width" else HEALTHY_DEPTH)[str(statistic), str(role)]
+        expected = _healthy(axis, str(module), str(statistic), str(role))
         declared_role = "first" if role == "feature" and statistic == "change" and module == first_module else str(role)
         claims = TABLES[names[0]].declared if axis == "width" else {}
         declared = claims.get((column, str(statistic), declared_role), expected)
@@ -84,10 +84,16 @@ def verdict(coordinates: pd.DataFrame, margin: float = MARGIN) -> Verdict:
         )
     slopes = SLOPES.frame(rows)
     if (slopes["ok"] == False).any():  # noqa: E712 - a nullable column: missing is not False
-        return Verdict("fail", slopes, _cause(slopes))
+        return Verdict("fail", slopes, _cause(slopes, axis))
     if slopes["ok"].isna().any():
-        return Verdict("undecided", slopes, _undecided(slopes, coordinates))
+        return Verdict("undecided", slopes, _undecided(slopes, coordinates, axis))
     return Verdict("pass", slopes, None)
+
+
+def _healthy(axis: str, module: str, statistic: str, role: str) -> Band:
+    if axis == "depth" and statistic == "change" and "first" in module.split("."):
+        role = "first"
+    return (HEALTHY if axis == "width" else HEALTHY_DEPTH)[statistic, role]
 
 
 def _slope(group: pd.DataFrame, axis: str) -> tuple[float, float, float]:
@@ -125,26 +131,30 @@ def _judge(
     return False if high < band[0] - margin or low > band[1] + margin else None
 
 
-def _cause(slopes: pd.DataFrame) -> str:
+def _cause(slopes: pd.DataFrame, axis: str) -> str:
     failed = slopes[slopes["ok"] == False]  # noqa: E712
     modules = list(dict.fromkeys(failed["module"]))
     listed = ", ".join(modules[:6]) + (f" and {len(modules) - 6} more" if len(modules) > 6 else "")
     worst = failed.loc[failed["slope"].abs().fillna(math.inf).idxmax()]
     if math.isnan(worst["slope"]):
-        return f"{worst['module']} is not finite or zero at some width: lower --lr (fails in {listed})."
-    what = f"the {worst['statistic']} of {worst['module']} goes as width^{worst['slope']:+.2f}"
-    if worst["statistic"] == "change":
+        return f"{worst['module']} is not finite or zero at some {axis}: lower --lr (fails in {listed})."
+    what = f"the {worst['statistic']} of {worst['module']} goes as {axis}^{worst['slope']:+.2f}"
+    if axis == "depth":
+        why = (
+            "its residual branches are not scaled with the depth" if worst["slope"] > 0 else "its layers stop learning"
+        )
+    elif worst["statistic"] == "change":
         why = "its learning rate does not shrink with width" if worst["slope"] > 0 else "its updates fade with width"
     else:
         why = "its initial weights are not scaled with the fan-in"
     return f"{what} where {worst['expected']} is healthy, so {why}; failing: {listed}."
 
 
-def _undecided(slopes: pd.DataFrame, coordinates: pd.DataFrame) -> str:
+def _undecided(slopes: pd.DataFrame, coordinates: pd.DataFrame, axis: str) -> str:
     modules = list(dict.fromkeys(slopes[slopes["ok"].isna()]["module"]))
     return (
-        f"not enough evidence for {', '.join(modules[:6])}: add seeds (now {coordinates['seed'].nunique()}) or widths "
-        f"(now {coordinates['width'].nunique()})."
+        f"not enough evidence for {', '.join(modules[:6])}: add seeds (now {coordinates['seed'].nunique()}) or {axis}s "
+        f"(now {coordinates[axis].nunique()})."
     )
 
 
