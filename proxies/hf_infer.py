@@ -6,7 +6,6 @@ neither a parameter's shape nor a number that a module keeps (its head count) is
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
 import re
@@ -24,9 +23,8 @@ from .importing import said
 
 __all__ = ["infer"]
 
-Build = Callable[
-    [dict[str, Whole], Container[str]], torch.nn.Module
-]  # changed fields, those that count layers → the model
+# Changed fields, and those of them that count layers → the model.
+Build = Callable[[dict[str, Whole], Container[str]], torch.nn.Module]
 
 WIDTH = re.compile(
     r"(\w+_)?(hidden_sizes?|hidden_dims?|hidden_channels|intermediate_size|intermediate_dim|d_model|n_embd|d_embed|embed_dims?"
@@ -38,6 +36,7 @@ DEPTH = re.compile(r"((encoder|decoder)_)?((num|n)_)?((hidden|encoder|decoder)_)
 HEAD_DIM = re.compile(r"(qk_|v_)?head_dim|attention_head_size|head_size|key_value_proj_dim|d_head")
 MAIN_WIDTH = ("hidden_size", "d_model", "n_embd", "dim", "embed_dim", "hidden_dim", "hidden_sizes", "embed_dims")
 MAIN_DEPTH = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "depths", "depth")
+FEW = 8  # layers in which most fields show what they do
 
 
 @dataclass(frozen=True)
@@ -54,6 +53,48 @@ class Signature:
             inspect.getsource(sys.modules[name]) for name in self.modules if name.startswith("transformers.")
         )
 
+    def head_dims(self, wider: Signature) -> tuple[tuple[str, int, int], ...]:
+        """Return (name, here, in the ``wider`` model) of every head dim that a module keeps."""
+        found = {(path.rpartition(".")[2], value, wider.numbers.get(path)) for path, value in self.numbers.items()}
+        return tuple(sorted(dim for dim in found if HEAD_DIM.fullmatch(dim[0]) and None not in dim))
+
+
+class Probe:
+    """The model with some of its fields doubled, built without memory; ``few`` builds its first layers alone."""
+
+    def __init__(self, build: Build, whole: dict[str, Whole], deep: list[str]) -> None:
+        self._build, self._whole, self._deep = build, whole, deep
+        self._few = {name: FEW for name in deep if isinstance(value := whole[name], int) and value > FEW}
+        self._known: dict[tuple[frozenset[str], bool], Signature] = {}
+        try:
+            self.base = self.doubled([])
+        except Exception:
+            self._few = {}  # some stacks cannot be cut
+            self.base = self.doubled([])
+
+    def doubled(self, names: Iterable[str], few: bool = True) -> Signature:
+        key = frozenset(names), few and bool(self._few)
+        if key not in self._known:
+            own = self._whole | self._few if few else self._whole
+            changes = (self._few if few else {}) | {name: _double(own[name]) for name in key[0]}
+            with torch.device("meta"):
+                model = self._build(changes, self._deep)
+            numbers: dict[str, Any] = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+            for path, module in model.named_modules():
+                numbers |= {f"{path}.{name}": value for name, value in vars(module).items() if type(value) is int}
+            self._known[key] = Signature(numbers, {type(module).__module__ for module in model.modules()})
+        return self._known[key]
+
+    def reads(self, name: str, names: list[str]) -> bool:
+        """Say whether it makes a difference to leave ``name`` out of the ``names`` that are doubled."""
+        if f"self.config.{_leaf(name)}" in self.base.source:
+            return True  # perhaps only in the forward pass
+        others = [other for other in names if other != name]
+        try:  # what shows in no early layer may be read in a later one
+            return any(self.doubled(names, few).numbers != self.doubled(others, few).numbers for few in (True, False))
+        except Exception:
+            return True  # the others do not fit without it
+
 
 def infer(values: dict[str, Any], alias: dict[str, str], build: Build, width: list[str], depth: list[str]) -> Fields:
     """Return what is width and what is depth in a config.
@@ -66,73 +107,57 @@ def infer(values: dict[str, Any], alias: dict[str, str], build: Build, width: li
         depth: likewise.
 
     Raises:
-        RequestError: a named field is not there, is no number or changes nothing; no field can be told to be the width;
-            or the doubled model cannot be built.
+        RequestError: the model cannot be built, as it is or doubled; a named field is not there, is no number or changes
+            nothing; or no field can be told to be the width.
     """
     whole = {name: value for name, value in values.items() if _is_whole(value)}
     wide = [_known(name, "--width-field", whole, alias) for name in width] or _proposed(
-        whole, (alias.get("hidden_size"), *MAIN_WIDTH), lambda leaf: bool(WIDTH.fullmatch(leaf) or HEADS.fullmatch(leaf))
-        and not HEAD_DIM.fullmatch(leaf),
-    )  # fmt: skip
+        whole, (alias.get("hidden_size"), *MAIN_WIDTH), _is_width
+    )
     deep = [_known(name, "--depth-field", whole, alias) for name in depth] or _proposed(
-        whole, (alias.get("num_hidden_layers"), *MAIN_DEPTH), lambda leaf: bool(DEPTH.fullmatch(leaf))
+        whole, (alias.get("num_hidden_layers"), *MAIN_DEPTH), DEPTH.fullmatch
     )
     stages = [len(value) for name, value in whole.items() if name in deep and isinstance(value, list)]
     deep = [name for name in deep if depth or whole[name] not in stages]  # a number of stages, not of layers
-    if not wide:
-        raise RequestError(
-            f"no field of the config has the name of a width ({_some(whole)}): name it with --width-field."
-        )
-    base = _signature(build, {}, deep)
-    wide, wider = _confirmed(build, base, whole, list(wide), "--width-field", given=bool(width))
-    deep, _ = _confirmed(build, base, whole, list(deep), "--depth-field", given=bool(depth))
-    if not wide:
-        raise RequestError(
-            f"no field of the config changes the model's width ({_some(whole)}): name it with --width-field."
-        )
-    return Fields({name: whole[name] for name in wide}, {name: whole[name] for name in deep}, _head_dims(base, wider))
-
-
-def _confirmed(
-    build: Build, base: Signature, whole: dict[str, Whole], names: list[str], flag: str, *, given: bool
-) -> tuple[list[str], Signature]:
-    """Return those of ``names`` that the model reads, and the model's signature with all of them doubled."""
-    layers = names if flag == "--depth-field" else ()
     try:
-        doubled = _signature(build, {name: _double(whole[name]) for name in names}, layers)
+        probe = Probe(build, whole, deep)
     except Exception as error:
-        if layers:
-            return names, base  # a model that cannot be deeper can still be wider
+        raise RequestError(f"the config's model cannot be built at its own size: it raised {said(error)}.") from error
+    try:
+        wider = probe.doubled(wide)
+    except Exception as error:
         raise RequestError(
-            f"with {', '.join(names)} doubled the model cannot be built ({said(error)}): say what grows together with {flag}."
+            f"with {', '.join(wide)} doubled the model cannot be built ({said(error)}): say with --width-field what grows."
         ) from error
-
-    def read(name: str) -> bool:
-        if f"self.config.{_leaf(name)}" in base.source:
-            return True  # also where only the forward pass reads it
-        with contextlib.suppress(Exception):  # without this field the others do not fit: it is read
-            changes = {other: _double(whole[other]) for other in names if other != name}
-            return _signature(build, changes, layers).numbers != doubled.numbers
-        return True
-
-    idle = [name for name in names if not read(name)]
-    if idle and given:
+    for flag, names in (("--width-field", width and wide), ("--depth-field", depth and deep)):
+        if idle := [name for name in names if not probe.reads(name, names)]:
+            raise RequestError(
+                f"{flag} {idle[0]} changes nothing in this model: {_nearest(idle[0], {*whole} - {*idle})}"
+            )
+    wide = [name for name in wide if probe.reads(name, wide)]
+    deep = [name for name in deep if len(deep) == 1 or probe.reads(name, deep)]
+    if not wide:
         raise RequestError(
-            f"{flag} {idle[0]} changes nothing in this model: {_nearest(idle[0], set(whole) - set(idle))}"
+            f"no field of the config is known to be its width ({_nearest('', whole)[:-1]}): use --width-field."
         )
-    return [name for name in names if name not in idle], doubled
+    return Fields(
+        {name: whole[name] for name in wide}, {name: whole[name] for name in deep}, probe.base.head_dims(wider)
+    )
 
 
-def _proposed(whole: dict[str, Whole], main: tuple[str | None, ...], fits: Callable[[str], bool]) -> list[str]:
+def _is_width(leaf: str) -> bool:
+    return bool(WIDTH.fullmatch(leaf) or HEADS.fullmatch(leaf)) and not HEAD_DIM.fullmatch(leaf)
+
+
+def _proposed(whole: dict[str, Whole], main: tuple[str | None, ...], fits: Callable[[str], object]) -> list[str]:
     """Fields with a name of the kind, the main one first: the outermost config's, then the text model's."""
     rank = {name: i for i, name in reversed(list(enumerate(main)))}
 
-    def place(name: str) -> tuple[bool, int, bool]:
-        return _leaf(name) not in rank, name.count("."), not name.startswith(("text_config", "decoder"))
+    def place(name: str) -> tuple[bool, int, bool, int]:
+        leaf = _leaf(name)
+        return leaf not in rank, name.count("."), not name.startswith(("text_config", "decoder")), rank.get(leaf, 0)
 
-    return sorted(
-        filter(lambda name: fits(_leaf(name)), whole), key=lambda name: (*place(name), rank.get(_leaf(name), 0))
-    )
+    return sorted((name for name in whole if fits(_leaf(name))), key=place)
 
 
 def _known(name: str, flag: str, whole: dict[str, Whole], alias: dict[str, str]) -> str:
@@ -144,26 +169,7 @@ def _known(name: str, flag: str, whole: dict[str, Whole], alias: dict[str, str])
 
 def _nearest(name: str, whole: Iterable[str]) -> str:
     hint = nearest(name, whole)
-    return hint if hint.startswith("known") else f"{hint[:-1]}, of {', '.join(sorted(whole))}?"
-
-
-def _signature(build: Build, changes: dict[str, Whole], layers: Container[str]) -> Signature:
-    with torch.device("meta"):
-        model = build(changes, layers)
-    numbers: dict[str, Any] = {
-        f"{path}.{name}": value for path, module in model.named_modules() for name, value in vars(module).items()
-        if type(value) is int
-    }  # fmt: skip
-    numbers |= {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    return Signature(numbers, {type(module).__module__ for module in model.modules()})
-
-
-def _head_dims(base: Signature, wider: Signature) -> tuple[tuple[str, int, int], ...]:
-    seen = {
-        (path.rpartition(".")[2], value, wider.numbers.get(path, value))
-        for path, value in base.numbers.items() if HEAD_DIM.fullmatch(path.rpartition(".")[2])
-    }  # fmt: skip
-    return tuple(sorted(seen))
+    return hint if hint.startswith("known") else f"{hint[:-1]} of {', '.join(sorted(whole))}?"
 
 
 def _is_whole(value: Any) -> bool:
@@ -177,7 +183,3 @@ def _double(value: Whole) -> Whole:
 
 def _leaf(name: str) -> str:
     return name.rpartition(".")[2]
-
-
-def _some(whole: Iterable[str]) -> str:
-    return f"known are {', '.join(sorted(whole))}"

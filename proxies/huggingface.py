@@ -103,11 +103,6 @@ def load(
         model: torch.nn.Module = model_class(config)
         return model
 
-    try:
-        with torch.device("meta"):
-            make({}, ())
-    except Exception as error:
-        raise RequestError(f"{reference} could not be built at its own size: it raised {said(error)}.") from error
     fields = infer(dict(flat(spelled)), config_class.attribute_map, make, width, depth)
     batch, loss = task_for(reference, model_class, config_class.from_dict(spelled), data, batch_size)
     return Family(Sized(reference, make, fields), batch, loss, base or Scale(*fields.size), model_class.__name__)

@@ -54,9 +54,9 @@ def check(
     as_json: AsJson = False,
 ) -> int:
     """Say whether activations and their changes keep their size as the width grows (exit 1 if not)."""
+    from ..proxies.hf_fields import told
     from ..recipe import Recipe
     from ..tables import table as parametrization_table
-    from ..proxies.hf_fields import told
     from .models import family_for, fields_asked_for, fields_between
 
     if depths is not None:
