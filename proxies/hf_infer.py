@@ -55,8 +55,17 @@ class Signature:
 
     def head_dims(self, wider: Signature) -> tuple[tuple[str, int, int], ...]:
         """Return (name, here, in the ``wider`` model) of every head dim that a module keeps."""
-        found = {(path.rpartition(".")[2], value, wider.numbers.get(path)) for path, value in self.numbers.items()}
-        return tuple(sorted(dim for dim in found if HEAD_DIM.fullmatch(dim[0]) and None not in dim))
+        found = {
+            (name, value, wider.numbers[path])
+            for path, value in self.numbers.items()
+            if path in wider.numbers and HEAD_DIM.fullmatch(name := path.rpartition(".")[2])
+        }
+        return tuple(sorted(found))
+
+    @property
+    def shapes(self) -> list[Any]:
+        """The parameters' shapes."""
+        return [value for value in self.numbers.values() if isinstance(value, tuple)]
 
 
 class Probe:
@@ -64,7 +73,9 @@ class Probe:
 
     def __init__(self, build: Build, whole: dict[str, Whole], deep: list[str]) -> None:
         self._build, self._whole, self._deep = build, whole, deep
-        self._few = {name: FEW for name in deep if isinstance(value := whole[name], int) and value > FEW}
+        self._few: dict[str, Whole] = {
+            name: FEW for name in deep if isinstance(value := whole[name], int) and value > FEW
+        }
         self._known: dict[tuple[frozenset[str], bool], Signature] = {}
         try:
             self.base = self.doubled([])
@@ -87,7 +98,8 @@ class Probe:
 
     def reads(self, name: str, names: list[str]) -> bool:
         """Say whether it makes a difference to leave ``name`` out of the ``names`` that are doubled."""
-        if f"self.config.{_leaf(name)}" in self.base.source:
+        shapeless = name in self._deep or HEADS.fullmatch(_leaf(name))
+        if shapeless and f"self.config.{_leaf(name)}" in self.base.source:
             return True  # perhaps only in the forward pass
         others = [other for other in names if other != name]
         try:  # what shows in no early layer may be read in a later one
@@ -129,6 +141,10 @@ def infer(values: dict[str, Any], alias: dict[str, str], build: Build, width: li
         raise RequestError(
             f"with {', '.join(wide)} doubled the model cannot be built ({said(error)}): say with --width-field what grows."
         ) from error
+    if width and wider.shapes == probe.base.shapes:
+        raise RequestError(
+            f"--width-field {wide[0]} changes no parameter of this model: {_nearest(wide[0], {*whole} - {*wide})}"
+        )
     for flag, names in (("--width-field", width and wide), ("--depth-field", depth and deep)):
         if idle := [name for name in names if not probe.reads(name, names)]:
             raise RequestError(
@@ -169,7 +185,7 @@ def _known(name: str, flag: str, whole: dict[str, Whole], alias: dict[str, str])
 
 def _nearest(name: str, whole: Iterable[str]) -> str:
     hint = nearest(name, whole)
-    return hint if hint.startswith("known") else f"{hint[:-1]} of {', '.join(sorted(whole))}?"
+    return hint if hint.startswith("known") else f"{hint[:-1]}, one of {', '.join(sorted(whole))}?"
 
 
 def _is_whole(value: Any) -> bool:

@@ -92,7 +92,7 @@ def load(
     """
     options = dict(options or {})
     width, depth = (_names(key, options.pop(key, [])) for key in ("width_fields", "depth_fields"))
-    raw = _read(Path(reference.removeprefix("hf:")))
+    raw = _read(Path(reference.removeprefix("hf:")).expanduser())
     config_class, model_class = _classes(reference, raw, _transformers())
     spelled = _config(reference, config_class, raw, options)
 
@@ -117,7 +117,7 @@ def _names(key: str, value: Any) -> list[str]:
 def _read(path: Path) -> dict[str, Any]:
     file = path / "config.json" if path.is_dir() else path
     try:
-        raw = json.loads(file.expanduser().read_text(encoding="utf-8"))
+        raw = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RequestError(
             f"there is no file {file}: give the config.json of a transformers model as hf:PATH."
@@ -142,8 +142,13 @@ def _transformers() -> Any:
             sys.modules["torchvision"] = None  # type: ignore[assignment]
             if multiprocessing.parent_process() is None:
                 print("torchvision is broken beside this torch and left out: see `mutransfer doctor`.", file=sys.stderr)
-    module = importlib.import_module("transformers")
-    module.logging.set_verbosity_error()  # it speaks of checkpoints and tokenizers, and there are none here
+    try:
+        module = importlib.import_module("transformers")
+        # It speaks of checkpoints and tokenizers, and there are none here.
+        module.logging.set_verbosity_error()
+        importlib.import_module("transformers.models.auto.modeling_auto")
+    except Exception as error:
+        raise RequestError(f"transformers cannot be imported ({said(error)}): see `mutransfer doctor`.") from error
     return module
 
 
