@@ -129,8 +129,6 @@ def infer(values: dict[str, Any], alias: dict[str, str], build: Build, width: li
     deep = [_known(name, "--depth-field", whole, alias) for name in depth] or _proposed(
         whole, (alias.get("num_hidden_layers"), *MAIN_DEPTH), DEPTH.fullmatch
     )
-    stages = [len(value) for name, value in whole.items() if name in deep and isinstance(value, list)]
-    deep = [name for name in deep if depth or whole[name] not in stages]  # a number of stages, not of layers
     try:
         probe = Probe(build, whole, deep)
     except Exception as error:

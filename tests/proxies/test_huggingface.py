@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -185,6 +186,15 @@ def test_the_user_names_what_grows(write: Write) -> None:
     assert "head dim grows 8→16" in told(fields(family).between(Scale(32, 2), Scale(64, 2)))
 
 
+def test_a_field_that_only_later_layers_read(write: Write) -> None:
+    family = load(write("deepseek_v3", num_hidden_layers=11, first_k_dense_replace=10))
+    assert fields(family).width["moe_intermediate_size"] == 16
+
+
+def test_a_field_that_only_the_forward_pass_reads(write: Write) -> None:
+    assert fields(load(write("albert"), depth_fields=["num_hidden_layers"])).depth == LAYERS
+
+
 def test_a_nested_config(write: Write, tmp_path: Path) -> None:
     vision = {"model_type": "clip_vision_model", "image_size": 16, "patch_size": 4, **STACK}
     config = {"model_type": "llava", "text_config": {"model_type": "llama", **GQA}, "vision_config": vision}
@@ -297,6 +307,11 @@ def test_a_file_that_is_none(tmp_path: Path) -> None:
     assert "there is no file" in refusal(f"hf:{tmp_path}")
     (tmp_path / "config.json").write_text("{")
     assert "is no JSON" in refusal(f"hf:{tmp_path}/config.json")
+
+
+def test_without_transformers(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)  # what Python itself takes for "not there"
+    assert "pip install 'mutransfer[hf]'" in refusal(write("llama"))
 
 
 @pytest.mark.parametrize(
