@@ -9,6 +9,7 @@ import typer
 
 from ..errors import RequestError
 from .console import AsJson, Device, Progress, device_of, emit, numbers, records, say, table
+from .models import DepthField, WidthField
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -25,7 +26,9 @@ def add_to(app: typer.Typer) -> None:
 
 
 def check(
-    model: Annotated[str, typer.Argument(help="mlp, transformer, resnet, file.py:name or package.module:name.")],
+    model: Annotated[
+        str, typer.Argument(help="mlp, transformer, resnet, file.py:name, package.module:name or hf:config.json.")
+    ],
     widths: Annotated[str, typer.Option(help="Widths to compare.")] = "64,128,256,512",
     parametrization: Annotated[str, typer.Option(help="mup or sp.")] = "mup",
     optimizer: Annotated[str, typer.Option(help="adamw, adam or sgd.")] = "adamw",
@@ -44,22 +47,28 @@ def check(
     control: Annotated[str | None, typer.Option(help="A second parametrization to show beside it, such as sp.")] = None,
     data: Annotated[str | None, typer.Option(help="digits, bytes, markov, text:PATH or bin:PATH.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for coordinates.csv, the pictures and report.html.")] = None,
+    width_field: WidthField = None,
+    depth_field: DepthField = None,
     seed: Annotated[int, typer.Option(min=0, help="First seed.")] = 0,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> int:
     """Say whether activations and their changes keep their size as the width grows (exit 1 if not)."""
+    from ..proxies.hf_fields import told
     from ..recipe import Recipe
     from ..tables import table as parametrization_table
-    from .models import family_for
+    from .models import family_for, fields_asked_for, fields_between
 
     if depths is not None:
         raise RequestError(
             f"--depths {depths}: neither mup nor sp has a rule for depth, so there is nothing to check; compare --widths instead."
         )
     sizes = numbers(widths, "--widths")
-    family, source = family_for(model, data, base_width, depth, default_width=min(sizes, default=None))
+    options = fields_asked_for(model, width_field, depth_field)
+    family, source = family_for(model, data, base_width, depth, default_width=min(sizes, default=None), options=options)
     where = device_of(device)
+    if sizes and (grown := fields_between(family, family.base.with_(width=max(sizes)))):
+        say(f"{family.name} {told(grown)}")
     if lr is not None:
         Recipe.read({"lr": lr}, "--lr")
     if control:

@@ -64,16 +64,20 @@ def _torchvision() -> dict[str, Any]:
         importlib.import_module("torchvision")
     except Exception as error:
         # mup asks for torchvision but never imports it; transformers does, and falls over.
-        detail = f"{version} is broken beside this torch ({_first_line(error)}); only transformers models mind"
+        detail = f"{version} is broken beside this torch ({_first_line(error)}); hf: models leave it out"
         return _check("torchvision", True, detail, "pip uninstall torchvision, or install the build that matches torch")
     return _check("torchvision", True, version)
 
 
 def _transformers() -> dict[str, Any]:
+    fix = "pip install 'mutransfer[hf]'"
     try:
-        return _check("transformers", True, metadata.version("transformers"))
+        version = metadata.version("transformers")
     except metadata.PackageNotFoundError:
-        return _check("transformers", True, "not installed (extra hf)")
+        return _check("transformers", True, f"not installed; hf: models need it ({fix})", fix)
+    if int(version.split(".")[0]) < 5:
+        return _check("transformers", True, f"{version}; hf: models need 5 or newer ({fix})", fix)
+    return _check("transformers", True, version)
 
 
 def _gpu() -> dict[str, Any]:

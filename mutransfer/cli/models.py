@@ -2,12 +2,41 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 if TYPE_CHECKING:
     from ..family import Family
     from ..proxies.data import Data
     from ..scale import Scale
+
+
+FIELD = "(hf: models) A field of the config that grows with {}, instead of those that are inferred; repeat it for more."
+WidthField = Annotated[list[str] | None, typer.Option("--width-field", help=FIELD.format("width"))]
+DepthField = Annotated[list[str] | None, typer.Option("--depth-field", help=FIELD.format("depth"))]
+
+
+def fields_asked_for(model: str, width: list[str] | None, depth: list[str] | None) -> dict[str, Any]:
+    """Return --width-field and --depth-field as options of a model by reference to a config.
+
+    Raises:
+        RequestError: they are given with another kind of model.
+    """
+    from ..errors import RequestError
+
+    asked = {"width_fields": width, "depth_fields": depth}
+    given = {name: fields for name, fields in asked.items() if fields}
+    if given and not model.startswith("hf:"):
+        flag = f"--{min(given).replace('_fields', '-field')}"
+        raise RequestError(f"{flag} names a field of a transformers config, and {model} has none: leave it out.")
+    return given
+
+
+def fields_between(family: Family, target: Scale) -> dict[str, Any] | None:
+    """Return what grows in the family's config from its base to ``target``, or None if it is no ``hf:`` model."""
+    fields = getattr(family.build, "fields", None)
+    return None if fields is None else dict(fields.between(family.base, target))
 
 
 def family_for(

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from .console import AsJson, UnusedDevice, UnusedSeed, emit, records, table
+from .models import DepthField, WidthField
 
 BASE_WIDTH = 64  # of built-in models, where the command line names none
 
@@ -17,7 +18,9 @@ def add_to(app: typer.Typer) -> None:
 
 
 def plan(
-    model: Annotated[str, typer.Argument(help="mlp, transformer, resnet, file.py:name or package.module:name.")],
+    model: Annotated[
+        str, typer.Argument(help="mlp, transformer, resnet, file.py:name, package.module:name or hf:config.json.")
+    ],
     width: Annotated[int, typer.Option(min=1, help="Width to plan for.")],
     depth: Annotated[int | None, typer.Option(min=1, help="Depth to plan for; the base's by default.")] = None,
     base_width: Annotated[int | None, typer.Option(min=1, help="Width at which nothing is scaled.")] = None,
@@ -26,16 +29,21 @@ def plan(
     optimizer: Annotated[str, typer.Option(help="adamw, adam or sgd.")] = "adamw",
     recipe: Annotated[str | None, typer.Option(help="A recipe (best.json) instead of the defaults.")] = None,
     data: Annotated[str | None, typer.Option(help="Data that says how many inputs and classes there are.")] = None,
+    width_field: WidthField = None,
+    depth_field: DepthField = None,
     seed: UnusedSeed = 0,
     device: UnusedDevice = "auto",
     as_json: AsJson = False,
 ) -> int:
     """Print what is set for every parameter, before anything is touched."""
     from .. import planning
-    from .models import family_for
+    from ..proxies.hf_fields import told
+    from .models import family_for, fields_asked_for, fields_between
 
-    family, _ = family_for(model, data, base_width, base_depth, default_width=BASE_WIDTH)
+    options = fields_asked_for(model, width_field, depth_field)
+    family, _ = family_for(model, data, base_width, base_depth, default_width=BASE_WIDTH, options=options)
     scale = family.base.with_(width=width, depth=depth or base_depth or family.base.depth)
+    grown = fields_between(family, scale)
     planned = planning.plan(family, scale, parametrization, optimizer, recipe)
     frame = planned.frame()
     compact = {column: ".4g" for column in frame.columns if frame[column].dtype.kind == "f"}
@@ -43,9 +51,12 @@ def plan(
     heading = (
         f"{family.name} {parametrization} {optimizer}: width {family.base.width} → {width}, {len(frame)} parameters"
     )
-    text = "\n".join([heading, "", text, *(f"note: {note}" for note in planned.notes)])
+    text = "\n".join(
+        [heading, *([told(grown)] if grown else []), "", text, *(f"note: {note}" for note in planned.notes)]
+    )
     parameters = [
         row | {"shape": list(plan_row.shape)} for row, plan_row in zip(records(frame), planned.rows, strict=True)
     ]
-    emit({"parameters": parameters, "groups": planned.groups(), "notes": list(planned.notes)}, as_json, text)
+    result = {"parameters": parameters, "groups": planned.groups(), "notes": list(planned.notes)}
+    emit(result | ({"fields": grown} if grown else {}), as_json, text)
     return 0

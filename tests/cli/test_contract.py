@@ -33,12 +33,12 @@ FLAGS = {
     "init": ["--device", "--force", "--json", "--seed", "folder"],
     "doctor": ["--device", "--json", "--seed"],
     "plan": [
-        "--base-depth", "--base-width", "--data", "--depth", "--device", "--json", "--optimizer", "--parametrization", "--recipe",
-        "--seed", "--width", "model",
+        "--base-depth", "--base-width", "--data", "--depth", "--depth-field", "--device", "--json", "--optimizer",
+        "--parametrization", "--recipe", "--seed", "--width", "--width-field", "model",
     ],
     "check": [
-        "--base-width", "--control", "--data", "--depth", "--depths", "--device", "--json", "--lr", "--optimizer", "--out",
-        "--parametrization", "--seed", "--seeds", "--steps", "--widths", "model",
+        "--base-width", "--control", "--data", "--depth", "--depth-field", "--depths", "--device", "--json", "--lr",
+        "--optimizer", "--out", "--parametrization", "--seed", "--seeds", "--steps", "--width-field", "--widths", "model",
     ],
     "tune": ["--device", "--json", "--out", "--seed", "--set", "--storage", "--study", "--trials", "experiment"],
     "verify": ["--control", "--device", "--json", "--seed", "--seeds", "--step", "--widths", "run"],
@@ -116,6 +116,60 @@ def test_plan(capsys: pytest.CaptureFixture[str]) -> None:
     hidden = next(row for row in told["parameters"] if row["role"] == "hidden")
     assert (hidden["m_in"], hidden["lr_factor"], hidden["init_factor"]) == (2, 0.5, 2**-0.5)
     assert [row["init_factor"] for row in told["parameters"] if row["name"].endswith("norm.weight")][:1] == [None]
+
+
+GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 64, "vocab_size": 64}
+LLAMA = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 32, "intermediate_size": 96,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2, "vocab_size": 64,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "shape", "width", "depth"),
+    [
+        (GPT2, "transformer.h.0.attn.c_attn.weight", [128, 384], {"n_embd": [32, 128], "n_head": [4, 16]}, "n_layer"),
+        (
+            LLAMA, "model.layers.1.self_attn.k_proj.weight", [64, 128],
+            {"hidden_size": [32, 128], "intermediate_size": [96, 384], "num_attention_heads": [4, 16],
+             "num_key_value_heads": [2, 8]}, "num_hidden_layers",
+        ),
+    ],
+)  # fmt: skip
+def test_plan_of_a_transformers_config(
+    config: dict[str, Any], name: str, shape: list[int], width: dict[str, Any], depth: str,
+    tmp_path: Path, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    code, told = in_process(capsys, "plan", f"hf:{tmp_path}", "--width", "128")
+    assert code == 0
+    assert told["fields"] == {"width": width, "depth": {depth: [2, 2]}, "head_dim": {"head_dim": [8, 8]}}
+    row = next(row for row in told["parameters"] if row["name"] == name)
+    assert (row["shape"], row["role"], row["m_in"], row["lr_factor"]) == (shape, "hidden", 4, 0.25)
+    assert row["init_std"] == pytest.approx(0.02 / 2)  # the config's own initializer_range
+    # The same target from a base of its own: twice as wide.
+    code, told = in_process(capsys, "plan", f"hf:{tmp_path}", "--width", "128", "--base-width", "64")
+    row = next(row for row in told["parameters"] if row["name"] == name)
+    assert (row["shape"], row["m_in"]) == (shape, 2)
+
+
+def test_the_plan_of_a_config_says_what_grows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    fields = ("--width-field", "hidden_size", "--width-field", "intermediate_size")
+    assert run(["plan", f"hf:{tmp_path}", "--width", "64", *fields, "--depth", "4"]) == 0
+    line = capsys.readouterr().out.splitlines()[1]
+    assert line == (
+        "grows with width: hidden_size 32→64, intermediate_size 96→192; head dim stays 8; depth: num_hidden_layers 2→4"
+    )
+
+
+def test_check_of_a_transformers_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    arguments = ("--widths", "32,64,128", "--seeds", "2", "--steps", "1", "--control", "sp")
+    code, told = in_process(capsys, "check", f"hf:{tmp_path}", *arguments)
+    assert {row["module"] for row in told["modules"]} >= {"model.layers.0.self_attn.q_proj", "lm_head"}
+    assert told["verdict"] in ("pass", "undecided"), told["cause"]  # two seeds are few
+    assert (code == 0, told["control"]["verdict"]) == (told["verdict"] == "pass", "fail")
 
 
 def test_plan_builds_nothing_for_real(commands: Processes, tmp_path: Path) -> None:

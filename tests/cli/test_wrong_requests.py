@@ -92,6 +92,9 @@ WRONG = [
     (("plan", "mlp", "--width", "16", "--parametrization", "mupp"), ["'mupp'", "did you mean 'mup'?"]),
     (("check", "mlp", "--widths", "8,16", "--control", "spp"), ["'spp'", "did you mean 'sp'?"]),
     (("verify", "run", "--control", "spp"), ["'spp'", "did you mean 'sp'?"]),
+    (("plan", "mlp", "--width", "16", "--width-field", "hidden_size"), ["--width-field", "mlp has none"]),
+    (("plan", "hf:none.json", "--width", "16"), ["there is no file none.json"]),
+    (("plan", "hf:words.yaml", "--width", "16"), ["words.yaml is no JSON"]),
     # What is no run folder, or another one's.
     (("verify", "nothing"), ["nothing is no run folder", "mutransfer tune"]),
     (("verify", "nowhere"), ["nowhere is no run folder", "mutransfer tune"]),

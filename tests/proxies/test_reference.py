@@ -196,7 +196,7 @@ def test_a_spawned_worker_needs_only_the_string(good: Path) -> None:
         ("tranformer", "did you mean 'transformer'?"),
         ("frobnicator", "give a built-in (mlp, resnet, transformer)"),
         ("", "unknown model ''"),
-        ("hf:config.json", "hf: references are not in this version"),
+        ("hf:nowhere/config.json", "there is no file nowhere/config.json"),
         ("models/gpt.py", "write models/gpt.py:name"),
         ("models/gpt.py:", "write models/gpt.py:name"),
         ("package.module", "write package.module:name"),

@@ -1,0 +1,212 @@
+"""``hf:config.json``: any transformers architecture as a family, from the config alone.
+
+The file is one size of the model; `hf_infer` tells which of its numbers grow, and every other size is the same config with
+these numbers changed. Nothing is downloaded and no code but transformers' own is run.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import multiprocessing
+import sys
+from collections.abc import Callable, Container
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._guards import detect_fake_mode
+
+from mutransfer.errors import RequestError, nearest
+from mutransfer.family import Family
+from mutransfer.scale import Scale
+
+from .data.base import Data
+from .hf_fields import Fields, Whole, flat, resized
+from .hf_infer import infer
+from .hf_tasks import task_for
+from .importing import said
+
+__all__ = ["Sized", "load"]
+
+Make = Callable[[dict[str, Whole], Container[str]], torch.nn.Module]
+
+# Heads in the order of preference, as transformers' auto classes call them. A model with an encoder reads both ways, so
+# that a causal loss would show it the answer.
+HEADS = (
+    "SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ", "MASKED_LM", "CAUSAL_LM", "IMAGE_CLASSIFICATION", "IMAGE_TEXT_TO_TEXT", "CTC",
+    "AUDIO_CLASSIFICATION", "SEQUENCE_CLASSIFICATION",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Sized:
+    """A transformers model at any size: call it with a `Scale`.
+
+    Args:
+        reference: what the user wrote, for the sentences.
+        make: config, changed fields and those of them that count layers → the model.
+        fields: which of the config's numbers grow; the scale counts in the first of them.
+    """
+
+    reference: str
+    make: Make
+    fields: Fields
+
+    def __call__(self, scale: Scale) -> torch.nn.Module:
+        """Return the model with every growing field at its value for ``scale``."""
+        changes = self.fields.at(scale.width, scale.depth)
+        try:
+            return self.make(changes, self.fields.depth)
+        except Exception as error:
+            raise RequestError(
+                f"{self.reference} could not be built at width {scale.width}, depth {scale.depth}: it raised {said(error)}."
+            ) from error
+
+
+def load(
+    reference: str,
+    data: Data | None,
+    base: Scale | None,
+    *,
+    batch_size: int = 32,
+    options: dict[str, Any] | None = None,
+) -> Family:
+    """Return the family of the transformers config that ``reference`` names.
+
+    Dropout is 0 and the cache off, so that a pass is a function of its input; attention and experts are computed in the way
+    that transformers itself prefers. What the config derives from its width (a head dim) stays as the file's size has it.
+
+    Args:
+        reference: ``hf:path/to/config.json``, or a folder with one.
+        data: where the example batch comes from; without it the batch is made up.
+        base: the scale at which µP changes nothing; the file's own by default.
+        batch_size: examples in the example batch.
+        options: ``width_fields`` and ``depth_fields`` name what grows; any other key replaces a field of the config.
+
+    Raises:
+        RequestError: transformers is not there, the file is no config that it knows, the data does not fit the model, or it
+            cannot be told what grows.
+    """
+    options = dict(options or {})
+    width, depth = (_names(key, options.pop(key, [])) for key in ("width_fields", "depth_fields"))
+    raw = _read(Path(reference.removeprefix("hf:")).expanduser())
+    config_class, model_class = _classes(reference, raw, _transformers())
+    spelled = _config(reference, config_class, raw, options)
+
+    def make(changes: dict[str, Whole], layers: Container[str]) -> torch.nn.Module:
+        config = config_class.from_dict(resized(spelled, changes, layers))
+        if detect_fake_mode() is not None and "experts_implementation" not in options:
+            config._experts_implementation = "batched_mm"  # the default, grouped_mm, has no fake kernel in float32
+        model: torch.nn.Module = model_class(config)
+        return model
+
+    fields = infer(dict(flat(spelled)), config_class.attribute_map, make, width, depth)
+    batch, loss = task_for(reference, model_class, config_class.from_dict(spelled), data, batch_size)
+    return Family(Sized(reference, make, fields), batch, loss, base or Scale(*fields.size), model_class.__name__)
+
+
+def _names(key: str, value: Any) -> list[str]:
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise RequestError(f"options.{key} is {value!r}: give a list of names of the config's fields.")
+    return value
+
+
+def _read(path: Path) -> dict[str, Any]:
+    file = path / "config.json" if path.is_dir() else path
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RequestError(
+            f"there is no file {file}: give the config.json of a transformers model as hf:PATH."
+        ) from None
+    except OSError as error:
+        raise RequestError(f"{file} cannot be read ({error.strerror}): give the config.json of a model.") from None
+    except ValueError as error:
+        raise RequestError(f"{file} is no JSON ({error}): give the config.json of a transformers model.") from None
+    if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
+        raise RequestError(f'{file} has no "model_type": give the config.json of a transformers model.')
+    return raw
+
+
+def _transformers() -> Any:
+    """Import transformers, past a torchvision that is broken beside this torch (mup brings one along)."""
+    if importlib.util.find_spec("transformers") is None:
+        raise RequestError("hf: models need transformers, which is not installed: pip install 'mutransfer[hf]'.")
+    if "transformers" not in sys.modules and importlib.util.find_spec("torchvision") is not None:
+        try:
+            importlib.import_module("torchvision")
+        except Exception:
+            sys.modules["torchvision"] = None  # type: ignore[assignment]
+            if multiprocessing.parent_process() is None:
+                print("torchvision is broken beside this torch and left out: see `mutransfer doctor`.", file=sys.stderr)
+    try:
+        module = importlib.import_module("transformers")
+        # It speaks of checkpoints and tokenizers, and there are none here.
+        module.logging.set_verbosity_error()
+        importlib.import_module("transformers.models.auto.modeling_auto")
+    except Exception as error:
+        raise RequestError(f"transformers cannot be imported ({said(error)}): see `mutransfer doctor`.") from error
+    return module
+
+
+def _classes(reference: str, raw: dict[str, Any], transformers: Any) -> tuple[Any, Any]:
+    """Return the classes of config and model: ``architectures[0]``, else the type's first head in `HEADS`."""
+    configs = importlib.import_module("transformers.models.auto.configuration_auto").CONFIG_MAPPING
+    auto = importlib.import_module("transformers.models.auto.modeling_auto")
+    kind = raw["model_type"]
+    if kind not in configs:
+        if "auto_map" in raw:
+            raise RequestError(
+                f"{reference} needs code of its own (auto_map) and transformers has no model_type {kind!r}: import its class in "
+                "a file.py with a mutransfer.Family and pass file.py:name."
+            )
+        raise RequestError(f"{reference}: transformers has no model_type {kind!r}: {nearest(kind, configs)[:400]}")
+    config_class = configs[kind]
+    heads = [head for head in HEADS if head != "MASKED_LM" or not raw.get("is_decoder")]
+    known = [name for head in heads if (name := getattr(auto, f"MODEL_FOR_{head}_MAPPING_NAMES").get(kind))]
+    name = (raw.get("architectures") or known or [None])[0]
+    if name is None:
+        raise RequestError(f"{reference}: no model with logits is known for {kind!r}: name its class in architectures.")
+    if not hasattr(transformers, name):
+        raise RequestError(f"{reference}: transformers has no {name!r} (architectures): {nearest(str(name), known)}")
+    if name in _bare(auto.MODEL_MAPPING_NAMES.get(kind)):
+        hint = f"such as {known[0]}" if known else "one whose output has logits"
+        raise RequestError(f"{reference}: {name} has no head and so no logits: name a class in architectures, {hint}.")
+    return config_class, getattr(transformers, name)
+
+
+def _bare(names: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return names if isinstance(names, tuple) else (names,) if names else ()
+
+
+def _config(reference: str, config_class: Any, raw: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """Return the config with every default spelled out, ``options`` put in and everything random or cached left out."""
+    try:
+        defaults = config_class.from_dict(raw).to_dict()
+        known = {*defaults, *config_class.attribute_map, "num_labels", "attn_implementation", "experts_implementation"}
+        if unknown := sorted(options.keys() - known):
+            raise RequestError(f"{reference} has no field {unknown[0]!r}: {nearest(unknown[0], known)}")
+        config: dict[str, Any] = config_class.from_dict(raw | options).to_dict()
+    except RequestError:
+        raise
+    except Exception as error:
+        raise RequestError(f"{reference} is no config of {raw['model_type']!r}: it raised {said(error)}.") from error
+    kept = {key: options[key] for key in ("attn_implementation", "experts_implementation") if key in options}
+    return _quiet(config) | kept
+
+
+def _quiet(config: dict[str, Any]) -> dict[str, Any]:
+    """Dropout of every kind at 0, no cache, no augmentation: what is random or remembered would blur every comparison."""
+    quiet: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, dict) and "model_type" in value:
+            value = _quiet(value)
+        elif isinstance(value, float) and ("drop" in name or name.endswith("pdrop")):
+            value = 0.0
+        elif name in ("use_cache", "apply_spec_augment") and isinstance(value, bool):
+            value = False
+        quiet[name] = value
+    return quiet
