@@ -141,8 +141,8 @@ class Plan:
         Raises:
             RequestError: the optimizer's groups carry no names, mix parameters of different rates, or are another plan's.
         """
-        given = isinstance(target, torch.optim.Optimizer)
-        return schedulers.per_group(self, target.param_groups if given else self.param_groups(target), value)
+        groups = target.param_groups if isinstance(target, torch.optim.Optimizer) else self.param_groups(target)
+        return schedulers.per_group(self, groups, value)
 
     def check_scheduler(self, scheduler: Any, steps: int = 100) -> None:
         """Refuse a learning rate scheduler that would not keep the planned ratios between groups .

@@ -7,6 +7,7 @@ does not grow and its size at the base for one that does.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -84,17 +85,23 @@ def based_on(family: Family, shapes: BaseShapes) -> Family:
         )
     for name, axes in wanted.items():
         _refuse_other_growth(name, axes, here[name])
+    # most axes are proportional to the width; one that is not (a square, an offset) may come first
     pairs = ((a, b) for name in here for a, b in zip(wanted[name], here[name], strict=True) if a and b)
-    wide, base = next(pairs, (1, 1))
-    width = family.base.width * wide / base
-    anchored = family.with_base(family.base.with_(width=max(1, round(width))))
-    for name, axes in _base_shapes(anchored).items():
-        if wanted[name] != axes:
-            raise RequestError(
-                f"{name} has the base shape {_show(wanted[name])}, and {_show(axes)} in {family.name} at width "
-                f"{anchored.base.width}: give the base shapes of this family, or change its fixed sizes."
-            )
-    return anchored
+    widths = Counter(max(1, round(family.base.width * a / b)) for a, b in pairs) or Counter([family.base.width])
+    tried = [(width, _base_shapes(_at(family, width))) for width, _ in widths.most_common(2)]
+    for width, found in tried:
+        if found == wanted:
+            return _at(family, width)
+    width, found = tried[0]
+    name = next(name for name in found if found[name] != wanted[name])
+    raise RequestError(
+        f"{name} has the base shape {_show(wanted[name])}, and {_show(found[name])} in {family.name} at width {width}: give the "
+        "base shapes of this family, or change its fixed sizes."
+    )
+
+
+def _at(family: Family, width: int) -> Family:
+    return family.with_base(family.base.with_(width=width))
 
 
 def _base_shapes(family: Family) -> BaseShapes:

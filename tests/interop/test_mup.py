@@ -20,14 +20,33 @@ from mutransfer.observe import observe
 
 from .. import families
 
+
+class Uneven(nn.Module):
+    """Its second layer grows with the square of the width, so that fan-in and fan-out have ratios of their own."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.middle = nn.Linear(width, width**2 // 32)  # first, and not proportional
+        self.input = nn.Linear(64, width)
+        self.readout = nn.Linear(width**2 // 32, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.readout(torch.relu(self.middle(torch.relu(self.input(x.flatten(1))))))
+
+
+def uneven() -> mt.Family:
+    return mt.Family(lambda s: Uneven(s.width), families.image_batch(), families.loss, mt.Scale(32), "uneven")
+
+
 FAMILIES: dict[str, Callable[[], mt.Family]] = {
     "mlp": families.mlp,
+    "uneven": uneven,
     "resnet": families.resnet,
     "transformer": lambda: families.transformer(kv_share=2, ffn_ratio=3.0),
     "tied": lambda: families.transformer(tied=True),
     "fixed kv heads": lambda: families.transformer(width=32, kv_heads=1),
 }
-TRAINED = ["mlp", "resnet", "transformer", "tied"]
+TRAINED = ["mlp", "uneven", "resnet", "transformer", "tied"]
 RECIPES = {
     "adamw": mt.Recipe(lr=2**-7, weight_decay=0.1, decay="all", eps=1e-30),
     "adam": mt.Recipe(lr=2**-7, eps=1e-30),
@@ -172,7 +191,9 @@ def test_settings_are_those_of_the_plain_familys_plan(kind: str, optimizer: str)
         assert (ours.shape, ours.role, ours.m_in, ours.m_out) == (row.shape, row.role, row.m_in, row.m_out)
         fold = Factors()
         if row.name == "readout.weight" or (kind == "tied" and row.name == "norm.weight"):
-            fold = Factors().folded(1 / 4, "sgd" if optimizer == "sgd" else "adam")
+            fold = Factors().folded(
+                1 / row.m_in if row.role == "output" else 1 / 4, "sgd" if optimizer == "sgd" else "adam"
+            )
         assert ours.lr * fold.lr == pytest.approx(row.lr), row.name
         assert ours.weight_decay * fold.weight_decay == pytest.approx(row.weight_decay), row.name
         assert ours.gauge * fold.gauge == pytest.approx(row.gauge), row.name
