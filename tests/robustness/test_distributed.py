@@ -62,6 +62,14 @@ def test_losses_and_norms_are_those_of_one_process(
         assert report[wrapped]["norms"] == pytest.approx(norms, rel=REDUCED)
 
 
+def test_a_sharded_run_resumes_from_its_distributed_state(
+    reports: list[dict[str, Any]], undisturbed: tuple[list[float], list[float]]
+) -> None:
+    """torch's distributed checkpoints name parameters instead of counting them; the settings are in them, audited."""
+    for report in reports:
+        assert trained.relative(report["fully_shard"]["resumed"], undisturbed[0]) < REDUCED
+
+
 def test_the_wrappers_really_wrapped(reports: list[dict[str, Any]]) -> None:
     first = {name: report["names"][0] for name, report in reports[0].items() if name != "mup"}
     assert first["DDP"] == "module.embedding.weight"

@@ -218,3 +218,19 @@ def test_tensor_rates_are_checked_alike(plan: mt.Plan) -> None:
     plan.check_scheduler(lrs.CosineAnnealingLR(optimizer, 100))
     with pytest.raises(mt.RequestError, match="eta_min"):
         plan.check_scheduler(lrs.CosineAnnealingLR(optimizer, 100, eta_min=1e-4))
+
+
+class Heavy(torch.nn.Parameter):
+    """Too large to be copied."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Heavy:
+        raise MemoryError
+
+
+def test_the_copy_has_no_weights(plan: mt.Plan, optimizer: Optimizer) -> None:
+    for group in optimizer.param_groups:
+        group["params"] = [Heavy(parameter) for parameter in group["params"]]
+    inner = [lrs.LinearLR(optimizer), lrs.CosineAnnealingLR(optimizer, 50)]
+    plan.check_scheduler(lrs.SequentialLR(optimizer, inner, [10]))
+    with pytest.raises(MemoryError):
+        copy.deepcopy(inner[0])

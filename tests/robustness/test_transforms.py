@@ -12,8 +12,9 @@ import mutransfer as mt
 from . import trained
 
 
-def test_an_exported_program_trains_alike() -> None:
-    case = trained.transformer_case()
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_an_exported_program_trains_alike(tied: bool) -> None:
+    case = trained.transformer_case(tied=tied)
     program = torch.export.export(case.model(), (case.family.batch[0],))
     model = program.module()
     optimizer = case.plan.make_optimizer(model)

@@ -13,11 +13,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
+
+from mutransfer.audit import audit
 
 
 def ddp(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
@@ -85,8 +88,34 @@ def main(rank: int) -> dict[str, Any]:
             "dtensors": sum(isinstance(parameter, DTensor) for parameter in model.parameters()),
         }
         torch.compiler.reset()
+    report["fully_shard"]["resumed"] = resumed(mesh, rank)
     report["mup"] = mup_failures(mesh)
     return report
+
+
+def resumed(mesh: DeviceMesh, rank: int) -> list[float]:
+    """Losses of a sharded run that is saved by names after two steps and goes on in a fresh model and optimizer."""
+    import tests.robustness.trained as trained
+
+    case = trained.transformer_case()
+    x, y = case.family.batch
+    half = slice(rank * len(x) // 2, (rank + 1) * len(x) // 2)
+    losses: list[float] = []
+    saved: Any = None
+    for steps in (2, 3):
+        model = sharded(case.model(), mesh)
+        optimizer = case.plan.make_optimizer(model)
+        if saved is not None:
+            for group in optimizer.param_groups:
+                group["lr"] = 1.0
+            set_state_dict(model, optimizer, model_state_dict=saved[0], optim_state_dict=saved[1])
+        trained.assert_as_planned(case.plan, optimizer)
+        losses += trained.train(model, optimizer, (x[half], y[half]), steps, trained.clipping(case.plan, []))
+        saved = get_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=False))
+        assert audit(case.plan, {"optimizer": saved[1], "model": saved[0]}).empty
+    mean = torch.tensor(losses, dtype=torch.float64)
+    dist.all_reduce(mean)
+    return (mean / 2).tolist()
 
 
 def mup_failures(mesh: DeviceMesh) -> dict[str, str]:
