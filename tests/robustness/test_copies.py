@@ -77,7 +77,7 @@ def test_a_copy_trains_alike(make: Callable[[], Case], disturbed: Any, tmp_path:
     optimizer = case.plan.make_optimizer(model)
     trained.assert_as_planned(case.plan, optimizer)
     losses = trained.train(model, optimizer, case.family.batch)
-    assert trained.relative(losses, case.undisturbed()) < trained.EXACT
+    assert trained.relative(losses, case.undisturbed) < trained.EXACT
     trained.assert_as_planned(case.plan, optimizer)
 
 
@@ -91,7 +91,7 @@ def test_a_model_copied_after_its_optimizer_was_made_needs_one_of_its_own() -> N
     trained.assert_as_planned(case.plan, twin_optimizer)
     rest = trained.train(model, optimizer, case.family.batch, steps=3)
     assert trained.train(twin, twin_optimizer, case.family.batch, steps=3) == rest
-    assert trained.relative(first + rest, case.undisturbed()) < trained.EXACT
+    assert trained.relative(first + rest, case.undisturbed) < trained.EXACT
 
 
 def test_a_run_resumes_in_the_middle(tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_a_run_resumes_in_the_middle(tmp_path: Path) -> None:
     second.load_state_dict(saved["optimizer"])
     trained.assert_as_planned(case.plan, second)
     losses += trained.train(model, second, case.family.batch, steps=3)
-    assert trained.relative(losses, case.undisturbed()) < trained.EXACT
+    assert trained.relative(losses, case.undisturbed) < trained.EXACT
 
 
 def test_the_tests_would_notice_a_lost_setting() -> None:
@@ -122,6 +122,6 @@ def test_the_tests_would_notice_a_lost_setting() -> None:
     for group in optimizer.param_groups:
         group["lr"] = case.plan.recipe.lr
     losses = trained.train(model, optimizer, case.family.batch)
-    assert trained.relative(losses, case.undisturbed()) > 1e-3
+    assert trained.relative(losses, case.undisturbed) > 1e-3
     with pytest.raises(AssertionError):
         trained.assert_as_planned(case.plan, optimizer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -37,16 +38,19 @@ class Case:
         self.plan.initialize(model, seed=5)
         return model
 
+    @functools.cached_property
     def undisturbed(self) -> list[float]:
         model = self.model()
         return train(model, self.plan.make_optimizer(model), self.family.batch)
 
 
+@functools.cache
 def transformer_case(optimizer: str = "adamw", **shape: Any) -> Case:
     family = families.transformer(width=32, qk_norm=True, kv_share=2, **shape)
     return planned(family, optimizer)
 
 
+@functools.cache
 def llama_case() -> Case:
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -28,12 +28,12 @@ def ddp(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
 
 
 def ddp_of_compiled(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
-    compiled: Any = torch.compile(model, backend="aot_eager")
+    compiled: Any = torch.compile(model, backend="eager")
     return DistributedDataParallel(compiled)
 
 
 def compiled_ddp(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
-    compiled: Any = torch.compile(DistributedDataParallel(model), backend="aot_eager")
+    compiled: Any = torch.compile(DistributedDataParallel(model), backend="eager")
     return compiled
 
 
