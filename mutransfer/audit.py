@@ -15,8 +15,9 @@ import torch
 
 from .errors import RequestError
 from .files import read_json
+from .names import planned_names
 from .optimizers import OPTIMIZERS
-from .plans import Plan, plain_name
+from .plans import Plan
 
 __all__ = ["COLUMNS", "audit", "live"]
 
@@ -30,7 +31,7 @@ Difference = tuple[str, str, Any, Any]
 def audit(plan: Plan, dump: dict[str, Any] | str | os.PathLike[str]) -> pd.DataFrame:
     """Return every difference between ``plan`` and what an optimizer holds; no rows means that it is as planned.
 
-    Learning rates are compared before the schedule: where a scheduler noted ``initial_lr``, that is the rate, and the
+    Learning rates are compared before the schedule: where a scheduler noted ``max_lr`` or ``initial_lr``, that is it, and the
     momentary lr / initial_lr must be the same for all parameters (setting "lr/initial_lr"; planned is the commonest).
 
     Args:
@@ -65,7 +66,10 @@ def audit(plan: Plan, dump: dict[str, Any] | str | os.PathLike[str]) -> pd.DataF
         if row.weight_decay and "decoupled_weight_decay" in group:  # torch's Adam is AdamW's base class but for this
             planned["decoupled_weight_decay"] = plan.optimizer == "adamw"
         for setting, value in planned.items():
-            has = group.get("initial_lr", group.get("lr")) if setting == "lr" else group.get(setting)
+            # OneCycleLR's initial_lr is where it starts from, below the tuned rate, which is its max_lr
+            has = (
+                group.get("max_lr", group.get("initial_lr", group.get("lr"))) if setting == "lr" else group.get(setting)
+            )
             if not _close(value, has):
                 differences.append((row.name, setting, _plain_value(value), _plain_value(has)))
     known = {row.name for row in plan.rows}
@@ -120,7 +124,8 @@ def _groups(dump: dict[str, Any]) -> list[dict[str, Any]]:
     return groups
 
 
-def _by_name(groups: list[dict[str, Any]], plan: Plan) -> Iterator[tuple[str, dict[str, Any]]]:
+def _by_name(groups: list[dict[str, Any]], plan: Plan) -> list[tuple[str, dict[str, Any]]]:
+    named: list[tuple[str, dict[str, Any]]] = []
     for i, group in enumerate(groups):
         parameters = group.get("params")
         names = group.get("param_names", parameters)  # distributed checkpoints write names in place of indices
@@ -133,8 +138,9 @@ def _by_name(groups: list[dict[str, Any]], plan: Plan) -> Iterator[tuple[str, di
             raise RequestError(
                 f"parameter group {i} of the dump has {len(names)} names for {len(parameters)} parameters: save it again."
             )
-        for name in names:
-            yield plain_name(name), group
+        named += [(name, group) for name in names]
+    owners = planned_names({name for name, _ in named}, {row.name for row in plan.rows})
+    return [(owners[name], group) for name, group in named]
 
 
 def _uneven_schedule(found: dict[str, dict[str, Any]]) -> Iterator[Difference]:
@@ -157,7 +163,9 @@ def _shapes(plan: Plan, dump: dict[str, Any]) -> Iterator[Difference]:
         return
     if not isinstance(dump["model"], dict):
         raise RequestError(f"the dump's model is of type {type(dump['model']).__name__}: expected model.state_dict().")
-    model = {plain_name(str(name)): value for name, value in dump["model"].items()}
+    model = {str(name): value for name, value in dump["model"].items()}
+    owners = planned_names(model, {row.name for row in plan.rows})
+    model = {owners[name]: value for name, value in model.items()}
     for row in plan.rows:
         value = model.get(row.name)
         shape = None if value is None else list(getattr(value, "shape", value))

@@ -13,10 +13,12 @@ from typing import Any
 import pandas as pd
 import torch
 
+from . import schedulers
 from .errors import RequestError, nearest
 from .files import read_json, write_json
 from .frames import PARAMETERS
 from .inits import Init
+from .names import plain_name, planned_names
 from .optimizers import OPTIMIZERS
 from .recipe import Recipe
 from .scale import Scale
@@ -95,8 +97,13 @@ class Plan:
             row.init.fill_(fresh, generator)
             parameter.copy_(fresh)
 
-    def param_groups(self, model: torch.nn.Module) -> list[dict[str, Any]]:
+    def param_groups(self, model: torch.nn.Module, *, tensor_lr: bool = False) -> list[dict[str, Any]]:
         """Return parameter groups for the plan's `torch.optim` class: one per distinct setting, parameters with names.
+
+        Args:
+            model: the model at the plan's scale, under whatever wrapper.
+            tensor_lr: give each group its learning rate as a float32 tensor of its own, beside its parameters: what a
+                compiled or captured optimizer step reads anew, where a plain number would be compiled in.
 
         Raises:
             RequestError: the model's parameters are not the plan's.
@@ -107,11 +114,47 @@ class Plan:
         for row in self.rows:
             group = groups.setdefault((row.lr, row.weight_decay, row.eps), {"params": [], **_settings(row), **shared})
             group["params"].append((row.name, parameters[row.name]))
+        if tensor_lr:
+            for group in groups.values():
+                group["lr"] = torch.tensor(group["lr"], dtype=torch.float32, device=group["params"][0][1].device)
         return list(groups.values())
 
-    def make_optimizer(self, model: torch.nn.Module, **options: Any) -> torch.optim.Optimizer:
-        """Return the plan's torch optimizer over ``model``; ``options`` (fused, foreach) go to its constructor."""
-        return getattr(torch.optim, OPTIMIZERS[self.optimizer].torch_name)(self.param_groups(model), **options)
+    def make_optimizer(
+        self, model: torch.nn.Module, *, tensor_lr: bool = False, **options: Any
+    ) -> torch.optim.Optimizer:
+        """Return the plan's torch optimizer over ``model``; ``options`` (fused, foreach) go to its constructor.
+
+        Its default learning rate, which some schedulers take for that of the run, is the recipe's; no group uses it.
+        """
+        groups = self.param_groups(model, tensor_lr=tensor_lr)
+        return getattr(torch.optim, OPTIMIZERS[self.optimizer].torch_name)(groups, **{"lr": self.recipe.lr, **options})
+
+    def per_group(self, target: torch.optim.Optimizer | torch.nn.Module, value: float) -> list[float]:
+        """Return an absolute learning rate of the base model as one for each parameter group, in the groups' order.
+
+        This is what torch's schedulers take in place of one number (``max_lr``, ``base_lr``, ``min_lr``, ``swa_lr``).
+
+        Args:
+            target: an optimizer with the plan's groups, or the model that they will be made from.
+            value: the learning rate at base scale; ``recipe.lr`` gives the planned ones.
+
+        Raises:
+            RequestError: the optimizer's groups carry no names, mix parameters of different rates, or are another plan's.
+        """
+        groups = target.param_groups if isinstance(target, torch.optim.Optimizer) else self.param_groups(target)
+        return schedulers.per_group(self, groups, value)
+
+    def check_scheduler(self, scheduler: Any, steps: int = 100) -> None:
+        """Refuse a learning rate scheduler that would not keep the planned ratios between groups .
+
+        Args:
+            scheduler: of an optimizer with the plan's groups; SequentialLR and ChainedScheduler are looked into.
+            steps: how far a copy of the scheduler is stepped to see that the ratios hold.
+
+        Raises:
+            RequestError: naming the scheduler, the argument and what to pass instead; or as `per_group`.
+        """
+        schedulers.check(self, scheduler, steps)
 
     def groups(self) -> list[dict[str, Any]]:
         """Return the distinct settings and how many parameters share each."""
@@ -130,14 +173,18 @@ class Plan:
         without multipliers the readout's share of the norm would grow with width, and the clipping with it.
         """
         parameters = self._matched(model)
-        pairs = [(row.gauge, parameters[row.name].grad) for row in self.rows]
-        live = [(gauge, grad) for gauge, grad in pairs if grad is not None]
+        live: dict[tuple[Any, ...], list[torch.Tensor]] = {}
+        for row in self.rows:
+            grad = parameters[row.name].grad
+            if grad is not None:  # sharded gradients meet only those of their own mesh
+                live.setdefault((getattr(grad, "device_mesh", None), grad.device, row.gauge), []).append(grad)
         if not live:
             return torch.zeros(())
-        norms = torch.stack([torch.linalg.vector_norm(grad) * gauge for gauge, grad in live])
-        total = torch.linalg.vector_norm(norms)
+        norms = [_whole(torch.nn.utils.get_total_norm(grads)) * key[-1] for key, grads in live.items()]
+        total = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
         scale = torch.clamp(max_norm / (total + 1e-6), max=1.0)
-        torch._foreach_mul_([grad for _, grad in live], scale)
+        for (_, device, _), grads in live.items():
+            torch._foreach_mul_(grads, scale.to(device))
         return total
 
     def save(self, path: str | os.PathLike[str]) -> Path:
@@ -184,8 +231,10 @@ class Plan:
 
     def _matched(self, model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
         """Return the model's parameters by name, after comparing names and shapes with the plan's."""
-        parameters = {plain_name(name): each for name, each in model.named_parameters() if each.requires_grad}
         planned = {row.name: row.shape for row in self.rows}
+        found = {name: each for name, each in model.named_parameters() if each.requires_grad}
+        owners = planned_names(found, planned)
+        parameters = {owners[name]: parameter for name, parameter in found.items()}
         _refuse_difference(parameters.keys() - planned.keys(), "the model has", "the plan does not")
         _refuse_difference(planned.keys() - parameters.keys(), "the plan has", "the model does not")
         for name, shape in planned.items():
@@ -202,14 +251,14 @@ def _settings(row: ParameterPlan) -> dict[str, Any]:
     return settings if row.eps is None else settings | {"eps": row.eps}
 
 
-def plain_name(name: str) -> str:
-    """The parameter's own name, without what torch.compile and DDP put before it."""
-    return name.removeprefix("_orig_mod.").removeprefix("module.")
+def _whole(norm: torch.Tensor) -> torch.Tensor:
+    """A sharded tensor's value on every process; `full_tensor` is what a DTensor has and a plain tensor has not."""
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
 def _refuse_difference(names: Iterable[str], here: str, there: str) -> None:
     for name in sorted(names):
-        raise RequestError(f"{here} a parameter {name!r} that {there}: plan and build the same family.")
+        raise RequestError(f"{here} a parameter {name!r} that {there}: plan and build the same family, tied alike.")
 
 
 def _read_row(row: dict[str, Any]) -> ParameterPlan:

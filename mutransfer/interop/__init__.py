@@ -1,0 +1,1 @@
+"""Other tools' ways of saying which axes grow, read and written."""

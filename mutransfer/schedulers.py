@@ -1,0 +1,135 @@
+"""Learning rate schedulers against a plan: those that multiply keep the groups' ratios, absolute values undo them.
+
+A scheduler that writes the same number into every group (a peak, a floor) trains the model in the standard parametrization
+from then on, and nothing fails. So such numbers are looked for by name in torch's own schedulers, and whatever else there
+is, is stepped on a copy whose groups must stay in proportion.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .errors import RequestError
+from .names import planned_names
+
+if TYPE_CHECKING:
+    from .plans import Plan
+
+__all__ = ["check", "per_group"]
+
+TOLERANCE = 1e-6  # relative, as the audit's: float32 learning rates round at 6e-8
+SAFE = "LambdaLR with a floor relative to 1"
+# Scheduler class → argument and where it is kept per group: an attribute of the scheduler, or a key of the groups.
+LISTS = {
+    "OneCycleLR": (("max_lr", "max_lr"),),
+    "CyclicLR": (("base_lr", "base_lrs"), ("max_lr", "max_lrs")),
+    "ReduceLROnPlateau": (("min_lr", "min_lrs"),),
+    "SWALR": (("swa_lr", "swa_lr"),),
+}
+NUMBERS = ("eta_min",)  # what torch takes as one number only
+
+
+def per_group(plan: Plan, groups: list[dict[str, Any]], value: float) -> list[float]:
+    """Return ``value`` times each group's learning rate factor; see `Plan.per_group`."""
+    planned = {row.name: row.lr for row in plan.rows}
+    names = [_names(i, group) for i, group in enumerate(groups)]
+    owners = planned_names({name for each in names for name in each}, planned)
+    rates = []
+    for i, each in enumerate(names):
+        odd = next((name for name in each if owners[name] not in planned), None)
+        if odd is not None:
+            raise RequestError(f"parameter group {i} holds {odd!r}, which the plan does not: plan the same model.")
+        lrs = {planned[owners[name]] for name in each}
+        if len(lrs) != 1:
+            raise RequestError(
+                f"parameter group {i} holds parameters of {len(lrs)} planned learning rates: build the optimizer from "
+                "plan.param_groups(model), one group per setting."
+            )
+        rates.append(value * (lrs.pop() / plan.recipe.lr))
+    return rates
+
+
+def check(plan: Plan, scheduler: Any, steps: int) -> None:
+    """Refuse a scheduler that would not keep the plan's ratios; see `Plan.check_scheduler`."""
+    for leaf in _leaves(scheduler):
+        name, planned = type(leaf).__name__, per_group(plan, leaf.optimizer.param_groups, plan.recipe.lr)
+        if max(planned) == min(planned):
+            continue  # every group wants the same
+        for argument, place in LISTS.get(name, ()):
+            values = getattr(leaf, place, None) or [group[place] for group in leaf.optimizer.param_groups]
+            if not _proportional([float(value) for value in values], planned):
+                raise RequestError(
+                    f"{name} sets {argument} to {_show(values)}, which does not keep the {len(planned)} groups' ratios: pass "
+                    f"{argument}=plan.per_group(optimizer, value), where value is meant for the base model."
+                )
+        for argument in NUMBERS:
+            if getattr(leaf, argument, 0):
+                raise RequestError(
+                    f"{name} ends at {argument}={getattr(leaf, argument):g} for all {len(planned)} groups, whose rates differ by "
+                    f"{max(planned) / min(planned):.4g}x: leave {argument} at 0, or use {SAFE}."
+                )
+        if name != "ReduceLROnPlateau":  # whose steps depend on a metric, and whose factor is one for all
+            _refuse_drift(leaf, name, planned, steps)
+
+
+def _leaves(scheduler: Any) -> Iterator[Any]:
+    """The schedulers inside SequentialLR and ChainedScheduler, which have no learning rate of their own."""
+    inner = getattr(scheduler, "_schedulers", None)
+    if inner is not None:
+        for each in inner:
+            yield from _leaves(each)
+    elif isinstance(getattr(scheduler, "optimizer", None), torch.optim.Optimizer):
+        yield scheduler
+    else:
+        raise RequestError(f"{type(scheduler).__name__} is no scheduler of an optimizer: pass one of torch's kind.")
+
+
+def _refuse_drift(scheduler: Any, name: str, planned: list[float], steps: int) -> None:
+    twin = _detached(scheduler)
+    for step in range(steps):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the copy's optimizer is never stepped
+            twin.step()
+        rates = [float(group["lr"]) for group in twin.optimizer.param_groups]
+        if not _proportional(rates, planned):
+            raise RequestError(
+                f"{name} gives the groups the learning rates {_show(rates)} after {step + 1} steps, which are not in the "
+                f"plan's ratios ({_show(planned)}): use a scheduler that multiplies each group's own rate by the same factor."
+            )
+
+
+def _detached(scheduler: Any) -> Any:
+    """A copy of the scheduler on an optimizer with the same settings and no weights, so that neither real one moves."""
+    real = scheduler.optimizer
+    bare = torch.optim.SGD([torch.zeros(())])
+    bare.defaults = dict(real.defaults)
+    settings = [{key: value for key, value in group.items() if key != "params"} for group in real.param_groups]
+    bare.param_groups = [copy.deepcopy(each) | {"params": [torch.zeros(())]} for each in settings]
+    return copy.deepcopy(scheduler, {id(real): bare})
+
+
+def _proportional(values: list[float], planned: list[float]) -> bool:
+    ratios = [value / lr for value, lr in zip(values, planned, strict=True)]
+    # a cosine ends at zero, and what rounding leaves there is in no proportion
+    return all(math.isclose(ratio, ratios[0], rel_tol=TOLERANCE, abs_tol=1e-12) for ratio in ratios)
+
+
+def _names(index: int, group: dict[str, Any]) -> list[str]:
+    """Names of an optimizer's group, or of one that is still to become one."""
+    names = group.get("param_names") or [each[0] for each in group["params"] if isinstance(each, tuple)]
+    if len(names) != len(group["params"]) or not names:
+        raise RequestError(
+            f"parameter group {index} has no names for its {len(group['params'])} parameters: build the optimizer from "
+            "plan.param_groups(model), which keeps them."
+        )
+    return list(names)
+
+
+def _show(values: list[Any]) -> str:
+    return ", ".join(f"{value:.4g}" for value in sorted({float(value) for value in values}))

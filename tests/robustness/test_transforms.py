@@ -1,0 +1,106 @@
+"""Export, functional calls, compilation and tensor rates change how a step is computed, not its settings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import mutransfer as mt
+
+from . import trained
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_an_exported_program_trains_alike(tied: bool) -> None:
+    case = trained.transformer_case(tied=tied)
+    program = torch.export.export(case.model(), (case.family.batch[0],))
+    model = program.module()
+    optimizer = case.plan.make_optimizer(model)
+    trained.assert_as_planned(case.plan, optimizer)
+    assert trained.relative(trained.train(model, optimizer, case.family.batch), case.undisturbed) < trained.EXACT
+
+
+def test_functional_gradients_train_alike() -> None:
+    case = trained.transformer_case()
+    model = case.model()
+    optimizer = case.plan.make_optimizer(model)
+    parameters = dict(model.named_parameters())
+
+    def loss(weights: dict[str, torch.Tensor], batch: Any) -> torch.Tensor:
+        return trained.cross_entropy(torch.func.functional_call(model, weights, batch[0]), batch[1])
+
+    losses = []
+    for _ in range(trained.STEPS):
+        grads, value = torch.func.grad_and_value(loss)(
+            {name: parameter.detach() for name, parameter in parameters.items()}, case.family.batch
+        )
+        for name, parameter in parameters.items():
+            parameter.grad = grads[name]
+        optimizer.step()
+        losses.append(value.item())
+    trained.assert_as_planned(case.plan, optimizer)
+    assert trained.relative(losses, case.undisturbed) < trained.EXACT
+
+
+@pytest.mark.parametrize(("backend", "in_place"), [("aot_eager", False), ("eager", True)], ids=["module", "in place"])
+def test_a_compiled_model_trains_alike(backend: str, in_place: bool) -> None:
+    case = trained.transformer_case()
+    model = case.model()
+    compiled: Any = torch.compile(model, backend=backend)
+    if in_place:
+        model.compile(backend=backend)
+        compiled = model
+    optimizer = case.plan.make_optimizer(compiled)
+    trained.assert_as_planned(case.plan, optimizer)
+    assert trained.relative(trained.train(compiled, optimizer, case.family.batch), case.undisturbed) < trained.EXACT
+    torch.compiler.reset()
+
+
+def test_a_compiled_model_of_transformers_trains_alike() -> None:
+    case = trained.llama_case()
+    compiled: Any = torch.compile(case.model(), backend="aot_eager")
+    optimizer = case.plan.make_optimizer(compiled)
+    trained.assert_as_planned(case.plan, optimizer)
+    assert trained.relative(trained.train(compiled, optimizer, case.family.batch), case.undisturbed) < trained.EXACT
+    torch.compiler.reset()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # torch's own, on compiling an optimizer
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled step"])
+def test_tensor_learning_rates_are_one_per_group(compiled: bool) -> None:
+    """float32, as torch's fused and captured kernels read them: a rate is rounded by up to 6e-8 of itself."""
+    case = trained.transformer_case()
+    model = case.model()
+    optimizer = case.plan.make_optimizer(model, tensor_lr=True)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    assert len({id(rate) for rate in rates}) == len(rates)
+    assert all(rate.dtype == torch.float32 for rate in rates)
+    if compiled:
+        optimizer.step = torch.compile(optimizer.step, backend="eager")  # type: ignore[method-assign]
+    losses = trained.train(model, optimizer, case.family.batch)
+    assert trained.relative(losses, case.undisturbed) < 1e-6
+    planned = {row.name: row.lr for row in case.plan.rows}
+    for group in optimizer.param_groups:
+        assert {float(torch.tensor(planned[name])) for name in group["param_names"]} == {float(group["lr"])}
+    torch.compiler.reset()
+
+
+def test_a_tensor_as_the_optimizers_own_default_changes_nothing() -> None:
+    """What makes mup divide one shared tensor again and again: here no group takes the default."""
+    case = trained.transformer_case()
+    model = case.model()
+    default = torch.tensor(0.5)
+    optimizer = torch.optim.AdamW(case.plan.param_groups(model), lr=default, foreach=False)
+    trained.assert_as_planned(case.plan, optimizer)
+    assert trained.relative(trained.train(model, optimizer, case.family.batch), case.undisturbed) < trained.EXACT
+    assert default.item() == 0.5
+
+
+def test_weight_norm_on_a_planned_model_is_refused_by_name() -> None:
+    case = trained.transformer_case()
+    model = case.model()
+    torch.nn.utils.parametrizations.weight_norm(model.readout)  # type: ignore[arg-type]
+    with pytest.raises(mt.RequestError, match=r"readout\.parametrizations\.weight\.original0"):
+        case.plan.param_groups(model)
