@@ -1,130 +1,313 @@
-"""A model's own initialization: read off its constructor's operations, then drawn again at any size.
+"""A model's own initialization, read off its constructor's operations.
 
-`watch_inits` runs under `FakeTensorMode`, so that a model of any size is "built" without memory; the last random or fill
-operation on each parameter's storage is what the model starts from.
+`InitWatcher` runs under `FakeTensorMode`, so that a model of any size is "built" without memory. What led to a parameter
+is folded into a distribution of independent entries where it is one; anything else is kept as a program to run again.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import _disable_current_modes
+
+from .draws import Init, Part
+from .errors import RequestError
+from .replay import TRUNCATED, Literal, Program, Recorder, Step, UnreplayableError, Window, steps_to
 
 __all__ = ["Init", "InitWatcher"]
 
-
-@dataclass(frozen=True)
-class Init:
-    """One distribution of independent entries.
-
-    ``normal``: mean ``a``, standard deviation ``b``. ``uniform``: from ``a`` to ``b``. ``constant``: ``a`` everywhere.
-    """
-
-    kind: Literal["normal", "uniform", "constant"]
-    a: float
-    b: float = 0.0
-
-    @property
-    def std(self) -> float:
-        """Standard deviation of one entry; 0 for constants."""
-        return {"normal": self.b, "uniform": (self.b - self.a) / math.sqrt(12), "constant": 0.0}[self.kind]
-
-    def scaled(self, factor: float) -> Init:
-        """Return the distribution of ``factor`` times a draw."""
-        a, b = self.a * factor, self.b * factor
-        if factor < 0:  # a mirrored normal keeps its spread, a mirrored uniform swaps its ends
-            a, b = (b, a) if self.kind == "uniform" else (a, -b)
-        return replace(self, a=a, b=b)
-
-    @torch.no_grad()
-    def fill_(self, tensor: torch.Tensor, generator: torch.Generator) -> None:
-        """Overwrite ``tensor`` with a draw."""
-        if self.kind == "normal":
-            tensor.normal_(self.a, self.b, generator=generator)
-        elif self.kind == "uniform":
-            tensor.uniform_(self.a, self.b, generator=generator)
-        else:
-            tensor.fill_(self.a)
+PIECES = 64  # more parts than that are a table, not a layout
+COPIES = frozenset(["copy_", "clone", "_to_copy", "lift_fresh", "detach", "lift"])
 
 
-class InitWatcher(TorchDispatchMode):
-    """Records, per storage, the distribution its entries were last drawn from; `find` asks for one tensor's.
-
-    An operation that is none of draw, fill, copy or rescale leaves its name instead, so that a refusal can show it.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        # The tensor is kept beside its record: a freed storage's address would be given to the next one.
-        self._seen: dict[int, tuple[torch.Tensor, Init | str]] = {}
+class InitWatcher(Recorder):
+    """Watches a constructor; `find` then tells what one of its tensors starts from."""
 
     def find(self, tensor: torch.Tensor) -> Init | str:
-        """Return the tensor's distribution, or the name of the operation that hid it."""
-        return self._seen.get(_key(tensor), (tensor, "none seen"))[1]
+        """Return the tensor's initialization, or the name of the operation that cannot be run again."""
+        window = self.window(tensor)
+        if isinstance(window, Literal):
+            return "none seen"
+        if window.version.step is None:
+            return "torch.empty, never filled"
+        steps = steps_to(window.version)
+        try:
+            return _Folding().result(steps, window) or Init("recorded", 1.0, program=Program.of(window, steps))
+        except UnreplayableError as reason:
+            return str(reason)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if isinstance(out, torch.Tensor) and out.is_floating_point():
-            self._note(func, args, kwargs or {}, out)
-        return out
+    def named(self, model: torch.nn.Module) -> dict[str, Init]:
+        """Return the initialization of every parameter of the model that was built under this watcher.
 
-    def _note(self, func: Any, args: Any, kwargs: dict[str, Any], out: torch.Tensor) -> None:
-        name = func.overloadpacket.__name__
-        record = self._record(name, args, kwargs)
-        written = any(info is not None and info.is_write for info in _aliases(func))
-        fresh = _key(out) not in self._seen
-        if written or fresh:
-            kept = out if fresh else self._seen[_key(out)][0]
-            # Zeroing a part (a padding row) leaves the draw; another value there is a special init that must not be lost.
-            if fresh or out.numel() == kept.numel():
-                self._seen[_key(out)] = (kept, record)
-            elif record != Init("constant", 0.0):
-                self._seen[_key(out)] = (kept, f"{name} of a part")
+        Raises:
+            RequestError: one of them cannot be told, with its name, shape and the operation seen.
+        """
+        inits = {}
+        for name, parameter in model.named_parameters():
+            init = self.find(parameter)
+            if isinstance(init, str):
+                raise RequestError(
+                    f"cannot tell how {name} {list(parameter.shape)} is initialized ({init}): fill it in the model's "
+                    "constructor from torch's own operations, such as normal_, uniform_ or a constant."
+                )
+            inits[name] = init
+        return inits
 
-    def _record(self, name: str, args: Any, kwargs: dict[str, Any]) -> Init | str:
-        number = [value for value in args[1:] if isinstance(value, (int, float))]
-        before = self.find(args[0]) if args and isinstance(args[0], torch.Tensor) else "none seen"
-        match name:
-            case "normal_":
-                return Init("normal", *_two(number, kwargs, ("mean", 0.0), ("std", 1.0)))
-            case "uniform_":
-                return Init("uniform", *_two(number, kwargs, ("from", 0.0), ("to", 1.0)))
-            case "randn" | "randn_like":
-                return Init("normal", 0.0, 1.0)
-            case "rand" | "rand_like":
-                return Init("uniform", 0.0, 1.0)
-            case "zero_" | "zeros" | "zeros_like" | "new_zeros":
-                return Init("constant", 0.0)
-            case "ones" | "ones_like" | "new_ones":
-                return Init("constant", 1.0)
-            case "fill_" | "fill" | "full" | "full_like" | "new_full" if number:
-                return Init("constant", float(number[-1]))
-            case "mul_" | "mul" | "div_" | "div" if number and isinstance(before, Init):
-                return before.scaled(number[0] if name.startswith("mul") else 1 / number[0])
-            case "add_" | "add" | "sub_" | "sub" if number and isinstance(before, Init):
-                shift = number[0] if name.startswith("add") else -number[0]
-                return replace(before, a=before.a + shift, b=before.b + shift * (before.kind == "uniform"))
-            case "copy_":
-                return self.find(args[1])
-            case "clone" | "_to_copy" | "detach" | "contiguous":
-                return before
+    def settle(self, condition: torch.Tensor) -> bool:
+        """Answer the loop of `torch.nn.init.trunc_normal_`, which draws until nothing lies outside of its bounds."""
+        asked = self.window(condition)
+        match _behind(asked, "any", "bitwise_or", "lt", "normal_"), _behind(asked, "any", "gt"):
+            case [[_, either, below, draw], _] if above := _behind(either.args[1], "gt"):
+                bounds = below.args[1], above[0].args[1]
+                mean, std = _two(draw, ("mean", 0.0), ("std", 1.0))
+            case [_, [_, pending]] if chain := _behind(
+                pending.args[1], "sub_", "mul_", "pow_", "div_", "sub_", "copy_"
+            ):
+                *_, divided, shifted, copied = chain
+                uniform = _behind(copied.args[1], "uniform_")
+                if not uniform:
+                    return False
+                draw, mean, std = uniform[0], shifted.args[1], divided.args[1]
+                bounds = _two(draw, ("from", 0.0), ("to", 1.0))
             case _:
-                return name
+                return False
+        drawn = draw.results[0]
+        if self._versions[drawn.key] is not drawn.version:
+            return False
+        self.put(TRUNCATED, [draw.args[0], mean, std, *bounds], {}, [drawn])
+        return True
 
 
-def _two(given: list[float], kwargs: dict[str, Any], *named: tuple[str, float]) -> tuple[float, float]:
+@dataclass
+class _Folding:
+    """Runs recorded steps on distributions instead of numbers: per storage, what was drawn where, the latest last."""
+
+    layers: dict[int, list[tuple[Window, Init]]] = field(default_factory=dict)
+
+    def result(self, steps: list[Step], window: Window) -> Init | None:
+        """Return what is seen through ``window`` after the steps; None if that is no distribution of independent entries.
+
+        Raises:
+            UnreplayableError: some of it was never written.
+        """
+        if not all(len(step.results) == 1 and self._run(step, step.results[0]) for step in steps) or window.repeats:
+            return None
+        parts: list[Part] = []
+        for place, init in reversed(self.layers.get(window.key, [])):
+            if place.whole or place.place == window.place:
+                return replace(
+                    init, parts=tuple(part for part in reversed(parts) if part.init != init or not init.fixed)
+                )
+            if not _apart(place, window):
+                box = _box(place, window)
+                if box is None:
+                    return None
+                parts.append(Part(box, init))
+        return _tiled(parts, window)
+
+    def _run(self, step: Step, target: Window) -> bool:
+        if step.name in COPIES:
+            source = step.args[step.name == "copy_"]
+            layers = self.layers.get(source.key, []) if isinstance(source, Window) else []
+            if len(layers) > 1 and source.whole and target.whole and source.place == target.place:
+                self.layers[target.key] = [
+                    (replace(place, version=target.version, dtype=target.dtype), init) for place, init in layers
+                ]
+                return True
+            return self._write(target, self._read(source))
+        values = [self._value(arg) for arg in step.args]
+        random = [value for value in values if isinstance(value, Window)]
+        if (drawn := _drawn(step, values)) is not None:
+            return self._write(target, drawn)
+        if not random:
+            return self._write(target, self._constant(step, values))
+        change = _change(step, values)
+        inputs = [arg for arg in step.args if isinstance(arg, Window) and self._value(arg) is arg]
+        if len(inputs) != 1 or change is None or math.prod(inputs[0].size) != math.prod(target.size):
+            return False
+        layers = self.layers.get(target.key, [])
+        if len(layers) > 1 and target.whole and inputs[0].key == target.key and inputs[0].place == target.place:
+            changed = [(place, change(init)) for place, init in layers]
+            self.layers[target.key] = [(place, init) for place, init in changed if init is not None]
+            return len(self.layers[target.key]) == len(layers)
+        init = self._read(inputs[0])
+        return init is not None and self._write(target, change(init))
+
+    def _read(self, source: Window | Literal) -> Init | None:
+        if isinstance(source, Literal):
+            return _uniform_table(source.tensor)
+        for place, init in reversed(self.layers.get(source.key, [])):
+            if place.whole or place.place == source.place:
+                return None if source.repeats and not init.fixed else init
+            if not _apart(place, source):
+                return None
+        return None
+
+    def _write(self, target: Window, init: Init | None) -> bool:
+        if init is None or target.repeats:
+            return False
+        layers = self.layers.setdefault(target.key, [])
+        if target.whole:
+            layers.clear()
+        layers.append((target, init))
+        return len(layers) <= PIECES
+
+    def _value(self, arg: Any) -> Any:
+        """The argument, with a number for a tensor that holds one number everywhere."""
+        if isinstance(arg, Window | Literal):
+            init = self._read(arg)
+            return float(init.a) if init is not None and init.kind == "constant" else arg
+        return float(arg) if isinstance(arg, int | float) and not isinstance(arg, bool) else arg
+
+    def _constant(self, step: Step, values: list[Any]) -> Init | None:
+        """Run an entrywise step on the one number that each of its tensors holds everywhere."""
+        if isinstance(step.func, str) or torch.Tag.pointwise not in step.func.tags or step.random:
+            return None
+        with _disable_current_modes():
+            args = [
+                torch.full((1,), value, dtype=arg.dtype) if isinstance(arg, Window) else arg
+                for value, arg in zip(values, step.args, strict=True)
+            ]
+            if any(isinstance(arg, Literal | list) for arg in args) or any(isinstance(v, Literal) for v in values):
+                return None
+            return Init("constant", step.func(*args, **step.kwargs).item())
+
+
+def _drawn(step: Step, values: list[Any]) -> Init | None:
+    number = [value for value in values if isinstance(value, float)]
+    match step.name:
+        case "normal_":
+            return Init("normal", *_two(step, ("mean", 0.0), ("std", 1.0)))
+        case "normal" if number and not any(isinstance(value, Window | Literal) for value in values):
+            return Init("normal", *(*number, 1.0)[:2])
+        case "uniform_":
+            return Init("uniform", *_two(step, ("from", 0.0), ("to", 1.0)))
+        case "trunc_normal_":
+            return Init.truncated(*map(float, step.args[1:]))
+        case "randn" | "randn_like":
+            return Init("normal", 0.0, 1.0)
+        case "rand" | "rand_like":
+            return Init("uniform", 0.0, 1.0)
+        case "zero_" | "zeros" | "zeros_like" | "new_zeros":
+            return Init("constant", 0.0)
+        case "ones" | "ones_like" | "new_ones":
+            return Init("constant", 1.0)
+        case "fill_" | "fill" | "full" | "full_like" | "new_full" if number:
+            return Init("constant", number[-1])
+        case _:
+            return None
+
+
+def _change(step: Step, values: list[Any]) -> Callable[[Init], Init | None] | None:
+    """What a step with one random tensor among numbers does to its distribution."""
+    alpha = float(step.kwargs.get("alpha", 1))
+    match step.name.rstrip("_"), values:
+        case ("mul", [float(c), Window()]) | ("mul", [Window(), float(c)]):
+            return lambda init: init.scaled(c)
+        case "div", [Window(), float(c)] if "rounding_mode" not in step.kwargs and c:
+            return lambda init: init.scaled(1 / c)
+        case "neg", [Window()]:
+            return lambda init: init.scaled(-1)
+        case "add", [Window(), float(c)]:
+            return lambda init: init.shifted(alpha * c)
+        case "add", [float(c), Window()]:
+            return lambda init: init.scaled(alpha).shifted(c)
+        case "sub", [Window(), float(c)]:
+            return lambda init: init.shifted(-alpha * c)
+        case ("sub", [float(c), Window()]) | ("rsub", [Window(), float(c)]) if alpha == 1:
+            return lambda init: init.scaled(-1).shifted(c)
+        case "clamp", [Window(), *_]:
+            low, high = (*values[1:], None, None)[:2]
+            low, high = step.kwargs.get("min", low), step.kwargs.get("max", high)
+            return lambda init: init.clamped(-math.inf if low is None else low, math.inf if high is None else high)
+        case "erfinv", [Window()]:
+            return _erfinv
+        case _:
+            return None
+
+
+def _erfinv(init: Init) -> Init | None:
+    """The inverse error function of a uniform draw is a truncated normal: `trunc_normal_` until torch 2.12."""
+    if init.kind != "uniform" or init.a < -1 or init.b > 1:
+        return None
+    with _disable_current_modes():
+        low, high = torch.tensor([init.a, init.b], dtype=torch.float64).erfinv().tolist()
+    return Init.truncated(0.0, math.sqrt(0.5), low, high)
+
+
+def _two(step: Step, *named: tuple[str, float]) -> tuple[float, float]:
+    given = step.args[1:]
     first, second = (
-        float(given[i] if len(given) > i else kwargs.get(name, default)) for i, (name, default) in enumerate(named)
+        float(given[i] if len(given) > i else step.kwargs.get(name, default)) for i, (name, default) in enumerate(named)
     )
     return first, second
 
 
-def _aliases(func: Any) -> list[Any]:
-    return [argument.alias_info for argument in func._schema.arguments]
+def _behind(value: Any, *names: str) -> list[Step]:
+    """Return the last steps behind a tensor, each on the first argument of the one before; empty if they are others."""
+    steps: list[Step] = []
+    for name in names:
+        step = value.version.step if isinstance(value, Window) else None
+        if step is None or step.name != name:
+            return []
+        steps.append(step)
+        value = step.args[0]
+    return steps
 
 
-def _key(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+def _uniform_table(tensor: torch.Tensor) -> Init | None:
+    """A tensor from outside, if it holds one number everywhere."""
+    with _disable_current_modes():
+        if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or not tensor.numel() or tensor.is_complex():
+            return None
+        first = tensor.detach().flatten()[0]
+        return Init("constant", float(first)) if bool((tensor == first).all()) else None
+
+
+def _apart(a: Window, b: Window) -> bool:
+    return _end(a) < b.offset or _end(b) < a.offset
+
+
+def _end(window: Window) -> int:
+    return window.offset + sum((size - 1) * stride for size, stride in zip(window.size, window.stride, strict=True))
+
+
+def _box(place: Window, window: Window) -> tuple[tuple[int, int, int], ...] | None:
+    """Return where ``place`` lies in ``window``, (first index, count, step) per axis; None if that is no box."""
+    rest = place.offset - window.offset
+    if rest < 0 or place.dtype != window.dtype:
+        return None
+    box = [(0, 1, 1)] * len(window.size)
+    axes = sorted((axis for axis, size in enumerate(window.size) if size > 1), key=lambda axis: -window.stride[axis])
+    for axis in axes:
+        first, rest = divmod(rest, window.stride[axis])
+        box[axis] = (first, 1, 1)
+    for size, stride in zip(place.size, place.stride, strict=True):
+        if size == 1:
+            continue
+        axis = next((axis for axis in axes if stride >= window.stride[axis]), None)
+        if axis is None or stride % window.stride[axis] or box[axis][1] > 1:
+            return None
+        box[axis] = (box[axis][0], size, stride // window.stride[axis])
+    fits = all(first + (count - 1) * step < size for (first, count, step), size in zip(box, window.size, strict=True))
+    return tuple(box) if fits and not rest else None
+
+
+def _tiled(parts: list[Part], window: Window) -> Init | None:
+    """Make one initialization of parts that cover the window without a gap."""
+    if any(_meet(a.box, b.box) for i, a in enumerate(parts) for b in parts[:i]):
+        return None
+    if sum(math.prod(count for _, count, _ in part.box) for part in parts) != math.prod(window.size):
+        raise UnreplayableError("torch.empty, filled only in part")
+    *rest, first = parts
+    return replace(first.init, parts=tuple(reversed(rest)))
+
+
+def _meet(a: tuple[tuple[int, int, int], ...], b: tuple[tuple[int, int, int], ...]) -> bool:
+    return all(
+        set(range(f, f + n * s, s)) & set(range(g, g + m * t, t)) for (f, n, s), (g, m, t) in zip(a, b, strict=True)
+    )

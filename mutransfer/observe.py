@@ -102,16 +102,10 @@ def observe(family: Family, depth: int | None = None) -> Observation:
         raise RequestError(
             f"{odd} is there at one width and not at the other: one family must have the same parameters."
         )
-    specs, uses = {}, seen.uses()
+    specs, uses, inits = {}, seen.uses(), watcher.named(model)
     for name, parameter in model.named_parameters():
         grows = tuple(a != b for a, b in zip(parameter.shape, wide[name], strict=True))
-        init = watcher.find(parameter)
-        if isinstance(init, str):
-            raise RequestError(
-                f"cannot tell how {name} {list(parameter.shape)} is initialized (last operation: {init}): use normal_, "
-                "uniform_ or a constant in the model's constructor."
-            )
-        specs[name] = _spec(name, tuple(parameter.shape), grows, uses[name], init)
+        specs[name] = _spec(name, tuple(parameter.shape), grows, uses[name], inits[name])
     if len(seen.attentions) != len(seen_wider.attentions):
         raise RequestError(
             "the number of attention layers depends on the width: build the same modules at every width."

@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from .errors import RequestError
 from .family import Family
 from .fold import Factors
+from .inits import Init, InitWatcher
 from .observe import WIDER, Observation, ParamSpec, build, observe, shapes_of
 from .optimizers import OptimizerRule, optimizer_rule
 from .plans import ParameterPlan, Plan
@@ -48,8 +49,9 @@ def plan(
         recipe = Recipe() if recipe is None else Recipe.load(recipe)
     rules, rule = table(parametrization), optimizer_rule(optimizer, recipe)
     seen = observation or observe(family, scale.depth)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        shapes = shapes_of(build(family, scale))
+    with FakeTensorMode(allow_non_fake_inputs=True), InitWatcher() as watcher:
+        model = build(family, scale)
+    shapes, inits = shapes_of(model), watcher.named(model)
     if shapes.keys() != seen.specs.keys():
         odd = sorted(shapes.keys() ^ seen.specs.keys())[0]
         raise RequestError(
@@ -68,7 +70,10 @@ def plan(
         notes.append(
             f"the target's width {scale.width} is smaller than the base's {family.base.width}: factors invert."
         )
-    rows = tuple(_row(spec, shapes[name], rule, recipe, width[name], alpha[name]) for name, spec in seen.specs.items())
+    rows = tuple(
+        _row(spec, shapes[name], inits[name], rule, recipe, width[name], alpha[name])
+        for name, spec in seen.specs.items()
+    )
     return Plan(scale, family.base, parametrization, optimizer, recipe, rows, tuple(notes))
 
 
@@ -166,14 +171,23 @@ def _fold_attention(
 
 
 def _row(
-    spec: ParamSpec, shape: tuple[int, ...], rule: OptimizerRule, recipe: Recipe, width: Factors, alpha: Factors
+    spec: ParamSpec,
+    shape: tuple[int, ...],
+    target: Init,
+    rule: OptimizerRule,
+    recipe: Recipe,
+    width: Factors,
+    alpha: Factors,
 ) -> ParameterPlan:
     total = width * alpha
     m_in, m_out = spec.multipliers(shape)
-    constant = spec.init.kind == "constant"
     is_matrix = len(spec.shape) > 1
     # Table factors are for random weights; a constant (a gain of 1, a bias of 0) only follows a change of gauge.
-    init = spec.init.scaled(total.gauge if constant else total.init * (recipe.init_scale if is_matrix else 1.0))
+    factor = total.init * (recipe.init_scale if is_matrix else 1.0)
+    try:
+        init = spec.init.carried(target, factor, total.gauge, is_matrix)
+    except RequestError as error:
+        raise RequestError(f"{spec.name} {list(shape)} {error}") from None
     decays = recipe.decay == "all" or is_matrix
     eps = recipe.eps * total.eps if rule.has_eps else None
     settings: dict[str, Any] = {
@@ -192,6 +206,6 @@ def _row(
         lr_factor=width.lr,
         wd_factor=width.weight_decay,
         eps_factor=width.eps if rule.has_eps else None,
-        init_factor=None if constant else width.init,
+        init_factor=None if spec.init.fixed else width.init,
         gauge=total.gauge,
     )
