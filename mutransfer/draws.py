@@ -152,7 +152,12 @@ class Init:
             case "uniform":
                 tensor.uniform_(self.a, self.b, generator=generator)
             case "trunc_normal":
-                torch.nn.init.trunc_normal_(tensor, self.a, self.b, self.low, self.high, generator=generator)
+                tensor.normal_(self.a, self.b, generator=generator)
+                outside = (tensor < self.low) | (tensor > self.high)
+                if outside.any():  # torch's own would draw all of it again in every round
+                    again = tensor.new_empty(int(outside.sum()))
+                    numbers = self.a, self.b, self.low, self.high
+                    tensor[outside] = torch.nn.init.trunc_normal_(again, *numbers, generator=generator)
             case "constant":
                 tensor.fill_(self.a)
             case "recorded":
@@ -165,7 +170,7 @@ class Init:
 
     def _replayed(self, generator: torch.Generator) -> torch.Tensor:
         assert self.program is not None
-        made = self.program.run(int(torch.randint(2**62, (), generator=generator)))
+        made = self.program.run(int(torch.randint(2**62, (), generator=generator))).float()
         spread = made.double().std(correction=0).item() if self.b else 0.0
         return made.mul_(math.copysign(self.b / spread, self.a) if spread else self.a)
 

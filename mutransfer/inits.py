@@ -21,6 +21,7 @@ from .replay import TRUNCATED, Literal, Program, Recorder, Step, UnreplayableErr
 __all__ = ["Init", "InitWatcher"]
 
 PIECES = 64  # more parts than that are a table, not a layout
+SMALL = 1 << 20  # bytes of a table that is looked at right away: it may be a constant after all
 COPIES = frozenset(["copy_", "clone", "_to_copy", "lift_fresh", "detach", "lift"])
 
 
@@ -36,7 +37,7 @@ class InitWatcher(Recorder):
             return "torch.empty, never filled"
         steps = steps_to(window.version)
         try:
-            return _Folding().result(steps, window) or Init("recorded", 1.0, program=Program.of(window, steps))
+            return _Folding().result(steps, window) or _recorded(Program.of(window, steps))
         except UnreplayableError as reason:
             return str(reason)
 
@@ -57,8 +58,11 @@ class InitWatcher(Recorder):
             inits[name] = init
         return inits
 
-    def settle(self, condition: torch.Tensor) -> bool:
-        """Answer the loop of `torch.nn.init.trunc_normal_`, which draws until nothing lies outside of its bounds."""
+    def value(self, scalar: torch.Tensor) -> float | bool | None:
+        """Answer also the loop of `torch.nn.init.trunc_normal_`, which draws until nothing lies outside of its bounds."""
+        return False if self._truncates(scalar) else super().value(scalar)
+
+    def _truncates(self, condition: torch.Tensor) -> bool:
         asked = self.window(condition)
         match _behind(asked, "any", "bitwise_or", "lt", "normal_"), _behind(asked, "any", "gt"):
             case [[_, either, below, draw], _] if above := _behind(either.args[1], "gt"):
@@ -175,6 +179,14 @@ class _Folding:
             if any(isinstance(arg, Literal | list) for arg in args) or any(isinstance(v, Literal) for v in values):
                 return None
             return Init("constant", step.func(*args, **step.kwargs).item())
+
+
+def _recorded(program: Program) -> Init:
+    if not program.random and sum(program.sizes) <= SMALL:
+        constant = _uniform_table(program.run(0))
+        if constant is not None:
+            return constant
+    return Init("recorded", 1.0, program=program)
 
 
 def _drawn(step: Step, values: list[Any]) -> Init | None:

@@ -93,7 +93,8 @@ def observe(family: Family, depth: int | None = None) -> Observation:
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         with watcher:
             model = build(family, base)
-        wider = build(family, base.with_(width=WIDER * base.width))
+        with InitWatcher():  # as it answers a constructor that asks for values
+            wider = build(family, base.with_(width=WIDER * base.width))
         seen = _forward(family, model, mode)
         seen_wider = _forward(family, wider, mode)
     wide = shapes_of(wider)

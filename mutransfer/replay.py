@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import base64
 import functools
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from .errors import RequestError
@@ -117,16 +119,26 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype == torch.bool and self.settle(args[0]):
-            return False
-        out = func(*args, **kwargs)
-        if isinstance(out, torch.Tensor | list | tuple):
-            self._note(func, args, kwargs, out)
+        try:
+            out = func(*args, **kwargs)
+        except DataDependentOutputException:
+            if (known := self.value(args[0])) is None:
+                raise
+            return known
+        self._note(func, args, kwargs, out)
         return out
 
-    def settle(self, condition: torch.Tensor) -> bool:
-        """Whether ``condition``, whose value the constructor asks for, may be answered with False."""
-        return False
+    def value(self, scalar: torch.Tensor) -> float | bool | None:
+        """Return what a constructor asks for with ``item()``: run for real where nothing random is behind it, or None."""
+        window = self.window(scalar)
+        if isinstance(window, Literal):
+            return None
+        try:
+            program = Program.of(window, steps_to(window.version))
+        except UnreplayableError:
+            return None
+        with _disable_current_modes():
+            return None if program.random else program.run(0).item()
 
     def put(self, func: Any, args: list[Any], kwargs: dict[str, Any], results: list[Window]) -> None:
         """Record that ``results`` now hold what ``func`` made of ``args``."""
@@ -220,7 +232,7 @@ class Program:
         return any(_random(step["op"]) for step in self.steps)
 
     def run(self, seed: int) -> torch.Tensor:
-        """Return a fresh tensor on the CPU; the global random numbers are left as they were.
+        """Return a fresh tensor on the CPU, of the type it was made in; the global random numbers are left as they were.
 
         Raises:
             RequestError: some of its entries were never written.
@@ -262,18 +274,15 @@ class Program:
                         storages[number] = storage
                     else:
                         at(number, dtype, size, stride, offset).copy_(tensor)
-            tensor = at(*self.result).to(torch.float32)
-        if tensor.isnan().any():
-            raise RequestError("a constructor leaves some entries as torch.empty gave them: fill the whole tensor.")
-        return tensor
+            tensor = at(*self.result)
+            if tensor.isnan().any():
+                raise RequestError("a constructor leaves some entries as torch.empty gave them: fill the whole tensor.")
+            return tensor
 
-    @functools.cached_property
+    @property
     def std(self) -> float:
         """Standard deviation of all entries, measured over runs until 2¹⁸ of them (or 16 runs) have been seen."""
-        first = self.run(0)
-        runs = min(16, math.ceil(2**18 / first.numel())) if self.random else 1
-        drawn = torch.stack([first, *(self.run(seed) for seed in range(1, runs))]).double()
-        return drawn.std(correction=0).item()
+        return _measured_std(json.dumps(self.as_dict()))
 
     def as_dict(self) -> dict[str, Any]:
         """Return the program as JSON takes it."""
@@ -288,6 +297,15 @@ class Program:
             if [type(step[key]) for key in ("args", "kwargs", "results")] != [list, dict, list]:
                 raise TypeError(f"a step with {step['op']} is damaged")
         return cls(sizes, steps, result)
+
+
+@functools.lru_cache(maxsize=256)  # the same program comes once per layer
+def _measured_std(program: str) -> float:
+    own = Program.from_dict(json.loads(program))
+    with _disable_current_modes():
+        first = own.run(0)
+        runs = min(16, math.ceil(2**18 / first.numel())) if own.random else 1
+        return torch.stack([first, *(own.run(seed) for seed in range(1, runs))]).double().std(correction=0).item()
 
 
 def leaves(value: Any) -> Iterator[Window | Literal]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 from typing import Any
 
 import torch
@@ -37,39 +38,41 @@ def draw_(parameter: torch.Tensor, init: Init, seed: int, name: str) -> None:
     if hasattr(parameter, "placements"):
         local, start = _shard(parameter, name)
     if init.program is not None:
-        fresh = _tile(init, shape, start=(0,) * len(shape), seed=f"{seed}/{name}")
-        local.copy_(fresh[_box(start, tuple(local.shape))])
+        whole = torch.empty(shape, dtype=torch.float32, device="cpu")
+        _draw(init, whole, (0,) * len(shape), f"{seed}/{name}")
+        local.copy_(whole[_box(start, tuple(local.shape))])
         return
-    local.copy_(_region(init, shape, start, tuple(local.shape), f"{seed}/{name}"))
+    direct = local.dtype == torch.float32 and local.device.type == "cpu"
+    region = local.detach() if direct else torch.empty(local.shape, dtype=torch.float32, device="cpu")
+    _fill(init, region, shape, start, f"{seed}/{name}")
+    if not direct:
+        local.copy_(region)
 
 
-def _region(
-    init: Init, shape: tuple[int, ...], start: tuple[int, ...], size: tuple[int, ...], seed: str
-) -> torch.Tensor:
-    """Draw the box of ``size`` at ``start`` of a parameter of ``shape``."""
-    region = torch.empty(size, dtype=torch.float32, device="cpu")
+def _fill(init: Init, region: torch.Tensor, shape: tuple[int, ...], start: tuple[int, ...], seed: str) -> None:
+    """Draw ``region``, the box that begins at ``start`` in a parameter of ``shape``, tile by tile."""
+    size, tile = tuple(region.shape), _tile_shape(shape)
     if not region.numel():
-        return region
-    tile = _tile_shape(shape)
+        return
+    memory = torch.empty(math.prod(tile), dtype=torch.float32, device="cpu")
     grid = (range(low // step, -(-(low + n) // step)) for low, n, step in zip(start, size, tile, strict=True))
     for index in itertools.product(*grid):
         corner = tuple(i * step for i, step in zip(index, tile, strict=True))
         extent = tuple(min(step, whole - low) for step, whole, low in zip(tile, shape, corner, strict=True))
-        drawn = _tile(init, extent, corner, f"{seed}/{index}")
         low = tuple(map(max, corner, start))
         high = tuple(min(c + e, s + n) for c, e, s, n in zip(corner, extent, start, size, strict=True))
         count = tuple(h - b for h, b in zip(high, low, strict=True))
-        inside = _box(tuple(b - s for b, s in zip(low, start, strict=True)), count)
-        region[inside] = drawn[_box(tuple(b - c for b, c in zip(low, corner, strict=True)), count)]
-    return region
+        share = region[_box(tuple(b - s for b, s in zip(low, start, strict=True)), count)]
+        whole = count == extent and share.is_contiguous()
+        drawn = share if whole else memory[: math.prod(extent)].view(extent)
+        _draw(init, drawn, corner, f"{seed}/{index}")
+        if not whole:
+            share.copy_(drawn[_box(tuple(b - c for b, c in zip(low, corner, strict=True)), count)])
 
 
-def _tile(init: Init, extent: tuple[int, ...], start: tuple[int, ...], seed: str) -> torch.Tensor:
+def _draw(init: Init, tensor: torch.Tensor, start: tuple[int, ...], seed: str) -> None:
     digest = hashlib.sha256(seed.encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") % 2**63)
-    drawn = torch.empty(extent, dtype=torch.float32, device="cpu")
-    init.fill_(drawn, generator, start)
-    return drawn
+    init.fill_(tensor, torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") % 2**63), start)
 
 
 def _tile_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
