@@ -104,8 +104,8 @@ class Init:
 
     def _with(self, change: Callable[[Init], Init], a: float, b: float, low: float, high: float) -> Init:
         parts = tuple(replace(part, init=change(part.init)) for part in self.parts)
-        bounds = {"low": low, "high": high} if self.kind == "trunc_normal" else {}
-        return replace(self, a=a, b=b, parts=parts, **bounds)
+        low, high = (low, high) if self.kind == "trunc_normal" else (0.0, 0.0)
+        return replace(self, a=a, b=b, low=low, high=high, parts=parts)
 
     def clamped(self, low: float, high: float) -> Init | None:
         """Return the distribution with its bounds drawn in; None where that would pile up draws at the bounds."""

@@ -1,8 +1,6 @@
-"""A constructor's operations on one tensor, as a small program that can be saved and run again, for real.
+"""Recorded operations as a small program of plain data, which is saved with a plan and run again for real.
 
-`Recorder` runs under `FakeTensorMode` and links every state of every storage to the operation that made it; `Program` is
-what leads to one tensor. Operations are kept with windows (type, size, stride, offset) on numbered storages, so that
-views need no steps of their own and tensors that share memory share it again.
+Arguments are windows on numbered storages: views need no steps, and tensors that share memory share it again.
 """
 
 from __future__ import annotations
@@ -11,164 +9,23 @@ import base64
 import functools
 import json
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import DataDependentOutputException
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .errors import RequestError
+from .recorder import TRUNCATED, Step, tensors_in
+from .windows import Literal, Window
 
-__all__ = ["Literal", "Program", "Recorder", "Step", "UnreplayableError", "Version", "Window", "leaves", "steps_to"]
+__all__ = ["Program", "UnreplayableError"]
 
-LITERAL = 1 << 16  # numbers of a table read from outside that a plan may carry
-# What these write does not depend on what was there. Operations with ``out=`` are of the same kind.
-OVERWRITES = frozenset(
-    ["normal_", "uniform_", "zero_", "fill_", "copy_", "exponential_", "log_normal_", "cauchy_", "random_"]
-)
-EMPTY = frozenset(["empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"])
-TRUNCATED = "trunc_normal_"  # the one step that is no aten operation: its rejection loop reads values
+LITERAL = 1 << 16  # numbers of a table from outside that a plan may carry
 
 
 class UnreplayableError(Exception):
     """Names the operation that cannot be run again from numbers alone."""
-
-
-@dataclass(frozen=True, eq=False)
-class Version:
-    """One state of a storage: what ``step`` left in it, or memory as it was allocated."""
-
-    storage: torch.UntypedStorage  # held: a freed storage's address would be given to the next one
-    step: Step | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class Window:
-    """A tensor as a look at one version of a storage."""
-
-    version: Version
-    dtype: torch.dtype
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-    offset: int
-
-    @property
-    def key(self) -> int:
-        """The storage's identity."""
-        return self.version.storage._cdata
-
-    @property
-    def repeats(self) -> bool:
-        """Whether one entry of memory is seen in several places."""
-        return any(stride == 0 and size > 1 for size, stride in zip(self.size, self.stride, strict=True))
-
-    @property
-    def whole(self) -> bool:
-        """Whether every byte of the storage is seen."""
-        nbytes = math.prod(self.size) * self.dtype.itemsize
-        return not self.repeats and nbytes == self.version.storage.nbytes()
-
-    @property
-    def place(self) -> tuple[tuple[int, ...], tuple[int, ...], int]:
-        """What two windows on the same entries of one storage have in common."""
-        return self.size, self.stride, self.offset
-
-
-@dataclass(frozen=True)
-class Literal:
-    """The values of a tensor that was made outside."""
-
-    tensor: torch.Tensor
-
-
-@dataclass(eq=False)
-class Step:
-    """One operation; ``results`` are the windows it wrote, in its arguments or its outputs."""
-
-    order: int
-    func: Any
-    args: list[Any]
-    kwargs: dict[str, Any]
-    results: list[Window]
-
-    @property
-    def name(self) -> str:
-        """The operation without its overload."""
-        return self.func if isinstance(self.func, str) else self.func._opname
-
-    @property
-    def random(self) -> bool:
-        """Whether two runs differ."""
-        return self.func == TRUNCATED or torch.Tag.nondeterministic_seeded in self.func.tags
-
-
-class Recorder(TorchDispatchMode):
-    """Records, per storage, the operation that last wrote to it, and through its arguments all that came before."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._versions: dict[int, Version] = {}
-        self._order = 0
-
-    def window(self, tensor: torch.Tensor) -> Window | Literal:
-        """Return the tensor as it is now; one made outside of this recording is taken by value."""
-        version = self._versions.get(tensor.untyped_storage()._cdata)
-        return Literal(tensor) if version is None else _window(tensor, version)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        try:
-            out = func(*args, **kwargs)
-        except DataDependentOutputException:
-            if (known := self.value(args[0])) is None:
-                raise
-            return known
-        self._note(func, args, kwargs, out)
-        return out
-
-    def value(self, scalar: torch.Tensor) -> float | bool | None:
-        """Return what a constructor asks for with ``item()``: run for real where nothing random is behind it, or None."""
-        window = self.window(scalar)
-        if isinstance(window, Literal):
-            return None
-        try:
-            program = Program.of(window, steps_to(window.version))
-        except UnreplayableError:
-            return None
-        with _disable_current_modes():
-            return None if program.random else program.run(0).item()
-
-    def put(self, func: Any, args: list[Any], kwargs: dict[str, Any], results: list[Window]) -> None:
-        """Record that ``results`` now hold what ``func`` made of ``args``."""
-        step = Step(self._order, func, args, kwargs, [])
-        self._order += 1
-        for window in results:
-            version = self._versions[window.key] = Version(window.version.storage, step)
-            step.results.append(replace(window, version=version))
-
-    def _note(self, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
-        places = _writes(func)
-        if places is None:
-            return
-        written = [tensor for place in places for tensor in _tensors(_argument(place, args, kwargs))]
-        results = written or [t for t in _tensors(out) if t.untyped_storage()._cdata not in self._versions]
-        if not results:  # a view, or no tensor at all
-            return
-        blank = [_window(tensor, Version(tensor.untyped_storage())) for tensor in results]
-        overwrites = func._opname in OVERWRITES or "out" in kwargs
-        for window in blank:
-            if func._opname in EMPTY or (overwrites and window.whole):
-                self._versions[window.key] = window.version  # what was there is of no consequence
-        if func._opname not in EMPTY:
-            kept = {key: self._kept(value) for key, value in kwargs.items()}
-            self.put(func, [self._kept(value) for value in args], kept, blank)
-
-    def _kept(self, value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            return self.window(value)
-        return [self._kept(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 @dataclass(frozen=True)
@@ -242,8 +99,9 @@ class Program:
         def at(number: int, dtype: str, size: list[int], stride: list[int], offset: int) -> torch.Tensor:
             storage = storages[number]
             if storage is None:
-                storage = storages[number] = torch.UntypedStorage(self.sizes[number]).fill_(255)  # floats: NaN
-            return torch.empty(0, dtype=getattr(torch, dtype), device="cpu").set_(storage, offset, size, stride)  # type: ignore[call-overload, no-any-return]
+                fresh = torch.full((self.sizes[number],), 255, dtype=torch.uint8, device="cpu")  # NaN, to any float
+                storage = storages[number] = fresh.untyped_storage()
+            return torch.empty(0, dtype=getattr(torch, dtype), device="cpu").set_(storage, offset, size, stride)
 
         def decode(value: Any) -> Any:
             match value:
@@ -267,7 +125,7 @@ class Program:
                 kwargs = {key: decode(value) for key, value in step["kwargs"].items()}
                 out = _operation(step["op"])(*decode(step["args"]), **kwargs)
                 fresh = [place["at"] for place in step["results"] if storages[place["at"][0]] is None]
-                for (number, dtype, size, stride, offset), tensor in zip(fresh, _tensors(out), strict=False):
+                for (number, dtype, size, stride, offset), tensor in zip(fresh, tensors_in(out), strict=False):
                     storage = tensor.untyped_storage()
                     same = (tensor.stride(), tensor.storage_offset()) == (tuple(stride), offset)
                     if same and storage.nbytes() == self.sizes[number]:
@@ -308,58 +166,9 @@ def _measured_std(program: str) -> float:
         return torch.stack([first, *(own.run(seed) for seed in range(1, runs))]).double().std(correction=0).item()
 
 
-def leaves(value: Any) -> Iterator[Window | Literal]:
-    """The tensors among an operation's arguments."""
-    if isinstance(value, Window | Literal):
-        yield value
-    elif isinstance(value, list | dict):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from leaves(item)
-
-
-def steps_to(version: Version) -> list[Step]:
-    """Return the operations behind a storage's state, in the order in which they ran."""
-    found: dict[int, Step] = {}
-    waiting = [version.step]
-    while waiting:
-        step = waiting.pop()
-        if step is not None and step.order not in found:
-            found[step.order] = step
-            waiting += [leaf.version.step for leaf in leaves([step.args, step.kwargs]) if isinstance(leaf, Window)]
-    return [found[order] for order in sorted(found)]
-
-
-@functools.cache
-def _writes(func: Any) -> tuple[int | str, ...] | None:
-    """The arguments that an operation writes to; None if it only turns the view."""
-    if torch.Tag.inplace_view in func.tags:
-        return None
-    places: list[int | str] = []
-    for i, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            places.append(argument.name if argument.kwarg_only else i)
-    return tuple(places)
-
-
 @functools.cache
 def _takes_dtype(func: Any) -> bool:
     return not isinstance(func, str) and any(argument.name == "dtype" for argument in func._schema.arguments)
-
-
-def _window(tensor: torch.Tensor, version: Version) -> Window:
-    return Window(version, tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.storage_offset())
-
-
-def _argument(place: int | str, args: Any, kwargs: dict[str, Any]) -> Any:
-    if isinstance(place, str):
-        return kwargs.get(place)
-    return args[place] if place < len(args) else None
-
-
-def _tensors(value: Any) -> list[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        return [value]
-    return [tensor for item in value for tensor in _tensors(item)] if isinstance(value, list | tuple) else []
 
 
 def _values(tensor: torch.Tensor) -> list[Any]:
