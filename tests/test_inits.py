@@ -166,6 +166,23 @@ def halves() -> torch.Tensor:
     return weight
 
 
+def overlapping() -> torch.Tensor:
+    weight = torch.zeros(N, N)
+    weight[:8].normal_()
+    weight[4:12] *= 3
+    return weight
+
+
+def double_precision() -> torch.Tensor:
+    """Built under another default type than it is drawn again under; a third of the way float32 would not reach 0."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        return (torch.linspace(0, 1, N) - 1 / 3).float()
+    finally:
+        torch.set_default_dtype(before)
+
+
 def mixed() -> torch.Tensor:
     weight = torch.randn(N, N)
     weight[::3] *= 2
@@ -189,6 +206,7 @@ TABLES: dict[str, Callable[[], torch.Tensor]] = {
     "few dirac_": lambda: nn.init.dirac_(torch.empty(4, 4, 3)),
     "a constant in parts": forgetting,
     "onto itself": onto_itself,
+    "double precision": double_precision,
     "strided": lambda: torch.arange(N).float().view(8, 8).t(),
     "sliced": lambda: torch.arange(N).float().view(8, 8)[1:3, ::2],
     "a value asked for": lambda: torch.zeros(3) + torch.linspace(0, 1, 5)[2].item(),
@@ -204,6 +222,7 @@ RANDOM: dict[str, Callable[[], torch.Tensor]] = {
     "_foreach": lambda: torch._foreach_mul([torch.randn(N, N)], 2.0)[0],
     "default type": lambda: torch.randn(N, N).double() ** 3,
     "mixed": mixed,
+    "overlapping": overlapping,
     "halves": halves,
     "a row": lambda: nn.Embedding(N, N, padding_idx=3).weight,
     "a truncated slice": lambda: nn.init.trunc_normal_(torch.zeros(N, N)[:7]),
@@ -257,6 +276,21 @@ def test_parts_are_seen_as_parts() -> None:
     assert (fused.b, fused.parts[0].init.b, fused.parts[0].box) == (0.1, 0.5, ((0, 3, 1), (N, N, 1), (0, N, 1)))
     bias = saved(seen(forgetting))
     assert [(part.box, part.init.a) for part in bias.parts] == [(((N, N, 1),), 1)]
+
+
+def test_copies_of_one_draw_stay_copies() -> None:
+    """Equal rows have the moments of independent ones: only the program tells them apart."""
+    again = drawn(saved(seen(RANDOM["repeated"])), (N, N))
+    assert (again == again[0]).all()
+    assert again[0].unique().numel() == N
+
+
+def test_tiles_of_a_large_parameter() -> None:
+    """No two tiles are alike, and a part lies where it was seen, in whatever tile."""
+    weight = drawn(saved(seen(lambda: nn.Embedding(40, 5000, padding_idx=33).weight)), (40, 5000))
+    assert (weight == 0).all(1).nonzero().flatten().tolist() == [33]
+    assert weight.unique().numel() > 0.98 * 39 * 5000  # float32 normals do meet
+    assert weight[torch.arange(40) != 33].std().item() == pytest.approx(1, rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -314,12 +348,18 @@ class Special(nn.Module):
         self.hidden = nn.Linear(width, width)
         self.readout = nn.Linear(width, 3, bias=False)
         self.table = nn.Parameter(torch.log(torch.arange(1, width + 1).float()))
+        self.mix = nn.Linear(width, width, bias=False)
+        self.marks = nn.Parameter(torch.zeros(width))
+        nn.init.eye_(self.mix.weight)
+        with torch.no_grad():
+            for i in range(0, width, 8):
+                self.marks[i] = 1
         nn.init.orthogonal_(self.hidden.weight, gain=2)
         nn.init.orthogonal_(self.readout.weight)
         self.hidden.bias.data.copy_(torch.exp(torch.rand(width)))
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.readout(self.hidden(self.embedding(tokens)).relu() * self.table)
+        return self.readout(self.mix(self.hidden(self.embedding(tokens)).relu() * self.table) + self.marks)
 
 
 SPECIAL = mt.Family(
@@ -344,6 +384,8 @@ def test_special_initializations_at_the_target(tmp_path: Path) -> None:
     # The readout's own std at the target is 1/√64; µP wants the base's 1/√16 over 4.
     assert weights["readout.weight"].std(correction=0).item() == pytest.approx(1 / 4 / 4, rel=0.02)
     assert torch.equal(weights["table"], torch.log(torch.arange(1, N + 1).float()))
+    assert torch.equal(weights["mix.weight"], torch.eye(N))
+    assert torch.equal(weights["marks"], (torch.arange(N) % 8 == 0).float())
     assert rows["table"].init_factor is None
     assert (weights["embedding.weight"] == 0).all(1).tolist() == [False, False, True, False, False, False, False]
     assert 1 <= weights["hidden.bias"].min() < 1.2 < 2.5 < weights["hidden.bias"].max() < math.e
