@@ -44,7 +44,8 @@ def observe(family: Family) -> Observation:
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         with inits:
             model = build(family, family.base)
-        wider = build(family, wider_base)
+        with InitWatcher():  # as it answers a constructor that asks for values
+            wider = build(family, wider_base)
         seen = _forward(family, model, mode, family.base)
         seen_wider = _forward(family, wider, mode, wider_base)
     shapes, wide = shapes_of(model), shapes_of(wider)
@@ -59,19 +60,13 @@ def observe(family: Family) -> Observation:
     ends = frozenset().union(*(seen.decode(branch.ends) for branch in branches))
     constants, own, notes = _constants(seen, seen_wider)
     mixed = _mixed(seen, seen_wider)
-    specs = {}
-    for name, parameter in model.named_parameters():
+    own_inits, specs = inits.named(model), {}
+    for name, _ in model.named_parameters():
         if name not in shapes:
             continue
         grows = tuple(a != b for a, b in zip(shapes[name], wide[name], strict=True))
-        init = inits.find(parameter)
-        if isinstance(init, str):
-            raise RequestError(
-                f"cannot tell how {name} {list(parameter.shape)} is initialized (last operation: {init}): use normal_, "
-                "uniform_ or a constant in the model's constructor."
-            )
         specs[name] = _spec(
-            family, name, shapes[name], grows, uses[name], init, inside=name in inside, ends_branch=name in ends,
+            family, name, shapes[name], grows, uses[name], own_inits[name], inside=name in inside, ends_branch=name in ends,
             constant=constants.get(name, 0.0),
             constant_inside=name in own, mixed=name in mixed,
         )  # fmt: skip

@@ -11,17 +11,17 @@ from .drafts import Draft
 from .errors import RequestError
 from .family import Family
 from .folding import fold_all
-from .inits import Init
+from .inits import Init, InitWatcher
 from .layers import match_layers
 from .observe import build, observe, shapes_of
 from .optimizers import optimizer_rule
 from .plans import ParameterPlan, Plan
 from .recipe import Recipe
 from .scale import Scale
-from .specs import Observation, ParamSpec
+from .specs import Observation
 from .tables import table
 
-__all__ = ["plan"]
+__all__ = ["finished", "plan"]
 
 
 def plan(
@@ -50,8 +50,9 @@ def plan(
         recipe = Recipe() if recipe is None else Recipe.load(recipe)
     rules, rule = table(parametrization), optimizer_rule(optimizer, recipe)
     seen = observation or observe(family)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        shapes = shapes_of(build(family, scale))
+    with FakeTensorMode(allow_non_fake_inputs=True), InitWatcher() as watcher:
+        model = build(family, scale)
+    shapes, inits = shapes_of(model), watcher.named(model)
     if scale.depth == family.base.depth and shapes.keys() != seen.specs.keys():
         odd = sorted(shapes.keys() ^ seen.specs.keys())[0]
         raise RequestError(
@@ -60,23 +61,33 @@ def plan(
     base_axes = {name: len(spec.shape) for name, spec in seen.specs.items()}
     origin = match_layers({name: len(shape) for name, shape in shapes.items()}, base_axes)
     draft = Draft(rules, rule, recipe, seen, scale, family.base, shapes, origin)
+    return finished(draft, optimizer, inits)
+
+
+def finished(draft: Draft, optimizer: str, inits: dict[str, Init]) -> Plan:
+    """Fold all multipliers of ``draft`` and return its plan; ``inits`` are the target's own, as its constructor set them."""
     fold_all(draft)
-    if scale.width < family.base.width:
+    if draft.wider < 1:
         draft.notes.append(
-            f"the target's width {scale.width} is smaller than the base's {family.base.width}: factors invert."
+            f"the target's width {draft.scale.width} is smaller than the base's {draft.base.width}: factors invert."
         )
-    rows = tuple(_row(draft, name) for name in shapes)
-    return Plan(scale, family.base, parametrization, optimizer, recipe, rows, tuple(draft.notes))
+    rows = tuple(_row(draft, name, inits[name]) for name in draft.shapes)
+    return Plan(draft.scale, draft.base, draft.rules.name, optimizer, draft.recipe, rows, tuple(draft.notes))
 
 
-def _row(draft: Draft, name: str) -> ParameterPlan:
+def _row(draft: Draft, name: str, target: Init) -> ParameterPlan:
     spec, recipe, rule = draft.spec(name), draft.recipe, draft.rule.of(draft.spec(name))
     size, total = draft.size[name], draft.size[name] * draft.alpha[name]
     m_in, m_out = draft.multipliers(name)
-    constant = spec.init.kind == "constant"
     is_matrix = len(spec.shape) > 1
-    # Table factors are for random weights; a constant (a gain of 1, a bias of 0) only follows a change of gauge.
-    factor = total.gauge if constant else total.init * (recipe.init_scale if is_matrix else 1.0)
+    factor = total.init * (recipe.init_scale if is_matrix else 1.0)
+    try:
+        # Table factors are for random weights; a constant (a gain of 1, a bias of 0) only follows a change of gauge.
+        init = spec.init.carried(target, factor, total.gauge, is_matrix)
+    except RequestError as error:
+        raise RequestError(f"{name} {list(draft.shapes[name])} {error}") from None
+    if spec.shift:  # a gain used as s + w: that is what the factor is for, not w
+        init = init.shifted((total.gauge - 1) * spec.shift)
     # What is scaled is s + w: decay must not pull w to where s + w is 1.
     decays = (recipe.decay == "all" or is_matrix) and not (spec.shift and total.gauge != 1)
     settings: dict[str, Any] = {
@@ -90,17 +101,11 @@ def _row(draft: Draft, name: str) -> ParameterPlan:
         role=spec.role,
         m_in=m_in,
         m_out=m_out,
-        init=_scaled(spec, factor),
+        init=init,
         **settings,
         lr_factor=size.lr,
         wd_factor=size.weight_decay,
         eps_factor=size.eps if rule.has_eps else None,
-        init_factor=None if constant else size.init,
+        init_factor=None if spec.init.fixed else size.init,
         gauge=total.gauge,
     )
-
-
-def _scaled(spec: ParamSpec, factor: float) -> Init:
-    """Return the initialization with s + w, not w, scaled where that is how a gain is used."""
-    init = spec.init.scaled(factor)
-    return init if not spec.shift else init.shifted((factor - 1) * spec.shift)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from . import schedulers
 from .errors import RequestError, nearest
 from .files import read_json, write_json
 from .frames import PARAMETERS
-from .inits import Init
+from .inits import Init, draw_
 from .names import plain_name, planned_names
 from .optimizers import OPTIMIZERS
 from .recipe import Recipe
@@ -54,7 +53,7 @@ class ParameterPlan:
 
     def as_row(self) -> dict[str, Any]:
         """Return the parameter as plain data, with the shape as a list."""
-        row = asdict(self) | {"shape": list(self.shape), "init_std": self.init.std}
+        row = vars(self) | {"shape": list(self.shape), "init": self.init.as_dict(), "init_std": self.init.std}
         return {key: row[key] for key in (*PARAMETERS.columns, "gauge", "init")}
 
 
@@ -82,20 +81,16 @@ class Plan:
     def initialize(self, model: torch.nn.Module, seed: int = 0) -> None:
         """Draw every weight of ``model`` afresh, in place.
 
-        Each parameter has its own stream of random numbers, from ``seed`` and its name: the result depends on nothing
-        that happened before, and is the same on every device.
+        Each parameter has its own random numbers, from ``seed`` and its name: the result depends on nothing that
+        happened before, and is the same on every device and on any sharding (`shards.draw_`). Parameters that are
+        DTensors are filled shard by shard; a model built on the meta device needs ``to_empty`` first.
 
         Raises:
-            RequestError: the model's parameters are not the plan's.
+            RequestError: the model's parameters are not the plan's, or have no memory yet.
         """
         parameters = self._matched(model)
         for row in self.rows:
-            parameter = parameters[row.name]
-            digest = hashlib.sha256(f"{seed}/{row.name}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") % 2**63)
-            fresh = torch.empty(row.shape, dtype=torch.float32)
-            row.init.fill_(fresh, generator)
-            parameter.copy_(fresh)
+            draw_(parameters[row.name], row.init, seed, row.name)
 
     def param_groups(self, model: torch.nn.Module, *, tensor_lr: bool = False) -> list[dict[str, Any]]:
         """Return parameter groups for the plan's `torch.optim` class: one per distinct setting, parameters with names.
@@ -263,9 +258,8 @@ def _refuse_difference(names: Iterable[str], here: str, there: str) -> None:
 
 def _read_row(row: dict[str, Any]) -> ParameterPlan:
     data = {key: value for key, value in row.items() if key != "init_std"}
-    plan = ParameterPlan(**{**data, "shape": tuple(row["shape"]), "init": Init(**row["init"])})
-    spread = plan.init.a, plan.init.b, plan.init.std  # a KeyError for an unknown kind
-    numbers = plan.m_in, plan.m_out, plan.lr, plan.weight_decay, plan.lr_factor, plan.wd_factor, plan.gauge, *spread
+    plan = ParameterPlan(**{**data, "shape": tuple(row["shape"]), "init": Init.from_dict(row["init"])})
+    numbers = plan.m_in, plan.m_out, plan.lr, plan.weight_decay, plan.lr_factor, plan.wd_factor, plan.gauge
     optional = [number for number in (plan.eps, plan.eps_factor, plan.init_factor) if number is not None]
     if not all(math.isfinite(number) for number in (*numbers, *optional)):
         raise TypeError(f"a setting of {plan.name} is not a finite number")

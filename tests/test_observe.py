@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,7 +14,6 @@ from torch.nn import functional as F
 
 import mutransfer as mt
 from mutransfer.errors import RequestError
-from mutransfer.inits import Init
 from mutransfer.observe import observe
 from mutransfer.scale import Scale
 from mutransfer.specs import ParamSpec
@@ -259,92 +257,6 @@ def test_a_fixed_rank_in_the_middle_is_a_bottleneck() -> None:
 
     found = {name: role for name, role in roles(family(build)).items() if name.endswith("weight")}
     assert found == {"0.weight": "input", "1.weight": "bottleneck", "2.weight": "input", "3.weight": "output"}
-
-
-def padded(width: int) -> torch.Tensor:
-    weight = nn.init.normal_(torch.empty(7, width), std=0.3)
-    weight[0].zero_()
-    return weight
-
-
-INITS: dict[str, tuple[Callable[[int], torch.Tensor], Init]] = {
-    "normal_": (lambda n: torch.empty(n).normal_(0.5, 0.02), Init("normal", 0.5, 0.02)),
-    "empty, normal_": (lambda n: torch.empty(n).normal_(), Init("normal", 0, 1)),
-    "nn.init.normal_": (lambda n: nn.init.normal_(torch.zeros(n), std=0.02), Init("normal", 0, 0.02)),
-    "uniform_": (lambda n: nn.init.uniform_(torch.empty(n), -0.1, 0.3), Init("uniform", -0.1, 0.3)),
-    "randn * s": (lambda n: torch.randn(n) * 0.02, Init("normal", 0, 0.02)),
-    "s * randn": (lambda n: 0.02 * torch.randn(n), Init("normal", 0, 0.02)),
-    "randn / s": (lambda n: torch.randn(n) / 4, Init("normal", 0, 0.25)),
-    "-s * randn": (lambda n: -0.5 * torch.randn(n), Init("normal", 0, 0.5)),
-    "-s * rand": (lambda n: -0.5 * torch.rand(n), Init("uniform", -0.5, 0)),
-    "shifted rand": (lambda n: (torch.rand(n) - 0.5) * 2, Init("uniform", -1, 1)),
-    "mul_ in place": (lambda n: torch.randn(n).mul_(3), Init("normal", 0, 3)),
-    "kaiming_normal_": (lambda n: nn.init.kaiming_normal_(torch.empty(n, 8))[:, 0].clone(), Init("normal", 0, 0.5)),
-    "zeros": (torch.zeros, Init("constant", 0)),
-    "ones": (torch.ones, Init("constant", 1)),
-    "full": (lambda n: torch.full((n,), 0.1), Init("constant", 0.1)),
-    "ones * s": (lambda n: torch.ones(n) * 1e-4, Init("constant", 1e-4)),
-    "fill_": (lambda n: torch.randn(n).fill_(2), Init("constant", 2)),
-    "zero_": (lambda n: torch.randn(n).zero_(), Init("constant", 0)),
-    "copied": (lambda n: torch.empty(n).copy_(torch.randn(n)), Init("normal", 0, 1)),
-    "another dtype": (lambda n: torch.randn(n, dtype=torch.float64).float(), Init("normal", 0, 1)),
-}
-
-
-class Gain(nn.Module):
-    def __init__(self, gain: torch.Tensor) -> None:
-        super().__init__()
-        self.first = nn.Linear(FEATURES, len(gain))
-        self.gain = nn.Parameter(gain)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.first(x) * self.gain
-
-
-@pytest.mark.parametrize("way", INITS)
-def test_the_models_own_initialization_is_recognized(way: str) -> None:
-    draw, expected = INITS[way]
-    found = observe(family(lambda width: Gain(draw(width)))).specs["gain"].init
-    assert found.kind == expected.kind
-    assert (found.a, found.b) == pytest.approx((expected.a, expected.b), abs=1e-15)
-
-
-@pytest.mark.parametrize("way", INITS)
-def test_what_was_recognized_is_what_is_drawn(way: str) -> None:
-    """The recognized distribution has the moments of the constructor's own draw."""
-    draw, expected = INITS[way]
-    own, again = draw(20_000).double(), torch.empty(20_000)
-    found = observe(family(lambda width: Gain(draw(width)))).specs["gain"].init
-    found.fill_(again, torch.Generator().manual_seed(0))
-    assert found.std == pytest.approx(own.std().item(), rel=0.03, abs=1e-6)
-    assert again.std().item() == pytest.approx(own.std().item(), rel=0.03, abs=1e-6)
-    assert again.mean().item() == pytest.approx(own.mean().item(), abs=0.03 * expected.std + 1e-6)
-    assert own.amin().item() == pytest.approx(again.amin().item(), abs=1.5 * expected.std + 1e-9)
-
-
-def test_torchs_default_linear_and_a_padding_row() -> None:
-    linear = observe(families.mlp(width=32)).specs
-    for name, fan_in in {"input": 64, "hidden.0": 32, "readout": 32}.items():
-        assert linear[f"{name}.weight"].init.std == pytest.approx(1 / math.sqrt(3 * fan_in))
-        assert linear[f"{name}.bias"].init.std == pytest.approx(1 / math.sqrt(3 * fan_in))
-    tokens = torch.zeros(2, 7, dtype=torch.long)
-
-    def build(width: int) -> nn.Module:
-        return nn.Sequential(nn.Embedding(11, width, padding_idx=0), nn.Linear(width, 3))
-
-    assert observe(family(build, batch=tokens)).specs["0.weight"].init == Init("normal", 0, 1)
-    lookup = observe(family(lambda width: nn.Embedding(7, width, _weight=padded(width)), batch=tokens))
-    assert lookup.specs["weight"].init == Init("normal", 0, 0.3)
-
-
-@pytest.mark.parametrize(
-    "draw",
-    [lambda n: torch.linspace(0, 1, n), lambda n: torch.randn(n).clamp(-1, 1), lambda n: torch.randn(n).exp()],
-    ids=["linspace", "clamp", "exp"],
-)
-def test_an_unknown_initialization_is_refused(draw: Callable[[int], torch.Tensor]) -> None:
-    with pytest.raises(RequestError, match=r"how gain \[16\] is initialized \(last operation: (linspace|clamp|exp)\)"):
-        observe(family(lambda width: Gain(draw(width))))
 
 
 @pytest.mark.parametrize(

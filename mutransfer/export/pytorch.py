@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 from ..plans import ParameterPlan
@@ -69,6 +68,6 @@ def _settings(row: ParameterPlan) -> dict[str, Any]:
         "lr": row.lr,
         "weight_decay": row.weight_decay,
         "eps": row.eps,
-        "init": {**asdict(row.init), "std": row.init.std},
+        "init": {**row.init.as_dict(), "std": row.init.std},
         "gauge": row.gauge,
     }

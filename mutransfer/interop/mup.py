@@ -17,16 +17,17 @@ from mup.layer import MuReadout
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+from ..drafts import Draft
 from ..errors import RequestError
-from ..family import Family
 from ..fold import Factors
 from ..inits import Init
-from ..optimizers import OPTIMIZERS
-from ..planning import plan
+from ..optimizers import optimizer_rule
+from ..planning import finished
 from ..plans import Plan
 from ..recipe import Recipe
 from ..scale import Scale
 from ..specs import Observation, ParamSpec
+from ..tables import table
 from .bsh import BaseShapes, based_on, read_bsh, write_bsh
 
 __all__ = ["BaseShapes", "based_on", "plan_annotated", "read_bsh", "write_bsh"]
@@ -74,9 +75,12 @@ def plan_annotated(
         head_dim_ratio=1.0,
         scale_power=-1.0,
     )
-    family = Family(lambda scale: model, None, _no_loss, Scale(base), type(model).__name__)
-    folded = plan(family, Scale(width), "mup", optimizer, recipe, observation=seen)
-    kind, rows, notes = OPTIMIZERS[optimizer].fold, [], list(folded.notes)
+    rules, rule = table("mup"), optimizer_rule(optimizer, recipe)
+    inits = {name: spec.init for name, spec in specs.items()}
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    draft = Draft(rules, rule, recipe, seen, Scale(width), Scale(base), shapes, {name: name for name in shapes})
+    folded = finished(draft, optimizer, inits)
+    kind, rows, notes = rule.fold, [], list(folded.notes)
     for row in folded.rows:
         if row.role == "output":
             back = Factors().folded(row.m_in, kind)
@@ -162,7 +166,3 @@ def _measured(parameter: torch.Tensor) -> Init:
     mean = values.mean().item()
     spread = values.std(correction=0).item()
     return Init("normal", mean, spread) if spread > 0 else Init("constant", mean)
-
-
-def _no_loss(model: nn.Module, batch: Any) -> torch.Tensor:
-    raise RequestError("an annotated model comes without data: plan its family to check coordinates.")

@@ -87,7 +87,7 @@ def test_we_read_what_mup_writes(kind: str, tmp_path: Path) -> None:
 
 def test_an_observation_writes_its_own_depth(tmp_path: Path) -> None:
     family = families.transformer()
-    deep = read_bsh(write_bsh(observe(family, 5), tmp_path / "deep.bsh"))
+    deep = read_bsh(write_bsh(observe(family.with_base(family.base.with_(depth=5))), tmp_path / "deep.bsh"))
     assert deep.keys() > read_bsh(write_bsh(family, tmp_path / "base.bsh")).keys()
     assert deep["blocks.4.ffn.up.weight"] == (64, 32)
     assert deep["embedding.weight"] == (None, 32)

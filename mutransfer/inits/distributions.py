@@ -1,0 +1,212 @@
+"""Recorded steps run on distributions instead of numbers: what a tensor holds, if its entries are independent draws."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
+from .draws import Init, Part
+from .recorder import Step
+from .replay import UnreplayableError
+from .windows import Literal, Window, apart, box
+
+__all__ = ["Folding", "arguments", "one_number"]
+
+PIECES = 64  # more parts than that are a table, not a layout
+COPIES = frozenset(["copy_", "clone", "_to_copy", "lift_fresh", "detach", "lift"])
+
+
+@dataclass
+class Folding:
+    """Runs recorded steps on distributions instead of numbers: per storage, what was drawn where, the latest last."""
+
+    layers: dict[int, list[tuple[Window, Init]]] = field(default_factory=dict)
+
+    def result(self, steps: list[Step], window: Window) -> Init | None:
+        """Return what is seen through ``window`` after the steps; None if that is no distribution of independent entries.
+
+        Raises:
+            UnreplayableError: some of it was never written.
+        """
+        if not all(len(step.results) == 1 and self._run(step, step.results[0]) for step in steps) or window.repeats:
+            return None
+        parts: list[Part] = []
+        for place, init in reversed(self.layers.get(window.key, [])):
+            if place.whole or place.place == window.place:
+                return replace(
+                    init, parts=tuple(part for part in reversed(parts) if part.init != init or not init.fixed)
+                )
+            if not apart(place, window):
+                where = box(place, window)
+                if where is None:
+                    return None
+                parts.append(Part(where, init))
+        return _tiled(parts, window)
+
+    def _run(self, step: Step, target: Window) -> bool:
+        if step.name in COPIES:
+            source = step.args[step.name == "copy_"]
+            layers = self.layers.get(source.key, []) if isinstance(source, Window) else []
+            if len(layers) > 1 and source.whole and target.whole and source.place == target.place:
+                self.layers[target.key] = [
+                    (replace(place, version=target.version, dtype=target.dtype), init) for place, init in layers
+                ]
+                return True
+            return self._write(target, self._read(source))
+        values = [self._value(arg) for arg in step.args]
+        random = [value for value in values if isinstance(value, Window)]
+        if (drawn := _drawn(step, values)) is not None:
+            return self._write(target, drawn)
+        if not random:
+            return self._write(target, self._constant(step, values))
+        change = _change(step, values)
+        inputs = [arg for arg in step.args if isinstance(arg, Window) and self._value(arg) is arg]
+        if len(inputs) != 1 or change is None or math.prod(inputs[0].size) != math.prod(target.size):
+            return False
+        layers = self.layers.get(target.key, [])
+        if len(layers) > 1 and target.whole and inputs[0].key == target.key and inputs[0].place == target.place:
+            changed = [(place, change(init)) for place, init in layers]
+            self.layers[target.key] = [(place, init) for place, init in changed if init is not None]
+            return len(self.layers[target.key]) == len(layers)
+        init = self._read(inputs[0])
+        return init is not None and self._write(target, change(init))
+
+    def _read(self, source: Window | Literal) -> Init | None:
+        if isinstance(source, Literal):
+            return one_number(source.tensor)
+        for place, init in reversed(self.layers.get(source.key, [])):
+            if place.whole or place.place == source.place:
+                return None if source.repeats and not init.fixed else init
+            if not apart(place, source):
+                return None
+        return None
+
+    def _write(self, target: Window, init: Init | None) -> bool:
+        if init is None or target.repeats:
+            return False
+        layers = self.layers.setdefault(target.key, [])
+        if target.whole:
+            layers.clear()
+        layers.append((target, init))
+        return len(layers) <= PIECES
+
+    def _value(self, arg: Any) -> Any:
+        """The argument, with a number for a tensor that holds one number everywhere."""
+        if isinstance(arg, Window | Literal):
+            init = self._read(arg)
+            return float(init.a) if init is not None and init.kind == "constant" else arg
+        return float(arg) if isinstance(arg, int | float) and not isinstance(arg, bool) else arg
+
+    def _constant(self, step: Step, values: list[Any]) -> Init | None:
+        """Run an entrywise step on the one number that each of its tensors holds everywhere."""
+        if isinstance(step.func, str) or torch.Tag.pointwise not in step.func.tags or step.random:
+            return None
+        with _disable_current_modes():
+            args = [
+                torch.full((1,), value, dtype=arg.dtype) if isinstance(arg, Window) else arg
+                for value, arg in zip(values, step.args, strict=True)
+            ]
+            if any(isinstance(arg, Literal | list) for arg in args) or any(isinstance(v, Literal) for v in values):
+                return None
+            return Init("constant", step.func(*args, **step.kwargs).item())
+
+
+def _drawn(step: Step, values: list[Any]) -> Init | None:
+    number = [value for value in values if isinstance(value, float)]
+    match step.name:
+        case "normal_":
+            return Init("normal", *arguments(step, ("mean", 0.0), ("std", 1.0)))
+        case "normal" if number and not any(isinstance(value, Window | Literal) for value in values):
+            return Init("normal", number[0], number[1] if len(number) > 1 else 1.0)
+        case "uniform_":
+            return Init("uniform", *arguments(step, ("from", 0.0), ("to", 1.0)))
+        case "trunc_normal_":
+            return Init.truncated(*map(float, step.args[1:]))
+        case "randn" | "randn_like":
+            return Init("normal", 0.0, 1.0)
+        case "rand" | "rand_like":
+            return Init("uniform", 0.0, 1.0)
+        case "zero_" | "zeros" | "zeros_like" | "new_zeros":
+            return Init("constant", 0.0)
+        case "ones" | "ones_like" | "new_ones":
+            return Init("constant", 1.0)
+        case "fill_" | "fill" | "full" | "full_like" | "new_full" if number:
+            return Init("constant", number[-1])
+        case _:
+            return None
+
+
+def _change(step: Step, values: list[Any]) -> Callable[[Init], Init | None] | None:
+    """What a step with one random tensor among numbers does to its distribution."""
+    alpha = float(step.kwargs.get("alpha", 1))
+    match step.name.rstrip("_"), values:
+        case ("mul", [float(c), Window()]) | ("mul", [Window(), float(c)]):
+            return lambda init: init.scaled(c)
+        case "div", [Window(), float(c)] if "rounding_mode" not in step.kwargs and c:
+            return lambda init: init.scaled(1 / c)
+        case "neg", [Window()]:
+            return lambda init: init.scaled(-1)
+        case "add", [Window(), float(c)]:
+            return lambda init: init.shifted(alpha * c)
+        case "add", [float(c), Window()]:
+            return lambda init: init.scaled(alpha).shifted(c)
+        case "sub", [Window(), float(c)]:
+            return lambda init: init.shifted(-alpha * c)
+        case ("sub", [float(c), Window()]) | ("rsub", [Window(), float(c)]) if alpha == 1:
+            return lambda init: init.scaled(-1).shifted(c)
+        case "clamp", [Window(), *_]:
+            low, high = (*values[1:], None, None)[:2]
+            low, high = step.kwargs.get("min", low), step.kwargs.get("max", high)
+            return lambda init: init.clamped(-math.inf if low is None else low, math.inf if high is None else high)
+        case "erfinv", [Window()]:
+            return _erfinv
+        case _:
+            return None
+
+
+def _erfinv(init: Init) -> Init | None:
+    """The inverse error function of a uniform draw is a truncated normal: `trunc_normal_` until torch 2.12."""
+    if init.kind != "uniform" or init.a < -1 or init.b > 1:
+        return None
+    with _disable_current_modes():
+        low, high = torch.tensor([init.a, init.b], dtype=torch.float64).erfinv().tolist()
+    return Init.truncated(0.0, math.sqrt(0.5), low, high)
+
+
+def arguments(step: Step, *named: tuple[str, float]) -> tuple[float, float]:
+    """Return the two numbers of a draw, by place, name or default."""
+    given = step.args[1:]
+    first, second = (
+        float(given[i] if len(given) > i else step.kwargs.get(name, default)) for i, (name, default) in enumerate(named)
+    )
+    return first, second
+
+
+def one_number(tensor: torch.Tensor) -> Init | None:
+    """A tensor from outside, if it holds one number everywhere."""
+    with _disable_current_modes():
+        if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or not tensor.numel() or tensor.is_complex():
+            return None
+        first = tensor.detach().flatten()[0]
+        return Init("constant", float(first)) if bool((tensor == first).all()) else None
+
+
+def _tiled(parts: list[Part], window: Window) -> Init | None:
+    """Make one initialization of parts that cover the window without a gap."""
+    if any(_meet(a.box, b.box) for i, a in enumerate(parts) for b in parts[:i]):
+        return None
+    if sum(math.prod(count for _, count, _ in part.box) for part in parts) != math.prod(window.size):
+        raise UnreplayableError("torch.empty, filled only in part")
+    *rest, first = parts
+    return replace(first.init, parts=tuple(reversed(rest)))
+
+
+def _meet(a: tuple[tuple[int, int, int], ...], b: tuple[tuple[int, int, int], ...]) -> bool:
+    return all(
+        set(range(f, f + n * s, s)) & set(range(g, g + m * t, t)) for (f, n, s), (g, m, t) in zip(a, b, strict=True)
+    )

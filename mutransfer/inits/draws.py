@@ -1,0 +1,212 @@
+"""One parameter's initialization as data: a distribution of independent entries, with other parts, or a recorded program."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Self
+
+import torch
+
+from ..errors import RequestError
+from .replay import Program
+
+__all__ = ["Init", "Part"]
+
+FAR = 40.0  # standard deviations beyond which a normal has no mass in double precision
+
+
+@dataclass(frozen=True)
+class Part:
+    """A box of a parameter, (first index, count, step) per axis, that starts from something else than the rest."""
+
+    box: tuple[tuple[int, int, int], ...]
+    init: Init
+
+    def inside(self, start: tuple[int, ...], shape: tuple[int, ...]) -> tuple[slice, ...] | None:
+        """Return the part's share of a tile that begins at ``start``, as slices of the tile."""
+        slices = []
+        for (first, count, step), low, size in zip(self.box, start, shape, strict=True):
+            begin = first if first >= low else low + (first - low) % step
+            end = min(first + (count - 1) * step + 1, low + size)
+            if begin >= end:
+                return None
+            slices.append(slice(begin - low, end - low, step))
+        return tuple(slices)
+
+
+@dataclass(frozen=True)
+class Init:
+    """What a parameter starts from.
+
+    ``normal``: mean ``a``, standard deviation ``b``. ``uniform``: from ``a`` to ``b``. ``trunc_normal``: a normal of mean
+    ``a`` and standard deviation ``b``, of which only the draws from ``low`` to ``high`` are kept. ``constant``: ``a``
+    everywhere. ``recorded``: ``a`` times what ``program`` makes or, where ``b`` is not 0, that brought to the standard
+    deviation ``b``. ``parts`` are drawn over it, in their order.
+    """
+
+    kind: Literal["normal", "uniform", "trunc_normal", "constant", "recorded"]
+    a: float
+    b: float = 0.0
+    low: float = 0.0
+    high: float = 0.0
+    parts: tuple[Part, ...] = ()
+    program: Program | None = None
+
+    @classmethod
+    def truncated(cls, mean: float, std: float, low: float, high: float) -> Self:
+        """Return a normal of which only the draws between ``low`` and ``high`` are kept."""
+        reach = FAR * std
+        return cls("trunc_normal", mean, std, max(low, mean - reach), min(high, mean + reach))
+
+    @property
+    def fixed(self) -> bool:
+        """Whether nothing is random: a constant, or a table."""
+        own = self.kind == "constant" or (self.program is not None and not self.program.random)
+        return own and all(part.init.fixed for part in self.parts)
+
+    @property
+    def std(self) -> float:
+        """Standard deviation of one entry outside of ``parts``; 0 for constants and tables."""
+        match self.kind:
+            case "normal":
+                return self.b
+            case "uniform":
+                return (self.b - self.a) / math.sqrt(12)
+            case "trunc_normal":
+                return self._truncated_std()
+            case "recorded":
+                assert self.program is not None
+                return self.b or (abs(self.a) * self.program.std if self.program.random else 0.0)
+            case _:
+                return 0.0
+
+    def _truncated_std(self) -> float:
+        """Johnson, Kotz and Balakrishnan, Continuous Univariate Distributions 1, section 10.1."""
+        alpha, beta = (self.low - self.a) / self.b, (self.high - self.a) / self.b
+        low, high = (math.exp(-x * x / 2) / math.sqrt(2 * math.pi) for x in (alpha, beta))
+        mass = _mass(alpha, beta)
+        return self.b * math.sqrt(1 + (alpha * low - beta * high) / mass - ((low - high) / mass) ** 2)
+
+    def scaled(self, factor: float) -> Init:
+        """Return the distribution of ``factor`` times a draw."""
+        a, b, low, high = (value * factor for value in (self.a, self.b, self.low, self.high))
+        if factor < 0:  # a mirrored normal keeps its spread, mirrored bounds swap
+            low, high = high, low
+            a, b = (b, a) if self.kind == "uniform" else (a, -b)
+        return self._with(lambda init: init.scaled(factor), a, b, low, high)
+
+    def shifted(self, by: float) -> Init:
+        """Return the distribution of a draw plus ``by``; not for recorded ones."""
+        b = self.b + by * (self.kind == "uniform")
+        return self._with(lambda init: init.shifted(by), self.a + by, b, self.low + by, self.high + by)
+
+    def _with(self, change: Callable[[Init], Init], a: float, b: float, low: float, high: float) -> Init:
+        parts = tuple(replace(part, init=change(part.init)) for part in self.parts)
+        low, high = (low, high) if self.kind == "trunc_normal" else (0.0, 0.0)
+        return replace(self, a=a, b=b, low=low, high=high, parts=parts)
+
+    def clamped(self, low: float, high: float) -> Init | None:
+        """Return the distribution with its bounds drawn in; None where that would pile up draws at the bounds."""
+        if self.kind not in ("normal", "trunc_normal") or self.b <= 0:
+            return None
+        mean, reach = self.a, FAR * self.b
+        old = (self.low, self.high) if self.kind == "trunc_normal" else (mean - reach, mean + reach)
+        inner = max(low, old[0]), min(high, old[1])
+        kept, whole = (_mass(*((bound - mean) / self.b for bound in bounds)) for bounds in (inner, old))
+        return Init.truncated(mean, self.b, *inner) if kept > (1 - 1e-6) * whole else None
+
+    def carried(self, target: Init, factor: float, gauge: float, matrix: bool) -> Init:
+        """Return the target's start: this distribution, seen at the base, in the layout that ``target`` was seen to have.
+
+        Random entries have the base's standard deviation times ``factor``, recorded ones that are no ``matrix`` the
+        target's own times ``factor``; constants and tables only follow the ``gauge``.
+
+        Raises:
+            RequestError: the two are drawn in different pieces.
+        """
+        if (self.fixed and target.fixed and (target.parts or target.program)) or (target.program and target.fixed):
+            return target.scaled(gauge)
+        if target.program is not None:
+            return replace(target, b=self.std * factor) if matrix else target.scaled(factor)
+        if self.program is not None:
+            return target.scaled(gauge if target.fixed else self.std * factor / target.std)
+        if len(self.parts) != len(target.parts):
+            raise RequestError(
+                f"is drawn in {1 + len(self.parts)} pieces at the base and in {1 + len(target.parts)} at the target: let the "
+                "constructor draw the same pieces at every size."
+            )
+        body = replace(self, parts=()).scaled(gauge if self.kind == "constant" else factor)
+        pairs = zip(self.parts, target.parts, strict=True)
+        return replace(
+            body, parts=tuple(Part(at.box, own.init.carried(at.init, factor, gauge, matrix)) for own, at in pairs)
+        )
+
+    @torch.no_grad()
+    def fill_(self, tensor: torch.Tensor, generator: torch.Generator, start: tuple[int, ...] | None = None) -> None:
+        """Overwrite ``tensor`` with a draw; with ``start`` it is the tile of a larger parameter that begins there."""
+        match self.kind:
+            case "normal":
+                tensor.normal_(self.a, self.b, generator=generator)
+            case "uniform":
+                tensor.uniform_(self.a, self.b, generator=generator)
+            case "trunc_normal":
+                tensor.normal_(self.a, self.b, generator=generator)
+                outside = (tensor < self.low) | (tensor > self.high)
+                if outside.any():  # torch's own would draw all of it again in every round
+                    again = tensor.new_empty(int(outside.sum()))
+                    numbers = self.a, self.b, self.low, self.high
+                    tensor[outside] = torch.nn.init.trunc_normal_(again, *numbers, generator=generator)
+            case "constant":
+                tensor.fill_(self.a)
+            case "recorded":
+                tensor.copy_(self._replayed(generator))
+        start = start or (0,) * tensor.dim()
+        for part in self.parts:
+            slices = part.inside(start, tuple(tensor.shape))
+            if slices is not None:
+                part.init.fill_(tensor[slices], generator)
+
+    def _replayed(self, generator: torch.Generator) -> torch.Tensor:
+        assert self.program is not None
+        made = self.program.run(int(torch.randint(2**62, (), generator=generator))).float()
+        spread = made.double().std(correction=0).item() if self.b else 0.0
+        return made.mul_(math.copysign(self.b / spread, self.a) if spread else self.a)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the initialization as JSON takes it; keys that say nothing are left out."""
+        data: dict[str, Any] = {"kind": self.kind, "a": self.a, "b": self.b}
+        if self.kind == "trunc_normal":
+            data |= {"low": self.low, "high": self.high}
+        if self.parts:
+            data["parts"] = [{"box": [list(axis) for axis in p.box], "init": p.init.as_dict()} for p in self.parts]
+        return data if self.program is None else data | {"program": self.program.as_dict()}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Init:
+        """Read `as_dict`'s data; damage raises AttributeError, KeyError, TypeError or ValueError."""
+        if data["kind"] not in ("normal", "uniform", "trunc_normal", "constant", "recorded"):
+            raise ValueError(f"unknown initialization {data['kind']!r}")
+        parts = tuple(
+            Part(
+                tuple((int(first), int(count), int(step)) for first, count, step in part["box"]),
+                cls.from_dict(part["init"]),
+            )
+            for part in data.get("parts", ())
+        )
+        program = Program.from_dict(data["program"]) if data["kind"] == "recorded" else None
+        own = {key: value for key, value in data.items() if key not in ("parts", "program")}
+        init = cls(**own, parts=parts, program=program)
+        if not all(math.isfinite(value) for value in (init.a, init.b, init.low, init.high)):
+            raise ValueError(f"a number of a {init.kind} initialization is not finite")
+        return init
+
+
+def _mass(alpha: float, beta: float) -> float:
+    """Probability of a standard normal between the two; by the tails where both lie on one side, to keep its digits."""
+    if alpha > 0:
+        return (math.erfc(alpha / math.sqrt(2)) - math.erfc(beta / math.sqrt(2))) / 2
+    if beta < 0:
+        return _mass(-beta, -alpha)
+    return (math.erf(beta / math.sqrt(2)) - math.erf(alpha / math.sqrt(2))) / 2
