@@ -21,24 +21,38 @@ from .inits import Init, InitWatcher
 from .roles import ROLES, roles_of
 from .scale import Scale
 from .specs import Observation, ParamSpec
+from .stretch import stretched
 from .uses import Use, UseWatcher
 
 __all__ = ["WIDER", "build", "observe", "shapes_of"]
 
 WIDER = 2  # a doubled width keeps every divisibility the base has
+LAYERS = 4  # of a deep base that are watched
 REAL = 3 * 10**7  # parameters up to which a forward pass that reads values is run for real
 
 
 def observe(family: Family) -> Observation:
-    """Watch the family at base size.
+    """Watch the family at base size; of a deep base only the first few layers, if the others are like them.
 
-    Nothing is allocated: both builds and the forward pass run on fake tensors. Only a forward pass that reads values (the
+    Nothing is allocated: the builds and the forward pass run on fake tensors. Only a forward pass that reads values (the
     experts chosen by a router) is run for real, if the model is small.
 
     Raises:
         RequestError: a parameter whose role or initialization cannot be told, with its name, shape and the operation
             seen; or a model that does not run on the example batch.
     """
+    if family.base.depth > LAYERS:
+        with FakeTensorMode(allow_non_fake_inputs=True), InitWatcher() as inits:
+            model = build(family, family.base)
+        try:
+            seen = _watch(family.with_base(family.base.with_(depth=LAYERS)))
+        except RequestError:  # some models have a least depth
+            return _watch(family)
+        return stretched(seen, shapes_of(model), inits.named(model)) or _watch(family)
+    return _watch(family)
+
+
+def _watch(family: Family) -> Observation:
     wider_base = family.base.with_(width=WIDER * family.base.width)
     inits = InitWatcher()
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
