@@ -68,7 +68,7 @@ def basins(
     rows = [
         {"parametrization": name, "width": size, "depth": size, "seed": seed, "log2_lr": k, "loss": loss,
          "diverged": math.isinf(loss), "flops": 0.0, "seconds": 0.0}
-        for (m, a, name, size, k, seed), loss in done.items() if (m, a) == (model, axis)
+        for (m, a, name, size, k, seed), loss in done.items() if (m, a) == (model, axis) and seed < given.seeds
     ]  # fmt: skip
     return BASINS.frame(rows)
 
