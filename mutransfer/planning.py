@@ -39,7 +39,7 @@ def plan(
         family: the model at any size; its base is where every factor is 1.
         scale: the model to plan for.
         parametrization: one of `tables.TABLES`, such as "mup" (TP-V 2203.03466, Table 3), "completep" or "sp".
-        optimizer: name of a torch optimizer in lower case.
+        optimizer: name of an optimizer in lower case, one of `optimizers.OPTIMIZERS`.
         recipe: hyperparameters at base scale, or the path of a saved recipe; torch-like defaults if None.
         observation: what `observe` returned for this family, to save doing it again.
 
@@ -79,10 +79,11 @@ def _row(draft: Draft, name: str) -> ParameterPlan:
     factor = total.gauge if constant else total.init * (recipe.init_scale if is_matrix else 1.0)
     # What is scaled is s + w: decay must not pull w to where s + w is 1.
     decays = (recipe.decay == "all" or is_matrix) and not (spec.shift and total.gauge != 1)
+    base_lr, base_eps = rule.base(recipe)
     settings: dict[str, Any] = {
-        "lr": recipe.lr * total.lr,
+        "lr": base_lr * total.lr,
         "weight_decay": recipe.weight_decay * total.weight_decay if decays else 0.0,
-        "eps": recipe.eps * total.eps if rule.has_eps else None,
+        "eps": base_eps * total.eps if rule.has_eps else None,
     }
     return ParameterPlan(
         name=name,

@@ -102,22 +102,44 @@ class Plan:
             RequestError: the model's parameters are not the plan's.
         """
         parameters = self._matched(model)
-        shared = OPTIMIZERS[self.optimizer].settings(self.recipe)
         groups: dict[tuple[Any, ...], dict[str, Any]] = {}
         for row in self.rows:
-            group = groups.setdefault((row.lr, row.weight_decay, row.eps), {"params": [], **_settings(row), **shared})
+            group = groups.setdefault(self._key(row), {"params": [], **self.settings_of(row)})
             group["params"].append((row.name, parameters[row.name]))
         return list(groups.values())
 
-    def make_optimizer(self, model: torch.nn.Module, **options: Any) -> torch.optim.Optimizer:
-        """Return the plan's torch optimizer over ``model``; ``options`` (fused, foreach) go to its constructor."""
-        return getattr(torch.optim, OPTIMIZERS[self.optimizer].torch_name)(self.param_groups(model), **options)
+    def settings_of(self, row: ParameterPlan) -> dict[str, Any]:
+        """Return all the settings of one parameter, by the names that the optimizer's class takes."""
+        rule = OPTIMIZERS[self.optimizer].of(row)
+        return {**rule.varying(row.lr, row.weight_decay, row.eps), **rule.shared(self.recipe)}
+
+    def make_optimizer(
+        self, model: torch.nn.Module, cls: type[torch.optim.Optimizer] | None = None, **options: Any
+    ) -> torch.optim.Optimizer:
+        """Return the plan's optimizer over ``model``.
+
+        Args:
+            model: built at the plan's scale.
+            cls: the class, where it is in no package that is known (Lion, Signum).
+            options: for its constructor, such as fused and foreach.
+
+        Raises:
+            RequestError: no class, an option that the plan sets itself, or parameters that are not the plan's.
+        """
+        groups = self.param_groups(model)
+        for name in options:
+            if any(name in group for group in groups):
+                raise RequestError(f"{name} is set by the plan, parameter by parameter: change it in the recipe.")
+        return (cls or OPTIMIZERS[self.optimizer].load())(groups, **options)
+
+    def _key(self, row: ParameterPlan) -> tuple[Any, ...]:
+        return row.lr, row.weight_decay, row.eps, OPTIMIZERS[self.optimizer].of(row).name
 
     def groups(self) -> list[dict[str, Any]]:
         """Return the distinct settings and how many parameters share each."""
         counts: dict[tuple[Any, ...], dict[str, Any]] = {}
         for row in self.rows:
-            key = (row.lr, row.weight_decay, row.eps)
+            key = self._key(row)
             group = counts.setdefault(key, {"lr": row.lr, "weight_decay": row.weight_decay, "eps": row.eps, "count": 0})
             group["count"] += 1
         return list(counts.values())
@@ -195,11 +217,6 @@ class Plan:
                     f"{self.scale.width}: build the model at the plan's scale."
                 )
         return parameters
-
-
-def _settings(row: ParameterPlan) -> dict[str, Any]:
-    settings = {"lr": row.lr, "weight_decay": row.weight_decay}
-    return settings if row.eps is None else settings | {"eps": row.eps}
 
 
 def plain_name(name: str) -> str:

@@ -151,11 +151,13 @@ class TargetConfig:
                     "`mutransfer transfer` again instead of editing it."
                 )
         recipe = self.plan.recipe
-        if recipe.alpha_input == recipe.alpha_attention == recipe.alpha_output == 1:
+        rule = optimizer_rule(self.plan.optimizer, recipe)
+        if recipe.alpha_input == recipe.alpha_attention == recipe.alpha_residual == recipe.alpha_output == 1:
             for row in self.plan.rows:
-                if not math.isclose(row.lr, recipe.lr * row.lr_factor, rel_tol=1e-9):
+                lr, _ = rule.of(row).base(recipe)
+                if not math.isclose(row.lr, lr * row.lr_factor, rel_tol=1e-9):
                     raise RequestError(
-                        f"{path}: lr of {row.name} is {row.lr:g}, and the recipe's lr {recipe.lr:g} times its factor "
+                        f"{path}: lr of {row.name} is {row.lr:g}, and the recipe's lr {lr:g} times its factor "
                         f"{row.lr_factor:g} is not: run `mutransfer transfer` again instead of editing it."
                     )
 
