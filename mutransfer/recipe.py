@@ -44,6 +44,7 @@ class Recipe(Settings):
     cooldown: Annotated[float, Field(gt=0, le=1)] = 0.2
     final: Annotated[float, Field(ge=0, le=1)] = 0.0
     clip: Positive | None = None
+    law: Literal["none", "sqrt", "bjorck", "power-lines", "ema"] = "none"
 
     @model_validator(mode="after")
     def _phases_fit(self) -> Self:

@@ -18,7 +18,8 @@ REGULARISATION = {"weight_decay", "decay", "decay_policy", "dropout", "label_smo
 TIED_TO_BATCH = {"betas", "beta1", "beta2", "momentum", "eps", "clip"}
 TIED_TO_LENGTH = {"betas", "beta1", "beta2", "momentum", "eps", "warmup", "cooldown", "final"}
 OF_THE_RUN = {"batch_size", "batch", "steps", "tokens", "epochs", "sequence_length"}
-TRANSFERS = {"lr", "schedule", "init_scale", "alpha_input", "alpha_attention", "alpha_output"}
+ALPHAS = {"alpha_input", "alpha_attention", "alpha_residual", "alpha_output"}
+TRANSFERS = {"lr", "adamw_lr_ratio", "schedule", "init_scale", *ALPHAS}
 
 
 def of_tuned(recipe: Recipe, tuned: Sequence[str], m_B: float, m_D: float) -> Iterator[str]:
