@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,9 +14,11 @@ from typing import Any
 import pandas as pd
 import torch
 
+from .batch_duration import averaged
 from .errors import RequestError, nearest
 from .files import read_json, write_json
 from .frames import PARAMETERS
+from .gauges import attach, refuse_other_gauge, unit
 from .inits import Init
 from .optimizers import OPTIMIZERS
 from .recipe import Recipe
@@ -32,7 +35,7 @@ class ParameterPlan:
     """What one parameter starts from and is trained with; the columns are those of `frames.PARAMETERS`.
 
     ``*_factor`` compares with the base model under the same recipe; ``gauge`` is the factor between this parameter and
-    the one in the source's own gauge (see `fold.Factors`).
+    the one in the source's own gauge (see `fold.Factors`); ``multiplier`` is what is left in the forward pass (`unit`).
     """
 
     name: str
@@ -49,11 +52,13 @@ class ParameterPlan:
     eps_factor: float | None
     init_factor: float | None
     gauge: float
+    multiplier: float = 1.0
 
     def as_row(self) -> dict[str, Any]:
         """Return the parameter as plain data, with the shape as a list."""
         row = asdict(self) | {"shape": list(self.shape), "init_std": self.init.std}
-        return {key: row[key] for key in (*PARAMETERS.columns, "gauge", "init")}
+        more = () if self.multiplier == 1 else ("multiplier",)
+        return {key: row[key] for key in (*PARAMETERS.columns, "gauge", "init", *more)}
 
 
 @dataclass(frozen=True)
@@ -111,7 +116,26 @@ class Plan:
     def settings_of(self, row: ParameterPlan) -> dict[str, Any]:
         """Return all the settings of one parameter, by the names that the optimizer's class takes."""
         rule = OPTIMIZERS[self.optimizer].of(row)
-        return {**rule.varying(row.lr, row.weight_decay, row.eps), **rule.shared(self.recipe)}
+        return {**rule.varying(row.lr, row.weight_decay, row.eps), **rule.shared(self.in_force)}
+
+    @property
+    def in_force(self) -> Recipe:
+        """The recipe with what its batch and duration law makes of the settings that all parameters share."""
+        return averaged(self.recipe, self.scale, self.base)
+
+    def unit(self) -> Plan:
+        """Return the same training with unit weights under forward multipliers, which `attach` registers (u-µP)."""
+        return unit(self)
+
+    def attach(self, model: torch.nn.Module) -> None:
+        """Register the plan's forward multipliers on ``model`` (`torch.nn.utils.parametrize`), before `initialize`.
+
+        A parameter's name then ends in ``parametrizations.weight.original``, as in its state_dict.
+
+        Raises:
+            RequestError: the model has multipliers already, or lacks a parameter of the plan.
+        """
+        attach(self, model)
 
     def make_optimizer(
         self, model: torch.nn.Module, cls: type[torch.optim.Optimizer] | None = None, **options: Any
@@ -208,6 +232,7 @@ class Plan:
         """Return the model's parameters by name, after comparing names and shapes with the plan's."""
         parameters = {plain_name(name): each for name, each in model.named_parameters() if each.requires_grad}
         planned = {row.name: row.shape for row in self.rows}
+        refuse_other_gauge(self, model)
         _refuse_difference(parameters.keys() - planned.keys(), "the model has", "the plan does not")
         _refuse_difference(planned.keys() - parameters.keys(), "the plan has", "the model does not")
         for name, shape in planned.items():
@@ -221,7 +246,8 @@ class Plan:
 
 def plain_name(name: str) -> str:
     """The parameter's own name, without what torch.compile and DDP put before it."""
-    return name.removeprefix("_orig_mod.").removeprefix("module.")
+    name = name.removeprefix("_orig_mod.").removeprefix("module.")
+    return re.sub(r"(^|\.)parametrizations\.([^.]+)\.original$", r"\1\2", name)
 
 
 def _refuse_difference(names: Iterable[str], here: str, there: str) -> None:
