@@ -21,6 +21,7 @@ from .optimizers import OPTIMIZERS
 from .planning import plan
 from .plans import Plan
 from .recipe import Recipe
+from .tables import table
 from .verdicts import MARGIN as MARGIN
 from .verdicts import Verdict as Verdict
 from .verdicts import verdict as verdict
@@ -93,7 +94,11 @@ def _one_run(family: Family, planned: Plan, model: torch.nn.Module, steps: int, 
     batch = family.batch_on(device)
     optimizer = planned.make_optimizer(model)
     roles = module_roles(model, planned)
-    gauges = {row.name.removesuffix(".weight"): row.gauge for row in planned.rows}
+    rows_of = table(planned.parametrization).rows  # a multiplier that the table itself folds is part of the function
+    gauges = {
+        row.name.removesuffix(".weight"): row.gauge / rows_of[row.role].gauge(row.m_in, row.m_out)
+        for row in planned.rows
+    }
     names = {module: name for name, module in model.named_modules()}
     outputs: dict[str, torch.Tensor] = {}
 

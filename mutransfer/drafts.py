@@ -6,8 +6,9 @@ with the base model under the same recipe.
 
 from __future__ import annotations
 
+import fnmatch
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from .errors import RequestError
@@ -35,6 +36,7 @@ class Draft:
     base: Scale
     shapes: dict[str, tuple[int, ...]]
     origin: dict[str, str]
+    densities: Mapping[str, float] = field(default_factory=dict)
     size: dict[str, Factors] = field(default_factory=dict)
     alpha: dict[str, Factors] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -43,6 +45,13 @@ class Draft:
         self.notes += [*self.seen.notes, *([self.rule.about] if self.rule.about else [])]
         self.alpha = dict.fromkeys(self.shapes, Factors())
         self.size = {name: self._size(name) for name in self.shapes}
+        for pattern, density in self.densities.items():
+            found = [name for name in self.shapes if fnmatch.fnmatchcase(name, pattern)]
+            if not found:
+                raise RequestError(
+                    f"no parameter is called {pattern!r}, whose density is {density:g}: give another pattern."
+                )
+            self.notes.append(f"SµPar: {pattern} ({len(found)} parameters) with density ratio {density:g}.")
 
     @property
     def wider(self) -> float:
@@ -79,8 +88,11 @@ class Draft:
         m = self.multipliers(name)
         row = self.rules.rows[spec.role]
         init = row.init(*m) * (_aspect(spec, self.shapes[name]) if self.rules.aspect else 1.0)
+        density = self._density(name)
+        init *= density**-0.5
         growth = Growth(m, spec.shape, self.shapes[name], init)
         lr, eps = rule.lr(row, growth), rule.eps(row, growth)
+        lr /= density
         if self.rules.depth is not None and spec.inside:
             lr *= self.deeper ** float(self.rules.depth.lr(rule.column))
             eps *= self.deeper ** float(self.rules.depth.eps) if rule.eps_of_gradient else 1.0
@@ -94,6 +106,23 @@ class Draft:
             self.notes.append(f"{name} has rows of different roles: its epsilon is not scaled.")
         decay = rule.decay(lr, growth) ** DECAY_POLICIES[self.recipe.decay_policy]
         return Factors(init, lr, decay, eps, row.gauge(*m))
+
+    def _density(self, name: str) -> float:
+        """Return m_ρ of one parameter, by which SµPar (2405.15743, Table 1) divides the fan-in that is left."""
+        density = next((d for pattern, d in self.densities.items() if fnmatch.fnmatchcase(name, pattern)), 1.0)
+        role, rule = self.spec(name).role, self.rule.of(self.spec(name))
+        if density == 1:
+            return density
+        if not density > 0:
+            raise RequestError(f"the density ratio of {name} is {density!r}: give a number above 0.")
+        if role != "hidden" or not self.rules.sparse or rule.fold == "muon":
+            why = (
+                f"{name} is of the role {role}" if role != "hidden" else f"{self.rules.name} with {rule.name} has none"
+            )
+            raise RequestError(
+                f"SµPar's rule for density {density:g} is for hidden layers under µP, and {why}: leave it dense."
+            )
+        return density
 
 
 def _aspect(spec: ParamSpec, shape: tuple[int, ...]) -> float:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from .batch_duration import apply
 from .drafts import Draft
 from .errors import RequestError
 from .family import Family
@@ -32,6 +35,7 @@ def plan(
     recipe: Recipe | str | os.PathLike[str] | None = None,
     *,
     observation: Observation | None = None,
+    densities: Mapping[str, float] | None = None,
 ) -> Plan:
     """Plan the settings of every parameter of ``family`` at ``scale``. Nothing is built for real, so any size will do.
 
@@ -42,6 +46,7 @@ def plan(
         optimizer: name of an optimizer in lower case, one of `optimizers.OPTIMIZERS`.
         recipe: hyperparameters at base scale, or the path of a saved recipe; torch-like defaults if None.
         observation: what `observe` returned for this family, to save doing it again.
+        densities: name pattern → m_ρ, the density of these hidden layers at the target / at the base (SµPar 2405.15743).
 
     Raises:
         RequestError: an unknown name, a model whose parameters cannot be told, an axis that changed but does not grow.
@@ -59,14 +64,16 @@ def plan(
         )
     base_axes = {name: len(spec.shape) for name, spec in seen.specs.items()}
     origin = match_layers({name: len(shape) for name, shape in shapes.items()}, base_axes)
-    draft = Draft(rules, rule, recipe, seen, scale, family.base, shapes, origin)
+    draft = Draft(rules, rule, recipe, seen, scale, family.base, shapes, origin, densities or {})
     fold_all(draft)
     if scale.width < family.base.width:
         draft.notes.append(
             f"the target's width {scale.width} is smaller than the base's {family.base.width}: factors invert."
         )
     rows = tuple(_row(draft, name) for name in shapes)
-    return Plan(scale, family.base, parametrization, optimizer, recipe, rows, tuple(draft.notes))
+    grown = sum(map(math.prod, shapes.values())) / sum(math.prod(spec.shape) for spec in seen.specs.values())
+    planned = Plan(scale, family.base, parametrization, optimizer, recipe, rows, tuple(draft.notes))
+    return apply(planned, scale, family.base, grown)
 
 
 def _row(draft: Draft, name: str) -> ParameterPlan:

@@ -119,6 +119,28 @@ def test_an_unknown_optimizer_is_refused_with_the_nearest_name(name: str, hint: 
         planned(name)
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "read"),
+    [
+        ("adamw", {"betas", "eps"}),
+        ("sgd", {"momentum"}),
+        ("asgd", set()),
+        ("rmsprop", {"betas", "momentum", "eps"}),
+        ("adagrad", {"eps"}),
+        ("lion", {"betas"}),
+        ("adafactor", {"eps2"}),
+        ("adafactor-unscaled", set()),
+        ("muon", {"betas", "momentum", "eps", "adamw_lr_ratio"}),
+    ],
+)
+def test_what_an_optimizer_reads_of_the_recipe(optimizer: str, read: set[str]) -> None:
+    recipe, rule = mt.Recipe(), OPTIMIZERS[optimizer]
+    others = {"momentum": 0.5, "betas": (0.5, 0.5), "eps": 0.5, "eps2": 0.5, "adamw_lr_ratio": 0.5}
+    assert {
+        name for name, value in others.items() if rule.told(recipe.with_(**{name: value})) != rule.told(recipe)
+    } == read
+
+
 def test_adafactor_says_where_torch_caps_it() -> None:
     assert any("caps every lr at 1/√step" in note for note in planned("adafactor")[1].notes)
     assert not any("caps" in note for note in planned("adafactor-hf")[1].notes)
@@ -238,3 +260,55 @@ def test_muon_takes_only_matrices_and_known_options() -> None:
     assert [group["muon"] for group in made.param_groups] == [False, True]
     assert made.param_groups[0]["betas"] == (0.5, 0.6)
     assert "betas" not in made.param_groups[1]
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "lr", "eps"),
+    [("adamw", 4, 1), ("adafactor", 2, 2), ("adafactor-unscaled", 4, None), ("sgd", 4, None)],
+)
+def test_sparse_hidden_layers_follow_supar(optimizer: str, lr: float, eps: float | None) -> None:
+    """Density 1/4: initial variance and Adam's rate ∝ 1/(m_in·m_ρ), SGD's ∝ 1/m_ρ on top (SµPar 2405.15743)."""
+    family, dense = planned(optimizer)
+    sparse = mt.plan(family, dense.scale, "mup", optimizer, dense.recipe, densities={"*.ffn.*.weight": 1 / 4})
+    changed = 0
+    for before, after in zip(dense.rows, sparse.rows, strict=True):
+        if ".ffn." not in before.name:
+            assert after == before
+            continue
+        changed += 1
+        assert after.init.std == pytest.approx(2 * before.init.std)
+        assert after.lr == pytest.approx(lr * before.lr)
+        assert after.lr * after.weight_decay == pytest.approx(before.lr * before.weight_decay)
+        assert after.eps == (None if eps is None else pytest.approx(eps * (before.eps or 0)))
+    assert changed == 12
+    assert any("SµPar" in note and "(12 parameters)" in note for note in sparse.notes)
+
+
+@pytest.mark.parametrize(
+    ("densities", "parametrization", "optimizer", "message"),
+    [
+        ({"readout.weight": 0.5}, "mup", "adamw", "readout.weight is of the role output: leave it dense"),
+        ({"*.ffn.*": 0.5}, "sp", "adamw", "sp with adamw has none"),
+        ({"*.ffn.*": 0.5}, "mup", "muon", "mup with muon has none"),
+        ({"nothing.*": 0.5}, "mup", "adamw", r"no parameter is called 'nothing\.\*'"),
+        ({"*.ffn.*": 0.0}, "mup", "adamw", "give a number above 0"),
+    ],
+)
+def test_sparsity_without_a_rule_is_refused(
+    densities: dict[str, float], parametrization: str, optimizer: str, message: str
+) -> None:
+    family, plan = planned("adamw")
+    with pytest.raises(RequestError, match=message):
+        mt.plan(family, plan.scale, parametrization, optimizer, densities=densities)
+
+
+def test_spectral_caps_the_initial_std_by_the_shape() -> None:
+    """min(1, √(out/in))/√in with 10 logits: 1/√in while the width is below them, √10/in beyond."""
+    batch = torch.randn(4, 8), torch.arange(4)
+    family = mt.Family(lambda s: Mlp(s.width, 4 * s.width), batch, families.loss, mt.Scale(4, 1))
+    for width, capped in ((8, 1.0), (40, (10 / 40) ** 0.5)):
+        rows = {row.name: row for row in mt.plan(family, mt.Scale(width, 1), "spectral").rows}
+        m = width / 4
+        assert rows["readout.weight"].init_factor == pytest.approx(m**-0.5 * capped)
+        assert rows["up.weight"].init_factor == rows["down"].init_factor == pytest.approx(m**-0.5)
+        assert rows["input.weight"].init_factor == pytest.approx((min(1, width / 8) / min(1, 4 / 8)) ** 0.5)
