@@ -60,11 +60,9 @@ def audit(plan: Plan, dump: dict[str, Any] | str | os.PathLike[str]) -> pd.DataF
             differences.append((row.name, "parameter", "present", "missing"))
             continue
         group = found[row.name]
-        planned: dict[str, Any] = {"lr": row.lr, "weight_decay": row.weight_decay}
-        planned |= {} if row.eps is None else {"eps": row.eps}
-        planned |= OPTIMIZERS[plan.optimizer].settings(plan.recipe)
+        planned = plan.settings_of(row)
         if row.weight_decay and "decoupled_weight_decay" in group:  # torch's Adam is AdamW's base class but for this
-            planned["decoupled_weight_decay"] = plan.optimizer == "adamw"
+            planned["decoupled_weight_decay"] = OPTIMIZERS[plan.optimizer].of(row).name != "adam"
         for setting, value in planned.items():
             # OneCycleLR's initial_lr is where it starts from, below the tuned rate, which is its max_lr
             has = (
@@ -130,9 +128,10 @@ def _by_name(groups: list[dict[str, Any]], plan: Plan) -> list[tuple[str, dict[s
         parameters = group.get("params")
         names = group.get("param_names", parameters)  # distributed checkpoints write names in place of indices
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            rule = OPTIMIZERS[plan.optimizer]
             raise RequestError(
                 f"parameter group {i} of the dump has no names (param_names): build the optimizer with "
-                f"torch.optim.{OPTIMIZERS[plan.optimizer].torch_name}(plan.param_groups(model)), which keeps them."
+                f"{rule.home or 'your'}.{rule.torch_name}(plan.param_groups(model)), which keeps them."
             )
         if isinstance(parameters, list) and len(parameters) != len(names):
             raise RequestError(
@@ -174,7 +173,7 @@ def _shapes(plan: Plan, dump: dict[str, Any]) -> Iterator[Difference]:
 
 
 def _close(planned: Any, found: Any, tolerance: float = TOLERANCE) -> bool:
-    if isinstance(planned, bool):
+    if isinstance(planned, (bool, str)):
         return planned == found
     if isinstance(planned, (tuple, list)):
         same = isinstance(found, (tuple, list)) and len(found) == len(planned)

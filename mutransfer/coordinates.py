@@ -23,6 +23,7 @@ from .plans import Plan
 from .recipe import Recipe
 from .scale import Scale
 from .specs import Observation
+from .tables import table
 from .verdicts import MARGIN as MARGIN
 from .verdicts import Verdict as Verdict
 from .verdicts import verdict as verdict
@@ -107,11 +108,12 @@ def _scales(planned: Plan, seen: Observation, wider: float) -> dict[str, float]:
 
     A number with which the module itself multiplies its parameter's result belongs to the features.
     """
-    scales = {}
+    scales, rules = {}, table(planned.parametrization).rows
     for row in planned.rows:
         spec = seen.specs.get(row.name)
         own = wider**spec.constant if spec is not None and spec.constant_inside else 1.0
-        scales[row.name.removesuffix(".weight")] = row.gauge * own
+        # A multiplier that the table itself folds is part of the function.
+        scales[row.name.removesuffix(".weight")] = row.gauge * own / rules[row.role].gauge(row.m_in, row.m_out)
     return scales
 
 

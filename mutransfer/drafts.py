@@ -6,12 +6,14 @@ with the base model under the same recipe.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import fnmatch
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from .errors import RequestError
 from .fold import Factors
-from .optimizers import OptimizerRule
+from .optimizers import Growth, OptimizerRule
 from .recipe import Recipe
 from .scale import Scale
 from .specs import Observation, ParamSpec
@@ -34,14 +36,22 @@ class Draft:
     base: Scale
     shapes: dict[str, tuple[int, ...]]
     origin: dict[str, str]
+    densities: Mapping[str, float] = field(default_factory=dict)
     size: dict[str, Factors] = field(default_factory=dict)
     alpha: dict[str, Factors] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.notes += self.seen.notes
+        self.notes += [*self.seen.notes, *([self.rule.about] if self.rule.about else [])]
         self.alpha = dict.fromkeys(self.shapes, Factors())
         self.size = {name: self._size(name) for name in self.shapes}
+        for pattern, density in self.densities.items():
+            found = [name for name in self.shapes if fnmatch.fnmatchcase(name, pattern)]
+            if not found:
+                raise RequestError(
+                    f"no parameter is called {pattern!r}, whose density is {density:g}: give another pattern."
+                )
+            self.notes.append(f"SµPar: {pattern} ({len(found)} parameters) with density ratio {density:g}.")
 
     @property
     def wider(self) -> float:
@@ -77,13 +87,15 @@ class Draft:
         spec, rule = self.spec(name), self.rule.of(self.spec(name))
         m = self.multipliers(name)
         row = self.rules.rows[spec.role]
-        lr = rule.lr(row, spec, self.shapes[name], m)
-        eps = rule.eps(row, m)
+        init = row.init(*m) * (_aspect(spec, self.shapes[name]) if self.rules.aspect else 1.0)
+        density = self._density(name)
+        init *= density**-0.5
+        growth = Growth(m, spec.shape, self.shapes[name], init)
+        lr, eps = rule.lr(row, growth), rule.eps(row, growth)
+        lr /= density
         if self.rules.depth is not None and spec.inside:
-            alpha = float(self.rules.depth)
-            lr *= self.deeper ** (2 * alpha - 1 if rule.column == "sgd" else alpha - 1)
-            eps *= self.deeper**-alpha
-        gauge = self.rules.readout(*m) if spec.role == "output" else 1.0
+            lr *= self.deeper ** float(self.rules.depth.lr(rule.column))
+            eps *= self.deeper ** float(self.rules.depth.eps) if rule.eps_of_gradient else 1.0
         if spec.mixed and m != (1.0, 1.0) and rule.column != "adam":
             raise RequestError(
                 f"{name} {list(self.shapes[name])} is one matrix whose rows have different roles (some grow with the width, "
@@ -92,6 +104,35 @@ class Draft:
         if spec.mixed and m != (1.0, 1.0):
             eps = 1.0
             self.notes.append(f"{name} has rows of different roles: its epsilon is not scaled.")
-        return Factors(
-            init=row.init(*m), lr=lr, weight_decay=lr ** DECAY_POLICIES[self.recipe.decay_policy], eps=eps, gauge=gauge
-        )
+        decay = rule.decay(lr, growth) ** DECAY_POLICIES[self.recipe.decay_policy]
+        return Factors(init, lr, decay, eps, row.gauge(*m))
+
+    def _density(self, name: str) -> float:
+        """Return m_ρ of one parameter, by which SµPar (2405.15743, Table 1) divides the fan-in that is left."""
+        density = next((d for pattern, d in self.densities.items() if fnmatch.fnmatchcase(name, pattern)), 1.0)
+        role, rule = self.spec(name).role, self.rule.of(self.spec(name))
+        if density == 1:
+            return density
+        if not density > 0:
+            raise RequestError(f"the density ratio of {name} is {density!r}: give a number above 0.")
+        if role != "hidden" or not self.rules.sparse or rule.fold == "muon":
+            why = (
+                f"{name} is of the role {role}" if role != "hidden" else f"{self.rules.name} with {rule.name} has none"
+            )
+            raise RequestError(
+                f"SµPar's rule for density {density:g} is for hidden layers under µP, and {why}: leave it dense."
+            )
+        return density
+
+
+def _aspect(spec: ParamSpec, shape: tuple[int, ...]) -> float:
+    """Return how min(1, √(out/in)) of a matrix changes from the base's shape to ``shape``."""
+
+    def capped(sizes: tuple[int, ...]) -> float:
+        fan = {
+            label: math.prod(n for n, each in zip(sizes, spec.axes, strict=True) if each == label)
+            for label in spec.axes
+        }
+        return min(1.0, math.sqrt(fan.get("out", 1) / fan["in"])) if "in" in fan else 1.0
+
+    return capped(shape) / capped(spec.shape)

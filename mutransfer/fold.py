@@ -11,11 +11,13 @@ from dataclasses import dataclass
 __all__ = ["FOLDS", "Factors"]
 
 # kind of update → powers of c on (lr, weight decay, epsilon); initial weights always take c itself
-FOLDS: dict[str, tuple[float, float, float]] = {
+FOLDS: dict[str, tuple[int, int, int]] = {
     "adam": (1, -1, -1),  # the step does not see the gradient's size, so it must itself grow by c; decay is decoupled
     "adam-l2": (1, -2, -1),  # lr·wd·p enters as a gradient
     "sgd": (2, -2, 0),  # the gradient shrinks by c as well
+    "muon": (1, -1, -1),  # likewise: an orthogonalized step does not see the gradient's size
     "adafactor": (0, 0, 1),  # steps are relative to the parameter; the epsilon is its smallest size
+    "adafactor-hf": (0, -1, 1),  # and so is decay, in transformers' class: lr·size·wd
 }
 
 

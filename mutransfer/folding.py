@@ -113,7 +113,7 @@ def _fold_attention(draft: Draft) -> None:
 def _fold_branches(draft: Draft) -> None:
     """Write the multiplier of residual branches, m_L^-α and the recipe's own, into whatever ends each branch."""
     power = draft.rules.depth
-    size = 1.0 if power is None else draft.deeper ** -float(power)
+    size = 1.0 if power is None else draft.deeper ** float(power.branch)
     alpha = draft.recipe.alpha_residual
     ends = {name for name, spec in draft.seen.specs.items() if spec.ends_branch}
     if power is None and draft.deeper != 1:

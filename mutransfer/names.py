@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Collection
 
@@ -10,10 +11,14 @@ __all__ = ["plain_name", "planned_names"]
 # What torch.compile, DDP and DataParallel, activation checkpoints and the first FSDP put into a parameter's path.
 WRAPPERS = frozenset({"_orig_mod", "module", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
 
+# A weight under a forward multiplier (`gauges.attach`).
+MULTIPLIED = re.compile(r"(^|\.)parametrizations\.([^.]+)\.original$")
+
 
 def plain_name(name: str) -> str:
     """Return the parameter's name without the path components that wrappers add, wherever they stand."""
-    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+    kept = ".".join(part for part in name.split(".") if part not in WRAPPERS)
+    return MULTIPLIED.sub(r"\1\2", kept)
 
 
 def planned_names(found: Collection[str], planned: Collection[str]) -> dict[str, str]:

@@ -1,58 +1,67 @@
-"""Which optimizers have a scaling rule, and which column of the tables each one reads."""
+"""Which optimizers have a scaling rule, by name, and which are refused."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from .errors import RequestError, nearest
 from .recipe import Recipe
-from .specs import ParamSpec
-from .tables import Row
+from .updates import Adafactor, Asgd, Growth, Muon, OptimizerRule, betas
 
-__all__ = ["OPTIMIZERS", "OptimizerRule", "optimizer_rule"]
-
-Column = Literal["adam", "sgd"]
+__all__ = ["OPTIMIZERS", "Growth", "OptimizerRule", "optimizer_rule"]
 
 
-@dataclass(frozen=True)
-class OptimizerRule:
-    """How one `torch.optim` class scales.
-
-    ``column``: "adam" when the update does not change with the gradient's size, "sgd" when it is proportional to it.
-    ``fold``: which of `fold.FOLDS` rewrites a forward multiplier.
-    ``has_eps``: whether it adds an epsilon to the gradient's size.
-    """
-
-    name: str
-    torch_name: str
-    column: Column
-    fold: str
-    has_eps: bool
-
-    def of(self, spec: ParamSpec) -> OptimizerRule:
-        """Return the rule that this parameter follows: some optimizers leave some roles to another."""
-        return self
-
-    def lr(self, row: Row, spec: ParamSpec, shape: tuple[int, ...], m: tuple[float, float]) -> float:
-        """Return the learning rate's factor for a parameter of this ``shape`` and these (m_in, m_out)."""
-        return row.lr(self.column)(*m)
-
-    def eps(self, row: Row, m: tuple[float, float]) -> float:
-        """Return epsilon's factor."""
-        return row.eps(*m)
-
-    def settings(self, recipe: Recipe) -> dict[str, Any]:
-        """Return the settings that are equal for all parameters, as keyword arguments of the torch class."""
-        return {"betas": recipe.betas} if self.column == "adam" else {"momentum": recipe.momentum}
+def momentum(recipe: Recipe) -> dict[str, Any]:
+    """Return the momentum as SGD-like classes take it."""
+    return {"momentum": recipe.momentum}
 
 
-OPTIMIZERS = {
+L2 = "is L2 regularization, which adaptive steps do not transfer: use adamw, whose decay is decoupled"
+CAPPED = (
+    "torch.optim.Adafactor caps every lr at 1/√step: the plan's factors hold until step 1/lr², with the largest lr."
+)
+MUON = {
+    "home": "mutransfer.muon",
+    "about": "hidden matrices follow Muon, all other parameters AdamW at lr · adamw_lr_ratio.",
+}
+
+OPTIMIZERS: dict[str, OptimizerRule] = {
     rule.name: rule
     for rule in (
-        OptimizerRule("adamw", "AdamW", "adam", "adam", True),
-        OptimizerRule("adam", "Adam", "adam", "adam", True),
-        OptimizerRule("sgd", "SGD", "sgd", "sgd", False),
+        OptimizerRule("adamw", "AdamW", "adam", "adam", True, betas),
+        OptimizerRule("adam", "Adam", "adam", "adam", True, betas, l2=L2),
+        OptimizerRule("nadam", "NAdam", "adam", "adam", True, lambda r: {**betas(r), "decoupled_weight_decay": True}),
+        OptimizerRule("adamax", "Adamax", "adam", "adam", True, betas, l2=L2),
+        OptimizerRule(
+            "rmsprop", "RMSprop", "adam", "adam", True, lambda r: {"alpha": r.betas[1], "momentum": r.momentum}, l2=L2
+        ),
+        OptimizerRule("adagrad", "Adagrad", "adam", "adam", True, lambda _: {"initial_accumulator_value": 0}, l2=L2),
+        OptimizerRule("lion", "Lion", "adam", "adam", False, betas, home="lion_pytorch"),
+        OptimizerRule("signum", "Signum", "adam", "adam", False, momentum, home=None),
+        Adafactor("adafactor", "Adafactor", "adam", "adafactor", True, lambda _: {}, about=CAPPED),
+        Adafactor(
+            "adafactor-hf",
+            "Adafactor",
+            "adam",
+            "adafactor-hf",
+            True,
+            lambda _: {"scale_parameter": True, "relative_step": False},
+            home="transformers",
+            gradient_eps=1e-30,
+        ),
+        OptimizerRule(
+            "adafactor-unscaled",
+            "Adafactor",
+            "adam",
+            "adam",
+            False,
+            lambda _: {"scale_parameter": False, "relative_step": False},
+            home="transformers",
+        ),
+        Muon("muon", "MuonWithAdamW", "adam", "muon", True, momentum, **MUON),
+        Muon("muon-match-rms-adamw", "MuonWithAdamW", "adam", "muon", True, momentum, **MUON, adjust="match_rms_adamw"),
+        OptimizerRule("sgd", "SGD", "sgd", "sgd", False, momentum),
+        Asgd("asgd", "ASGD", "sgd", "sgd", False, lambda _: {"weight_decay": 0.0}),
     )
 }
 
@@ -70,15 +79,15 @@ def optimizer_rule(name: str, recipe: Recipe) -> OptimizerRule:
     """Return the rule of the optimizer called ``name`` (its torch class in lower case).
 
     Raises:
-        RequestError: no rule is known for it, or the recipe asks Adam for L2 weight decay.
+        RequestError: no rule is known for it, or the recipe asks an adaptive optimizer for L2 weight decay.
     """
     if name.lower() in REFUSED:
         raise RequestError(f"{name} has no rule that transfers ({REFUSED[name.lower()]}): use adamw, adam or sgd.")
     if name not in OPTIMIZERS:
         raise RequestError(f"no scaling rule is known for the optimizer {name!r}: {nearest(name, OPTIMIZERS)}")
-    if name == "adam" and recipe.weight_decay > 0:
+    rule = OPTIMIZERS[name]
+    if rule.l2 and recipe.weight_decay > 0:
         raise RequestError(
-            f"Adam with weight_decay {recipe.weight_decay:g} is L2 regularization, which adaptive steps do not transfer: "
-            "use adamw, whose decay is decoupled, or set weight_decay to 0."
+            f"{rule.torch_name} with weight_decay {recipe.weight_decay:g} {rule.l2}, or set weight_decay to 0."
         )
-    return OPTIMIZERS[name]
+    return rule

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from .batch_duration import apply
 from .drafts import Draft
 from .errors import RequestError
 from .family import Family
@@ -32,6 +35,7 @@ def plan(
     recipe: Recipe | str | os.PathLike[str] | None = None,
     *,
     observation: Observation | None = None,
+    densities: Mapping[str, float] | None = None,
 ) -> Plan:
     """Plan the settings of every parameter of ``family`` at ``scale``. Nothing is built for real, so any size will do.
 
@@ -39,9 +43,10 @@ def plan(
         family: the model at any size; its base is where every factor is 1.
         scale: the model to plan for.
         parametrization: one of `tables.TABLES`, such as "mup" (TP-V 2203.03466, Table 3), "completep" or "sp".
-        optimizer: name of a torch optimizer in lower case.
+        optimizer: name of an optimizer in lower case, one of `optimizers.OPTIMIZERS`.
         recipe: hyperparameters at base scale, or the path of a saved recipe; torch-like defaults if None.
         observation: what `observe` returned for this family, to save doing it again.
+        densities: name pattern → m_ρ, the density of these hidden layers at the target / at the base (SµPar 2405.15743).
 
     Raises:
         RequestError: an unknown name, a model whose parameters cannot be told, an axis that changed but does not grow.
@@ -60,8 +65,10 @@ def plan(
         )
     base_axes = {name: len(spec.shape) for name, spec in seen.specs.items()}
     origin = match_layers({name: len(shape) for name, shape in shapes.items()}, base_axes)
-    draft = Draft(rules, rule, recipe, seen, scale, family.base, shapes, origin)
-    return finished(draft, optimizer, inits)
+    draft = Draft(rules, rule, recipe, seen, scale, family.base, shapes, origin, densities or {})
+    planned = finished(draft, optimizer, inits)
+    grown = sum(map(math.prod, shapes.values())) / sum(math.prod(spec.shape) for spec in seen.specs.values())
+    return apply(planned, scale, family.base, grown)
 
 
 def finished(draft: Draft, optimizer: str, inits: dict[str, Init]) -> Plan:
@@ -90,10 +97,11 @@ def _row(draft: Draft, name: str, target: Init) -> ParameterPlan:
         init = init.shifted((total.gauge - 1) * spec.shift)
     # What is scaled is s + w: decay must not pull w to where s + w is 1.
     decays = (recipe.decay == "all" or is_matrix) and not (spec.shift and total.gauge != 1)
+    base_lr, base_eps = rule.base(recipe)
     settings: dict[str, Any] = {
-        "lr": recipe.lr * total.lr,
+        "lr": base_lr * total.lr,
         "weight_decay": recipe.weight_decay * total.weight_decay if decays else 0.0,
-        "eps": recipe.eps * total.eps if rule.has_eps else None,
+        "eps": base_eps * total.eps if rule.has_eps else None,
     }
     return ParameterPlan(
         name=name,

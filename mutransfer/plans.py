@@ -13,9 +13,11 @@ import pandas as pd
 import torch
 
 from . import schedulers
+from .batch_duration import averaged
 from .errors import RequestError, nearest
 from .files import read_json, write_json
 from .frames import PARAMETERS
+from .gauges import attach, refuse_other_gauge, unit
 from .inits import Init, draw_
 from .names import plain_name, planned_names
 from .optimizers import OPTIMIZERS
@@ -33,7 +35,7 @@ class ParameterPlan:
     """What one parameter starts from and is trained with; the columns are those of `frames.PARAMETERS`.
 
     ``*_factor`` compares with the base model under the same recipe; ``gauge`` is the factor between this parameter and
-    the one in the source's own gauge (see `fold.Factors`).
+    the one in the source's own gauge (see `fold.Factors`); ``multiplier`` is what is left in the forward pass (`unit`).
     """
 
     name: str
@@ -50,11 +52,13 @@ class ParameterPlan:
     eps_factor: float | None
     init_factor: float | None
     gauge: float
+    multiplier: float = 1.0
 
     def as_row(self) -> dict[str, Any]:
         """Return the parameter as plain data, with the shape as a list."""
         row = vars(self) | {"shape": list(self.shape), "init": self.init.as_dict(), "init_std": self.init.std}
-        return {key: row[key] for key in (*PARAMETERS.columns, "gauge", "init")}
+        more = () if self.multiplier == 1 else ("multiplier",)
+        return {key: row[key] for key in (*PARAMETERS.columns, "gauge", "init", *more)}
 
 
 @dataclass(frozen=True)
@@ -104,25 +108,66 @@ class Plan:
             RequestError: the model's parameters are not the plan's.
         """
         parameters = self._matched(model)
-        shared = OPTIMIZERS[self.optimizer].settings(self.recipe)
         groups: dict[tuple[Any, ...], dict[str, Any]] = {}
         for row in self.rows:
-            group = groups.setdefault((row.lr, row.weight_decay, row.eps), {"params": [], **_settings(row), **shared})
+            group = groups.setdefault(self._key(row), {"params": [], **self.settings_of(row)})
             group["params"].append((row.name, parameters[row.name]))
         if tensor_lr:
             for group in groups.values():
                 group["lr"] = torch.tensor(group["lr"], dtype=torch.float32, device=group["params"][0][1].device)
         return list(groups.values())
 
+    def settings_of(self, row: ParameterPlan) -> dict[str, Any]:
+        """Return all the settings of one parameter, by the names that the optimizer's class takes."""
+        rule = OPTIMIZERS[self.optimizer].of(row)
+        return {**rule.varying(row.lr, row.weight_decay, row.eps), **rule.shared(self.in_force)}
+
+    @property
+    def in_force(self) -> Recipe:
+        """The recipe with what its batch and duration law makes of the settings that all parameters share."""
+        return averaged(self.recipe, self.scale, self.base)
+
+    def unit(self) -> Plan:
+        """Return the same training with unit weights under forward multipliers, which `attach` registers (u-µP)."""
+        return unit(self)
+
+    def attach(self, model: torch.nn.Module) -> None:
+        """Register the plan's forward multipliers on ``model`` (`torch.nn.utils.parametrize`), before `initialize`.
+
+        A parameter's name then ends in ``parametrizations.weight.original``, as in its state_dict.
+
+        Raises:
+            RequestError: the model has multipliers already, or lacks a parameter of the plan.
+        """
+        attach(self, model)
+
     def make_optimizer(
-        self, model: torch.nn.Module, *, tensor_lr: bool = False, **options: Any
+        self,
+        model: torch.nn.Module,
+        cls: type[torch.optim.Optimizer] | None = None,
+        *,
+        tensor_lr: bool = False,
+        **options: Any,
     ) -> torch.optim.Optimizer:
-        """Return the plan's torch optimizer over ``model``; ``options`` (fused, foreach) go to its constructor.
+        """Return the plan's optimizer over ``model``.
 
         Its default learning rate, which some schedulers take for that of the run, is the recipe's; no group uses it.
+
+        Args:
+            model: built at the plan's scale.
+            cls: the class, where it is in no package that is known (Lion, Signum).
+            tensor_lr: as in `param_groups`.
+            options: for its constructor, such as fused and foreach.
+
+        Raises:
+            RequestError: no class, an option that the plan sets itself, or parameters that are not the plan's.
         """
-        groups = self.param_groups(model, tensor_lr=tensor_lr)
-        return getattr(torch.optim, OPTIMIZERS[self.optimizer].torch_name)(groups, **{"lr": self.recipe.lr, **options})
+        groups, rule = self.param_groups(model, tensor_lr=tensor_lr), OPTIMIZERS[self.optimizer]
+        for name in options:
+            if any(name in group for group in groups):
+                raise RequestError(f"{name} is set by the plan, parameter by parameter: change it in the recipe.")
+        default = {"lr": self.recipe.lr} if cls is None and rule.home == "torch.optim" else {}
+        return (cls or rule.load())(groups, **default, **options)
 
     def per_group(self, target: torch.optim.Optimizer | torch.nn.Module, value: float) -> list[float]:
         """Return an absolute learning rate of the base model as one for each parameter group, in the groups' order.
@@ -140,7 +185,7 @@ class Plan:
         return schedulers.per_group(self, groups, value)
 
     def check_scheduler(self, scheduler: Any, steps: int = 100) -> None:
-        """Refuse a learning rate scheduler that would not keep the planned ratios between groups .
+        """Refuse a learning rate scheduler that would not keep the planned ratios between groups.
 
         Args:
             scheduler: of an optimizer with the plan's groups; SequentialLR and ChainedScheduler are looked into.
@@ -151,11 +196,14 @@ class Plan:
         """
         schedulers.check(self, scheduler, steps)
 
+    def _key(self, row: ParameterPlan) -> tuple[Any, ...]:
+        return row.lr, row.weight_decay, row.eps, OPTIMIZERS[self.optimizer].of(row).name
+
     def groups(self) -> list[dict[str, Any]]:
         """Return the distinct settings and how many parameters share each."""
         counts: dict[tuple[Any, ...], dict[str, Any]] = {}
         for row in self.rows:
-            key = (row.lr, row.weight_decay, row.eps)
+            key = self._key(row)
             group = counts.setdefault(key, {"lr": row.lr, "weight_decay": row.weight_decay, "eps": row.eps, "count": 0})
             group["count"] += 1
         return list(counts.values())
@@ -230,6 +278,7 @@ class Plan:
         found = {name: each for name, each in model.named_parameters() if each.requires_grad}
         owners = planned_names(found, planned)
         parameters = {owners[name]: parameter for name, parameter in found.items()}
+        refuse_other_gauge(self, model)
         _refuse_difference(parameters.keys() - planned.keys(), "the model has", "the plan does not")
         _refuse_difference(planned.keys() - parameters.keys(), "the plan has", "the model does not")
         for name, shape in planned.items():
@@ -239,11 +288,6 @@ class Plan:
                     f"{self.scale.width}: build the model at the plan's scale."
                 )
         return parameters
-
-
-def _settings(row: ParameterPlan) -> dict[str, Any]:
-    settings = {"lr": row.lr, "weight_decay": row.weight_decay}
-    return settings if row.eps is None else settings | {"eps": row.eps}
 
 
 def _whole(norm: torch.Tensor) -> torch.Tensor:

@@ -30,6 +30,8 @@ class Recipe(Settings):
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
     eps: Positive = 1e-8
     momentum: Fraction = 0.9
+    adamw_lr_ratio: Positive = 1.0  # beside Muon: the lr of what it leaves to AdamW, over its own
+    eps2: Positive = 1e-3  # Adafactor: the least size of a parameter that its step is relative to
     init_scale: Positive = 1.0
     alpha_input: Positive = 1.0
     alpha_attention: Positive = 1.0
@@ -42,6 +44,7 @@ class Recipe(Settings):
     cooldown: Annotated[float, Field(gt=0, le=1)] = 0.2
     final: Annotated[float, Field(ge=0, le=1)] = 0.0
     clip: Positive | None = None
+    law: Literal["none", "sqrt", "bjorck", "power-lines", "ema"] = "none"
 
     @model_validator(mode="after")
     def _phases_fit(self) -> Self:

@@ -1,108 +1,20 @@
 """The parametrizations as data: one frozen table each, exponents as fractions, reading like the papers' own.
 
 A table gives, per role, the powers of m_in and m_out by which the base model's initial standard deviation, learning
-rate and epsilon are multiplied. Its algebra (what a step of training then does to activations as everything grows
-together) is derived when the table is built and held against the exponents the table declares.
+rate and epsilon are multiplied (`tableau.Table`); docs/rules.md says how sure each entry is.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from fractions import Fraction
 
 from .errors import RequestError, nearest
+from .tableau import HALF, IN, ONE, OUT, Band, Depth, Power, Row, Table
 
 __all__ = ["HEALTHY", "HEALTHY_DEPTH", "TABLES", "Band", "Power", "Row", "Table", "table"]
 
-Band = tuple[float, float]
-HALF = Fraction(1, 2)
-
-
-@dataclass(frozen=True)
-class Power:
-    """m_in to one power times m_out to another."""
-
-    into: Fraction = Fraction(0)
-    out: Fraction = Fraction(0)
-
-    def __call__(self, m_in: float, m_out: float) -> float:
-        """Return the factor for these ratios."""
-        return m_in ** float(self.into) * m_out ** float(self.out)
-
-    def __truediv__(self, other: Power) -> Power:
-        return Power(self.into - other.into, self.out - other.out)
-
-    @property
-    def total(self) -> Fraction:
-        """The exponent when both axes grow together."""
-        return self.into + self.out
-
-
-ONE, IN, OUT, SQRT_IN = Power(), Power(into=Fraction(1)), Power(out=Fraction(1)), Power(into=HALF)
-
-
-@dataclass(frozen=True)
-class Row:
-    """What multiplies the base model's values for one role: initial std, lr per optimizer column, Adam's epsilon."""
-
-    init: Power
-    adam: Power
-    sgd: Power
-    eps: Power
-
-    def lr(self, column: str) -> Power:
-        """Return the learning rate's power for the optimizer column "adam" or "sgd"."""
-        return self.adam if column == "adam" else self.sgd
-
-
-@dataclass(frozen=True)
-class Table:
-    """One parametrization, in the gauge without forward multipliers.
-
-    Args:
-        name: as on the command line.
-        source: paper and table.
-        rows: role → factors.
-        attention: power of m_h (head dim / base head dim), written on m_in, that multiplies the queries.
-        readout: multiplier that the source writes on the readout, here folded into it; a readout tied to an embedding
-            takes it through the final norm, and gradient norms are measured in this gauge.
-        declared: (column, statistic, role) → slope against log width that the source's theory predicts, as a band.
-            "activation" at initialization, "change" after a step; role "feature" or "output".
-        depth: α of the residual branches' multiplier m_L^-α (CompleteP 2505.01618, Table 1); None without a rule.
-
-    Raises:
-        AssertionError: the rows do not give the declared slopes.
-    """
-
-    name: str
-    source: str
-    rows: dict[str, Row]
-    attention: Power
-    readout: Power
-    declared: dict[tuple[str, str, str], Band]
-    depth: Fraction | None = None
-
-    def __post_init__(self) -> None:
-        assert self.rows["finite"] == Row(ONE, ONE, ONE, ONE), "a parameter that does not grow is not scaled"
-        for (column, statistic, role), (low, high) in self.declared.items():
-            derived = self.derived(column, statistic, role)
-            assert low <= derived <= high, (
-                f"{self.name}: {column} {statistic} of {role} is {derived}, not {low}..{high}"
-            )
-
-    def derived(self, column: str, statistic: str, role: str) -> Fraction:
-        """Slope that the rows imply when every width grows together, by the counting of TP-V 2203.03466, Appendix J.
-
-        Initial weights meet activations incoherently (a sum of n terms is √n large), updates coherently (n large). The
-        gradient at a hidden preactivation has the size of the readout's weights, at a logit size 1.
-        """
-        output, hidden, first = self.rows["output"], self.rows["hidden"], self.rows["input"]
-        row, grows = {"output": (output, 1), "feature": (hidden, 1), "first": (first, 0)}[role]
-        if statistic == "activation":
-            return row.init.total + HALF * grows
-        gradient = Fraction(0) if role == "output" or column == "adam" else output.init.total
-        return row.lr(column).total + gradient + grows
-
+SQRT_IN, SQRT_OUT = IN**HALF, OUT**HALF
 
 MUP = Table(
     "mup",
@@ -111,13 +23,13 @@ MUP = Table(
         #                 init std      lr, Adam     lr, SGD         epsilon
         "input": Row(ONE, ONE, OUT, ONE / OUT),
         "vector": Row(ONE, ONE, OUT, ONE / OUT),
-        "hidden": Row(ONE / SQRT_IN, ONE / IN, OUT / IN, ONE / OUT),
-        "output": Row(ONE / IN, ONE / IN, ONE / IN, ONE),
+        "hidden": Row(ONE / SQRT_IN, ONE / IN, OUT / IN, ONE / OUT, spectral=SQRT_OUT / SQRT_IN),
+        "output": Row(ONE, ONE, IN, ONE / IN).folded(ONE / IN),  # Table 8's row and multiplier make Table 3's
         "bottleneck": Row(ONE / SQRT_IN, ONE / IN, ONE / IN, ONE),
         "finite": Row(ONE, ONE, ONE, ONE),
     },
     attention=ONE / SQRT_IN,
-    readout=ONE / IN,
+    sparse=True,
     declared={
         **{(column, "activation", "feature"): (0, 0) for column in ("adam", "sgd")},
         **{(column, "activation", "output"): (-0.5, -0.5) for column in ("adam", "sgd")},
@@ -140,7 +52,6 @@ SP = Table(
         "finite": Row(ONE, ONE, ONE, ONE),
     },
     attention=ONE,
-    readout=ONE,
     declared={
         **{(column, "activation", role): (0, 0) for column in ("adam", "sgd") for role in ("feature", "output")},
         ("adam", "change", "first"): (0, 0),
@@ -152,15 +63,74 @@ SP = Table(
     },
 )
 
-# On residual branches besides: lr·m_L^(α−1) (SGD m_L^(2α−1)), eps·m_L^-α, and the multiplier folded into what ends them.
-COMPLETEP = replace(
-    MUP, name="completep", source="CompleteP 2505.01618, Table 1 (α = 1), over " + MUP.source, depth=Fraction(1)
-)
-DEPTH_MUP = replace(
-    MUP, name="depth-mup", source="CompleteP 2505.01618, Table 1 (α = ½), over " + MUP.source, depth=HALF
+# One standard deviation and one learning rate for all under forward multipliers 1/√fan-in: SP's function, another gauge.
+NTK = Table(
+    "ntk",
+    "Jacot et al. 1806.07572 (the neural tangent kernel's parametrization, multiplier 1/√fan-in), as a control",
+    rows={
+        role: Row(ONE, ONE, ONE, ONE).folded(ONE / SQRT_IN if role in ("hidden", "output", "bottleneck") else ONE)
+        for role in MUP.rows
+    },
+    attention=ONE,
+    declared={
+        **{(column, "activation", role): (0, 0) for column in ("adam", "sgd") for role in ("feature", "output")},
+        ("adam", "change", "first"): (0, 0),
+        ("adam", "change", "feature"): (0.5, 0.5),
+        ("adam", "change", "output"): (0.5, 1),  # 1: aligned readout weights (½) meet features that move with +½
+        ("sgd", "change", "first"): (-0.5, -0.5),
+        ("sgd", "change", "feature"): (-0.5, -0.5),
+        ("sgd", "change", "output"): (0, 0),
+    },
 )
 
-TABLES = {each.name: each for each in (MUP, SP, COMPLETEP, DEPTH_MUP)}
+SPECTRAL = replace(
+    MUP,
+    name="spectral",
+    source="spectral condition 2310.17813, Parametrization 1: std ∝ min(1, √(out/in))/√in, rates as µP; epsilon as µP",
+    rows={
+        **MUP.rows,
+        "output": replace(MUP.rows["output"], init=ONE / SQRT_IN),
+    },
+    aspect=True,
+)
+
+STREAM: dict[tuple[str, str, str], Band] = {
+    (column, statistic, "stream"): (0, 0)
+    for column in ("adam", "sgd")
+    for statistic in ("depth activation", "depth change")
+}
+COMPLETEP = replace(
+    MUP,
+    name="completep",
+    source="CompleteP 2505.01618, Table 1 (α = 1), over " + MUP.source,
+    depth=Depth.completep(Fraction(1)),
+    declared=MUP.declared | STREAM,
+)
+DEPTH_MUP = replace(
+    COMPLETEP,
+    name="depth-mup",
+    source="CompleteP 2505.01618, Table 1 (α = ½), over " + MUP.source,
+    depth=Depth.completep(HALF),
+)
+
+# Its unit weights under explicit multipliers are one more gauge of this table: `Plan.unit` changes to it.
+UMUP = replace(
+    DEPTH_MUP,
+    name="umup",
+    source="u-µP 2407.17465, Table 2: multipliers 1/√fan-in, 1/fan-in on the readout, 1/√depth; embedding lr 1/√fan-out",
+    rows={
+        "input": replace(MUP.rows["input"], adam=ONE / SQRT_OUT),
+        "vector": MUP.rows["vector"],
+        # its own gauge: unit weights, and the multiplier that is folded
+        "hidden": Row(ONE, ONE / SQRT_IN, OUT, ONE / (SQRT_IN * OUT), spectral=SQRT_OUT).folded(ONE / SQRT_IN),
+        "output": Row(ONE, ONE, IN, ONE / IN).folded(ONE / IN),
+        "bottleneck": Row(ONE, ONE / SQRT_IN, ONE, ONE / SQRT_IN).folded(ONE / SQRT_IN),
+        "finite": MUP.rows["finite"],
+    },
+    declared=DEPTH_MUP.declared | {("adam", "change", "first"): (-0.5, -0.5)},
+)
+
+TABLES = {each.name: each for each in (MUP, SP, COMPLETEP, DEPTH_MUP, NTK, SPECTRAL, UMUP)}
 
 # What width-stable feature learning looks like, whatever the parametrization in force: the coordinate check's measure.
 # Logits may start as small as they like (µP's fall as −½, a zero readout's are 0) but not grow.

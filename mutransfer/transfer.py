@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from .batch_duration import apply
 from .errors import RequestError, nearest
 from .files import read_json, write_json
 from .optimizers import optimizer_rule
@@ -87,7 +88,7 @@ class TargetConfig:
         """Return the config as plain JSON data with the keys ``KEYS``; `load` reads it back."""
         planned, recipe = self.plan.as_dict(), self.plan.recipe
         rule = optimizer_rule(self.plan.optimizer, recipe)
-        settings = {key: list(v) if isinstance(v, tuple) else v for key, v in rule.settings(recipe).items()}
+        settings = {key: list(v) if isinstance(v, tuple) else v for key, v in rule.settings(self.plan.in_force).items()}
         found = {
             **{key: planned[key] for key in ("scale", "base", "parametrization", "recipe", "parameters", "notes")},
             "format": FORMAT,
@@ -151,11 +152,13 @@ class TargetConfig:
                     "`mutransfer transfer` again instead of editing it."
                 )
         recipe = self.plan.recipe
-        if recipe.alpha_input == recipe.alpha_attention == recipe.alpha_output == 1:
+        rule = optimizer_rule(self.plan.optimizer, recipe)
+        if recipe.alpha_input == recipe.alpha_attention == recipe.alpha_residual == recipe.alpha_output == 1:
             for row in self.plan.rows:
-                if not math.isclose(row.lr, recipe.lr * row.lr_factor, rel_tol=1e-9):
+                lr, _ = rule.of(row).base(recipe)
+                if row.multiplier == 1 and not math.isclose(row.lr, lr * row.lr_factor, rel_tol=1e-9):
                     raise RequestError(
-                        f"{path}: lr of {row.name} is {row.lr:g}, and the recipe's lr {recipe.lr:g} times its factor "
+                        f"{path}: lr of {row.name} is {row.lr:g}, and the recipe's lr {lr:g} times its factor "
                         f"{row.lr_factor:g} is not: run `mutransfer transfer` again instead of editing it."
                     )
 
@@ -175,6 +178,7 @@ def target_config(
     tuned: Sequence[str],
     seed: int,
     provenance: dict[str, Any],
+    proxy_parameters: int | None = None,
 ) -> TargetConfig:
     """Return the settings of the big run, with a warning for everything that is not known to carry over.
 
@@ -192,9 +196,11 @@ def target_config(
         tuned: which hyperparameters were searched, by their names in the recipe; a dotted prefix does not matter.
         seed: of the target run.
         provenance: where the recipe came from; the proxy and the tuned names are added.
+        proxy_parameters: how many the proxy has, which the law power-lines needs.
 
     Raises:
-        RequestError: a size is not a positive whole number, or something that JSON cannot hold.
+        RequestError: a batch or duration law that does not fit, a size that is not a positive whole number, or something
+            that JSON cannot hold.
     """
     proxy = proxy.with_(batch=proxy_batch_size, tokens=None)
     origin = {"proxy": {**proxy.as_dict(), "steps": proxy_steps}, "tuned": list(tuned)}
@@ -205,9 +211,19 @@ def target_config(
     )
     m_B = batch_size / proxy_batch_size
     m_D = m_B * steps / proxy_steps
+    unchanged = plan.recipe.law == "none"
+    if not unchanged:
+        tokens = proxy_batch_size * proxy_steps * sequence_length
+        grown = None if proxy_parameters is None else sum(math.prod(row.shape) for row in plan.rows) / proxy_parameters
+        sizes = plan.scale.with_(batch=batch_size, tokens=target.tokens)
+        plan = apply(plan, sizes, proxy.with_(batch=proxy_batch_size, tokens=tokens), grown)
     warnings = [
         *of_tuned(plan.recipe, tuned, m_B, m_D),
-        *of_laws(m_B, m_D, (proxy_batch_size, batch_size), (proxy_batch_size * proxy_steps, batch_size * steps)),
+        *(
+            of_laws(m_B, m_D, (proxy_batch_size, batch_size), (proxy_batch_size * proxy_steps, batch_size * steps))
+            if unchanged
+            else ()
+        ),
         *of_depth(plan, proxy),
         *plan.notes,  # a target smaller than the base, a depth other than the base's: the plan says so itself
     ]

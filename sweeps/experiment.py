@@ -97,9 +97,13 @@ class Experiment(Settings):
 
     def _idle(self) -> dict[str, str]:
         """Hyperparameters that nothing reads, with the reason: searching them would report noise as a finding."""
-        adam = optimizer_rule(self.optimizer, self.recipe).column == "adam"
-        names = ("momentum",) if adam else ("beta1", "beta2", "eps")
-        idle = dict.fromkeys(names, f"{self.optimizer} has none")
+        rule, others = (
+            optimizer_rule(self.optimizer, self.recipe),
+            ("momentum", *BETAS, "eps", "eps2", "adamw_lr_ratio"),
+        )
+        told = {name: rule.told(with_values(self.recipe, {name: 0.123})) for name in others}
+        idle = {name: f"{self.optimizer} has none" for name in others if told[name] == rule.told(self.recipe)}
+        idle["law"] = "it acts between the proxy's batch and duration and the target's"
         schedules = self.search["schedule"].ends() if "schedule" in self.search else [self.recipe.schedule]
         if "wsd" not in schedules:
             idle["cooldown"] = "only the schedule wsd has one"

@@ -376,7 +376,7 @@ def test_a_head_dim_that_grows_oddly_is_refused() -> None:
     [
         ({"parametrization": "mu"}, "unknown parametrization 'mu'"),
         ({"optimizer": "adamww"}, "no scaling rule is known for the optimizer 'adamww': did you mean 'adamw'"),
-        ({"optimizer": "lion"}, "no scaling rule is known for the optimizer 'lion': known are"),
+        ({"optimizer": "shampoo"}, "no scaling rule is known for the optimizer 'shampoo': known are"),
         ({"optimizer": "radam"}, "radam has no rule that transfers"),
         ({"optimizer": "LBFGS"}, "LBFGS has no rule that transfers"),
         (

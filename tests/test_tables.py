@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from fractions import Fraction
 
 import pytest
@@ -10,6 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mutransfer.errors import RequestError
+from mutransfer.fold import FOLDS, Factors
+from mutransfer.tableau import Depth
 from mutransfer.tables import HEALTHY, MUP, SP, TABLES, Power, Row, Table, table
 
 HALF = Fraction(1, 2)
@@ -18,8 +20,53 @@ POWERS = st.builds(Power, st.fractions(-2, 2, max_denominator=4), st.fractions(-
 RATIOS = st.floats(1 / 64, 64)
 
 
+ROWS = st.builds(Row, POWERS, POWERS, POWERS, POWERS, POWERS, st.none() | POWERS)
+
+
+@given(ROWS, POWERS, POWERS)
+def test_gauge_changes_compose(row: Row, a: Power, b: Power) -> None:
+    assert row.folded(a).folded(b) == row.folded(a * b)
+    assert row.folded(a).folded(ONE / a) == row
+    assert row.folded(ONE) == row
+
+
+@given(POWERS, RATIOS, RATIOS, st.sampled_from(["adam", "sgd"]))
+def test_a_folded_row_is_folded_factors(c: Power, m_in: float, m_out: float, column: str) -> None:
+    """The algebra of exponents and the one of numbers are the same."""
+    row = MUP.rows["hidden"]
+    number = Factors(row.init(m_in, m_out), row.lr(column)(m_in, m_out), eps=row.eps(m_in, m_out))
+    number = number.folded(c(m_in, m_out), column)
+    folded = row.folded(c)
+    assert number.init == pytest.approx(folded.init(m_in, m_out), rel=1e-9)
+    assert number.lr == pytest.approx(folded.lr(column)(m_in, m_out), rel=1e-9)
+    assert number.gauge == pytest.approx(folded.gauge(m_in, m_out), rel=1e-9)
+    if column == "adam":
+        assert number.eps == pytest.approx(folded.eps(m_in, m_out), rel=1e-9)
+
+
 def with_row(table: Table, role: str, **powers: Power) -> Table:
     return replace(table, rows={**table.rows, role: replace(table.rows[role], **powers)})
+
+
+FACTORS = st.builds(Factors, *[st.floats(0.1, 10)] * 5)
+
+
+def numbers(factors: Factors) -> list[float]:
+    return list(asdict(factors).values())
+
+
+@given(FACTORS, RATIOS, RATIOS, st.sampled_from(sorted(FOLDS)))
+def test_folds_of_numbers_compose(factors: Factors, a: float, b: float, kind: str) -> None:
+    assert numbers(factors.folded(a, kind).folded(b, kind)) == pytest.approx(numbers(factors.folded(a * b, kind)))
+    assert numbers(factors.folded(a, kind).folded(1 / a, kind)) == pytest.approx(numbers(factors))
+
+
+@given(FACTORS, RATIOS, st.sampled_from(sorted(set(FOLDS) - {"adafactor-hf"})))
+def test_a_fold_keeps_what_decays_in_a_step(factors: Factors, c: float, kind: str) -> None:
+    """lr·wd: what a step multiplies the weights with. L2 inside Adam is divided by the gradient's size as well."""
+    folded = factors.folded(c, kind)
+    expected = factors.lr * factors.weight_decay * (1 / c if kind == "adam-l2" else 1)
+    assert folded.lr * folded.weight_decay == pytest.approx(expected)
 
 
 @given(POWERS, POWERS, RATIOS, RATIOS)
@@ -108,8 +155,56 @@ def test_every_table_declares_the_same_statistics() -> None:
             ("change", "output"),
         )
     }
-    assert all(set(each.declared) == keys and each.rows.keys() == MUP.rows.keys() for each in TABLES.values())
+    stream = {(column, f"depth {what}", "stream") for column in ("adam", "sgd") for what in ("activation", "change")}
+    for each in TABLES.values():
+        assert set(each.declared) == (keys | stream if each.depth else keys)
+        assert each.rows.keys() == MUP.rows.keys()
     assert all(isinstance(row, Row) for each in TABLES.values() for row in each.rows.values())
+
+
+@given(st.fractions(0, 1, max_denominator=8))
+def test_depth_rules_keep_the_residual_stream(alpha: Fraction) -> None:
+    """Every α moves the stream alike in one step; only α ≥ ½ keeps its size at initialization."""
+    rule = Depth.completep(alpha)
+    for column in ("adam", "sgd"):
+        assert rule.derived(column, "depth change") == 0
+        assert rule.derived(column, "depth activation") == max(Fraction(0), HALF - alpha)
+    assert replace(rule, adam=rule.adam + HALF).derived("adam", "depth change") == HALF
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"branch": Fraction(0)}, "completep: adam depth activation of stream is 1/2"),
+        ({"adam": HALF}, "completep: adam depth change of stream is 1/2"),
+        ({"sgd": Fraction(0)}, "completep: sgd depth change of stream is -1"),
+    ],
+)
+def test_a_wrong_depth_rule_is_refused_when_built(change: dict[str, Fraction], message: str) -> None:
+    built = TABLES["completep"]
+    with pytest.raises(AssertionError, match=message):
+        replace(built, depth=replace(built.depth, **change))  # type: ignore[type-var]
+
+
+def test_the_new_tables_are_those_of_their_papers() -> None:
+    """Each factor at m_in = 4, m_out = 9, with every multiplier folded, by hand."""
+
+    def factors(name: str, role: str) -> tuple[float, ...]:
+        row = TABLES[name].rows[role]
+        return tuple(power(4, 9) for power in (row.init, row.adam, row.sgd, row.eps, row.gauge))
+
+    for role in ("hidden", "output", "bottleneck"):  # 1/√4 in the forward pass
+        assert factors("ntk", role) == (1 / 2, 1 / 2, 1 / 4, 2, 1 / 2)
+    assert factors("ntk", "input") == factors("ntk", "vector") == (1, 1, 1, 1, 1)
+    # u-µP, Table 2: unit weights, Adam's lr 1/√fan-out, 1/√fan-in, 1 under multipliers 1, 1/√fan-in, 1/fan-in
+    assert factors("umup", "input")[:2] == (1, 1 / 3)
+    assert (factors("umup", "hidden")[:2], factors("umup", "hidden")[4]) == ((1 / 2, 1 / 2 * 1 / 2), 1 / 2)
+    assert (factors("umup", "output")[:2], factors("umup", "output")[4]) == ((1 / 4, 1 / 4), 1 / 4)
+    for role in ("hidden", "output", "bottleneck"):  # otherwise µP in another gauge
+        assert factors("umup", role)[:4] == factors("mup", role)[:4]
+        assert TABLES["umup"].rows[role].spectral == MUP.rows[role].spectral
+    assert factors("spectral", "output")[0] == 1 / 2  # and the cap min(1, √(out/in)) where it is reached
+    assert TABLES["spectral"].aspect
 
 
 def test_only_mup_declares_healthy_slopes() -> None:
@@ -127,7 +222,8 @@ def test_only_mup_declares_healthy_slopes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "hint"), [("mpu", "did you mean 'mup'"), ("xyz", "known are completep, depth-mup, mup, sp")]
+    ("name", "hint"),
+    [("mpu", "did you mean 'mup'"), ("xyz", "known are completep, depth-mup, mup, ntk, sp, spectral, umup")],
 )
 def test_an_unknown_table_is_refused_with_the_known_ones(name: str, hint: str) -> None:
     with pytest.raises(RequestError, match=f"unknown parametrization '{name}': {hint}"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -98,8 +99,11 @@ def target_of(
         "versions": before.get("versions"),
         "commands": before.get("commands"),
     }
+    rules = experiment.parametrization, experiment.optimizer, recipe
+    counted = plan(family, experiment.proxy_scale, *rules).rows if recipe.law == "power-lines" else ()
     return target_config(
-        plan(family, scale, experiment.parametrization, experiment.optimizer, recipe),
+        plan(family, scale, *rules),
+        proxy_parameters=sum(math.prod(row.shape) for row in counted) or None,
         model=experiment.model,
         options=experiment.options,
         data=experiment.data,

@@ -58,10 +58,10 @@ WRONG = [
     (("verify", "language", "--widths", "16,40"), ["width 40 is not a multiple of the head dim 16"]),
     (("transfer", "language", "--width", "40"), ["width 40 is not a multiple of the head dim 16"]),
     # An optimizer without a rule.
-    ((*TUNE, "optimizer=lion"), ["no scaling rule is known for the optimizer 'lion'", "adamw"]),
+    ((*TUNE, "optimizer=shampoo"), ["no scaling rule is known for the optimizer 'shampoo'", "adamw"]),
     ((*TUNE, "optimizer=lbfgs"), ["lbfgs has no rule that transfers", "use adamw"]),
     (("plan", "mlp", "--width", "16", "--optimizer", "adamm"), ["'adamm'", "did you mean 'adam'?"]),
-    (("check", "mlp", "--widths", "8,16", "--optimizer", "lion"), ["no scaling rule is known for the optimizer 'lion'"]),
+    (("check", "mlp", "--widths", "8,16", "--optimizer", "shampoo"), ["no scaling rule is known for the optimizer 'shampoo'"]),
     # Adam with L2 weight decay.
     (("tune", "experiment.yaml", "--set", "optimizer=adam", "--set", "recipe.weight_decay=0.1"), ["L2", "use adamw"]),
     (("plan", "mlp", "--width", "16", "--optimizer", "adam", "--recipe", "recipe.json"), ["L2", "use adamw"]),

@@ -7,9 +7,12 @@ readout (they do not fall with width) and hidden layers that keep the size of th
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -21,6 +24,7 @@ from mutransfer.coordinates import record
 from mutransfer.proxies.models import MLP
 from mutransfer.scale import Scale
 from mutransfer.tables import MUP, TABLES
+from mutransfer.updates import Muon, OptimizerRule
 from mutransfer.verdicts import MARGIN, verdict
 
 from .. import families
@@ -88,6 +92,132 @@ def test_the_mlp_shows_what_the_table_declares(parametrization: str, optimizer: 
     assert outside(slopes) == []
 
 
+class Lion(torch.optim.Optimizer):
+    """Chen et al. 2302.06675, as lion_pytorch has it."""
+
+    def __init__(self, groups: Any) -> None:
+        super().__init__(groups, {})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            first, second = group["betas"]
+            for p in group["params"]:
+                mean = self.state[p].setdefault("mean", torch.zeros_like(p))
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.sub_(mean.lerp(p.grad, 1 - first).sign() * group["lr"])
+                mean.lerp_(p.grad, 1 - second)
+
+
+def plain_mlp() -> mt.Family:
+    """The same without biases, whose rate is not the embedding's in u-µP."""
+    biased = mlp()
+
+    def build(scale: Scale) -> nn.Module:
+        model: Any = biased.build(scale)
+        for layer in (model.input, *model.hidden, model.readout):
+            layer.bias = None
+        return model
+
+    return mt.Family(build, biased.batch, biased.loss, biased.base, "mlp")
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("parametrization", ["ntk", "spectral", "umup"])
+def test_the_other_tables_show_what_they_declare(parametrization: str, optimizer: str) -> None:
+    slopes = measured(plain_mlp(), WIDTHS, parametrization, optimizer, lr=LR[optimizer], seeds=range(8))
+    assert len(slopes) == 8
+    assert outside(slopes) == []
+
+
+# steps relative to the weights, or of spectral norm 1, are smaller than Adam's at the same rate
+OF_THE_ADAM_COLUMN = {
+    **dict.fromkeys(("adam", "nadam", "adamax", "rmsprop", "adagrad", "adafactor-unscaled", "lion"), 2**-14),
+    **dict.fromkeys(("adafactor", "adafactor-hf", "muon", "muon-match-rms-adamw"), 2**-11),
+}
+
+
+def by_optimizer(optimizer: str, family: mt.Family, seeds: int) -> list[str]:
+    lr = {**OF_THE_ADAM_COLUMN, "asgd": 2**-10}[optimizer]
+    # three steps: after one, most of them are the sign of the gradient
+    return outside(measured(family, (64, 128, 256, 512), "mup", optimizer, lr=lr, steps=3, seeds=range(seeds)))
+
+
+@pytest.mark.parametrize("optimizer", ["rmsprop", "adafactor", "muon", "muon-match-rms-adamw"])
+def test_one_optimizer_of_each_kind_shows_mups_slopes(optimizer: str) -> None:
+    assert by_optimizer(optimizer, plain_mlp(), 6) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", [*OF_THE_ADAM_COLUMN, "asgd"])
+@pytest.mark.parametrize("kind", ["mlp", "transformer"])
+def test_every_optimizer_shows_mups_slopes(optimizer: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lion_pytorch", SimpleNamespace(Lion=Lion))  # type: ignore[arg-type]
+    family = plain_mlp() if kind == "mlp" else families.transformer(width=64)
+    assert by_optimizer(optimizer, family, 6) == []
+
+
+class Residual(nn.Module):
+    """Blocks of one hidden layer, read through norms: the stream is what the last norm is given."""
+
+    def __init__(self, width: int, depth: int) -> None:
+        super().__init__()
+        self.input, self.readout = nn.Linear(8, width, bias=False), nn.Linear(width, 10, bias=False)
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(depth))
+        self.up = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(depth))
+        self.down = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(depth))
+        self.final = nn.LayerNorm(width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.input(x)
+        for norm, up, down in zip(self.norms, self.up, self.down, strict=True):
+            h = h + down(torch.relu(up(norm(h))))
+        return self.readout(self.final(h))
+
+
+def stream_slopes(parametrization: str, optimizer: str, lr: float) -> tuple[float, float]:
+    """Slopes over depth of what the branches add to the stream: its size at initialization, its change by one step."""
+    batch = mlp().batch
+    family = mt.Family(lambda s: Residual(s.width, s.depth), batch, families.loss, Scale(64, 4))
+    depths, sizes = (4, 8, 16, 32), []
+    for depth in depths:
+        # beside Muon, an input that moves more than the branches would carry their incoherent part along (slope −½)
+        recipe = mt.Recipe(lr=lr, adamw_lr_ratio=2**-6 if optimizer == "muon" else 1)
+        plan = mt.plan(family, Scale(64, depth), parametrization, optimizer, recipe)
+        found = []
+        for seed in range(4):
+            model: Any = family.build(plan.scale)
+            plan.initialize(model, seed)
+            made, streams = plan.make_optimizer(model), []
+            model.final.register_forward_pre_hook(lambda _, x, kept=streams: kept.append(x[0].detach()))
+            family.loss(model, batch).backward()
+            first = model.input(batch[0]).detach()
+            made.step()
+            family.loss(model, batch)
+            parts = streams[0] - first, streams[1] - streams[0] - (model.input(batch[0]).detach() - first)
+            found.append([float(part.abs().mean().log2()) for part in parts])
+        sizes.append(np.mean(found, axis=0))
+    x = np.log2(depths)
+    slopes = np.polyfit(x, np.array(sizes), 1)[0]
+    return float(slopes[0]), float(slopes[1])
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "muon"])
+@pytest.mark.parametrize(
+    ("parametrization", "alpha"), [("completep", 1), ("depth-mup", 0.5), ("umup", 0.5), ("mup", 0)]
+)
+def test_the_residual_stream_over_depth(parametrization: str, alpha: float, optimizer: str) -> None:
+    """What the branches add starts as L^(½−α) and, where there is a rule, changes as L^0."""
+    start, change = stream_slopes(
+        parametrization, optimizer, {"adamw": 2**-14, "sgd": 2**-10, "muon": 2**-10}[optimizer]
+    )
+    assert start == pytest.approx(0.5 - alpha, abs=MARGIN)
+    if parametrization == "mup":
+        assert change > 0.3
+    else:
+        assert change == pytest.approx(0, abs=MARGIN)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 @pytest.mark.parametrize("parametrization", ["mup", "sp"])
@@ -105,33 +235,71 @@ def test_larger_models_show_what_the_table_declares(name: str, parametrization: 
     assert outside(slopes) == []
 
 
-def with_large_eps(monkeypatch: pytest.MonkeyPatch, scaled: bool) -> None:
-    """Let `record` plan with an epsilon far above the gradients, scaled by the table or left as it is."""
+def planned_with(monkeypatch: pytest.MonkeyPatch, scaled: bool, **values: float) -> None:
+    """Let `record` plan with a value of the recipe, such as a large epsilon; unscaled, it stays as it is at all widths."""
     right = coordinates.plan
+    (value,) = values.values()
 
     def plan(
         family: mt.Family, scale: Scale, parametrization: str, optimizer: str, recipe: mt.Recipe, **options: Any
     ) -> mt.Plan:
-        planned = right(family, scale, parametrization, optimizer, recipe.with_(eps=1e-2), **options)
+        planned = right(family, scale, parametrization, optimizer, recipe.with_(**values), **options)
         if scaled:
             return planned
-        return replace(planned, rows=tuple(replace(row, eps=1e-2) for row in planned.rows))
+        return replace(planned, rows=tuple(replace(row, eps=value) for row in planned.rows))
 
     monkeypatch.setattr(coordinates, "plan", plan)
 
 
-def hidden_changes(**options: Any) -> pd.Series:
-    slopes = measured(mlp(), WIDTHS, "mup", "adamw", seeds=range(4), **options)
+def hidden_changes(optimizer: str = "adamw", **options: Any) -> pd.Series:
+    slopes = measured(mlp(), WIDTHS, "mup", optimizer, seeds=range(4), **options)
     found = slopes[(slopes["statistic"] == "change") & (slopes["role"] == "feature")]
     return found.set_index("module")["slope"]
 
 
-def test_epsilon_is_scaled_with_the_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("optimizer", "eps", "unscaled"),
+    [
+        ("adamw", {"eps": 1e-2}, -0.4),
+        ("nadam", {"eps": 1e-2}, -0.4),
+        ("adamax", {"eps": 1e-2}, -0.4),
+        ("rmsprop", {"eps": 1e-2}, -0.4),
+        ("adagrad", {"eps": 1e-2}, -0.4),
+    ],
+)
+def test_epsilon_is_scaled_with_the_gradients(
+    optimizer: str, eps: dict[str, float], unscaled: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with monkeypatch.context() as patch:
-        with_large_eps(patch, scaled=True)
-        assert hidden_changes(lr=2**-8).abs().max() <= 0.08
-    with_large_eps(monkeypatch, scaled=False)
-    assert hidden_changes(lr=2**-8).max() <= -0.4
+        planned_with(patch, scaled=True, **eps)
+        assert hidden_changes(optimizer, lr=2**-8).abs().max() <= 0.08
+    planned_with(monkeypatch, scaled=False, **eps)
+    assert hidden_changes(optimizer, lr=2**-8).max() <= unscaled
+
+
+@pytest.mark.parametrize("optimizer", ["adafactor", "adafactor-hf"])
+def test_adafactors_epsilon_is_scaled_with_the_weights(optimizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        planned_with(patch, scaled=True, eps2=10.0)
+        assert hidden_changes(optimizer, lr=2**-14).abs().max() <= 0.08
+    planned_with(monkeypatch, scaled=False, eps2=10.0)
+    assert hidden_changes(optimizer, lr=2**-14)["hidden.0"] >= 0.4
+
+
+def test_muons_epsilon_is_scaled_with_the_whole_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its norm stays where an entry's shrinks as 1/m: Adam's factor would let the steps grow."""
+    planned_with(monkeypatch, scaled=True, eps=1e4)  # its iteration lifts small gradients 485 times
+    assert hidden_changes("muon", lr=2**-8).abs().max() <= 0.08
+    monkeypatch.setattr(Muon, "eps", OptimizerRule.eps)
+    assert hidden_changes("muon", lr=2**-8)["hidden.0"] >= 0.4
+
+
+def test_muons_own_factor_must_be_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """RMS-matched steps at one rate for all widths grow with the square root of the width."""
+    planned_with(monkeypatch, scaled=True, adamw_lr_ratio=2**-6)
+    assert hidden_changes("muon-match-rms-adamw", lr=2**-11).abs().max() <= 0.08
+    monkeypatch.setattr(Muon, "lr", lambda self, row, growth: 1.0)
+    assert hidden_changes("muon-match-rms-adamw", lr=2**-11)["hidden.0"] >= 0.4
 
 
 def multi_query(**options: Any) -> pd.DataFrame:

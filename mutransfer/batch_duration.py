@@ -1,0 +1,183 @@
+"""Laws for a batch or a duration that changes: empirical, one sentence and one source each, and used only when named.
+
+Everything here is relative to the run that the recipe was tuned on: m_B and m_D are the ratios of batch sizes and of training
+tokens, m_N that of parameter counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from .errors import RequestError, nearest
+from .recipe import Recipe
+from .scale import Scale
+
+if TYPE_CHECKING:
+    from .plans import Plan
+
+__all__ = ["LAWS", "Change", "Law", "Ratios", "apply", "averaged", "law", "ratios"]
+
+ADAMS = ("adamw", "adam", "nadam")
+
+
+@dataclass(frozen=True)
+class Ratios:
+    """Target over proxy: batch size, training tokens, parameters (None when they were not counted)."""
+
+    batch: float
+    tokens: float
+    parameters: float | None = None
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a law multiplies all learning rates, weight decays, 1 − β and epsilons with."""
+
+    lr: float = 1.0
+    weight_decay: float = 1.0
+    averaging: float = 1.0
+    eps: float = 1.0
+
+
+@dataclass(frozen=True)
+class Law:
+    """One law: what it says, where from, and the optimizers that it was found with."""
+
+    name: str
+    says: str
+    source: str
+    change: Callable[[Ratios], Change]
+    optimizers: tuple[str, ...] = ADAMS
+
+
+def _sqrt(m: Ratios) -> Change:
+    r = m.batch / m.tokens
+    return Change(lr=r**0.5, weight_decay=r**0.5, averaging=r, eps=r**-0.5)
+
+
+def _power_lines(m: Ratios) -> Change:
+    if m.parameters is None:
+        raise RequestError(
+            "the law power-lines needs the ratio of parameter counts: give the proxy's (proxy_parameters)."
+        )
+    per_parameter = m.tokens / m.parameters
+    return Change(weight_decay=m.batch / m.tokens * per_parameter**0.527)
+
+
+LAWS = {
+    each.name: each
+    for each in (
+        Law(
+            "sqrt",
+            "with r = m_B/m_D, lr and weight decay ∝ √r, 1 − β ∝ r, eps ∝ 1/√r",
+            "Complete(d)P, as read from a third-party implementation and not from the paper",
+            _sqrt,
+        ),
+        Law("bjorck", "lr ∝ tokens^-0.32", "Bjorck et al. 2409.19913", lambda m: Change(lr=m.tokens**-0.32)),
+        Law(
+            "power-lines",
+            "batch / (lr · weight decay · tokens) ∝ (tokens per parameter)^-0.527, by the weight decay",
+            "Power Lines 2505.13738",
+            _power_lines,
+            ("adamw", "nadam"),
+        ),
+        Law(
+            "ema",
+            "lr · weight decay · steps is held, by the weight decay",
+            "Wang & Aitchison 2405.13698",
+            lambda m: Change(weight_decay=m.batch / m.tokens),
+            ("adamw", "nadam"),
+        ),
+    )
+}
+
+
+def law(name: str) -> Law:
+    """Return the law called ``name``.
+
+    Raises:
+        RequestError: there is none, with the nearest name.
+    """
+    if name not in LAWS:
+        raise RequestError(f"unknown law {name!r}: {nearest(name, [*LAWS, 'none'])}")
+    return LAWS[name]
+
+
+def ratios(scale: Scale, base: Scale, parameters: float | None = None) -> Ratios | None:
+    """Return the ratios between two scales, or None where one of them leaves its batch or tokens open."""
+    if None in (scale.batch, scale.tokens, base.batch, base.tokens):
+        return None
+    return Ratios(scale.batch / base.batch, scale.tokens / base.tokens, parameters)  # type: ignore[operator]
+
+
+def averaged(recipe: Recipe, scale: Scale, base: Scale) -> Recipe:
+    """Return the recipe with the betas that its law asks for between ``base`` and ``scale``.
+
+    Raises:
+        RequestError: the batch grows so much that a moment would no longer be averaged.
+    """
+    found = ratios(scale, base)
+    if recipe.law != "sqrt" or found is None:
+        return recipe
+    r = law(recipe.law).change(found).averaging
+    betas = tuple(1 - (1 - beta) * r for beta in recipe.betas)
+    if min(betas) < 0:
+        raise RequestError(
+            f"the law {recipe.law} turns betas {recipe.betas} into {betas} at m_B/m_D = {r:g}: grow the batch less, or the "
+            "run more."
+        )
+    return recipe.with_(betas=betas)
+
+
+def apply(plan: Plan, scale: Scale, tuned: Scale, parameters: float | None = None) -> Plan:
+    """Return ``plan`` for the batch and the tokens of ``scale``, from a recipe tuned at those of ``tuned``.
+
+    Args:
+        plan: with no law applied yet.
+        scale: with batch and tokens.
+        tuned: likewise.
+        parameters: m_N, which only some laws need.
+
+    Raises:
+        RequestError: the law is unknown, was found with other optimizers, or needs something that is not given.
+    """
+    m = ratios(scale, tuned, parameters)
+    name = plan.recipe.law
+    if m is None or (m.batch == 1 and m.tokens == 1):
+        return plan
+    sizes = {"batch": scale.batch, "tokens": scale.tokens}
+    if name == "none":
+        note = f"batch and data change (m_B = {m.batch:g}, m_D = {m.tokens:g}) and no batch or duration law was named: lr, "
+        note += "weight decay, betas and eps are carried unchanged."
+        return replace(plan, scale=plan.scale.with_(**sizes), notes=(*plan.notes, note))
+    chosen = law(name)
+    if plan.optimizer not in chosen.optimizers:
+        raise RequestError(
+            f"the law {name} was found with {' and '.join(chosen.optimizers)} ({chosen.source}), and the optimizer is "
+            f"{plan.optimizer}: name the law 'none', or use one of these."
+        )
+    change = chosen.change(m)
+    rows = tuple(
+        replace(
+            row,
+            lr=row.lr * change.lr,
+            weight_decay=row.weight_decay * change.weight_decay,
+            eps=None if row.eps is None else row.eps * change.eps,
+            lr_factor=row.lr_factor * change.lr,
+            wd_factor=row.wd_factor * change.weight_decay,
+            eps_factor=None if row.eps_factor is None else row.eps_factor * change.eps,
+        )
+        for row in plan.rows
+    )
+    note = f"law {name} ({chosen.source}): {chosen.says}; m_B = {m.batch:g}, m_D = {m.tokens:g}."
+    changed = replace(
+        plan,
+        rows=rows,
+        scale=plan.scale.with_(**sizes),
+        base=plan.base.with_(batch=tuned.batch, tokens=tuned.tokens),
+        notes=(*plan.notes, note),
+    )
+    averaged(plan.recipe, changed.scale, changed.base)  # refuse now, not when the optimizer is made
+    return changed
