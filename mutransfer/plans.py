@@ -166,7 +166,7 @@ class Plan:
         for name in options:
             if any(name in group for group in groups):
                 raise RequestError(f"{name} is set by the plan, parameter by parameter: change it in the recipe.")
-        default = {"lr": self.recipe.lr} if cls is None and rule.home == "torch.optim" else {}
+        default: dict[str, Any] = {"lr": self.recipe.lr} if cls is None and rule.home == "torch.optim" else {}
         return (cls or rule.load())(groups, **default, **options)
 
     def per_group(self, target: torch.optim.Optimizer | torch.nn.Module, value: float) -> list[float]:
