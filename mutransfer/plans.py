@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,14 @@ import torch
 
 from . import schedulers
 from .batch_duration import averaged
+from .clipping import clip_grad_norm_
 from .errors import RequestError, nearest
 from .files import read_json, write_json
 from .frames import PARAMETERS
-from .gauges import attach, refuse_other_gauge, unit
+from .gauges import attach, unit
 from .inits import Init, draw_
-from .names import plain_name, planned_names
+from .matching import matched
+from .names import plain_name
 from .optimizers import OPTIMIZERS
 from .recipe import Recipe
 from .scale import Scale
@@ -92,7 +93,7 @@ class Plan:
         Raises:
             RequestError: the model's parameters are not the plan's, or have no memory yet.
         """
-        parameters = self._matched(model)
+        parameters = matched(self, model)
         for row in self.rows:
             draw_(parameters[row.name], row.init, seed, row.name)
 
@@ -107,7 +108,7 @@ class Plan:
         Raises:
             RequestError: the model's parameters are not the plan's.
         """
-        parameters = self._matched(model)
+        parameters = matched(self, model)
         groups: dict[tuple[Any, ...], dict[str, Any]] = {}
         for row in self.rows:
             group = groups.setdefault(self._key(row), {"params": [], **self.settings_of(row)})
@@ -215,20 +216,8 @@ class Plan:
         The norm is taken in the gauge of the table's source, where a gradient is ``gauge`` times as large: in the gauge
         without multipliers the readout's share of the norm would grow with width, and the clipping with it.
         """
-        parameters = self._matched(model)
-        live: dict[tuple[Any, ...], list[torch.Tensor]] = {}
-        for row in self.rows:
-            grad = parameters[row.name].grad
-            if grad is not None:  # sharded gradients meet only those of their own mesh
-                live.setdefault((getattr(grad, "device_mesh", None), grad.device, row.gauge), []).append(grad)
-        if not live:
-            return torch.zeros(())
-        norms = [_whole(torch.nn.utils.get_total_norm(grads)) * key[-1] for key, grads in live.items()]
-        total = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
-        scale = torch.clamp(max_norm / (total + 1e-6), max=1.0)
-        for (_, device, _), grads in live.items():
-            torch._foreach_mul_(grads, scale.to(device))
-        return total
+        parameters = matched(self, model)
+        return clip_grad_norm_([(row.gauge, parameters[row.name]) for row in self.rows], max_norm)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the plan as JSON, whole or not at all."""
@@ -271,33 +260,6 @@ class Plan:
             raise RequestError(f"{where} is for the optimizer {names[1]!r}: {nearest(names[1], OPTIMIZERS)}")
         recipe = Recipe.read(data["recipe"], f"{where}, recipe")
         return cls(*scales, *names, recipe, rows, tuple(data.get("notes", ())))
-
-    def _matched(self, model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-        """Return the model's parameters by name, after comparing names and shapes with the plan's."""
-        planned = {row.name: row.shape for row in self.rows}
-        found = {name: each for name, each in model.named_parameters() if each.requires_grad}
-        owners = planned_names(found, planned)
-        parameters = {owners[name]: parameter for name, parameter in found.items()}
-        refuse_other_gauge(self, model)
-        _refuse_difference(parameters.keys() - planned.keys(), "the model has", "the plan does not")
-        _refuse_difference(planned.keys() - parameters.keys(), "the plan has", "the model does not")
-        for name, shape in planned.items():
-            if tuple(parameters[name].shape) != shape:
-                raise RequestError(
-                    f"{name} has shape {list(parameters[name].shape)} in the model and {list(shape)} in the plan for width "
-                    f"{self.scale.width}: build the model at the plan's scale."
-                )
-        return parameters
-
-
-def _whole(norm: torch.Tensor) -> torch.Tensor:
-    """A sharded tensor's value on every process; `full_tensor` is what a DTensor has and a plain tensor has not."""
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-
-
-def _refuse_difference(names: Iterable[str], here: str, there: str) -> None:
-    for name in sorted(names):
-        raise RequestError(f"{here} a parameter {name!r} that {there}: plan and build the same family, tied alike.")
 
 
 def _read_row(row: dict[str, Any]) -> ParameterPlan:
