@@ -11,7 +11,7 @@ import pandas as pd
 from scipy import stats
 
 from .errors import RequestError
-from .frames import SLOPES
+from .frames import SLOPES, varying
 from .optimizers import OPTIMIZERS
 from .tables import HEALTHY, HEALTHY_DEPTH, TABLES, Band
 
@@ -49,9 +49,9 @@ def verdict(coordinates: pd.DataFrame, margin: float = MARGIN) -> Verdict:
         raise RequestError(
             f"one verdict judges one parametrization, and the frame holds {sorted(names)}: filter it first."
         )
-    axis = "depth" if coordinates["depth"].nunique() > 1 else "width"
+    axis = varying(coordinates)
     if coordinates[axis].nunique() < 2:
-        raise RequestError("a slope needs at least two widths: record more.")
+        raise RequestError("a slope needs at least two widths or depths: record more.")
     if axis == "depth" and coordinates["width"].nunique() > 1:
         raise RequestError("widths and depths both vary, and a slope is along one of them: record one at a time.")
     last = int(coordinates["step"].max())
