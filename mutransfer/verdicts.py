@@ -143,10 +143,16 @@ def _cause(slopes: pd.DataFrame, axis: str) -> str:
         why = (
             "its residual branches are not scaled with the depth" if worst["slope"] > 0 else "its layers stop learning"
         )
+    elif worst["statistic"] == "change" and worst["slope"] > 0:
+        # Logits also follow the features' change through the readout's initial weights.
+        own = "does not" if worst["role"] == "feature" else "or initial weights do not"
+        why = f"its learning rate {own} shrink with width"
     elif worst["statistic"] == "change":
-        why = "its learning rate does not shrink with width" if worst["slope"] > 0 else "its updates fade with width"
+        why = "its updates fade with width"
+    elif worst["slope"] > 0:
+        why = "its initial weights are not scaled with the fan-in, or a number in the forward pass grows with the width"
     else:
-        why = "its initial weights are not scaled with the fan-in"
+        why = "its initial weights, or what enters it, shrink too fast"
     return f"{what} where {worst['expected']} is healthy, so {why}; failing: {listed}."
 
 

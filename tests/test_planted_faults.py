@@ -98,18 +98,18 @@ def _healthy_mlp() -> Verdict:
         ),
         pytest.param(
             rows(matrix("input.weight"), lambda row: {"lr": row.lr / row.m_out}), "input", "fade with width",
-            id="embedding lr scaled",
+            id="first layer's lr scaled",
         ),
         pytest.param(
-            rows(role("output"), lambda row: {"init": row.init.scaled(row.m_in)}), "readout", "width^+",
-            id="readout std not scaled",
+            rows(role("output"), lambda row: {"init": row.init.scaled(row.m_in**0.5)}), "readout",
+            "or initial weights do not shrink", id="readout std as SP has it",
         ),
         pytest.param(
-            rows(role("output"), lambda row: {"lr": row.lr * row.m_in}), "readout", "does not shrink with width",
+            rows(role("output"), lambda row: {"lr": row.lr * row.m_in}), "readout", "learning rate or initial",
             id="readout lr not scaled",
         ),
         pytest.param(
-            rows(role("hidden"), lambda row: {"init": row.init.scaled(row.m_in**0.5)}), "hidden.0", "width^+",
+            rows(role("hidden"), lambda row: {"init": row.init.scaled(row.m_in**0.5)}), "hidden.0", "initial weights are not",
             id="hidden std not scaled",
         ),
     ],
@@ -138,7 +138,7 @@ def test_the_check_names_a_bottleneck_taken_for_an_output() -> None:
     family = families.transformer(width=32, depth=1, kv_heads=1, head_dim=8)
     assert checked(family).status == "pass"
     found = checked(family, rows(role("bottleneck"), lambda row: {"init": row.init.scaled(row.m_in**-0.5)}))
-    names_and_cause(found, "blocks.0.attention.v", "width^-0.")
+    names_and_cause(found, "blocks.0.attention.v", "shrink too fast")
     assert {"blocks.0.attention.k", "blocks.0.attention.v"} <= set(failing(found)["module"])
 
 
@@ -164,7 +164,8 @@ def test_the_check_names_a_forward_constant_left_in(monkeypatch: pytest.MonkeyPa
     assert found.status == "fail"
     slopes = found.slopes.set_index(["module", "statistic", "step"])["slope"]
     assert slopes["hidden", "activation", 0] == pytest.approx(0.5, abs=0.1)
-    assert "hidden" in str(found.cause)
+    assert "a number in the forward pass grows with the width" in str(found.cause)
+    assert {"embedding"}.isdisjoint(failing(found)["module"])  # what stands before the constant is as it should be
 
 
 def test_the_check_over_depths_names_a_missing_residual_multiplier(monkeypatch: pytest.MonkeyPatch) -> None:
