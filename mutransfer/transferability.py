@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from .plans import Plan
 from .recipe import Recipe
 from .scale import Scale
+from .tables import table
 
 __all__ = ["of_depth", "of_laws", "of_tuned"]
 
@@ -18,7 +19,6 @@ TIED_TO_BATCH = {"betas", "beta1", "beta2", "momentum", "eps", "clip"}
 TIED_TO_LENGTH = {"betas", "beta1", "beta2", "momentum", "eps", "warmup", "cooldown", "final"}
 OF_THE_RUN = {"batch_size", "batch", "steps", "tokens", "epochs", "sequence_length"}
 TRANSFERS = {"lr", "schedule", "init_scale", "alpha_input", "alpha_attention", "alpha_output"}
-NO_DEPTH_RULE = {"mup", "sp"}
 
 
 def of_tuned(recipe: Recipe, tuned: Sequence[str], m_B: float, m_D: float) -> Iterator[str]:
@@ -61,7 +61,7 @@ def of_depth(plan: Plan, proxy: Scale) -> Iterator[str]:
     """Warn of a depth that changes without a rule."""
     # When the proxy has the base's depth, the plan's own note says the same.
     changed = plan.scale.depth != proxy.depth and proxy.depth != plan.base.depth
-    if changed and plan.parametrization in NO_DEPTH_RULE:
+    if changed and table(plan.parametrization).depth is None:
         yield (
             f"depth goes from {proxy.depth} in the proxy to {plan.scale.depth}: {plan.parametrization} has no rule for depth, "
             "so the recipe is carried without any factor."
