@@ -47,6 +47,7 @@ def record(
     seeds: Iterable[int] = range(5),
     device: str = "cpu",
     progress: Callable[[int, int], None] = lambda done, total: None,
+    planner: Callable[..., Plan] | None = None,
 ) -> pd.DataFrame:
     """Train ``family`` a few steps at each width and record the size of every module's output.
 
@@ -64,6 +65,7 @@ def record(
         seeds: of the initial weights, at least one.
         device: where to train.
         progress: called with (runs done, runs in all).
+        planner: plans in place of `plan`, called with the same arguments: to measure a plan that was changed.
 
     Returns:
         A frame with the columns of `frames.COORDINATES`.
@@ -88,7 +90,7 @@ def record(
     growing = _stacks(family, scales) if depths else None
     rows: list[dict[str, Any]] = []
     for i, scale in enumerate(scales):
-        planned = plan(family, scale, parametrization, optimizer, recipe, observation=seen)
+        planned = (planner or plan)(family, scale, parametrization, optimizer, recipe, observation=seen)
         divide = _scales(planned, seen, scale.width / family.base.width)
         for j, seed in enumerate(seeds):
             progress(i * len(seeds) + j, len(scales) * len(seeds))

@@ -12,7 +12,7 @@ import pandas as pd
 from .errors import RequestError
 from .files import write_text
 
-__all__ = ["BASINS", "COORDINATES", "OPTIMA", "PARAMETERS", "SLOPES", "TRIALS", "Schema"]
+__all__ = ["BASINS", "COORDINATES", "OPTIMA", "PARAMETERS", "SLOPES", "TRIALS", "Schema", "varying"]
 
 
 @dataclass(frozen=True)
@@ -165,3 +165,8 @@ PARAMETERS = Schema(
         "init_factor": ("float64", "initial std relative to the base model's; missing for constants"),
     },
 )
+
+
+def varying(coordinates: pd.DataFrame) -> str:
+    """Return along which column a coordinates frame compares models: "depth" if that varies, else "width"."""
+    return "depth" if coordinates["depth"].nunique() > 1 else "width"

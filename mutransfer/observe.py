@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 import logging
 import math
 from collections import defaultdict
@@ -18,7 +17,8 @@ from .branches import residual_branches
 from .errors import RequestError, describe
 from .family import Family
 from .inits import Init, InitWatcher
-from .roles import ROLES, roles_of
+from .overrides import check_patterns, check_roles, role_given
+from .roles import roles_of
 from .scale import Scale
 from .specs import Observation, ParamSpec
 from .stretch import stretched
@@ -68,6 +68,7 @@ def _watch(family: Family) -> Observation:
         raise RequestError(
             f"{odd} is there at one width and not at the other: one family must have the same parameters."
         )
+    check_patterns(check_roles(family.roles, f"roles of {family.name}"), shapes, family.name)
     uses = seen.uses()
     branches = residual_branches(seen.graph, uses)
     inside = frozenset().union(*(branch.inside for branch in branches))
@@ -162,9 +163,7 @@ def _spec(
     family: Family, name: str, shape: tuple[int, ...], grows: tuple[bool, ...], uses: list[Use], init: Init, *,
     inside: bool, ends_branch: bool, constant: float, constant_inside: bool, mixed: bool,
 ) -> ParamSpec:  # fmt: skip
-    given = next((role for pattern, role in family.roles.items() if fnmatch.fnmatchcase(name, pattern)), None)
-    if given is not None and given not in ROLES:
-        raise RequestError(f"the role {given!r} of {name} is unknown: it is one of {', '.join(ROLES)}.")
+    given = role_given(family.roles, name)
     if given is None:
         roles = roles_of(name, shape, grows, uses)
         tied = len(set(roles)) > 1

@@ -11,7 +11,7 @@ import pandas as pd
 from scipy import stats
 
 from .errors import RequestError
-from .frames import SLOPES
+from .frames import SLOPES, varying
 from .optimizers import OPTIMIZERS
 from .tables import HEALTHY, HEALTHY_DEPTH, TABLES, Band
 
@@ -49,9 +49,9 @@ def verdict(coordinates: pd.DataFrame, margin: float = MARGIN) -> Verdict:
         raise RequestError(
             f"one verdict judges one parametrization, and the frame holds {sorted(names)}: filter it first."
         )
-    axis = "depth" if coordinates["depth"].nunique() > 1 else "width"
+    axis = varying(coordinates)
     if coordinates[axis].nunique() < 2:
-        raise RequestError("a slope needs at least two widths: record more.")
+        raise RequestError("a slope needs at least two widths or depths: record more.")
     if axis == "depth" and coordinates["width"].nunique() > 1:
         raise RequestError("widths and depths both vary, and a slope is along one of them: record one at a time.")
     last = int(coordinates["step"].max())
@@ -143,10 +143,16 @@ def _cause(slopes: pd.DataFrame, axis: str) -> str:
         why = (
             "its residual branches are not scaled with the depth" if worst["slope"] > 0 else "its layers stop learning"
         )
+    elif worst["statistic"] == "change" and worst["slope"] > 0:
+        # Logits also follow the features' change through the readout's initial weights.
+        own = "does not" if worst["role"] == "feature" else "or initial weights do not"
+        why = f"its learning rate {own} shrink with width"
     elif worst["statistic"] == "change":
-        why = "its learning rate does not shrink with width" if worst["slope"] > 0 else "its updates fade with width"
+        why = "its updates fade with width"
+    elif worst["slope"] > 0:
+        why = "its initial weights are not scaled with the fan-in, or a number in the forward pass grows with the width"
     else:
-        why = "its initial weights are not scaled with the fan-in"
+        why = "its initial weights, or what enters it, shrink too fast"
     return f"{what} where {worst['expected']} is healthy, so {why}; failing: {listed}."
 
 

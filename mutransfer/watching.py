@@ -106,8 +106,10 @@ def places(model: torch.nn.Module, owners: set[str], stacks: dict[str, int] | No
     """Return which modules to record, and under which name.
 
     For a check over widths those that own parameters. For one over depths (``stacks``: name of a stack of layers →
-    number of layers) of every stack the first and the last layer, under these names, with the layers themselves: what
-    they hand on is the residual stream.
+    number of layers) what the first and the last layer of every stack hand on, which is the residual stream, and the
+    modules inside of the first layer and of the middle one, under these names. What enters the middle layer has seen half
+    of the branches at every even depth; what enters the last one (L−1)/L of them, which alone reads as a slope of +0.2 over
+    depths 2 to 32.
     """
     if stacks is None:
         return {name: name for name, _ in model.named_modules() if name in owners}
@@ -118,8 +120,10 @@ def places(model: torch.nn.Module, owners: set[str], stacks: dict[str, int] | No
             count = stacks.get(".".join(name.split(".")[:i])) if part.isdigit() else None
             if count is not None:
                 is_layer = i == len(parts) - 1
-                kept = kept and int(part) in (0, count - 1)
-                parts[i] = "first" if part == "0" else "last"
+                other = {count - 1: "last"} if is_layer else {count // 2: "middle"}
+                called = ({**other, 0: "first"}).get(int(part))
+                kept = kept and called is not None
+                parts[i] = called or part
         if kept and (name in owners or is_layer):
             shown[name] = ".".join(parts)
     return shown

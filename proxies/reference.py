@@ -5,6 +5,7 @@ The string itself is what travels to workers and into target configs; nothing th
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mutransfer.errors import RequestError, nearest
 from mutransfer.family import Family
+from mutransfer.overrides import check_roles, with_roles
 from mutransfer.scale import Scale
 
 from .builtin import BUILTIN, DEFAULT_DATA, builtin, cross_entropy
@@ -27,13 +29,15 @@ BUILD = "a function build(width, depth) that returns a torch.nn.Module"
 
 
 def load_family(
-    model: str, data: Data | None, base: Scale | None, *, batch_size: int = 32, options: dict[str, Any] | None = None
-) -> Family:
+    model: str, data: Data | None, base: Scale | None, *, batch_size: int = 32, options: dict[str, Any] | None = None,
+    roles: Mapping[str, str] | None = None,
+) -> Family:  # fmt: skip
     """Return the family that ``model`` names.
 
     A file or module gives a `Family`, or a function ``build(width, depth)``; beside a function it may define ``batch`` (an
-    example batch or a function that returns one) and ``loss(model, batch)``. Without them the example batch is the
-    data's and the loss the mean cross-entropy of ``(inputs, targets)``. Relative paths are taken from the current folder.
+    example batch or a function that returns one), ``loss(model, batch)`` and ``roles`` (as a `Family` takes them).
+    Without them the example batch is the data's and the loss the mean cross-entropy of ``(inputs, targets)``. Relative paths
+    are taken from the current folder.
 
     Args:
         model: a built-in's name, ``path/to/file.py:name``, ``package.module:name`` or ``hf:path/to/config.json``.
@@ -41,11 +45,17 @@ def load_family(
         base: the scale at which µP changes nothing; a `Family` and a config bring their own, which this replaces if given.
         batch_size: examples in the example batch, where it comes from ``data``.
         options: further keyword arguments of the built-in or of the function; for a config see `huggingface.load`.
+        roles: name pattern → role, before those that the family brings.
 
     Raises:
-        RequestError: there is no such model, it cannot be imported or built, or its base or data is not given.
+        RequestError: there is no such model, it cannot be imported or built, its base or data is not given, or a role is
+            unknown.
     """
-    options = options or {}
+    family = _load(model, data, base, batch_size, options or {})
+    return with_roles(family, check_roles(roles or {}, "roles"))
+
+
+def _load(model: str, data: Data | None, base: Scale | None, batch_size: int, options: dict[str, Any]) -> Family:
     if model.startswith("hf:"):
         from .huggingface import load  # transformers takes seconds to import
 
@@ -109,7 +119,8 @@ def _from_function(
         batch = data.batch(0, batch_size, 0)
     loss = getattr(module, "loss", cross_entropy)
     build = guarded(lambda scale: found(scale.width, scale.depth, **options), model, module.__file__, folder)
-    return Family(build, batch, loss, base, model.rpartition(":")[2])
+    roles = check_roles(getattr(module, "roles", {}), f"roles beside {model}")
+    return Family(build, batch, loss, base, model.rpartition(":")[2], roles)
 
 
 def _named(module: ModuleType, where: str, name: str) -> Any:

@@ -1,4 +1,4 @@
-"""One panel of the coordinate check: a module's size against width, the slopes it may have, and the one it has."""
+"""One panel of the coordinate check: a module's size against width or depth, the slopes it may have, and the one it has."""
 
 from __future__ import annotations
 
@@ -32,17 +32,20 @@ def octaves_spanned(rows: pd.DataFrame) -> float:
     return float(values.max() - values.min()) if len(values) else 0.0
 
 
-def coordinate_panel(axes: Axes, rows: pd.DataFrame, slopes: pd.DataFrame, names: list[str], span: float) -> None:
+def coordinate_panel(
+    axes: Axes, rows: pd.DataFrame, slopes: pd.DataFrame, names: list[str], span: float, along: str
+) -> None:
     """Draw one module, statistic and step: ``names[0]`` is the checked parametrization, the others stand in grey.
 
-    ``slopes`` holds the panel's slope in one row, or none; ``span`` is the height in octaves that all panels share.
+    ``slopes`` holds the panel's slope in one row, or none; ``span`` is the height in octaves that all panels share, and
+    ``along`` the column on the x axis.
     """
     rows = rows.assign(log=np.log2(rows["value"].where((rows["value"] > 0) & np.isfinite(rows["value"]))))
     middle = (rows["log"].max() + rows["log"].min()) / 2
     half = min(max(span, 1.0), 16.0) * 0.58
     axes.set_yscale("log", base=2)
     axes.autoscale(enable=False)
-    axes.set_xlim(rows["width"].min() / 1.18, rows["width"].max() * 1.18)
+    axes.set_xlim(rows[along].min() / 1.18, rows[along].max() * 1.18)
     axes.yaxis.set_major_locator(LogLocator(base=2, numticks=5))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"$2^{{{math.log2(value):.0f}}}$"))
@@ -50,7 +53,7 @@ def coordinate_panel(axes: Axes, rows: pd.DataFrame, slopes: pd.DataFrame, names
         axes.set_ylim(2 ** (middle - half), 2 ** (middle + half))
     for name in reversed(names):  # the checked one last, on top
         here = rows[rows["parametrization"] == name]
-        over = here.groupby("width")["log"].agg(["mean", "min", "max"])
+        over = here.groupby(along)["log"].agg(["mean", "min", "max"])
         hue, control = (colour(name), False) if name == names[0] else (GREY, True)
         if not control and len(slopes):
             _fan(axes, over["mean"].dropna(), *expected_range(slopes["expected"].iloc[0]), hue)
@@ -61,9 +64,7 @@ def coordinate_panel(axes: Axes, rows: pd.DataFrame, slopes: pd.DataFrame, names
         axes.plot(over.index, 2 ** over["mean"], color=hue, gid=name, **line)
         lost = here[~np.isfinite(here["value"])]
         if len(lost):
-            axes.plot(
-                lost["width"], [0.96] * len(lost), "x", color=hue, transform=axes.get_xaxis_transform(), gid="lost"
-            )
+            axes.plot(lost[along], [0.96] * len(lost), "x", color=hue, transform=axes.get_xaxis_transform(), gid="lost")
         if len(here) and (here["value"] == 0).all():
             axes.text(
                 0.04,
@@ -78,7 +79,7 @@ def coordinate_panel(axes: Axes, rows: pd.DataFrame, slopes: pd.DataFrame, names
 
 
 def _fan(axes: Axes, means: pd.Series, low: float, high: float, hue: str) -> None:
-    """Shade the lines through the smallest width's mean with the expected slopes."""
+    """Shade the lines through the smallest size's mean with the expected slopes."""
     if means.empty or math.isnan(low):
         return
     ratio = means.index.to_numpy(float) / means.index[0]

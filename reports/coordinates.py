@@ -1,4 +1,4 @@
-"""The coordinate check as a grid: the size of every module's output and of its change, against width."""
+"""The coordinate check as a grid: the size of every module's output and of its change, against width or depth."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from mutransfer.errors import RequestError
-from mutransfer.frames import COORDINATES, SLOPES
+from mutransfer.frames import COORDINATES, SLOPES, varying
 from mutransfer.reports.coordinate_panel import coordinate_panel, expected_range, octaves_spanned
 from mutransfer.reports.figure import ReportFigure
-from mutransfer.reports.style import GREY, colour, literal, styled, width_axis
+from mutransfer.reports.style import GREY, colour, literal, size_axis, styled
 from mutransfer.reports.words import label, ordered, plain
 
 __all__ = ["CoordinateFigure"]
@@ -26,7 +26,7 @@ MOST_COLUMNS = 4
 
 @dataclass(frozen=True, eq=False)
 class CoordinateFigure(ReportFigure):
-    """Module × (statistic, step): the mean over seeds against width, the range of slopes that should be seen behind it.
+    """Module × (statistic, step): the mean over seeds against width or depth, the range of slopes that should be seen behind it.
 
     ``coordinates`` and ``slopes`` are frames of the schemas COORDINATES and SLOPES. The parametrization of the slopes
     is the checked one; any other in ``coordinates`` is drawn in grey as the control.
@@ -53,7 +53,7 @@ class CoordinateFigure(ReportFigure):
         object.__setattr__(self, "columns", _columns(excess))
 
     def frame(self) -> pd.DataFrame:
-        """Return the coordinates: one row per module, statistic, step, seed and width (schema COORDINATES)."""
+        """Return the coordinates: one row per module, statistic, step, seed and size (schema COORDINATES)."""
         return self.coordinates.copy()
 
     @property
@@ -64,11 +64,12 @@ class CoordinateFigure(ReportFigure):
     @property
     def caption(self) -> str:
         """How to read the figure, and what of the check it leaves out."""
+        along = varying(self.coordinates)
         text = (
-            "Each panel is one module's mean |x| against width on log scales, all panels with the same height in octaves, "
+            f"Each panel is one module's mean |x| against {along} on log scales, all panels with the same height in octaves, "
             "so a slope looks the same everywhere: the line is the mean over seeds, the band their range. Above it stands "
             "the slope with its 95% interval over seeds. The line has to follow the dotted line, or stay in the shaded fan: "
-            "the slopes of width-stable feature learning, but for a small margin. Falling logits at initialization are "
+            f"the slopes of {along}-stable feature learning, but for a small margin. Falling logits at initialization are "
             "right. ✓ holds, ✗ (and a thick frame) fails, ? needs more evidence; × on the top edge is a value that was "
             "not finite."
         )
@@ -83,7 +84,7 @@ class CoordinateFigure(ReportFigure):
     def draw(self) -> Figure:
         """Return the drawing."""
         names = [self.checked, *(n for n in ordered(list(self.coordinates["parametrization"])) if n != self.checked)]
-        shape = (len(self.modules), len(self.columns))
+        along, shape = varying(self.coordinates), (len(self.modules), len(self.columns))
         panels = dict(list(self.coordinates.groupby(["module", "statistic", "step"])))
         span = max((octaves_spanned(rows) for rows in panels.values()), default=1.0)
         with styled():
@@ -96,17 +97,17 @@ class CoordinateFigure(ReportFigure):
                     if rows is None:
                         axes.set_axis_off()
                         continue
-                    width_axis(axes, self.coordinates["width"])
+                    size_axis(axes, self.coordinates[along])
                     axes.tick_params(labelbottom=row == shape[0] - 1)
                     key = self.slopes[["module", "statistic", "step"]].eq([module, statistic, step]).all(axis=1)
-                    coordinate_panel(axes, rows, self.slopes[key], names, span)
+                    coordinate_panel(axes, rows, self.slopes[key], names, span, along)
                 heading = {"rotation": 0, "ha": "right", "va": "center", "parse_math": False}
                 grid[row, 0].set_ylabel(plain(module, 26), labelpad=8, **heading)
             for column, (statistic, step) in enumerate(self.columns):
                 top = grid[0, column]
                 place = {"xycoords": "axes fraction", "textcoords": "offset points", "ha": "left", "va": "bottom"}
                 top.annotate(_heading(statistic, step), (0, 1), (0, 20), weight="bold", **place)
-            figure.supxlabel("width", fontsize=9)
+            figure.supxlabel(along, fontsize=9)
             literal(figure.legend(handles=_legend(names), loc="outside upper left", ncols=len(names) + 1))
         return figure
 

@@ -13,7 +13,7 @@ from matplotlib.colors import to_hex
 from matplotlib.legend import Legend
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MultipleLocator, NullFormatter, NullLocator
 
-__all__ = ["GREY", "INK", "colour", "literal", "log_loss", "lr_axis", "styled", "width_axis", "width_colours"]
+__all__ = ["GREY", "INK", "colour", "literal", "log_loss", "lr_axis", "size_axis", "styled", "width_colours"]
 
 INK = "#1f2430"
 GREY = "#7d8390"
@@ -47,9 +47,9 @@ def lr_axis(axes: Axes, low: float, high: float) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"$2^{{{value:g}}}$"))
 
 
-def width_axis(axes: Axes, widths: Iterable[int]) -> None:
-    """Make the x axis logarithmic with one tick per measured width; crowded ones are thinned, the ends kept."""
-    ordered = sorted(set(widths))
+def size_axis(axes: Axes, sizes: Iterable[int]) -> None:
+    """Make the x axis logarithmic with one tick per measured width or depth; crowded ones are thinned, the ends kept."""
+    ordered = sorted(set(sizes))
     axes.set_xscale("log", base=2)
     stride = max(1, -(-len(ordered) // 6))
     shown = ordered[::-1][::stride][::-1]

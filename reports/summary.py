@@ -14,9 +14,9 @@ __all__ = ["Fact", "Finding", "facts", "findings", "overall"]
 
 SIGNS = {"pass": "✓", "fail": "✗", "undecided": "?"}
 DEFAULT = {
-    ("check", "pass"): "Every module's size moves with width as stable feature learning needs.",
-    ("check", "fail"): "At least one module's size does not move with width as it should; see the slopes below.",
-    ("check", "undecided"): "The measurements do not tell yet: add seeds or widths.",
+    ("check", "pass"): "Every module's size moves with the model's as stable feature learning needs.",
+    ("check", "fail"): "At least one module's size does not move with the model's as it should; see the slopes below.",
+    ("check", "undecided"): "The measurements do not tell yet: add seeds, widths or depths.",
     ("verify", "pass"): "The learning rate tuned on the small proxy stays optimal as the model gets wider.",
     ("verify", "fail"): "The best learning rate moves with width, so the proxy's does not carry over.",
     ("verify", "undecided"): "The measurements do not tell yet: add seeds, widths or learning rates.",

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from mutransfer.errors import RequestError
 from mutransfer.frames import BASINS, OPTIMA
 from mutransfer.reports.figure import ReportFigure
-from mutransfer.reports.style import colour, literal, log_loss, styled, width_axis
+from mutransfer.reports.style import colour, literal, log_loss, size_axis, styled
 from mutransfer.reports.words import label, ordered, percent, plain
 
 __all__ = ["WiderFigure"]
@@ -74,7 +74,7 @@ class WiderFigure(ReportFigure):
                 rows = frame[frame["parametrization"] == name].set_index("width")
                 _curve(axes, name, rows[rows["rate"] == "transferred"], rows[rows["rate"] == "own best"])
             self._regrets(axes)
-            width_axis(axes, self.optima["width"])
+            size_axis(axes, self.optima["width"])
             axes.margins(x=0.06, y=0.14)
             axes.set_xlabel("width")
             axes.set_ylabel("validation loss")

@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 from mutransfer.errors import RequestError, nearest
 from mutransfer.files import write_text
 from mutransfer.optimizers import optimizer_rule
+from mutransfer.overrides import check_roles
 from mutransfer.recipe import Recipe
 from mutransfer.scale import Scale
 from mutransfer.settings import Settings
@@ -60,11 +61,13 @@ class Experiment(Settings):
     """Everything `mutransfer tune` needs, as read from YAML.
 
     ``proxy`` is trained; ``base`` (the proxy unless given) is where µP changes nothing and what the recipe refers to.
+    ``roles`` (name pattern → role) goes before what is observed.
     ``recipe`` holds values that are not searched; ``search`` ranges for those that are.
     """
 
     model: str = "transformer"
     options: dict[str, Any] = Field(default_factory=dict)
+    roles: dict[str, str] = Field(default_factory=dict)
     data: str = "bytes"
     sequence_length: Count = 64
     proxy: Size = Size(width=64)
@@ -84,6 +87,7 @@ class Experiment(Settings):
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         table(self.parametrization)
+        check_roles(self.roles, "roles")
         optimizer_rule(self.optimizer, self.recipe)
         known = {*Recipe.model_fields, *BETAS} - {"betas", "decay", "decay_policy"}
         for name, range_ in self.search.items():

@@ -142,14 +142,21 @@ def _end_with_parent() -> None:
 
 def family_of(experiment: Experiment) -> tuple[Family, Data]:
     """Return the experiment's family and data, loaded once per process."""
-    return _loaded(experiment.model_dump_json(include={"model", "options", "data", "sequence_length", "proxy", "base"}))
+    return _loaded(_key(experiment))
+
+
+def _key(experiment: Experiment) -> str:
+    """All that the family and the data depend on."""
+    keys = {"model", "options", "roles", "data", "sequence_length", "proxy", "base"}
+    return experiment.model_dump_json(include=keys)
 
 
 @functools.lru_cache(maxsize=4)
 def _loaded(key: str) -> tuple[Family, Data]:
     experiment = Experiment.model_validate_json(key)
     data = load_data(experiment.data, experiment.sequence_length)
-    return load_family(experiment.model, data, experiment.base_scale, options=experiment.options), data
+    options, roles = experiment.options, experiment.roles
+    return load_family(experiment.model, data, experiment.base_scale, options=options, roles=roles), data
 
 
 @functools.lru_cache(maxsize=32)
@@ -166,8 +173,7 @@ def flops_of(experiment: Experiment, scale: Scale) -> float:
 def plan_of(experiment: Experiment, scale: Scale, parametrization: str, recipe: Recipe) -> Plan:
     """Return the plan of a run at ``scale``; the model is observed once per process."""
     family, _ = family_of(experiment)
-    key = experiment.model_dump_json(include={"model", "options", "data", "sequence_length", "proxy", "base"})
-    seen = _observed(key)
+    seen = _observed(_key(experiment))
     return plan(family, scale, parametrization, experiment.optimizer, recipe, observation=seen)
 
 

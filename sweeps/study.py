@@ -103,7 +103,9 @@ def _refuse_other_study(study: optuna.Study, experiment: Experiment, own_journal
     known = study.user_attrs.get("experiment")
     if known is None:
         study.set_user_attr("experiment", asked)
-    elif known != asked:
+        return
+    known = {"roles": {}, **known}  # a key that earlier versions did not have
+    if known != asked:
         key = next(key for key in asked if known.get(key) != asked[key])
         raise RequestError(
             f"the study {study.study_name!r} was made with {key} = {known.get(key)}, and this experiment has {asked[key]}: name "

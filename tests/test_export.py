@@ -81,6 +81,56 @@ def test_the_documented_reader_builds_the_planned_optimizer(
             assert weight.std().item() == pytest.approx(row.init.std, rel=5 / math.sqrt(2 * weight.numel())), row.name
 
 
+class Special(torch.nn.Module):
+    """A padding row, a truncated normal, a table, and a random matrix that is no distribution of independent entries."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.embedding = torch.nn.Embedding(17, width, padding_idx=3)
+        self.up = torch.nn.Linear(width, width, bias=False)
+        self.turn = torch.nn.Linear(width, width, bias=False)
+        self.rates = torch.nn.Parameter(torch.log(torch.arange(1, 9, dtype=torch.float32)).repeat(width, 1))
+        self.readout = torch.nn.Linear(width, 17, bias=False)
+        torch.nn.init.trunc_normal_(self.up.weight, std=0.1, a=-0.15, b=0.15)
+        torch.nn.init.orthogonal_(self.turn.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.readout(self.turn(torch.tanh(self.up(self.embedding(x)))) * (self.rates @ torch.full((8,), 0.1)))
+
+
+def test_the_documented_reader_keeps_parts_bounds_and_what_the_constructor_made(
+    documented: dict[str, Any], tmp_path: Path
+) -> None:
+    family = mt.Family(lambda s: Special(s.width), families.token_batch(), families.loss, mt.Scale(32, 1), "special")
+    planned = mt.plan(family, mt.Scale(128, 1), recipe=Recipe(lr=2**-7, init_scale=0.5))
+    config = replace(target(), plan=planned)
+    rows = {row.name: row.init for row in planned.rows}
+    assert {init.kind for init in rows.values()} == {"normal", "uniform", "trunc_normal", "recorded"}
+    assert "program" not in export(config, "pytorch")[1]
+    path = tmp_path / "target.json"
+    path.write_text(export(config, "pytorch")[1], encoding="utf-8")
+    read, ours = (family.build(planned.scale) for _ in range(2))
+    table, turn = read.rates.detach().clone(), read.turn.weight.detach().clone()
+    documented["load"](path, read)
+    planned.initialize(ours)
+    assert torch.equal(read.rates, table)
+    torch.testing.assert_close(read.rates, ours.rates)
+    for model in (read, ours):
+        assert (model.embedding.weight[3] == 0).all()
+        assert (model.embedding.weight[[2, 4]] != 0).all()
+        bound = rows["up.weight"].high
+        assert 0.99 * bound < model.up.weight.abs().max().item() <= bound
+        spread = model.turn.weight.std(correction=0).item()
+        assert spread == pytest.approx(rows["turn.weight"].std, rel=1e-4)
+        square = model.turn.weight @ model.turn.weight.T / (128 * spread**2)
+        torch.testing.assert_close(square, torch.eye(128), atol=1e-3, rtol=0)
+        for name in ("embedding.weight", "up.weight", "readout.weight"):
+            weight = model.get_parameter(name).detach()
+            weight = weight[torch.arange(17) != 3] if name.startswith("embedding") else weight
+            assert weight.std().item() == pytest.approx(rows[name].std, rel=5 / math.sqrt(2 * weight.numel())), name
+    torch.testing.assert_close(read.turn.weight / read.turn.weight.std(), turn / turn.std())
+
+
 def settings_of(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     return {
         name: {

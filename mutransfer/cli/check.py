@@ -9,7 +9,7 @@ import typer
 
 from ..errors import RequestError
 from .console import AsJson, Device, Progress, device_of, emit, numbers, records, say, table
-from .models import DepthField, WidthField
+from .models import DepthField, Roles, WidthField
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ..coordinates import Verdict
     from ..family import Family
 
+WIDTHS = "64,128,256,512"
 PATIENCE = 4  # an undecided check adds seeds up to this many times the first ones
 
 
@@ -29,17 +30,19 @@ def check(
     model: Annotated[
         str, typer.Argument(help="mlp, transformer, resnet, file.py:name, package.module:name or hf:config.json.")
     ],
-    widths: Annotated[str, typer.Option(help="Widths to compare.")] = "64,128,256,512",
-    parametrization: Annotated[str, typer.Option(help="mup or sp.")] = "mup",
+    widths: Annotated[
+        str, typer.Option(help="Widths to compare; with --depths the one width, the base's if left.")
+    ] = WIDTHS,
+    parametrization: Annotated[str, typer.Option(help="mup, sp, completep or depth-mup.")] = "mup",
     optimizer: Annotated[str, typer.Option(help="adamw, adam or sgd.")] = "adamw",
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 4,
     seeds: Annotated[
         int, typer.Option(min=1, help="Seeds to begin with; an open verdict adds up to 4 times as many.")
     ] = 5,
     lr: Annotated[float | None, typer.Option(help="Base learning rate.")] = None,
-    depth: Annotated[int | None, typer.Option(min=1, help="Layers.")] = None,
+    depth: Annotated[int | None, typer.Option(min=1, help="Layers; with --depths those of the base.")] = None,
     depths: Annotated[
-        str | None, typer.Option(help="Depths to compare; no parametrization of this version has a rule.")
+        str | None, typer.Option(help="Depths to compare instead, such as 2,4,8,16,32; completep has a rule for them.")
     ] = None,
     base_width: Annotated[
         int | None, typer.Option(min=1, help="Width at which nothing is scaled; the smallest.")
@@ -49,25 +52,30 @@ def check(
     out: Annotated[Path | None, typer.Option(help="Folder for coordinates.csv, the pictures and report.html.")] = None,
     width_field: WidthField = None,
     depth_field: DepthField = None,
+    role: Roles = None,
     seed: Annotated[int, typer.Option(min=0, help="First seed.")] = 0,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> int:
-    """Say whether activations and their changes keep their size as the width grows (exit 1 if not)."""
+    """Say whether activations and their changes keep their size as the width, or the depth, grows (exit 1 if not)."""
     from ..proxies.hf_fields import told
     from ..recipe import Recipe
     from ..tables import table as parametrization_table
     from .models import family_for, fields_asked_for, fields_between
 
-    if depths is not None:
-        raise RequestError(
-            f"--depths {depths}: neither mup nor sp has a rule for depth, so there is nothing to check; compare --widths instead."
-        )
-    sizes = numbers(widths, "--widths")
+    sizes, layers = _sizes(widths, depths)
     options = fields_asked_for(model, width_field, depth_field)
-    family, source = family_for(model, data, base_width, depth, default_width=min(sizes, default=None), options=options)
+    smallest = min(sizes, default=int(WIDTHS.split(",")[0]))
+    family, source = family_for(model, data, base_width, depth, default_width=smallest, options=options, roles=role)
+    if layers and depth is None and family.base.depth > min(layers):
+        family = family.with_base(
+            family.base.with_(depth=min(layers))
+        )  # every layer needs one of the base's to start from
     where = device_of(device)
-    if sizes and (grown := fields_between(family, family.base.with_(width=max(sizes)))):
+    target = family.base.with_(
+        width=max(sizes, default=family.base.width), depth=max(layers, default=family.base.depth)
+    )
+    if grown := fields_between(family, target):
         say(f"{family.name} {told(grown)}")
     if lr is not None:
         Recipe.read({"lr": lr}, "--lr")
@@ -78,10 +86,12 @@ def check(
 
         folder = RunFolder(out).make()
         folder.note_environment(device=where, **({"data_sha256": source.sha256, "data": source.name} if source else {}))
-    judged, frame = judge(family, sizes, parametrization, optimizer, where, steps, seeds, lr, seed)
+    judged, frame = judge(family, sizes, parametrization, optimizer, where, steps, seeds, lr, seed, depths=layers)
     second = None
     if control:
-        second, control_frame = judge(family, sizes, control, optimizer, where, steps, seeds, lr, seed, patience=1)
+        second, control_frame = judge(
+            family, sizes, control, optimizer, where, steps, seeds, lr, seed, patience=1, depths=layers
+        )
         import pandas as pd
 
         frame = pd.concat([frame, control_frame], ignore_index=True)
@@ -99,9 +109,27 @@ def check(
     return 0 if judged.status == "pass" else 1
 
 
+def _sizes(widths: str, depths: str | None) -> tuple[list[int], list[int]]:
+    """Return the widths and the depths to record: one of the two varies.
+
+    Raises:
+        RequestError: an entry is no positive whole number, fewer than two sizes, or both vary.
+    """
+    if depths is None:
+        return numbers(widths, "--widths"), []
+    sizes, layers = [] if widths == WIDTHS else numbers(widths, "--widths"), numbers(depths, "--depths")
+    if len(set(sizes)) > 1:
+        raise RequestError(
+            f"--widths {widths} and --depths {depths} both vary, and a slope is along one of them: give one width with --depths."
+        )
+    if len(set(layers)) < 2:
+        raise RequestError(f"--depths {depths}: a slope needs at least two depths, such as 2,4,8,16,32.")
+    return sizes, layers
+
+
 def judge(
     family: Family, widths: list[int], parametrization: str, optimizer: str, device: str, steps: int, seeds: int,
-    lr: float | None, first: int = 0, patience: int = PATIENCE,
+    lr: float | None, first: int = 0, patience: int = PATIENCE, depths: list[int] | None = None,
 ) -> tuple[Verdict, pd.DataFrame]:  # fmt: skip
     """Record and judge; while the evidence does not tell, add as many seeds again."""
     import pandas as pd
@@ -119,6 +147,7 @@ def judge(
                     parametrization,
                     optimizer,
                     lr=lr,
+                    depths=depths or (),
                     steps=steps,
                     seeds=chosen,
                     device=device,

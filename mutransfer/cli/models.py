@@ -14,6 +14,10 @@ if TYPE_CHECKING:
 
 FIELD = "(hf: models) A field of the config that grows with {}, instead of those that are inferred; repeat it for more."
 WidthField = Annotated[list[str] | None, typer.Option("--width-field", help=FIELD.format("width"))]
+Roles = Annotated[
+    list[str] | None,
+    typer.Option("--role", help="Role of parameters by name, as in '*.router.weight=output'; repeat it for more."),
+]
 DepthField = Annotated[list[str] | None, typer.Option("--depth-field", help=FIELD.format("depth"))]
 
 
@@ -49,16 +53,20 @@ def family_for(
     batch_size: int = 32,
     sequence_length: int = 32,
     options: dict[str, Any] | None = None,
+    roles: list[str] | None = None,
 ) -> tuple[Family, Data | None]:
     """Return the family that MODEL names, anchored at the base asked for, and the data it reads.
 
     Built-in models have default data, depth and (if ``default_width`` is given) base width; others bring their own.
+    ``roles`` are written as PATTERN=ROLE.
     """
+    from ..overrides import roles_from, with_roles
     from ..proxies.builtin import DEFAULT_DATA, DEFAULT_DEPTH
     from ..proxies.data import load_data
     from ..proxies.reference import load_family
     from ..scale import Scale
 
+    given = roles_from(roles or (), "--role")
     source = load_data(data or DEFAULT_DATA[model], sequence_length) if data or model in DEFAULT_DATA else None
     depth = base_depth or DEFAULT_DEPTH.get(model, 2)
     fallback = base_width or (default_width if model in DEFAULT_DATA else None)
@@ -66,10 +74,9 @@ def family_for(
     if model not in DEFAULT_DATA:
         # A Family brings its own base, of which only what was asked for is replaced; a bare function needs one.
         own = load_own(model, source, base, batch_size, options)
-        return own.with_base(
-            own.base.with_(width=base_width or own.base.width, depth=base_depth or own.base.depth)
-        ), source
-    return load_family(model, source, base, batch_size=batch_size, options=options), source
+        at = own.base.with_(width=base_width or own.base.width, depth=base_depth or own.base.depth)
+        return with_roles(own.with_base(at), given), source
+    return load_family(model, source, base, batch_size=batch_size, options=options, roles=given), source
 
 
 def load_own(

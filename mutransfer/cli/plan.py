@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from .console import AsJson, UnusedDevice, UnusedSeed, emit, records, table
-from .models import DepthField, WidthField
+from .models import DepthField, Roles, WidthField
 
 BASE_WIDTH = 64  # of built-in models, where the command line names none
 
@@ -25,12 +25,13 @@ def plan(
     depth: Annotated[int | None, typer.Option(min=1, help="Depth to plan for; the base's by default.")] = None,
     base_width: Annotated[int | None, typer.Option(min=1, help="Width at which nothing is scaled.")] = None,
     base_depth: Annotated[int | None, typer.Option(min=1, help="Depth at which nothing is scaled.")] = None,
-    parametrization: Annotated[str, typer.Option(help="mup or sp.")] = "mup",
+    parametrization: Annotated[str, typer.Option(help="mup, sp, completep or depth-mup.")] = "mup",
     optimizer: Annotated[str, typer.Option(help="adamw, adam or sgd.")] = "adamw",
     recipe: Annotated[str | None, typer.Option(help="A recipe (best.json) instead of the defaults.")] = None,
     data: Annotated[str | None, typer.Option(help="Data that says how many inputs and classes there are.")] = None,
     width_field: WidthField = None,
     depth_field: DepthField = None,
+    role: Roles = None,
     seed: UnusedSeed = 0,
     device: UnusedDevice = "auto",
     as_json: AsJson = False,
@@ -41,16 +42,15 @@ def plan(
     from .models import family_for, fields_asked_for, fields_between
 
     options = fields_asked_for(model, width_field, depth_field)
-    family, _ = family_for(model, data, base_width, base_depth, default_width=BASE_WIDTH, options=options)
+    family, _ = family_for(model, data, base_width, base_depth, default_width=BASE_WIDTH, options=options, roles=role)
     scale = family.base.with_(width=width, depth=depth or base_depth or family.base.depth)
     grown = fields_between(family, scale)
     planned = planning.plan(family, scale, parametrization, optimizer, recipe)
     frame = planned.frame()
     compact = {column: ".4g" for column in frame.columns if frame[column].dtype.kind == "f"}
     text = table(frame, **compact)
-    heading = (
-        f"{family.name} {parametrization} {optimizer}: width {family.base.width} → {width}, {len(frame)} parameters"
-    )
+    deeper = "" if scale.depth == family.base.depth else f", depth {family.base.depth} → {scale.depth}"
+    heading = f"{family.name} {parametrization} {optimizer}: width {family.base.width} → {width}{deeper}, {len(frame)} parameters"
     text = "\n".join(
         [heading, *([told(grown)] if grown else []), "", text, *(f"note: {note}" for note in planned.notes)]
     )

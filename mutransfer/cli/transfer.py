@@ -96,6 +96,7 @@ def target_of(
     provenance = {
         "run": str(folder.path),
         "data_sha256": data.sha256,
+        "roles": dict(family.roles),
         "versions": before.get("versions"),
         "commands": before.get("commands"),
     }

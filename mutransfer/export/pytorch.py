@@ -1,4 +1,4 @@
-"""Plain torch: a JSON of parameter-name patterns and their settings, which twenty lines read (docs/pytorch-export.md)."""
+"""Plain torch: a JSON of parameter-name patterns and their settings, which thirty lines read (docs/pytorch-export.md)."""
 
 from __future__ import annotations
 
@@ -63,11 +63,18 @@ def _template(name: str) -> str:
     return ".".join("*" if part.isdecimal() else part for part in name.split("."))
 
 
+def _plain(init: dict[str, Any]) -> dict[str, Any]:
+    """Leave recorded operations out: the model's own constructor does them, and a plain script has run it anyway."""
+    parts = [{**part, "init": _plain(part["init"])} for part in init.get("parts", ())]
+    kept = {key: value for key, value in init.items() if key not in ("parts", "program")}
+    return {**kept, "parts": parts} if parts else kept
+
+
 def _settings(row: ParameterPlan) -> dict[str, Any]:
     return {
         "lr": row.lr,
         "weight_decay": row.weight_decay,
         "eps": row.eps,
-        "init": {**row.init.as_dict(), "std": row.init.std},
+        "init": {**_plain(row.init.as_dict()), "std": row.init.std},
         "gauge": row.gauge,
     }

@@ -34,11 +34,12 @@ FLAGS = {
     "doctor": ["--device", "--json", "--seed"],
     "plan": [
         "--base-depth", "--base-width", "--data", "--depth", "--depth-field", "--device", "--json", "--optimizer",
-        "--parametrization", "--recipe", "--seed", "--width", "--width-field", "model",
+        "--parametrization", "--recipe", "--role", "--seed", "--width", "--width-field", "model",
     ],
     "check": [
         "--base-width", "--control", "--data", "--depth", "--depth-field", "--depths", "--device", "--json", "--lr",
-        "--optimizer", "--out", "--parametrization", "--seed", "--seeds", "--steps", "--width-field", "--widths", "model",
+        "--optimizer", "--out", "--parametrization", "--role", "--seed", "--seeds", "--steps", "--width-field",
+        "--widths", "model",
     ],
     "tune": ["--device", "--json", "--out", "--seed", "--set", "--storage", "--study", "--trials", "experiment"],
     "verify": ["--control", "--device", "--json", "--seed", "--seeds", "--step", "--widths", "run"],

@@ -1,0 +1,68 @@
+"""The coordinate check over depths: what is measured, what is drawn, and the claim about the built-in transformer."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from mutransfer.cli import run
+from mutransfer.coordinates import record
+from mutransfer.frames import varying
+from mutransfer.reports.coordinates import CoordinateFigure
+from mutransfer.verdicts import verdict
+from mutransfer.watching import places
+
+from . import families
+
+
+def asked(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict[str, Any]]:
+    code = run(["check", *arguments, "--json"])
+    return code, json.loads(capsys.readouterr().out)
+
+
+def test_inside_of_layers_the_first_and_the_middle_are_compared() -> None:
+    """What enters the middle has half of the branches in it at every even depth."""
+    for depth in (2, 4, 8):
+        family = families.transformer(depth=depth)
+        model = family.build(family.base)
+        shown = places(model, {f"blocks.{i}.norm1" for i in range(depth)} | {"norm"}, {"blocks": depth})
+        assert shown == {
+            "blocks.0": "blocks.first", "blocks.0.norm1": "blocks.first.norm1", f"blocks.{depth - 1}": "blocks.last",
+            f"blocks.{depth // 2}.norm1": "blocks.middle.norm1", "norm": "norm",
+        }  # fmt: skip
+
+
+def test_the_figure_has_the_depth_on_its_axis() -> None:
+    frame = record(families.transformer(width=16, head_dim=8), [], "completep", depths=[2, 4], seeds=[0], steps=1)
+    assert varying(frame) == "depth"
+    figure = CoordinateFigure(frame, verdict(frame).slopes)
+    drawn = figure.draw()
+    assert drawn.get_supxlabel() == "depth"
+    assert [text.get_text() for text in drawn.axes[-1].get_xticklabels()] == ["2", "4"]
+    assert "against depth" in figure.caption
+
+
+def test_the_command_compares_depths_at_one_width(capsys: pytest.CaptureFixture[str]) -> None:
+    code, found = asked(
+        capsys, "transformer", "--widths", "16", "--depths", "2,4,8", "--parametrization", "completep", "--control", "mup",
+        "--data", "markov", "--seeds", "3", "--steps", "2",
+    )  # fmt: skip
+    assert (code == 0) == (found["verdict"] == "pass")
+    assert found["control"]["verdict"] == "fail"
+    assert "residual branches are not scaled with the depth" in found["control"]["cause"]
+    assert {"blocks.first", "blocks.last", "blocks.middle.norm1"} <= {row["module"] for row in found["modules"]}
+    assert set(found["modules"][0]) == {
+        "parametrization", "module", "role", "statistic", "step", "slope", "low", "high", "expected", "declared", "ok",
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["transformer", "resnet"])
+@pytest.mark.parametrize(("parametrization", "code"), [("completep", 0), ("mup", 1)])
+def test_completep_passes_and_mup_fails(
+    model: str, parametrization: str, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = asked(capsys, model, "--depths", "2,4,8,16,32", "--parametrization", parametrization)
+    assert found[0] == code, found[1]["cause"]

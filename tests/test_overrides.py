@@ -1,0 +1,90 @@
+"""Roles by name pattern, wherever a model is named; a misspelt one is refused."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import mutransfer as mt
+from mutransfer.cli.transfer import target_of
+from mutransfer.errors import RequestError
+from mutransfer.files import write_json
+from mutransfer.overrides import roles_from
+from mutransfer.proxies.reference import load_family
+from mutransfer.runs import RunFolder
+from mutransfer.scale import Scale
+from mutransfer.sweeps.experiment import Experiment
+from mutransfer.sweeps.jobs import plan_of
+from mutransfer.transfer import TargetConfig
+
+from . import families
+from .sweeps.small import SMALL, experiment
+
+MODEL = """
+import torch
+from torch import nn
+
+def build(width, depth):
+    return nn.Sequential(nn.Linear(8, width), nn.Tanh(), nn.Linear(width, 4))
+
+batch = (torch.ones(2, 8), torch.zeros(2, dtype=torch.long))
+"""
+
+
+def role_of(family: mt.Family, name: str) -> str:
+    return {row.name: row.role for row in mt.plan(family, family.base).rows}[name]
+
+
+def test_the_first_pattern_that_fits_counts() -> None:
+    family = replace(families.mlp(), roles={"hidden.0.*": "output", "hidden.*.weight": "bottleneck"})
+    assert role_of(family, "hidden.0.weight") == "output"
+    assert role_of(family, "hidden.1.weight") == "bottleneck"
+    assert role_of(family, "input.weight") == "input"
+
+
+def test_what_fits_nothing_or_is_no_role_is_refused() -> None:
+    for roles, words in [
+        ({"hiden.0.weight": "hidden"}, "'hiden.0.weight' fits no parameter of mlp: did you mean 'hidden.0.weight'"),
+        ({"hidden.0.weight": "hiden"}, "the role 'hiden', which is unknown: did you mean 'hidden'"),
+        (["hidden"], "give a dictionary from name pattern to role"),
+    ]:
+        with pytest.raises(RequestError, match=words):
+            mt.plan(replace(families.mlp(), roles=roles), Scale(64, 3))  # type: ignore[arg-type]
+
+
+def test_roles_stand_beside_a_build_function_and_those_asked_for_go_before(tmp_path: Path) -> None:
+    file = tmp_path / "model.py"
+    file.write_text(MODEL + "roles = {'2.weight': 'bottleneck', '0.weight': 'vector'}\n")
+    family = load_family(f"{file}:build", None, Scale(16, 1))
+    assert (role_of(family, "2.weight"), role_of(family, "0.weight")) == ("bottleneck", "vector")
+    family = load_family(f"{file}:build", None, Scale(16, 1), roles={"2.*": "output", "0.weight": "input"})
+    assert (role_of(family, "2.weight"), role_of(family, "0.weight")) == ("output", "input")
+    file.write_text(MODEL + "roles = ['2.weight']\n")
+    with pytest.raises(RequestError, match=r"roles beside .*model.py:build is \['2.weight'\]"):
+        load_family(f"{file}:build", None, Scale(16, 1))
+
+
+def test_the_command_lines_form() -> None:
+    assert roles_from(["*.a=hidden", "b=c.weight=output"], "--role") == {"*.a": "hidden", "b=c.weight": "output"}
+    for text in ("hidden", "=hidden", "a="):
+        with pytest.raises(RequestError, match="is not of the form PATTERN=ROLE"):
+            roles_from([text], "--role")
+
+
+def test_roles_travel_from_the_experiment_to_every_run_and_the_target(tmp_path: Path) -> None:
+    roles = {"hidden.0.weight": "bottleneck"}
+    asked = experiment(roles=roles, proxy={"width": 8, "depth": 3})
+    asked.save(tmp_path / "experiment.yaml")
+    assert Experiment.load(tmp_path / "experiment.yaml") == asked
+    for given, expected in ((asked, "bottleneck"), (experiment(proxy={"width": 8, "depth": 3}), "hidden")):
+        planned = plan_of(given, given.proxy_scale.with_(width=32), "mup", given.recipe)
+        assert {row.name: row.role for row in planned.rows}["hidden.0.weight"] == expected
+    folder = RunFolder(tmp_path)
+    write_json(folder.best, json.loads(asked.recipe.model_dump_json()))
+    target = TargetConfig.load(target_of(folder, 32).save(tmp_path / "target.json"))
+    assert {row.name: row.role for row in target.plan.rows}["hidden.0.weight"] == "bottleneck"
+    assert target.provenance["roles"] == roles
+    assert SMALL["model"] == "mlp"
