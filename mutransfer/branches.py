@@ -26,7 +26,8 @@ def residual_branches(graph: Graph, uses: dict[str, list[Use]]) -> list[Branch]:
     without coming from their stream (an encoder's final norm, a table of positions) is not.
     """
     above = _ancestors(graph, frozenset())
-    sums = [(each, *_sides(each, above)) for each in graph.sums]
+    read = above[graph.result] if graph.result else -1  # a recurrence's last state is made and not read
+    sums = [(each, *_sides(each, above)) for each in graph.sums if read >> each.node & 1]
     found = [
         (each.node, stream, branch, carries) for each, stream, branch, carries in sums if stream and branch != stream
     ]
@@ -49,7 +50,13 @@ def residual_branches(graph: Graph, uses: dict[str, list[Use]]) -> list[Branch]:
         }
         if inside:
             branches.append(Branch(frozenset(inside), carries))
-    return branches
+    return [branch for branch in branches if branch.ends or _repeats(branch, branches)]
+
+
+def _repeats(branch: Branch, branches: list[Branch]) -> bool:
+    """Say whether there may be more of it in a deeper model: a numbered layer's, or of parameters used again."""
+    numbered = any(part.isdigit() for name in branch.inside for part in name.split("."))
+    return numbered or sum(bool(branch.inside & other.inside) for other in branches) > 1
 
 
 def _sides(each: Sum, above: list[int]) -> tuple[int, int, int]:

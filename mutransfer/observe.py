@@ -18,7 +18,7 @@ from .branches import residual_branches
 from .errors import RequestError, describe
 from .family import Family
 from .inits import Init, InitWatcher
-from .roles import ROLES, roles_of
+from .roles import ROLES, roles_of, unused
 from .scale import Scale
 from .specs import Observation, ParamSpec
 from .uses import Use, UseWatcher
@@ -65,6 +65,8 @@ def observe(family: Family) -> Observation:
         if name not in shapes:
             continue
         grows = tuple(a != b for a, b in zip(shapes[name], wide[name], strict=True))
+        if not uses[name]:
+            notes.append(f"{name} is not used in the example's forward pass: its role is told from its shape alone.")
         specs[name] = _spec(
             family, name, shapes[name], grows, uses[name], own_inits[name], inside=name in inside, ends_branch=name in ends,
             constant=constants.get(name, 0.0),
@@ -141,6 +143,7 @@ def _watched(family: Family, model: torch.nn.Module, batch: object) -> UseWatche
         loss = family.loss(model, batch)
     if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
         raise RequestError(f"loss(model, batch) returned {loss!r:.80}: return a tensor with one entry.")
+    watcher.finish(loss)
     return watcher
 
 
@@ -151,6 +154,8 @@ def _spec(
     given = next((role for pattern, role in family.roles.items() if fnmatch.fnmatchcase(name, pattern)), None)
     if given is not None and given not in ROLES:
         raise RequestError(f"the role {given!r} of {name} is unknown: it is one of {', '.join(ROLES)}.")
+    if given is None and not uses:
+        given = unused(shape, grows)
     if given is None:
         roles = roles_of(name, shape, grows, uses)
         tied = len(set(roles)) > 1

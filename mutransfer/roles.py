@@ -5,7 +5,7 @@ from __future__ import annotations
 from .errors import RequestError
 from .uses import Use
 
-__all__ = ["ROLES", "role_of", "roles_of"]
+__all__ = ["ROLES", "role_of", "roles_of", "unused"]
 
 ROLES = ("input", "vector", "hidden", "output", "bottleneck", "finite")
 
@@ -28,6 +28,16 @@ def roles_of(name: str, shape: tuple[int, ...], grows: tuple[bool, ...], uses: l
             "is known, so give the other use its own parameter."
         )
     return roles
+
+
+def unused(shape: tuple[int, ...], grows: tuple[bool, ...]) -> str | None:
+    """Return the role of a parameter that the forward pass watched does not use, if its shape leaves only one.
+
+    Such as an embedding for masked places where nothing is masked. A matrix's growing axis could be in or out.
+    """
+    if not any(grows):
+        return "finite"
+    return "vector" if sum(size > 1 for size in shape) == 1 else None
 
 
 def role_of(name: str, shape: tuple[int, ...], use: Use, grows: tuple[bool, ...]) -> str:

@@ -82,7 +82,7 @@ class Roots:
             seen = (
                 labels.get(position, ())[-tensor.dim() :] if name != "convolution" else labels[position][: tensor.dim()]
             )
-        elif name in ops.ENTRYWISE or name in ops.AFFINE_NORMS or name in ops.WRITES:
+        elif name in ops.ENTRYWISE or name in ops.AFFINE_NORMS or name in ops.WRITES or _is_bias(name, args, tensor):
             seen = ("each",) * tensor.dim()
         else:
             seen = ()
@@ -90,6 +90,11 @@ class Roots:
         # An axis of size 1 has no telling stride; it cannot be the one that grows either, unless nothing else says.
         layout = zip(root.strides, self._shapes[root.index], strict=True)
         return tuple("each" if n == 1 else by_stride.get(s, "unknown") for s, n in layout)
+
+
+def _is_bias(name: str, args: Any, tensor: torch.Tensor) -> bool:
+    """Say whether ``tensor`` is what a fused attention adds to its logits."""
+    return name.startswith("_scaled_dot_product") and not any(each is tensor for each in args[:3])
 
 
 def _looked_up(name: str, args: Any, tensor: torch.Tensor) -> list[int | None]:

@@ -109,6 +109,10 @@ class UseWatcher(TorchDispatchMode):
         for hook in self._hooks:
             hook.remove()
 
+    def finish(self, loss: torch.Tensor) -> None:
+        """Say what the pass was for; values that do not lead there are not read."""
+        self.graph.result = self._flow(loss).node
+
     def uses(self) -> dict[str, list[Use]]:
         """Return every parameter's uses in the order seen; a tied matrix has two, an unused parameter none."""
         found: dict[str, list[Use]] = {name: [] for name in self._names}

@@ -139,9 +139,10 @@ class _Images:
     """Images as an image classifier's config asks for them."""
 
     def __init__(self, config: Any) -> None:
-        size = getattr(config, "image_size", 64)
+        vision = getattr(config, "vision_config", config)  # of a model that reads text too
+        size = getattr(vision, "image_size", 64)
         self.size = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
-        self.channels: int = getattr(config, "num_channels", 3)
+        self.channels: int = getattr(vision, "num_channels", 3)
         self.classes: int = config.num_labels
 
     def check(self, model: str, data: Data) -> None:
