@@ -23,7 +23,7 @@ def residual_branches(graph: Graph, uses: dict[str, list[Use]]) -> list[Branch]:
 
     A branch within a branch (a gated unit written as x + …, a token shift) does not grow in number with the depth.
     A parameter is inside a branch when it is used on the way from the stream to the sum; what feeds several branches
-    without coming from their stream (an encoder's final norm, a table of positions) is not.
+    without coming from their stream (an encoder's final norm, a table of positions that all layers share) is not.
     """
     above = _ancestors(graph, frozenset())
     read = above[graph.result] if graph.result else -1  # a recurrence's last state is made and not read
@@ -38,6 +38,7 @@ def residual_branches(graph: Graph, uses: dict[str, list[Use]]) -> list[Branch]:
     ]
     near = _ancestors(graph, frozenset(node for node, *_ in outer))
     reach = [near[branch] for _, _, branch, _ in outer]
+    homes = {name: {_home(use.node, reach) for use in each} for name, each in uses.items()}
     branches = []
     for (_, stream, _, carries), all_near in zip(outer, reach, strict=True):
         here = all_near & ~above[stream]
@@ -45,12 +46,17 @@ def residual_branches(graph: Graph, uses: dict[str, list[Use]]) -> list[Branch]:
             name
             for name, each in uses.items()
             for use in each
-            if here >> use.node & 1
-            and (any(above[n] >> stream & 1 for n in use.operands) or sum(r >> use.node & 1 for r in reach) == 1)
+            if here >> use.node & 1 and (any(above[n] >> stream & 1 for n in use.operands) or homes[name] == {all_near})
         }
         if inside:
             branches.append(Branch(frozenset(inside), carries))
     return [branch for branch in branches if branch.ends or _repeats(branch, branches)]
+
+
+def _home(node: int, reach: list[int]) -> int:
+    """Return the reach of the one branch that a value feeds, or 0."""
+    fed = [each for each in reach if each >> node & 1]
+    return fed[0] if len(fed) == 1 else 0
 
 
 def _repeats(branch: Branch, branches: list[Branch]) -> bool:

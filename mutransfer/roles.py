@@ -58,6 +58,12 @@ def role_of(name: str, shape: tuple[int, ...], use: Use, grows: tuple[bool, ...]
             f"cannot tell the role of {name} {list(shape)}: two of its axes grow and the operation {use.op!r} sums over "
             f"neither; name the role in the family, roles={{{name!r}: 'input'}}."
         )
+    if use.alone and growing == ["out"]:
+        raise RequestError(
+            f"cannot tell the role of {name} {list(shape)}: it is multiplied with another parameter ({use.op!r}) before any "
+            f"activation; multiply the activations with one after the other, or name the role in the family, roles={{{name!r}: "
+            "'bottleneck'}."
+        )
     into, out = "in" in growing, any(label != "in" for label in growing)
     match into, out:
         case True, True:

@@ -98,9 +98,9 @@ CONFIGS: dict[str, Config] = {
 }  # fmt: skip
 
 
-def family(kind: str, batch_size: int = 8, **changes: Any) -> Family:
+def family(kind: str, batch_size: int = 8, **options: Any) -> Family:
     """Return the family of a config, through a file, as ``hf:`` reads it."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.json"
-        path.write_text(json.dumps(CONFIGS[kind] | {"model_type": kind.partition("+")[0]} | changes))
-        return load_family(f"hf:{path}", None, None, batch_size=batch_size)
+        path.write_text(json.dumps(CONFIGS[kind] | {"model_type": kind}))
+        return load_family(f"hf:{path}", None, None, batch_size=batch_size, options=options)
