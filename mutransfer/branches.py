@@ -27,10 +27,13 @@ def residual_branches(graph: Graph, uses: dict[str, list[Use]]) -> list[Branch]:
     """
     above = _ancestors(graph, frozenset())
     read = above[graph.result] if graph.result else -1  # a recurrence's last state is made and not read
-    sums = [(each, *_sides(each, above)) for each in graph.sums if read >> each.node & 1]
-    found = [
-        (each.node, stream, branch, carries) for each, stream, branch, carries in sums if stream and branch != stream
-    ]
+    found = []
+    before: dict[int, int] = {}  # what a stream was before a branch was added to it
+    for each in graph.sums:
+        stream, branch, carries = _sides(each, above, before)
+        if stream and branch != stream and read >> each.node & 1:
+            found.append((each.node, stream, branch, carries))
+            before[each.node] = each.left + each.right - branch
     outer = [
         (node, stream, branch, carries)
         for node, stream, branch, carries in found
@@ -65,13 +68,29 @@ def _repeats(branch: Branch, branches: list[Branch]) -> bool:
     return numbered or sum(bool(branch.inside & other.inside) for other in branches) > 1
 
 
-def _sides(each: Sum, above: list[int]) -> tuple[int, int, int]:
-    """Return (stream, branch, what carries the branch); a stream of 0 where neither side was made from the other."""
-    if above[each.right] >> each.left & 1:
-        return each.left, each.right, each.right_carries
-    if above[each.left] >> each.right & 1:
-        return each.right, each.left, each.left_carries
+def _sides(each: Sum, above: list[int], before: dict[int, int]) -> tuple[int, int, int]:
+    """Return (stream, branch, what carries the branch); a stream of 0 where neither side was made from the other.
+
+    In x + f(x) + g(x) the second branch was made from what the stream was before the first.
+    """
+    ways = (each.left, each.right, each.right_carries), (each.right, each.left, each.left_carries)
+    for stream, branch, carries in ways:
+        if above[branch] >> stream & 1:
+            return stream, branch, carries
+    for stream, branch, carries in ways:
+        own = _line(branch, before)
+        for earlier in _line(stream, before):
+            if above[branch] >> earlier & 1 and earlier not in own:
+                return earlier, branch, carries
     return 0, 0, 0
+
+
+def _line(node: int, before: dict[int, int]) -> list[int]:
+    """Return a stream and what it was before, the latest first."""
+    line = [node]
+    while line[-1] in before:
+        line.append(before[line[-1]])
+    return line
 
 
 def _ancestors(graph: Graph, stops: frozenset[int]) -> list[int]:

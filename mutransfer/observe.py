@@ -181,7 +181,13 @@ def _spec(
 
 def _axes_for(role: str, name: str, grows: tuple[bool, ...], uses: list[Use]) -> tuple[str, ...]:
     """Axes of a parameter whose role was given: as seen where that fits, else as `nn.Linear` stores them."""
-    if uses and not any(grow and label == "unknown" for grow, label in zip(grows, uses[0].axes, strict=True)):
+    seen = {label for grow, label in zip(grows, uses[0].axes, strict=True) if grow} if uses else {"unknown"}
+    summed = role in ("hidden", "output", "bottleneck")
+    if (
+        "unknown" not in seen
+        and ("in" in seen) == summed
+        and bool(seen - {"in"}) == (role not in ("output", "bottleneck"))
+    ):
         return uses[0].axes
     growing = [axis for axis, grow in enumerate(grows) if grow]
     into = {"hidden": growing[-1:] if len(growing) > 1 else [], "output": growing, "bottleneck": growing}.get(role, [])
