@@ -47,6 +47,11 @@ def role_of(name: str, shape: tuple[int, ...], use: Use, grows: tuple[bool, ...]
         RequestError: an axis that grows enters an operation without a rule.
     """
     growing = [label for grow, label in zip(grows, use.axes, strict=True) if grow]
+    if use.op == "weight_norm":
+        raise RequestError(
+            f"{name} {list(shape)} is the size of a weight normalized over its outputs too, which grows with the square root of "
+            "the width and has no rule: use weight_norm with dim=0, one size per output."
+        )
     if "unknown" in growing:
         raise RequestError(
             f"cannot tell the role of {name} {list(shape)}: it enters the operation {use.op!r}, for which no axis rule is "

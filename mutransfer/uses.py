@@ -163,7 +163,7 @@ class UseWatcher(TorchDispatchMode):
     def _derive(self, name: str, args: Any, inputs: list[torch.Tensor], out: torch.Tensor) -> bool:
         """Let ``out`` stand for the one parameter that it is made of, if it is made of one by entries."""
         if name == "_weight_norm_interface":  # v keeps its axes; g multiplies the rows
-            self._note_uses("mul", args, [args[1]], 0)
+            self._note_uses("weight_norm" if any(args[2:]) else "mul", args, [args[1]], 0)
             inputs = inputs[:1]
         rooted = [(each, root) for each in inputs if (root := self._roots.get(each)) is not None]
         if not rooted or not out.is_floating_point():

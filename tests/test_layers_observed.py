@@ -192,6 +192,22 @@ def test_parametrized_weights(wrap: Callable[..., nn.Module], expected: dict[str
     assert {name.rpartition(".")[2]: role for name, role in roles(found).items()} == expected
 
 
+def test_weight_norm_over_the_outputs_is_refused() -> None:
+    with pytest.raises(
+        RequestError, match=r"original0 \[1, 16\] is the size of a weight normalized over its outputs too"
+    ):
+        seen(lambda n: {"hidden": parametrizations.weight_norm(nn.Linear(n, n), dim=1)}, lambda net, x: net.hidden(x))
+
+
+def test_a_matrix_kept_with_its_heads_apart() -> None:
+    """(in, heads, head dim), as XLNet keeps it: an einsum merges the last two, and each still grows by its own ratio."""
+    spec = seen(
+        lambda n: {"q": parameter(n, n // 4, 4)}, lambda net, x: torch.einsum("bti,ihd->bthd", x, net.q).flatten(2)
+    ).specs["q"]
+    assert (spec.role, spec.axes) == ("hidden", ("in", "out", "out"))
+    assert spec.multipliers((64, 8, 4)) == (4, 2)
+
+
 def grouped(net: Any, x: torch.Tensor) -> torch.Tensor:
     """One projection for growing queries and one head each of keys and values."""
     n = x.shape[-1]

@@ -90,6 +90,7 @@ CONFIGS: dict[str, Config] = {
     "smollm3": GQA | SPECIAL,
     "glm4": NORMED | SPECIAL,
     "pegasus": BOTH,
+    "xlnet": {"d_model": 64, "n_layer": 2, "n_head": 4, "d_inner": 128, "vocab_size": 64},
     "minicpm3": STACK | {"num_key_value_heads": 4, "q_lora_rank": 12, "kv_lora_rank": 8, "qk_nope_head_dim": 8,
                          "qk_rope_head_dim": 8, "v_head_dim": 16},
     "clip": {

@@ -10,6 +10,7 @@ import pytest
 
 import mutransfer as mt
 from mutransfer.coordinates import Verdict, record, verdict
+from mutransfer.errors import RequestError
 from mutransfer.family import Family
 from mutransfer.observe import observe
 from mutransfer.scale import Scale
@@ -27,14 +28,26 @@ STILL = {
     "mixtral": {"model.embed_tokens", "model.layers.0.input_layernorm"},
     "bert": {"bert.embeddings.word_embeddings", "bert.embeddings.position_embeddings", "bert.embeddings.LayerNorm"},
     "vit": {"vit.embeddings", "vit.embeddings.patch_embeddings.projection"},
-    "t5": {"shared"},
+    "t5": {"encoder.embed_tokens", "decoder.embed_tokens"},
     "mamba": {"backbone.embeddings", "backbone.layers.0.norm"},
     "resnet": {"resnet.embedder.embedder.convolution", "resnet.embedder.embedder.normalization"},
 }
 
-# Healthy, and not shown so by this check: ranks that stay fixed on the way (multi-query values, latent attention, a
-# state-space model's Δ, B, C) do not average out in the first steps (0 to +½, docs/rules.md).
-FIXED_RANK = {"falcon", "deepseek_v3", "minicpm3", "jamba"}
+# Plans that are right as far as is known, and that this check does not show to be. Ranks that stay fixed on the way do not
+# average out in the first steps (0 to +½, docs/rules.md), and one gate per layer fluctuates from seed to seed.
+RANK = "a fixed rank on the way"
+NOT_SHOWN = {
+    "falcon": RANK,
+    "deepseek_v3": RANK,
+    "minicpm3": RANK,
+    "jamba": RANK,
+    "qwen2_moe": "one shared expert's gate",
+}
+
+REFUSED = {
+    "wav2vec2": r"weight\.original0 \[1, 1, 8\] is the size of a weight normalized over its outputs too",
+    "xlnet": r"r_s_bias \[4, 16\] is never used in the forward pass",  # of segments, which plain text has not
+}
 
 
 def batch_size(kind: str) -> int:
@@ -88,7 +101,7 @@ def test_other_seeds_say_the_same(kind: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [kind for kind in CONFIGS if kind not in GOLDEN])
+@pytest.mark.parametrize("kind", [kind for kind in CONFIGS if kind not in GOLDEN and kind not in REFUSED])
 def test_the_field(kind: str) -> None:
     of = family(kind, batch_size(kind))
     seen = observe(of)
@@ -98,4 +111,10 @@ def test_the_field(kind: str) -> None:
         f"| {of.name} | {worst(healthy):.2f} {healthy.status} | {worst(standard):.2f} {standard.status} | {healthy.cause or ''}"
     )
     assert standard.status == "fail"
-    assert healthy.status == "pass" or kind in FIXED_RANK, healthy.cause
+    assert healthy.status == "pass" or kind in NOT_SHOWN, healthy.cause
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_refused_in_a_sentence(kind: str) -> None:
+    with pytest.raises(RequestError, match=REFUSED[kind]):
+        observe(family(kind))
