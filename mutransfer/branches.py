@@ -23,13 +23,17 @@ def residual_branches(graph: Graph, uses: dict[str, list[Use]]) -> list[Branch]:
 
     A branch within a branch (a gated unit written as x + …, a token shift) does not grow in number with the depth.
     A parameter is inside a branch when it is used on the way from the stream to the sum; what feeds several branches
-    without coming from their stream (an encoder's final norm, a table of positions) is not.
+    without coming from their stream (an encoder's final norm, a table of positions that all layers share) is not.
     """
     above = _ancestors(graph, frozenset())
-    sums = [(each, *_sides(each, above)) for each in graph.sums]
-    found = [
-        (each.node, stream, branch, carries) for each, stream, branch, carries in sums if stream and branch != stream
-    ]
+    read = above[graph.result] if graph.result else -1  # a recurrence's last state is made and not read
+    found = []
+    before: dict[int, int] = {}  # what a stream was before a branch was added to it
+    for each in graph.sums:
+        stream, branch, carries = _sides(each, above, before)
+        if stream and branch != stream and read >> each.node & 1:
+            found.append((each.node, stream, branch, carries))
+            before[each.node] = each.left + each.right - branch
     outer = [
         (node, stream, branch, carries)
         for node, stream, branch, carries in found
@@ -37,6 +41,7 @@ def residual_branches(graph: Graph, uses: dict[str, list[Use]]) -> list[Branch]:
     ]
     near = _ancestors(graph, frozenset(node for node, *_ in outer))
     reach = [near[branch] for _, _, branch, _ in outer]
+    homes = {name: {_home(use.node, reach) for use in each} for name, each in uses.items()}
     branches = []
     for (_, stream, _, carries), all_near in zip(outer, reach, strict=True):
         here = all_near & ~above[stream]
@@ -44,21 +49,48 @@ def residual_branches(graph: Graph, uses: dict[str, list[Use]]) -> list[Branch]:
             name
             for name, each in uses.items()
             for use in each
-            if here >> use.node & 1
-            and (any(above[n] >> stream & 1 for n in use.operands) or sum(r >> use.node & 1 for r in reach) == 1)
+            if here >> use.node & 1 and (any(above[n] >> stream & 1 for n in use.operands) or homes[name] == {all_near})
         }
         if inside:
             branches.append(Branch(frozenset(inside), carries))
-    return branches
+    return [branch for branch in branches if branch.ends or _repeats(branch, branches)]
 
 
-def _sides(each: Sum, above: list[int]) -> tuple[int, int, int]:
-    """Return (stream, branch, what carries the branch); a stream of 0 where neither side was made from the other."""
-    if above[each.right] >> each.left & 1:
-        return each.left, each.right, each.right_carries
-    if above[each.left] >> each.right & 1:
-        return each.right, each.left, each.left_carries
+def _home(node: int, reach: list[int]) -> int:
+    """Return the reach of the one branch that a value feeds, or 0."""
+    fed = [each for each in reach if each >> node & 1]
+    return fed[0] if len(fed) == 1 else 0
+
+
+def _repeats(branch: Branch, branches: list[Branch]) -> bool:
+    """Say whether there may be more of it in a deeper model: a numbered layer's, or of parameters used again."""
+    numbered = any(part.isdigit() for name in branch.inside for part in name.split("."))
+    return numbered or sum(bool(branch.inside & other.inside) for other in branches) > 1
+
+
+def _sides(each: Sum, above: list[int], before: dict[int, int]) -> tuple[int, int, int]:
+    """Return (stream, branch, what carries the branch); a stream of 0 where neither side was made from the other.
+
+    In x + f(x) + g(x) the second branch was made from what the stream was before the first.
+    """
+    ways = (each.left, each.right, each.right_carries), (each.right, each.left, each.left_carries)
+    for stream, branch, carries in ways:
+        if above[branch] >> stream & 1:
+            return stream, branch, carries
+    for stream, branch, carries in ways:
+        own = _line(branch, before)
+        for earlier in _line(stream, before):
+            if above[branch] >> earlier & 1 and earlier not in own:
+                return earlier, branch, carries
     return 0, 0, 0
+
+
+def _line(node: int, before: dict[int, int]) -> list[int]:
+    """Return a stream and what it was before, the latest first."""
+    line = [node]
+    while line[-1] in before:
+        line.append(before[line[-1]])
+    return line
 
 
 def _ancestors(graph: Graph, stops: frozenset[int]) -> list[int]:

@@ -7,6 +7,7 @@ feature learning (`tables.HEALTHY`), so the standard parametrization fails it, a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from statistics import median
 from typing import Any
 
 import pandas as pd
@@ -32,6 +33,7 @@ from .watching import module_roles, one_run, places
 __all__ = ["MARGIN", "Verdict", "record", "verdict"]
 
 CHECK_LR = {"adam": 2**-8, "sgd": 2**-3}
+STEP = 2**-4  # of a weight's initial size that one step of an Adam-like optimizer may move it: beyond, slopes bend
 
 
 def record(
@@ -58,7 +60,7 @@ def record(
         widths: at least two, in any order; empty or one for a check over ``depths``.
         parametrization: name of the table that sets init and learning rates.
         optimizer: name of a torch optimizer.
-        lr: base learning rate; by default one at which all the built-in models learn.
+        lr: base learning rate; by default one at which the built-in models learn, or less where initial weights are small.
         depth: layers; the base's by default.
         depths: for a check over depths instead: numbers of layers, at the one width in ``widths`` or the base's.
         steps: optimizer steps, at least 1.
@@ -81,12 +83,12 @@ def record(
     if steps < 1 or not seeds:
         raise RequestError(f"{steps} steps and {len(seeds)} seeds: give at least one of each.")
     column = OPTIMIZERS[optimizer].column if optimizer in OPTIMIZERS else "adam"
-    recipe = Recipe(lr=lr or CHECK_LR[column], schedule="constant", warmup=0)
     base = family.base.with_(depth=depth or family.base.depth)
     scales = [base.with_(depth=each) if depths else base.with_(width=each) for each in sizes]
     if depths and len(set(widths)) == 1:
         scales = [scale.with_(width=widths[0]) for scale in scales]
     seen = observe(family)
+    recipe = Recipe(lr=lr or _check_lr(column, seen), schedule="constant", warmup=0)
     growing = _stacks(family, scales) if depths else None
     rows: list[dict[str, Any]] = []
     for i, scale in enumerate(scales):
@@ -103,6 +105,12 @@ def record(
             rows += [row | common for row in one_run(family, planned, model, divide, shown, steps, device)]
     progress(len(scales) * len(seeds), len(scales) * len(seeds))
     return COORDINATES.frame(rows)
+
+
+def _check_lr(column: str, seen: Observation) -> float:
+    """Return a learning rate at which the base model learns, and its first steps leave the initial weights in charge."""
+    stds = [spec.init.std for spec in seen.specs.values() if spec.role == "hidden" and spec.init.std]
+    return min(CHECK_LR[column], STEP * median(stds)) if column == "adam" and stds else CHECK_LR[column]
 
 
 def _scales(planned: Plan, seen: Observation, wider: float) -> dict[str, float]:

@@ -41,9 +41,10 @@ class Sum:
 
 @dataclass
 class Graph:
-    """The order of values in a forward pass. Node 0 is everything that depends on no parameter."""
+    """The order of values in a forward pass. Node 0 is everything that depends on no parameter; ``result`` is the loss."""
 
     parents: list[tuple[int, ...]] = field(default_factory=lambda: [()])
+    result: int = 0
     sums: list[Sum] = field(default_factory=list)
 
     def add(self, parents: Iterable[int]) -> int:

@@ -18,7 +18,7 @@ from .errors import RequestError, describe
 from .family import Family
 from .inits import Init, InitWatcher
 from .overrides import check_patterns, check_roles, role_given
-from .roles import roles_of
+from .roles import roles_of, unused
 from .scale import Scale
 from .specs import Observation, ParamSpec
 from .stretch import stretched
@@ -80,6 +80,8 @@ def _watch(family: Family) -> Observation:
         if name not in shapes:
             continue
         grows = tuple(a != b for a, b in zip(shapes[name], wide[name], strict=True))
+        if not uses[name]:
+            notes.append(f"{name} is not used in the example's forward pass: its role is told from its shape alone.")
         specs[name] = _spec(
             family, name, shapes[name], grows, uses[name], own_inits[name], inside=name in inside, ends_branch=name in ends,
             constant=constants.get(name, 0.0),
@@ -156,6 +158,7 @@ def _watched(family: Family, model: torch.nn.Module, batch: object) -> UseWatche
         loss = family.loss(model, batch)
     if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
         raise RequestError(f"loss(model, batch) returned {loss!r:.80}: return a tensor with one entry.")
+    watcher.finish(loss)
     return watcher
 
 
@@ -164,6 +167,8 @@ def _spec(
     inside: bool, ends_branch: bool, constant: float, constant_inside: bool, mixed: bool,
 ) -> ParamSpec:  # fmt: skip
     given = role_given(family.roles, name)
+    if given is None and not uses:
+        given = unused(shape, grows)
     if given is None:
         roles = roles_of(name, shape, grows, uses)
         tied = len(set(roles)) > 1
@@ -189,7 +194,13 @@ def _spec(
 
 def _axes_for(role: str, name: str, grows: tuple[bool, ...], uses: list[Use]) -> tuple[str, ...]:
     """Axes of a parameter whose role was given: as seen where that fits, else as `nn.Linear` stores them."""
-    if uses and not any(grow and label == "unknown" for grow, label in zip(grows, uses[0].axes, strict=True)):
+    seen = {label for grow, label in zip(grows, uses[0].axes, strict=True) if grow} if uses else {"unknown"}
+    summed = role in ("hidden", "output", "bottleneck")
+    if (
+        "unknown" not in seen
+        and ("in" in seen) == summed
+        and bool(seen - {"in"}) == (role not in ("output", "bottleneck"))
+    ):
         return uses[0].axes
     growing = [axis for axis, grow in enumerate(grows) if grow]
     into = {"hidden": growing[-1:] if len(growing) > 1 else [], "output": growing, "bottleneck": growing}.get(role, [])

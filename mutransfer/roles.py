@@ -5,7 +5,7 @@ from __future__ import annotations
 from .errors import RequestError
 from .uses import Use
 
-__all__ = ["ROLES", "role_of", "roles_of"]
+__all__ = ["ROLES", "role_of", "roles_of", "unused"]
 
 ROLES = ("input", "vector", "hidden", "output", "bottleneck", "finite")
 
@@ -30,6 +30,16 @@ def roles_of(name: str, shape: tuple[int, ...], grows: tuple[bool, ...], uses: l
     return roles
 
 
+def unused(shape: tuple[int, ...], grows: tuple[bool, ...]) -> str | None:
+    """Return the role of a parameter that the forward pass watched does not use, if its shape leaves only one.
+
+    Such as an embedding for masked places where nothing is masked. A matrix's growing axis could be in or out.
+    """
+    if not any(grows):
+        return "finite"
+    return "vector" if sum(size > 1 for size in shape) == 1 else None
+
+
 def role_of(name: str, shape: tuple[int, ...], use: Use, grows: tuple[bool, ...]) -> str:
     """Return the role in one use (the table of roles in docs/rules.md).
 
@@ -37,6 +47,11 @@ def role_of(name: str, shape: tuple[int, ...], use: Use, grows: tuple[bool, ...]
         RequestError: an axis that grows enters an operation without a rule.
     """
     growing = [label for grow, label in zip(grows, use.axes, strict=True) if grow]
+    if use.op == "weight_norm":
+        raise RequestError(
+            f"{name} {list(shape)} is the size of a weight normalized over its outputs too, which grows with the square root of "
+            "the width and has no rule: use weight_norm with dim=0, one size per output."
+        )
     if "unknown" in growing:
         raise RequestError(
             f"cannot tell the role of {name} {list(shape)}: it enters the operation {use.op!r}, for which no axis rule is "
@@ -47,6 +62,12 @@ def role_of(name: str, shape: tuple[int, ...], use: Use, grows: tuple[bool, ...]
         raise RequestError(
             f"cannot tell the role of {name} {list(shape)}: two of its axes grow and the operation {use.op!r} sums over "
             f"neither; name the role in the family, roles={{{name!r}: 'input'}}."
+        )
+    if use.alone and growing == ["out"]:
+        raise RequestError(
+            f"cannot tell the role of {name} {list(shape)}: it is multiplied with another parameter ({use.op!r}) before any "
+            f"activation; multiply the activations with one after the other, or name the role in the family, roles={{{name!r}: "
+            "'bottleneck'}."
         )
     into, out = "in" in growing, any(label != "in" for label in growing)
     match into, out:

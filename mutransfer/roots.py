@@ -82,14 +82,26 @@ class Roots:
             seen = (
                 labels.get(position, ())[-tensor.dim() :] if name != "convolution" else labels[position][: tensor.dim()]
             )
-        elif name in ops.ENTRYWISE or name in ops.AFFINE_NORMS or name in ops.WRITES:
+        elif name in ops.ENTRYWISE or name in ops.AFFINE_NORMS or name in ops.WRITES or _is_bias(name, args, tensor):
             seen = ("each",) * tensor.dim()
         else:
             seen = ()
-        by_stride = {s: label for s, n, label in zip(tensor.stride(), tensor.shape, seen, strict=False) if n > 1}
         # An axis of size 1 has no telling stride; it cannot be the one that grows either, unless nothing else says.
+        dims = [each for each in zip(tensor.stride(), tensor.shape, seen, strict=False) if each[1] > 1 and each[0] > 0]
         layout = zip(root.strides, self._shapes[root.index], strict=True)
-        return tuple("each" if n == 1 else by_stride.get(s, "unknown") for s, n in layout)
+        return tuple("each" if n == 1 else _label(stride, dims) for stride, n in layout)
+
+
+def _label(stride: int, dims: list[tuple[int, int, str]]) -> str:
+    """Return the label of the dim (its stride, size and label) that an axis became, or was merged into with its neighbours."""
+    own = [label for at, _, label in dims if at == stride]
+    merged = [label for at, size, label in dims if at < stride < at * size and stride % at == 0]
+    return own[-1] if own else merged[0] if len(merged) == 1 else "unknown"
+
+
+def _is_bias(name: str, args: Any, tensor: torch.Tensor) -> bool:
+    """Say whether ``tensor`` is what a fused attention adds to its logits."""
+    return name.startswith("_scaled_dot_product") and not any(each is tensor for each in args[:3])
 
 
 def _looked_up(name: str, args: Any, tensor: torch.Tensor) -> list[int | None]:

@@ -29,7 +29,8 @@ class Use:
     them by c multiplies that operand by c. It is where a multiplier before a shared matrix can be folded.
     ``on_data`` says that the other operand depends on no parameter at all: this is where data enters the model.
     ``feature`` says that the result meets another contracted parameter downstream, ``logit`` that it is first normalized
-    over its entries (softmax, topk), as a router's is. ``shift`` is s for a gain used as s + w. ``node`` and
+    over its entries (softmax, topk), as a router's is. ``alone`` says that it acts on a parameter, not on
+    activations. ``shift`` is s for a gain used as s + w. ``node`` and
     ``operands`` are the result's and the other operands' places in the graph.
     """
 
@@ -42,6 +43,7 @@ class Use:
     shift: float = 0.0
     feature: bool = False
     logit: bool = False
+    alone: bool = False
 
 
 @dataclass
@@ -109,6 +111,10 @@ class UseWatcher(TorchDispatchMode):
         for hook in self._hooks:
             hook.remove()
 
+    def finish(self, loss: torch.Tensor) -> None:
+        """Say what the pass was for; values that do not lead there are not read."""
+        self.graph.result = self._flow(loss).node
+
     def uses(self) -> dict[str, list[Use]]:
         """Return every parameter's uses in the order seen; a tied matrix has two, an unused parameter none."""
         found: dict[str, list[Use]] = {name: [] for name in self._names}
@@ -157,7 +163,7 @@ class UseWatcher(TorchDispatchMode):
     def _derive(self, name: str, args: Any, inputs: list[torch.Tensor], out: torch.Tensor) -> bool:
         """Let ``out`` stand for the one parameter that it is made of, if it is made of one by entries."""
         if name == "_weight_norm_interface":  # v keeps its axes; g multiplies the rows
-            self._note_uses("mul", args, [args[1]], 0)
+            self._note_uses("weight_norm" if any(args[2:]) else "mul", args, [args[1]], 0)
             inputs = inputs[:1]
         rooted = [(each, root) for each in inputs if (root := self._roots.get(each)) is not None]
         if not rooted or not out.is_floating_point():
@@ -227,13 +233,22 @@ class UseWatcher(TorchDispatchMode):
             if root is None:
                 continue
             axes = self._roots.axes(name, args, tensor)
+            alone = name in ops.CONTRACTIONS and "in" in axes and self._meets_only_parameters(inputs, tensor)
+            if alone and any(tensor is each for each in args[-2:-1]):
+                # It stands where activations do: rows that go into the other, such as learned queries.
+                axes, alone = tuple({"in": "out", "out": "gather"}.get(label, label) for label in axes), False
             if "in" in axes:
                 self._features |= union(other.uses for other in others)
             on_data = not any(other.depends for other in others)
             noted |= 1 << len(self._seen)
-            use = Use(name, axes, self.decode(carried), on_data, node, operands, root.shift if root.linear else 0.0)
+            shift = root.shift if root.linear else 0.0
+            use = Use(name, axes, self.decode(carried), on_data, node, operands, shift, alone=alone)
             self._seen.append((root.index, use))
         return noted
+
+    def _meets_only_parameters(self, inputs: list[torch.Tensor], tensor: torch.Tensor) -> bool:
+        met = [each for each in inputs if each is not tensor and each.is_floating_point() and each.dim() > 1]
+        return bool(met) and all(self._roots.get(each) is not None for each in met)
 
     def _note_attention(self, name: str, args: Any, kwargs: dict[str, Any]) -> None:
         if name.startswith("_scaled_dot_product"):

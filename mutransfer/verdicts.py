@@ -77,9 +77,7 @@ def verdict(coordinates: pd.DataFrame, margin: float = MARGIN) -> Verdict:
                 "high": high,
                 "expected": _words(expected),
                 "declared": _words(declared),
-                "ok": _judge(
-                    group, slope, low, high, expected, margin, may_rest=step < last and (step > 0 or role == "output")
-                ),
+                "ok": _judge(group, slope, low, high, expected, margin, may_rest=step < last),
             }
         )
     slopes = SLOPES.frame(rows)
@@ -124,7 +122,8 @@ def _judge(
     if not np.isfinite(group["value"]).all():
         return False
     if math.isnan(slope):
-        # A zero-initialized readout starts at zero, and lets no gradient through in the first step; later all must move.
+        # What is zero-initialized (a readout, LoRA's B) starts at zero, and such a readout lets no gradient through in the
+        # first step; at the last one all must have moved.
         return True if (group["value"] == 0).all() and may_rest else None
     if band[0] - margin <= low and high <= band[1] + margin:
         return True

@@ -94,7 +94,8 @@ def module_roles(model: torch.nn.Module, planned: Plan) -> dict[str, str]:
     for name, _ in model.named_parameters(remove_duplicate=False):
         if name in frozen:
             continue
-        module, _, _ = name.rpartition(".")
+        # What makes a parametrized weight hands on the weight, no features: its owner does.
+        module = name.partition(".parametrizations.")[0] if ".parametrizations." in name else name.rpartition(".")[0]
         # A second name for a tied matrix is the readout's.
         is_output = planned_roles.get(name, "output") == "output"
         # The whole model's output is a logit, also where the model owns a parameter of its own.

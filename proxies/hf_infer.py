@@ -28,7 +28,7 @@ Build = Callable[[dict[str, Whole], Container[str]], torch.nn.Module]
 
 WIDTH = re.compile(
     r"(\w+_)?(hidden_sizes?|hidden_dims?|hidden_channels|intermediate_size|intermediate_dim|d_model|n_embd|d_embed|embed_dims?"
-    r"|embedding_size|embedding_dim|embed_proj_dim|ffn?_dim|ffn_hidden_size|d_ff|d_inner|n_inner|mlp_dim|projection_dim"
+    r"|embedding_size|embedding_dim|embed_proj_dim|ffn?_dim|ffn_hidden_size|d_ff|d_inner|d_ssm|n_inner|mlp_dim|projection_dim"
     r"|projection_size|proj_size|pooler_output_size|lru_width|conv_dim)|dim"
 )
 HEADS = re.compile(r"(\w+_)?(n|num)_(\w+_)?heads?(_kv)?|(\w+_)?attention_heads")

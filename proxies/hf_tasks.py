@@ -57,7 +57,7 @@ def task_for(model: str, cls: type, config: Any, data: Data | None, batch_size: 
         if data is not None:
             _check_tokens(model, data, text)
             return data.batch(0, batch_size, 0), loss
-        length = min(LENGTH, getattr(text, "max_position_embeddings", None) or LENGTH)
+        length = min(LENGTH, _most(text) or LENGTH)
         tokens = _whole((batch_size, length + 1), text.vocab_size, draw)
         return (tokens[:, :-1], tokens[:, 1:]), loss
     if data is not None:
@@ -139,9 +139,10 @@ class _Images:
     """Images as an image classifier's config asks for them."""
 
     def __init__(self, config: Any) -> None:
-        size = getattr(config, "image_size", 64)
+        vision = getattr(config, "vision_config", config)  # of a model that reads text too
+        size = getattr(vision, "image_size", 64)
         self.size = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
-        self.channels: int = getattr(config, "num_channels", 3)
+        self.channels: int = getattr(vision, "num_channels", 3)
         self.classes: int = config.num_labels
 
     def check(self, model: str, data: Data) -> None:
@@ -177,12 +178,18 @@ def _check_tokens(model: str, data: Data, text: Any) -> None:
             f"the data {data.name!r} has {data.classes} different tokens and the vocab_size of {model} is {text.vocab_size}: "
             "choose data with fewer, or a larger vocab_size."
         )
-    length, most = data.batch(0, 1, 0)[0].shape[1], getattr(text, "max_position_embeddings", None)
+    length, most = data.batch(0, 1, 0)[0].shape[1], _most(text)
     if most and length > most:
         raise RequestError(
             f"the data's sequences have {length} tokens and the max_position_embeddings of {model} is {most}: shorten "
             "sequence_length, or raise max_position_embeddings."
         )
+
+
+def _most(text: Any) -> int | None:
+    """Return how many positions a model knows; some configs say -1 for no limit."""
+    most = getattr(text, "max_position_embeddings", None)
+    return most if most and most > 0 else None
 
 
 def _whole(shape: tuple[int, ...], below: int, draw: torch.Generator) -> Tensor:

@@ -152,9 +152,16 @@ def test_a_zero_readout_passes() -> None:
     assert math.isnan(found.slopes.set_index(["module", "step"]).loc[("readout", 0), "slope"])
 
 
-def test_a_dead_feature_does_not() -> None:
+def test_a_feature_that_starts_at_zero_passes() -> None:
+    """Such as LoRA's B, or Swin's table of positions: it has to move, which the last step says."""
     coordinates = frame()
     coordinates.loc[(coordinates["module"] == "middle") & (coordinates["step"] == 0), "value"] = 0.0
+    assert verdict(coordinates).status == "pass"
+
+
+def test_a_dead_feature_does_not() -> None:
+    coordinates = frame()
+    coordinates.loc[(coordinates["module"] == "middle") & (coordinates["step"] > 0), "value"] = 0.0
     assert verdict(coordinates).status == "undecided"
     coordinates = frame()
     dead = (coordinates["module"] == "readout") & (coordinates["step"] == 0) & (coordinates["width"] == 512)
