@@ -20,9 +20,10 @@ from .inits import Init, InitWatcher
 from .overrides import check_patterns, check_roles, role_given
 from .roles import roles_of, unused
 from .scale import Scale
+from .sightings import Use
 from .specs import Observation, ParamSpec
 from .stretch import stretched
-from .uses import Use, UseWatcher
+from .uses import UseWatcher
 
 __all__ = ["WIDER", "build", "observe", "shapes_of"]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .errors import RequestError
-from .uses import Use
+from .sightings import Use
 
 __all__ = ["ROLES", "role_of", "roles_of", "unused"]
 

@@ -333,7 +333,7 @@ def test_roles_can_be_named_by_pattern() -> None:
     with pytest.raises(RequestError, match=r"operation 'cumsum'.*roles=\{'w': 'hidden'\}"):
         seen(lambda n: {"w": parameter(n, n)}, apply)
     assert roles(seen(lambda n: {"w": parameter(n, n)}, apply, **{"w*": "hidden"})) == {"w": "hidden"}
-    with pytest.raises(RequestError, match=r"the role 'hiden' of w is unknown: it is one of input, vector"):
+    with pytest.raises(RequestError, match=r"gives w the role 'hiden', which is unknown: did you mean 'hidden'"):
         seen(lambda n: {"w": parameter(n, n)}, apply, w="hiden")
 
 
