@@ -73,6 +73,11 @@ def worst(found: Verdict) -> float:
     return float(found.slopes[found.slopes["role"] == "feature"]["slope"].abs().max())
 
 
+def show(of: Family, healthy: Verdict, standard: Verdict) -> None:
+    found = " | ".join(f"{worst(each):.2f} {each.status}" for each in (healthy, standard))
+    print(f"| {of.name} | {found} | {healthy.cause or ''}")
+
+
 def passing(found: Verdict) -> set[str]:
     """Return the modules that are healthy up to the first step."""
     ok = found.slopes[found.slopes["step"] <= 1].groupby("module")["ok"].agg(lambda rows: bool((rows == True).all()))  # noqa: E712 - missing is not True
@@ -85,6 +90,7 @@ def passing(found: Verdict) -> set[str]:
 def test_mup_passes_and_sp_fails(kind: str) -> None:
     of = family(kind, batch_size(kind))
     healthy, standard = checked(of, "mup", range(4)), checked(of, "sp", range(2))
+    show(of, healthy, standard)
     assert healthy.status == "pass", healthy.cause
     assert standard.status == "fail"
     assert "learning rate" in (standard.cause or "")
@@ -96,9 +102,10 @@ def test_mup_passes_and_sp_fails(kind: str) -> None:
 @pytest.mark.parametrize("kind", GOLDEN)
 def test_other_seeds_say_the_same(kind: str) -> None:
     of = family(kind, batch_size(kind))
-    healthy = checked(of, "mup", range(100, 105))
+    healthy, standard = checked(of, "mup", range(100, 105)), checked(of, "sp", range(100, 102))
+    show(of, healthy, standard)
     assert healthy.status == "pass", healthy.cause
-    assert checked(of, "sp", range(100, 102)).status == "fail"
+    assert standard.status == "fail"
 
 
 @pytest.mark.slow
@@ -108,9 +115,7 @@ def test_the_field(kind: str) -> None:
     seen = observe(of)
     mt.plan(of, Scale(4 * of.base.width, of.base.depth * 2), "completep", observation=seen)
     healthy, standard = checked(of, "mup", range(4)), checked(of, "sp", range(2))
-    print(
-        f"| {of.name} | {worst(healthy):.2f} {healthy.status} | {worst(standard):.2f} {standard.status} | {healthy.cause or ''}"
-    )
+    show(of, healthy, standard)
     assert standard.status == "fail"
     assert healthy.status == "pass" or kind in NOT_SHOWN, healthy.cause
 
