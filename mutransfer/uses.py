@@ -7,7 +7,7 @@ a tensor made of one parameter alone (a cast, a chosen expert, 1 + w) stands for
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,59 +16,10 @@ from torch.utils._pytree import tree_leaves
 
 from . import operations as ops
 from .flows import Flow, Graph, Sum, storage_key, union
+from .noted import Attention, Constant, Use
 from .roots import Roots
 
 __all__ = ["Attention", "Constant", "Use", "UseWatcher"]
-
-
-@dataclass(frozen=True)
-class Use:
-    """One use of one parameter: the operation, what became of each axis, and what it met.
-
-    ``carriers`` are the parameters that jointly carry a factor into this use's other operand: multiplying all of
-    them by c multiplies that operand by c. It is where a multiplier before a shared matrix can be folded.
-    ``on_data`` says that the other operand depends on no parameter at all: this is where data enters the model.
-    ``feature`` says that the result meets another contracted parameter downstream, ``logit`` that it is first normalized
-    over its entries (softmax, topk), as a router's is. ``alone`` says that it acts on a parameter, not on
-    activations. ``shift`` is s for a gain used as s + w. ``node`` and
-    ``operands`` are the result's and the other operands' places in the graph.
-    """
-
-    op: str
-    axes: tuple[str, ...]
-    carriers: frozenset[str]
-    on_data: bool
-    node: int
-    operands: tuple[int, ...]
-    shift: float = 0.0
-    feature: bool = False
-    logit: bool = False
-    alone: bool = False
-
-
-@dataclass
-class Attention:
-    """One softmax over scaled dot products: head dim, scale, and the parameters that carry a factor into the queries.
-
-    ``others`` are the parameters that the keys and, where the operation is fused, the values depend on through them alone.
-    """
-
-    head_dim: int
-    scale: float
-    others: frozenset[str]
-    queries: frozenset[str] = field(default_factory=frozenset)
-
-
-@dataclass(frozen=True)
-class Constant:
-    """A number that the forward pass multiplies with a tensor that depends on parameters.
-
-    ``carriers`` are the parameters on which the number could as well be written; ``module`` does the multiplication.
-    """
-
-    value: float
-    carriers: frozenset[str]
-    module: str
 
 
 class UseWatcher(TorchDispatchMode):
