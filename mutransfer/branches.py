@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .flows import Graph, Sum
-from .sightings import Use
+from .noted import Use
 
 __all__ = ["Branch", "residual_branches"]
 

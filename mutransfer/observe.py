@@ -17,10 +17,10 @@ from .branches import residual_branches
 from .errors import RequestError, describe
 from .family import Family
 from .inits import Init, InitWatcher
+from .noted import Use
 from .overrides import check_patterns, check_roles, role_given
 from .roles import roles_of, unused
 from .scale import Scale
-from .sightings import Use
 from .specs import Observation, ParamSpec
 from .stretch import stretched
 from .uses import UseWatcher

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .errors import RequestError
-from .sightings import Use
+from .noted import Use
 
 __all__ = ["ROLES", "role_of", "roles_of", "unused"]
 

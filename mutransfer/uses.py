@@ -16,8 +16,8 @@ from torch.utils._pytree import tree_leaves
 
 from . import operations as ops
 from .flows import Flow, Graph, Sum, storage_key, union
+from .noted import Attention, Constant, Use
 from .roots import Roots
-from .sightings import Attention, Constant, Use
 
 __all__ = ["UseWatcher"]
 

@@ -355,14 +355,3 @@ def test_a_learned_bias_inside_fused_attention() -> None:
     spec = seen(lambda n: {"table": parameter(9, n // 4)}, apply).specs["table"]
     assert spec.role == "input"
     assert spec.multipliers((9, 16)) == (1, 4)
-
-
-def test_a_last_state_that_nobody_reads_is_no_branch() -> None:
-    def apply(net: Any, x: torch.Tensor) -> torch.Tensor:
-        y = x + net.out(x)
-        net.state = y + (y * net.decay).exp()  # a recurrence's, kept for a next call that does not come
-        return y
-
-    found = seen(lambda n: {"out": nn.Linear(n, n, bias=False), "decay": nn.Parameter(torch.ones(n))}, apply)
-    assert found.open_branches == 0
-    assert places(found) == {"out.weight": "end", "decay": "-"}

@@ -86,3 +86,21 @@ def test_attention_keeps_its_head_dim() -> None:
         f"transformer.h.{i}.attn.c_attn.{x}" for i in (0, 1) for x in ("weight", "bias")
     }
     assert seen("llama")[1].queries == {f"model.layers.{i}.self_attn.q_proj.weight" for i in (0, 1)}
+
+
+def test_a_last_state_that_nobody_reads_is_no_branch() -> None:
+    """RWKV's recurrence makes a state for a next token that does not come; CompleteP would refuse a branch without an end."""
+    of, observation = seen("rwkv")
+    assert observation.open_branches == 0
+    mt.plan(of, Scale(of.base.width, 2 * of.base.depth), "completep", observation=observation)
+
+
+def test_a_table_that_every_layer_projects_is_no_layers_own() -> None:
+    spec = seen("deberta-v2")[1].specs["deberta.encoder.rel_embeddings.weight"]
+    assert (spec.role, spec.inside) == ("input", False)
+
+
+def test_branches_added_one_after_the_other_to_one_stream() -> None:
+    """Cohere's x + attention + mlp."""
+    ends = {name for name, spec in seen("cohere")[1].specs.items() if spec.ends_branch}
+    assert ends == {f"model.layers.{i}.{end}.weight" for i in (0, 1) for end in ("self_attn.o_proj", "mlp.down_proj")}

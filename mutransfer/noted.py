@@ -1,4 +1,4 @@
-"""What a watched forward pass tells: uses of parameters, attentions, and numbers multiplied in."""
+"""What is noted of one forward pass: uses of parameters, attentions, and numbers multiplied in."""
 
 from __future__ import annotations
 
