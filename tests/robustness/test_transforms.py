@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 import mutransfer as mt
+from mutransfer.coordinates import record, verdict
+from mutransfer.scale import Scale
 
 from . import trained
 
@@ -104,3 +107,27 @@ def test_weight_norm_on_a_planned_model_is_refused_by_name() -> None:
     torch.nn.utils.parametrizations.weight_norm(model.readout)  # type: ignore[arg-type]
     with pytest.raises(mt.RequestError, match=r"readout\.parametrizations\.weight\.original0"):
         case.plan.param_groups(model)
+
+
+def test_weight_norm_in_the_build_is_planned_as_the_plain_matrix() -> None:
+    """Its direction starts and moves as the matrix would, its sizes as a vector; the weight that they make is as large."""
+    norm = torch.nn.utils.parametrizations.weight_norm
+
+    def build(scale: Scale, wrap: Any = norm) -> torch.nn.Module:
+        hidden = wrap(torch.nn.Linear(scale.width, scale.width))
+        return torch.nn.Sequential(
+            torch.nn.Linear(8, scale.width), torch.nn.Tanh(), hidden, torch.nn.Linear(scale.width, 4)
+        )
+
+    batch = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+    family = mt.Family(build, batch, lambda model, x: model(x).square().mean(), Scale(16))
+    plain = replace(family, build=lambda scale: build(scale, lambda linear: linear))
+    plan, plain_plan = (mt.plan(each, Scale(256)) for each in (family, plain))
+    settings = {row.name: (row.role, row.lr_factor, row.init.std) for row in plan.rows}
+    expected = {row.name: (row.role, row.lr_factor, row.init.std) for row in plain_plan.rows}
+    assert settings["2.parametrizations.weight.original1"] == expected["2.weight"]
+    assert settings["2.parametrizations.weight.original0"][:2] == ("vector", 1.0)
+    model = build(plan.scale)
+    plan.initialize(model)
+    assert model[2].weight.std().item() == pytest.approx(expected["2.weight"][2], rel=0.02)  # type: ignore[index]
+    assert verdict(record(family, [16, 32, 64, 128, 256])).status == "pass"
