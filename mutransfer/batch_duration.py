@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from .errors import RequestError, nearest
+from .fold import Factors
 from .recipe import Recipe
 from .scale import Scale
 
@@ -159,18 +160,8 @@ def apply(plan: Plan, scale: Scale, tuned: Scale, parameters: float | None = Non
             f"{plan.optimizer}: name the law 'none', or use one of these."
         )
     change = chosen.change(m)
-    rows = tuple(
-        replace(
-            row,
-            lr=row.lr * change.lr,
-            weight_decay=row.weight_decay * change.weight_decay,
-            eps=None if row.eps is None else row.eps * change.eps,
-            lr_factor=row.lr_factor * change.lr,
-            wd_factor=row.wd_factor * change.weight_decay,
-            eps_factor=None if row.eps_factor is None else row.eps_factor * change.eps,
-        )
-        for row in plan.rows
-    )
+    factors = Factors(lr=change.lr, weight_decay=change.weight_decay, eps=change.eps)
+    rows = tuple(row.times(factors) for row in plan.rows)
     note = f"law {name} ({chosen.source}): {chosen.says}; m_B = {m.batch:g}, m_D = {m.tokens:g}."
     changed = replace(
         plan,

@@ -54,19 +54,8 @@ def _unit(row: ParameterPlan, kind: str) -> ParameterPlan:
         return row
     change = Factors().folded(1 / c, kind)
     factor = Factors().folded(1 / (row.init_factor or 1.0), kind)  # the base's own multiplier is another
-    return replace(
-        row,
-        init=row.init.scaled(1 / c),
-        lr=row.lr * change.lr,
-        weight_decay=row.weight_decay * change.weight_decay,
-        eps=None if row.eps is None else row.eps * change.eps,
-        gauge=row.gauge * change.gauge,
-        multiplier=row.multiplier * c,
-        lr_factor=row.lr_factor * factor.lr,
-        wd_factor=row.wd_factor * factor.weight_decay,
-        eps_factor=None if row.eps_factor is None else row.eps_factor * factor.eps,
-        init_factor=1.0,
-    )
+    scaled = row.init.scaled(1 / c)
+    return replace(row.times(change, factor), init=scaled, multiplier=row.multiplier * c, init_factor=1.0)
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from .batch_duration import averaged
 from .clipping import clip_grad_norm_
 from .errors import RequestError, nearest
 from .files import read_json, write_json
+from .fold import Factors
 from .frames import PARAMETERS
 from .gauges import attach, unit
 from .inits import Init, draw_
@@ -54,6 +55,21 @@ class ParameterPlan:
     init_factor: float | None
     gauge: float
     multiplier: float = 1.0
+
+    def times(self, settings: Factors, factors: Factors | None = None) -> ParameterPlan:
+        """Return the parameter with its settings multiplied, and its ``*_factor`` columns by ``factors`` (else alike)."""
+        factors = factors or settings
+        return replace(
+            self,
+            lr=self.lr * settings.lr,
+            weight_decay=self.weight_decay * settings.weight_decay,
+            eps=None if self.eps is None else self.eps * settings.eps,
+            gauge=self.gauge * settings.gauge,
+            lr_factor=self.lr_factor * factors.lr,
+            wd_factor=self.wd_factor * factors.weight_decay,
+            eps_factor=None if self.eps_factor is None else self.eps_factor * factors.eps,
+            init_factor=None if self.init_factor is None else self.init_factor * factors.init,
+        )
 
     def as_row(self) -> dict[str, Any]:
         """Return the parameter as plain data, with the shape as a list."""

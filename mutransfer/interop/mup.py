@@ -85,17 +85,7 @@ def plan_annotated(
         if row.role == "output":
             back = Factors().folded(row.m_in, kind)
             notes.append(f"{row.name} keeps MuReadout's factor 1/{row.m_in:g} in the forward pass, and is planned so.")
-            row = replace(
-                row,
-                lr=row.lr * back.lr,
-                weight_decay=row.weight_decay * back.weight_decay,
-                eps=None if row.eps is None else row.eps * back.eps,
-                lr_factor=row.lr_factor * back.lr,
-                wd_factor=row.wd_factor * back.weight_decay,
-                eps_factor=None if row.eps_factor is None else row.eps_factor * back.eps,
-                init_factor=None if row.init_factor is None else row.init_factor * back.init,
-                gauge=row.gauge * back.gauge,
-            )
+            row = row.times(back)
         rows.append(replace(row, init=specs[row.name].init))
     return replace(folded, rows=tuple(rows), notes=tuple(notes))
 

@@ -19,6 +19,7 @@ from mutransfer.interop.mup import based_on, plan_annotated, read_bsh, write_bsh
 from mutransfer.observe import observe
 
 from .. import families
+from ..test_oracle_mup import losses
 
 
 class Uneven(nn.Module):
@@ -52,7 +53,6 @@ RECIPES = {
     "adam": mt.Recipe(lr=2**-7, eps=1e-30),
     "sgd": mt.Recipe(lr=2**-3, weight_decay=1e-3, decay="all", momentum=0.9),
 }
-STEPS = 20
 
 
 def wide(family: mt.Family, times: int) -> mt.Scale:
@@ -162,19 +162,6 @@ def annotated(kind: str, times: int, output_mult: float = 1.0) -> tuple[mt.Famil
     build = written_for_mup(family, kind == "tied", output_mult)
     model = build(wide(family, times))
     return family, mup.set_base_shapes(model, build(family.base), delta=build(wide(family, 2)))
-
-
-def losses(model: nn.Module, optimizer: torch.optim.Optimizer, family: mt.Family) -> list[float]:
-    x, y = family.batch
-    batch = (x.double() if x.is_floating_point() else x, y)
-    seen = []
-    for _ in range(STEPS):
-        loss = family.loss(model, batch)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        seen.append(loss.item())
-    return seen
 
 
 @pytest.mark.parametrize("optimizer", RECIPES)

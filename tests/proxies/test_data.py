@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -475,11 +477,16 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path):
     assert "neither a regular file nor a folder" in refusal(f"text:{tmp_path / 'pipe'}")
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root reads everything")
-def test_a_forbidden_folder_is_not_left_out(tmp_path: Path):
-    marked_files(tmp_path, 12, ".txt")
-    (tmp_path / "part0").chmod(0)
-    assert refusal(f"text:{tmp_path}").startswith(f"cannot read {tmp_path / 'part0'} (")
+def test_a_forbidden_folder_is_not_left_out(request: pytest.FixtureRequest):
+    folder = Path(tempfile.mkdtemp())  # pytest's own is closed to others
+    request.addfinalizer(lambda: shutil.rmtree(folder))
+    marked_files(folder, 12, ".txt")
+    folder.chmod(0o755)
+    (folder / "part0").chmod(0)
+    if os.geteuid() == 0:  # root reads everything
+        os.seteuid(65534)
+        request.addfinalizer(lambda: os.seteuid(0))
+    assert refusal(f"text:{folder}").startswith(f"cannot read {folder / 'part0'} (")
 
 
 def test_a_folder_without_python_is_refused(tmp_path: Path):
