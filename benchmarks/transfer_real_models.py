@@ -22,7 +22,7 @@ from harness import Claim, publish
 import mutransfer as mt
 from mutransfer.basins import optima
 from mutransfer.frames import BASINS
-from mutransfer.observe import observe
+from mutransfer.observing.observe import observe
 from mutransfer.proxies.data import load_data
 from mutransfer.proxies.reference import load_family
 from mutransfer.proxies.training import Training, train

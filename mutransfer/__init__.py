@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .coordinates import verdict as verdict
     from .errors import RequestError as RequestError
     from .family import Family as Family
+    from .optimizers.muon import MuonWithAdamW as MuonWithAdamW
     from .planning import plan as plan
     from .plans import Plan as Plan
     from .recipe import Recipe as Recipe
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Family": "family",
+    "MuonWithAdamW": "optimizers.muon",
     "Plan": "plans",
     "Recipe": "recipe",
     "RequestError": "errors",
@@ -33,7 +35,18 @@ _HOMES = {
     "verdict": "coordinates",
 }
 
-__all__ = ["Family", "Plan", "Recipe", "RequestError", "Scale", "TargetConfig", "plan", "record", "verdict"]
+__all__ = [
+    "Family",
+    "MuonWithAdamW",
+    "Plan",
+    "Recipe",
+    "RequestError",
+    "Scale",
+    "TargetConfig",
+    "plan",
+    "record",
+    "verdict",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -17,13 +17,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from .errors import RequestError
 from .family import Family
 from .frames import COORDINATES
-from .observe import build, observe
-from .optimizers import OPTIMIZERS
+from .observing.observe import build, observe
+from .observing.specs import Observation
+from .optimizers.registry import OPTIMIZERS
 from .planning import plan
 from .plans import Plan
 from .recipe import Recipe
 from .scale import Scale
-from .specs import Observation
 from .tables import table
 from .verdicts import MARGIN as MARGIN
 from .verdicts import Verdict as Verdict

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 
 from .errors import RequestError
 from .fold import Factors
-from .optimizers import Growth, OptimizerRule
+from .observing.specs import Observation, ParamSpec
+from .optimizers.registry import Growth, OptimizerRule
 from .recipe import Recipe
 from .scale import Scale
-from .specs import Observation, ParamSpec
 from .tables import Table
 
 __all__ = ["Draft"]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from .drafts import Draft
 from .errors import RequestError
-from .observe import WIDER
-from .specs import Observation, ParamSpec
+from .observing.observe import WIDER
+from .observing.specs import Observation, ParamSpec
 
 __all__ = ["fold_all"]
 

@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 
 from .errors import RequestError
 from .fold import Factors
-from .optimizers import OPTIMIZERS
+from .optimizers.registry import OPTIMIZERS
 
 if TYPE_CHECKING:
     from .plans import ParameterPlan, Plan

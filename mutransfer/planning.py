@@ -15,13 +15,13 @@ from .errors import RequestError
 from .family import Family
 from .folding import fold_all
 from .inits import Init, InitWatcher
-from .layers import match_layers
-from .observe import build, observe, shapes_of
-from .optimizers import optimizer_rule
+from .observing.layers import match_layers
+from .observing.observe import build, observe, shapes_of
+from .observing.specs import Observation
+from .optimizers.registry import optimizer_rule
 from .plans import ParameterPlan, Plan
 from .recipe import Recipe
 from .scale import Scale
-from .specs import Observation
 from .tables import table
 
 __all__ = ["finished", "plan"]

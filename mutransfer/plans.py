@@ -22,7 +22,7 @@ from .gauges import attach, unit
 from .inits import Init, draw_
 from .matching import matched
 from .names import plain_name
-from .optimizers import OPTIMIZERS
+from .optimizers.registry import OPTIMIZERS
 from .recipe import Recipe
 from .scale import Scale
 from .tables import table

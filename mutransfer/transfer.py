@@ -13,7 +13,7 @@ from typing import Any
 from .batch_duration import apply
 from .errors import RequestError, nearest
 from .files import read_json, write_json
-from .optimizers import optimizer_rule
+from .optimizers.registry import optimizer_rule
 from .plans import Plan
 from .scale import Scale
 from .tables import table

@@ -12,7 +12,7 @@ from scipy import stats
 
 from .errors import RequestError
 from .frames import SLOPES, varying
-from .optimizers import OPTIMIZERS
+from .optimizers.registry import OPTIMIZERS
 from .tables import HEALTHY, HEALTHY_DEPTH, TABLES, Band
 
 __all__ = ["MARGIN", "Verdict", "verdict"]

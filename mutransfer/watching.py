@@ -10,7 +10,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from .family import Family
-from .flows import storage_key
+from .observing.flows import storage_key
 from .plans import Plan
 
 __all__ = ["module_roles", "one_run", "places"]

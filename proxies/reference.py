@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mutransfer.errors import RequestError, nearest
 from mutransfer.family import Family
-from mutransfer.overrides import check_roles, with_roles
+from mutransfer.observing.overrides import check_roles, with_roles
 from mutransfer.scale import Scale
 
 from .builtin import BUILTIN, DEFAULT_DATA, builtin, cross_entropy

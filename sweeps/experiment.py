@@ -11,8 +11,8 @@ from pydantic import Field, model_validator
 
 from mutransfer.errors import RequestError, nearest
 from mutransfer.files import write_text
-from mutransfer.optimizers import optimizer_rule
-from mutransfer.overrides import check_roles
+from mutransfer.observing.overrides import check_roles
+from mutransfer.optimizers.registry import optimizer_rule
 from mutransfer.recipe import Recipe
 from mutransfer.scale import Scale
 from mutransfer.settings import Settings

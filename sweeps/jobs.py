@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import torch
 
 from mutransfer.family import Family
-from mutransfer.observe import observe
+from mutransfer.observing.observe import observe
 from mutransfer.planning import plan
 from mutransfer.plans import Plan
 from mutransfer.price import step_flops

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 import mutransfer as mt
 from mutransfer.fold import Factors
-from mutransfer.muon import MuonWithAdamW
+from mutransfer.optimizers.muon import MuonWithAdamW
 
 from . import families
 

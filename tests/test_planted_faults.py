@@ -23,10 +23,10 @@ from mutransfer import folding
 from mutransfer.audit import audit, live
 from mutransfer.coordinates import record
 from mutransfer.drafts import Draft
-from mutransfer.observe import observe
+from mutransfer.observing.observe import observe
+from mutransfer.observing.specs import Observation
 from mutransfer.plans import ParameterPlan, Plan
 from mutransfer.scale import Scale
-from mutransfer.specs import Observation
 from mutransfer.verdicts import Verdict, verdict
 
 from . import families, test_fold, test_oracle_mup

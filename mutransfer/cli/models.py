@@ -60,7 +60,7 @@ def family_for(
     Built-in models have default data, depth and (if ``default_width`` is given) base width; others bring their own.
     ``roles`` are written as PATTERN=ROLE.
     """
-    from ..overrides import roles_from, with_roles
+    from ..observing.overrides import roles_from, with_roles
     from ..proxies.builtin import DEFAULT_DATA, DEFAULT_DEPTH
     from ..proxies.data import load_data
     from ..proxies.reference import load_family

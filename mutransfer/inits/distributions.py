@@ -11,9 +11,8 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .draws import Init, Part
-from .recorder import Step
 from .replay import UnreplayableError
-from .windows import Literal, Window, apart, box
+from .windows import Literal, Step, Window, apart, box
 
 __all__ = ["Folding", "arguments", "one_number"]
 

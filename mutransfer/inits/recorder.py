@@ -4,44 +4,22 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .windows import Literal, Version, Window
+from .windows import Literal, Step, Version, Window
 
-__all__ = ["TRUNCATED", "Recorder", "Step", "leaves", "steps_to", "tensors_in"]
+__all__ = ["Recorder", "leaves", "steps_to", "tensors_in"]
 
 # What these write does not depend on what was there. Operations with ``out=`` are of the same kind.
 OVERWRITES = frozenset(
     ["normal_", "uniform_", "zero_", "fill_", "copy_", "exponential_", "log_normal_", "cauchy_", "random_"]
 )
 EMPTY = frozenset(["empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"])
-TRUNCATED = "trunc_normal_"  # the one step that is no aten operation: its rejection loop reads values
-
-
-@dataclass(eq=False)
-class Step:
-    """One operation; ``results`` are the windows it wrote, in its arguments or its outputs."""
-
-    order: int
-    func: Any
-    args: list[Any]
-    kwargs: dict[str, Any]
-    results: list[Window]
-
-    @property
-    def name(self) -> str:
-        """The operation without its overload."""
-        return self.func if isinstance(self.func, str) else self.func._opname
-
-    @property
-    def random(self) -> bool:
-        """Whether two runs differ."""
-        return self.func == TRUNCATED or torch.Tag.nondeterministic_seeded in self.func.tags
 
 
 class Recorder(TorchDispatchMode):

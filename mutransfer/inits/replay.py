@@ -16,8 +16,8 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..errors import RequestError
-from .recorder import TRUNCATED, Step, tensors_in
-from .windows import Literal, Window
+from .recorder import tensors_in
+from .windows import TRUNCATED, Literal, Step, Window
 
 __all__ = ["Program", "UnreplayableError"]
 

@@ -14,9 +14,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ..errors import RequestError
 from .distributions import Folding, arguments, one_number
 from .draws import Init
-from .recorder import TRUNCATED, Recorder, Step, steps_to
+from .recorder import Recorder, steps_to
 from .replay import Program, UnreplayableError
-from .windows import Literal, Window
+from .windows import TRUNCATED, Literal, Step, Window
 
 __all__ = ["InitWatcher"]
 

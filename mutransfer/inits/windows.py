@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
-if TYPE_CHECKING:
-    from .recorder import Step
+__all__ = ["TRUNCATED", "Literal", "Step", "Version", "Window", "apart", "box"]
 
-__all__ = ["Literal", "Version", "Window", "apart", "box"]
+TRUNCATED = "trunc_normal_"  # the one step that is no aten operation: its rejection loop reads values
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +51,27 @@ class Window:
     def place(self) -> tuple[tuple[int, ...], tuple[int, ...], int]:
         """What two windows on the same entries of one storage have in common."""
         return self.size, self.stride, self.offset
+
+
+@dataclass(eq=False)
+class Step:
+    """One operation; ``results`` are the windows it wrote, in its arguments or its outputs."""
+
+    order: int
+    func: Any
+    args: list[Any]
+    kwargs: dict[str, Any]
+    results: list[Window]
+
+    @property
+    def name(self) -> str:
+        """The operation without its overload."""
+        return self.func if isinstance(self.func, str) else self.func._opname
+
+    @property
+    def random(self) -> bool:
+        """Whether two runs differ."""
+        return self.func == TRUNCATED or torch.Tag.nondeterministic_seeded in self.func.tags
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,12 @@ from ..drafts import Draft
 from ..errors import RequestError
 from ..fold import Factors
 from ..inits import Init
-from ..optimizers import optimizer_rule
+from ..observing.specs import Observation, ParamSpec
+from ..optimizers.registry import optimizer_rule
 from ..planning import finished
 from ..plans import Plan
 from ..recipe import Recipe
 from ..scale import Scale
-from ..specs import Observation, ParamSpec
 from ..tables import table
 from .bsh import BaseShapes, based_on, read_bsh, write_bsh
 

@@ -12,7 +12,7 @@ import mutransfer as mt
 from mutransfer.coordinates import Verdict, record, verdict
 from mutransfer.errors import RequestError
 from mutransfer.family import Family
-from mutransfer.observe import observe
+from mutransfer.observing.observe import observe
 from mutransfer.scale import Scale
 
 from .configs import CONFIGS, family

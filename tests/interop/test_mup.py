@@ -16,7 +16,7 @@ from torch import nn
 import mutransfer as mt
 from mutransfer.fold import Factors
 from mutransfer.interop.mup import based_on, plan_annotated, read_bsh, write_bsh
-from mutransfer.observe import observe
+from mutransfer.observing.observe import observe
 
 from .. import families
 from ..test_oracle_mup import losses

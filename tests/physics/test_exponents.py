@@ -21,10 +21,10 @@ from torch import nn
 import mutransfer as mt
 from mutransfer import coordinates
 from mutransfer.coordinates import record
+from mutransfer.optimizers.updates import Muon, OptimizerRule
 from mutransfer.proxies.models import MLP
 from mutransfer.scale import Scale
 from mutransfer.tables import MUP, TABLES
-from mutransfer.updates import Muon, OptimizerRule
 from mutransfer.verdicts import MARGIN, verdict
 
 from .. import families

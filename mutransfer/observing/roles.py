@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .errors import RequestError
+from ..errors import RequestError
 from .noted import Use
 
 __all__ = ["ROLES", "role_of", "roles_of", "unused"]

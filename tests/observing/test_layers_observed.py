@@ -14,9 +14,9 @@ from torch.nn.utils import parametrizations
 import mutransfer as mt
 from mutransfer.errors import RequestError
 from mutransfer.family import Family
-from mutransfer.observe import observe
+from mutransfer.observing.observe import observe
+from mutransfer.observing.specs import Observation, ParamSpec
 from mutransfer.scale import Scale
-from mutransfer.specs import Observation, ParamSpec
 
 FEATURES = 5
 Apply = Callable[[nn.Module, torch.Tensor], torch.Tensor]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from .errors import RequestError
+from ..errors import RequestError
 
 __all__ = ["match_layers"]
 

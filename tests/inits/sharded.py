@@ -1,4 +1,4 @@
-"""One process of a sharded model, for tests/test_inits.py: `sharded.py WAY RANK WORLD STORE`."""
+"""One process of a sharded model, for test_shards.py: `sharded.py WAY RANK WORLD STORE`."""
 
 from __future__ import annotations
 

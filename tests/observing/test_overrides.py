@@ -12,7 +12,7 @@ import mutransfer as mt
 from mutransfer.cli.transfer import target_of
 from mutransfer.errors import RequestError
 from mutransfer.files import write_json
-from mutransfer.overrides import roles_from
+from mutransfer.observing.overrides import roles_from
 from mutransfer.proxies.reference import load_family
 from mutransfer.runs import RunFolder
 from mutransfer.scale import Scale
@@ -20,8 +20,8 @@ from mutransfer.sweeps.experiment import Experiment
 from mutransfer.sweeps.jobs import plan_of
 from mutransfer.transfer import TargetConfig
 
-from . import families
-from .sweeps.small import SMALL, experiment
+from .. import families
+from ..sweeps.small import SMALL, experiment
 
 MODEL = """
 import torch

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Literal, Protocol
 
-from .errors import RequestError
-from .recipe import Recipe
-from .tableau import ONE, Row
+from ..errors import RequestError
+from ..recipe import Recipe
+from ..tableau import ONE, Row
 
 __all__ = ["Adafactor", "Asgd", "Growth", "Muon", "OptimizerRule", "betas"]
 

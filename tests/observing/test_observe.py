@@ -14,11 +14,11 @@ from torch.nn import functional as F
 
 import mutransfer as mt
 from mutransfer.errors import RequestError
-from mutransfer.observe import observe
+from mutransfer.observing.observe import observe
+from mutransfer.observing.specs import ParamSpec
 from mutransfer.scale import Scale
-from mutransfer.specs import ParamSpec
 
-from . import families
+from .. import families
 
 FEATURES = 5
 

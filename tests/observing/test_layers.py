@@ -10,11 +10,11 @@ from torch import nn
 
 import mutransfer as mt
 from mutransfer.errors import RequestError
-from mutransfer.layers import match_layers
-from mutransfer.observe import LAYERS, _watch, observe
+from mutransfer.observing.layers import match_layers
+from mutransfer.observing.observe import LAYERS, _watch, observe
 from mutransfer.scale import Scale
 
-from . import families
+from .. import families
 
 
 def names(*kinds: str, stack: str = "blocks") -> dict[str, int]:

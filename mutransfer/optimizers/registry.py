@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from .errors import RequestError, nearest
-from .recipe import Recipe
+from ..errors import RequestError, nearest
+from ..recipe import Recipe
 from .updates import Adafactor, Asgd, Growth, Muon, OptimizerRule, betas
 
 __all__ = ["OPTIMIZERS", "Growth", "OptimizerRule", "optimizer_rule"]
@@ -21,7 +21,7 @@ CAPPED = (
     "torch.optim.Adafactor caps every lr at 1/√step: the plan's factors hold until step 1/lr², with the largest lr."
 )
 MUON = {
-    "home": "mutransfer.muon",
+    "home": "mutransfer.optimizers.muon",
     "about": "hidden matrices follow Muon, all other parameters AdamW at lr · adamw_lr_ratio.",
 }
 

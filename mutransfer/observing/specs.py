@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .errors import RequestError
-from .inits import Init
+from ..errors import RequestError
+from ..inits import Init
 
 __all__ = ["Observation", "ParamSpec"]
 

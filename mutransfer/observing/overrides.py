@@ -8,8 +8,8 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from .errors import RequestError, nearest
-from .family import Family
+from ..errors import RequestError, nearest
+from ..family import Family
 from .roles import ROLES
 
 __all__ = ["check_patterns", "check_roles", "role_given", "roles_from", "with_roles"]

@@ -6,8 +6,8 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
 
-from .errors import RequestError
-from .inits import Init
+from ..errors import RequestError
+from ..inits import Init
 from .layers import match_layers
 from .specs import Observation
 

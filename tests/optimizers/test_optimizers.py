@@ -14,10 +14,10 @@ from torch.nn import functional as F
 import mutransfer as mt
 from mutransfer.audit import audit, live
 from mutransfer.errors import RequestError
-from mutransfer.muon import MuonWithAdamW
-from mutransfer.optimizers import OPTIMIZERS, REFUSED
+from mutransfer.optimizers.muon import MuonWithAdamW
+from mutransfer.optimizers.registry import OPTIMIZERS, REFUSED
 
-from . import families
+from .. import families
 
 L2_INSIDE = ("adam", "adamax", "rmsprop", "adagrad")
 BROUGHT = ("lion", "signum")

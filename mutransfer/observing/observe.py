@@ -13,14 +13,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
+from ..errors import RequestError, describe
+from ..family import Family
+from ..inits import Init, InitWatcher
+from ..scale import Scale
 from .branches import residual_branches
-from .errors import RequestError, describe
-from .family import Family
-from .inits import Init, InitWatcher
 from .noted import Use
 from .overrides import check_patterns, check_roles, role_given
 from .roles import roles_of, unused
-from .scale import Scale
 from .specs import Observation, ParamSpec
 from .stretch import stretched
 from .uses import UseWatcher
