@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 
 import mutransfer as mt
 from mutransfer.coordinates import record, verdict
@@ -101,19 +103,52 @@ def test_a_tensor_as_the_optimizers_own_default_changes_nothing() -> None:
     assert default.item() == 0.5
 
 
+def normed(model: torch.nn.Module) -> torch.nn.Module:
+    """Every linear layer of the blocks by its direction and its sizes."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name.startswith("blocks."):
+            weight_norm(module)
+    return model
+
+
+def test_weight_norm_put_on_later_trains_as_in_the_build() -> None:
+    """The plan is that of the family whose build has it; the model got its weights without."""
+    plain = trained.transformer_case()
+    family = replace(plain.family, build=lambda scale: normed(plain.family.build(scale)))
+    case = trained.planned(family)
+    model, built = normed(plain.model()), family.build(case.plan.scale).double()
+    built.load_state_dict(model.state_dict())
+    undisturbed = trained.train(built, case.plan.make_optimizer(built), family.batch)
+    optimizer = case.plan.make_optimizer(model)
+    trained.assert_as_planned(case.plan, optimizer)
+    assert sum("original1" in row.name for row in case.plan.rows) >= 8
+    assert trained.relative(trained.train(model, optimizer, family.batch), undisturbed) < trained.EXACT
+    assert undisturbed[0] == pytest.approx(plain.undisturbed[0], rel=trained.EXACT)  # only the way to learn is another
+
+
+def test_weight_norm_taken_off_again_trains_alike() -> None:
+    case = trained.transformer_case()
+    model = normed(case.model())
+    for module in list(model.modules()):
+        if is_parametrized(module):
+            remove_parametrizations(module, "weight")
+    optimizer = case.plan.make_optimizer(model)
+    trained.assert_as_planned(case.plan, optimizer)
+    assert trained.relative(trained.train(model, optimizer, case.family.batch), case.undisturbed) < trained.EXACT
+
+
 def test_weight_norm_on_a_planned_model_is_refused_by_name() -> None:
     case = trained.transformer_case()
     model = case.model()
-    torch.nn.utils.parametrizations.weight_norm(model.readout)  # type: ignore[arg-type]
+    weight_norm(model.readout)  # type: ignore[arg-type]
     with pytest.raises(mt.RequestError, match=r"readout\.parametrizations\.weight\.original0"):
         case.plan.param_groups(model)
 
 
 def test_weight_norm_in_the_build_is_planned_as_the_plain_matrix() -> None:
     """Its direction starts and moves as the matrix would, its sizes as a vector; the weight that they make is as large."""
-    norm = torch.nn.utils.parametrizations.weight_norm
 
-    def build(scale: Scale, wrap: Any = norm) -> torch.nn.Module:
+    def build(scale: Scale, wrap: Any = weight_norm) -> torch.nn.Module:
         hidden = wrap(torch.nn.Linear(scale.width, scale.width))
         return torch.nn.Sequential(
             torch.nn.Linear(8, scale.width), torch.nn.Tanh(), hidden, torch.nn.Linear(scale.width, 4)
