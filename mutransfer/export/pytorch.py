@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from ..optimizers.registry import OPTIMIZERS, OptimizerRule
 from ..plans import ParameterPlan
 from ..transfer import TargetConfig
 
@@ -18,14 +19,18 @@ FORMAT = "mutransfer-pytorch/1"
 def write(target: TargetConfig) -> tuple[str, str]:
     """Return the file name and the JSON text; see docs/pytorch-export.md for its keys."""
     data = target.as_dict()
-    recipe = target.plan.recipe
+    recipe, rule = target.plan.recipe, OPTIMIZERS[target.plan.optimizer]
     content = {
         "format": FORMAT,
         "model": target.model,
         "scale": data["scale"],
         "parametrization": data["parametrization"],
-        "optimizer": {"class": data["optimizer"]["torch_name"], "settings": data["optimizer"]["settings"]},
-        "parameters": patterns(target.plan.rows),
+        "optimizer": {
+            "class": rule.torch_name,
+            "module": rule.home,
+            "settings": data["optimizer"]["settings"],
+        },
+        "parameters": patterns(target.plan.rows, rule),
         "schedule": {
             **data["schedule"],
             "warmup_steps": round(recipe.warmup * target.steps),
@@ -37,7 +42,7 @@ def write(target: TargetConfig) -> tuple[str, str]:
     return "target.pytorch.json", json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def patterns(rows: Sequence[ParameterPlan]) -> list[dict[str, Any]]:
+def patterns(rows: Sequence[ParameterPlan], rule: OptimizerRule) -> list[dict[str, Any]]:
     """Return the settings by pattern, in the plan's order; ``*`` stands for one layer number.
 
     Numbers collapse only where all the parameters that differ in nothing else agree on every setting; otherwise each is
@@ -48,9 +53,9 @@ def patterns(rows: Sequence[ParameterPlan]) -> list[dict[str, Any]]:
         families.setdefault(_template(row.name), []).append(row)
     found = []
     for template, members in families.items():
-        agree = len(members) > 1 and all(_settings(row) == _settings(members[0]) for row in members)
+        agree = len(members) > 1 and all(_settings(row, rule) == _settings(members[0], rule) for row in members)
         for row in members[:1] if agree else members:
-            found.append({"pattern": template if agree else row.name, **_settings(row)})
+            found.append({"pattern": template if agree else row.name, **_settings(row, rule)})
     return found
 
 
@@ -70,11 +75,9 @@ def _plain(init: dict[str, Any]) -> dict[str, Any]:
     return {**kept, "parts": parts} if parts else kept
 
 
-def _settings(row: ParameterPlan) -> dict[str, Any]:
+def _settings(row: ParameterPlan, rule: OptimizerRule) -> dict[str, Any]:
     return {
-        "lr": row.lr,
-        "weight_decay": row.weight_decay,
-        "eps": row.eps,
+        **rule.of(row).varying(row.lr, row.weight_decay, row.eps),
         "init": {**_plain(row.init.as_dict()), "std": row.init.std},
         "gauge": row.gauge,
     }
