@@ -9,7 +9,7 @@ import typer
 
 from ..errors import RequestError
 from .console import AsJson, Device, Progress, device_of, emit, numbers, records, say, table
-from .models import DepthField, Roles, WidthField
+from .models import DepthField, Optimizer, Parametrization, Roles, WidthField
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,8 +33,8 @@ def check(
     widths: Annotated[
         str, typer.Option(help="Widths to compare; with --depths the one width, the base's if left.")
     ] = WIDTHS,
-    parametrization: Annotated[str, typer.Option(help="mup, sp, completep or depth-mup.")] = "mup",
-    optimizer: Annotated[str, typer.Option(help="adamw, adam or sgd.")] = "adamw",
+    parametrization: Parametrization = "mup",
+    optimizer: Optimizer = "adamw",
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 4,
     seeds: Annotated[
         int, typer.Option(min=1, help="Seeds to begin with; an open verdict adds up to 4 times as many.")

@@ -12,6 +12,16 @@ if TYPE_CHECKING:
     from ..scale import Scale
 
 
+Parametrization = Annotated[
+    str, typer.Option(help="mup, sp, completep (with depth), depth-mup, umup, spectral (for muon) or ntk (a control).")
+]
+Optimizer = Annotated[
+    str,
+    typer.Option(
+        help="adamw, adam, nadam, adamax, rmsprop, adagrad, adafactor, adafactor-hf, adafactor-unscaled, lion, signum, sgd, "
+        "asgd, muon or muon-match-rms-adamw."
+    ),
+]
 FIELD = "(hf: models) A field of the config that grows with {}, instead of those that are inferred; repeat it for more."
 WidthField = Annotated[list[str] | None, typer.Option("--width-field", help=FIELD.format("width"))]
 Roles = Annotated[

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from .console import AsJson, UnusedDevice, UnusedSeed, emit, records, table
-from .models import DepthField, Roles, WidthField
+from .models import DepthField, Optimizer, Parametrization, Roles, WidthField
 
 BASE_WIDTH = 64  # of built-in models, where the command line names none
 
@@ -25,8 +25,8 @@ def plan(
     depth: Annotated[int | None, typer.Option(min=1, help="Depth to plan for; the base's by default.")] = None,
     base_width: Annotated[int | None, typer.Option(min=1, help="Width at which nothing is scaled.")] = None,
     base_depth: Annotated[int | None, typer.Option(min=1, help="Depth at which nothing is scaled.")] = None,
-    parametrization: Annotated[str, typer.Option(help="mup, sp, completep or depth-mup.")] = "mup",
-    optimizer: Annotated[str, typer.Option(help="adamw, adam or sgd.")] = "adamw",
+    parametrization: Parametrization = "mup",
+    optimizer: Optimizer = "adamw",
     recipe: Annotated[str | None, typer.Option(help="A recipe (best.json) instead of the defaults.")] = None,
     data: Annotated[str | None, typer.Option(help="Data that says how many inputs and classes there are.")] = None,
     width_field: WidthField = None,

@@ -19,10 +19,13 @@ from mutransfer import planning
 from mutransfer.cli import run
 from mutransfer.cli.app import app
 from mutransfer.cli.console import plain
+from mutransfer.cli.models import Optimizer, Parametrization
 from mutransfer.export import FORMATS
 from mutransfer.frames import BASINS, COORDINATES, TRIALS
+from mutransfer.optimizers.registry import OPTIMIZERS
 from mutransfer.recipe import Recipe
 from mutransfer.sweeps.experiment import Experiment
+from mutransfer.tables import TABLES
 from mutransfer.transfer import KEYS, TargetConfig
 
 from .processes import Processes
@@ -398,6 +401,13 @@ def test_no_command_shows_the_help(commands: Processes, tmp_path: Path) -> None:
     assert ended.code == 2
     assert "Usage: mutransfer" in ended.err
     assert all(re.search(rf"^  {name} ", ended.err, re.MULTILINE) for name in FLAGS)
+
+
+def test_the_help_knows_every_rule() -> None:
+    """Its words stand apart from the tables, which import torch."""
+    for option, names in ((Parametrization, TABLES), (Optimizer, OPTIMIZERS)):
+        (said,) = option.__metadata__
+        assert sorted(re.findall(r"[a-z][a-z-]+", re.sub(r"\(.*?\)|\bor\b", "", said.help))) == sorted(names)
 
 
 def test_the_version(commands: Processes, tmp_path: Path) -> None:
