@@ -51,7 +51,7 @@ def _fold_ties(draft: Draft) -> None:
         target = next(each for each, origin in draft.origin.items() if origin == name)
         # What the matrix itself took on as an embedding (a constant, alpha_input) must come off again behind it.
         m = draft.multipliers(target)[1]
-        size = draft.rules.readout(m, 1.0) / draft.size[target].gauge
+        size = draft.rules.readout(m, 1.0) / draft.size[target].gauge * draft.wider**-spec.readout_constant
         alpha = draft.recipe.alpha_output / draft.alpha[target].gauge
         if size == 1 and alpha == 1:
             continue
@@ -99,7 +99,8 @@ def _fold_attention(draft: Draft) -> None:
     if seen.shared_queries:
         raise RequestError(
             f"attention asks for a factor {c * alpha:.4g} on the queries alone, and {min(seen.shared_queries)} "
-            "also makes keys or values: split it into its own query projection, or keep the head dim fixed and alpha_attention 1."
+            "also makes keys, values or something else: split it into its own query "
+            "projection, or keep the head dim fixed and alpha_attention 1."
         )
     if not seen.queries:
         raise RequestError(

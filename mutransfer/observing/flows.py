@@ -7,25 +7,45 @@ from dataclasses import dataclass, field
 
 import torch
 
-__all__ = ["Flow", "Graph", "Sum", "storage_key", "union"]
+__all__ = ["Flow", "Graph", "Product", "Sum", "storage_key", "union"]
 
 
 @dataclass
 class Flow:
-    """What a tensor depends on. Sets are bits: bit i is parameter i, use i, or constant i in the order seen.
+    """What a tensor depends on. Sets are bits: bit i is parameter i, or use i in the order seen.
 
     ``carries`` are the parameters that jointly carry a factor into the tensor; ``direct`` the uses whose result it still
-    is, up to functions of single entries; ``constants`` the numbers multiplied in since the last parameter. ``product``
-    is set on the product of two activations: the size summed over, and what the first and the second of them carry.
+    is, up to functions of single entries. ``factors`` are the numbers multiplied in since each use that carries, and
+    ``residual`` those that are on no parameter's result (`factors`). ``product`` is set on the product of two activations.
     """
 
     depends: int = 0
     carries: int = 0
     uses: int = 0
     direct: int = 0
-    constants: int = 0
-    product: tuple[int, int, int] | None = None
+    factors: dict[int, float] = field(default_factory=dict)
+    residual: float = 1.0
+    product: Product | None = None
     node: int = 0
+
+    @property
+    def number(self) -> float:
+        """The number that the tensor has been multiplied with since the last use."""
+        return next(iter(self.factors.values()), 1.0) * self.residual
+
+
+@dataclass(frozen=True, eq=False)
+class Product:
+    """A product of two activations that may become attention: the size summed over, and its two sides."""
+
+    size: int
+    left: Flow
+    right: Flow
+
+    @property
+    def sides(self) -> tuple[Flow, Flow]:
+        """Both."""
+        return self.left, self.right
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,10 @@
-"""What is noted of one forward pass: uses of parameters, attentions, and numbers multiplied in."""
+"""What is noted of one forward pass: uses of parameters, and attentions."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-__all__ = ["Attention", "Constant", "Use"]
+__all__ = ["Attention", "Use"]
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,9 @@ class Use:
     ``feature`` says that the result meets another contracted parameter downstream, ``logit`` that it is first normalized
     over its entries (softmax, topk), as a router's is. ``alone`` says that it acts on a parameter, not on
     activations. ``shift`` is s for a gain used as s + w. ``node`` and
-    ``operands`` are the result's and the other operands' places in the graph.
+    ``operands`` are the result's and the other operands' places in the graph. ``taken`` are the numbers (and residuals,
+    `factors`) that the result has been multiplied with where the nodes ``takers`` take it in, ``inner`` what the
+    parameter's own module multiplied in.
     """
 
     op: str
@@ -30,28 +32,21 @@ class Use:
     feature: bool = False
     logit: bool = False
     alone: bool = False
+    taken: frozenset[tuple[float, float]] = frozenset()
+    takers: frozenset[int] = frozenset()
+    inner: float = 1.0
 
 
-@dataclass
+@dataclass(frozen=True)
 class Attention:
     """One softmax over scaled dot products: head dim, scale, and the parameters that carry a factor into the queries.
 
-    ``others`` are the parameters that the keys and, where the operation is fused, the values depend on through them alone.
+    ``others`` are the parameters that the keys and, where the operation is fused, the values depend on through them alone;
+    ``uses`` those whose results the queries are.
     """
 
     head_dim: int
     scale: float
     others: frozenset[str]
-    queries: frozenset[str] = field(default_factory=frozenset)
-
-
-@dataclass(frozen=True)
-class Constant:
-    """A number that the forward pass multiplies with a tensor that depends on parameters.
-
-    ``carriers`` are the parameters on which the number could as well be written; ``module`` does the multiplication.
-    """
-
-    value: float
-    carriers: frozenset[str]
-    module: str
+    queries: frozenset[str]
+    uses: frozenset[int]

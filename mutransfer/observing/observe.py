@@ -18,9 +18,11 @@ from ..family import Family
 from ..inits import Init, InitWatcher
 from ..scale import Scale
 from .branches import residual_branches
+from .constants import Constant, constants, loose
 from .noted import Use
 from .overrides import check_patterns, check_roles, role_given
 from .roles import roles_of, unused
+from .scalars import of_buffers
 from .specs import Observation, ParamSpec
 from .stretch import stretched
 from .uses import UseWatcher
@@ -59,10 +61,10 @@ def _watch(family: Family) -> Observation:
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         with inits:
             model = build(family, family.base)
-        with InitWatcher():  # as it answers a constructor that asks for values
+        with InitWatcher() as wider_inits:
             wider = build(family, wider_base)
-        seen = _forward(family, model, mode, family.base)
-        seen_wider = _forward(family, wider, mode, wider_base)
+        seen = _forward(family, model, mode, family.base, inits)
+        seen_wider = _forward(family, wider, mode, wider_base, wider_inits)
     shapes, wide = shapes_of(model), shapes_of(wider)
     if wide.keys() != shapes.keys():
         odd = sorted(wide.keys() ^ shapes.keys())[0]
@@ -74,7 +76,14 @@ def _watch(family: Family) -> Observation:
     branches = residual_branches(seen.graph, uses)
     inside = frozenset().union(*(branch.inside for branch in branches))
     ends = frozenset().union(*(seen.decode(branch.ends) for branch in branches))
-    constants, own, notes = _constants(seen, seen_wider)
+    uses_wider = seen_wider.uses()
+    found = {name: constants(each, uses_wider[name], WIDER) for name, each in uses.items()}
+    in_attention = _attention_constants(seen, seen_wider)
+    notes = [
+        f"the forward pass multiplies with a number that grows as width^{power:+.2f} and that no parameter carries: it "
+        "is left as it is, so check it."
+        for power in loose(seen.factors, seen_wider.factors, WIDER)
+    ]
     mixed = _mixed(seen, seen_wider)
     own_inits, specs = inits.named(model), {}
     for name, _ in model.named_parameters():
@@ -85,9 +94,17 @@ def _watch(family: Family) -> Observation:
             notes.append(f"{name} is not used in the example's forward pass: its role is told from its shape alone.")
         specs[name] = _spec(
             family, name, shapes[name], grows, uses[name], own_inits[name], inside=name in inside, ends_branch=name in ends,
-            constant=constants.get(name, 0.0),
-            constant_inside=name in own, mixed=name in mixed,
+            constants=found[name], in_attention=in_attention.get(name, 0.0), mixed=name in mixed,
         )  # fmt: skip
+        if (
+            any(each != Constant() for each in found[name])
+            and not specs[name].constant
+            and not specs[name].readout_constant
+        ):
+            notes.append(
+                f"the forward pass multiplies the result of {name} with a number that grows with the width on one way and not "
+                "on all: it is left as it is, so check it."
+            )
     return _with_attention(specs, seen, seen_wider, sum(not branch.ends for branch in branches), notes)
 
 
@@ -113,11 +130,13 @@ def build(family: Family, scale: Scale) -> torch.nn.Module:
     return model
 
 
-def _forward(family: Family, model: torch.nn.Module, mode: FakeTensorMode, scale: Scale) -> UseWatcher:
+def _forward(
+    family: Family, model: torch.nn.Module, mode: FakeTensorMode, scale: Scale, inits: InitWatcher
+) -> UseWatcher:
     batch = tree_map_only(torch.Tensor, mode.from_tensor, family.batch)
     try:
         with _quiet():
-            return _watched(family, model, batch)
+            return _watched(family, model, batch, inits)
     except RequestError:
         raise
     except Exception as error:
@@ -128,7 +147,7 @@ def _forward(family: Family, model: torch.nn.Module, mode: FakeTensorMode, scale
     with _disable_current_modes(), torch.random.fork_rng(devices=[]):
         model = build(family, scale)
         try:
-            return _watched(family, model, family.batch)
+            return _watched(family, model, family.batch, None)
         except RequestError:
             raise
         except Exception as error:
@@ -153,8 +172,8 @@ def _does_not_run(family: Family, error: Exception, how: str) -> RequestError:
     )
 
 
-def _watched(family: Family, model: torch.nn.Module, batch: object) -> UseWatcher:
-    watcher = UseWatcher(model)
+def _watched(family: Family, model: torch.nn.Module, batch: object, inits: InitWatcher | None) -> UseWatcher:
+    watcher = UseWatcher(model, of_buffers(model, inits))
     with torch.no_grad(), watcher:
         loss = family.loss(model, batch)
     if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
@@ -165,8 +184,9 @@ def _watched(family: Family, model: torch.nn.Module, batch: object) -> UseWatche
 
 def _spec(
     family: Family, name: str, shape: tuple[int, ...], grows: tuple[bool, ...], uses: list[Use], init: Init, *,
-    inside: bool, ends_branch: bool, constant: float, constant_inside: bool, mixed: bool,
+    inside: bool, ends_branch: bool, constants: list[Constant], in_attention: float, mixed: bool,
 ) -> ParamSpec:  # fmt: skip
+    roles: list[str] = []
     given = role_given(family.roles, name)
     if given is None and not uses:
         given = unused(shape, grows)
@@ -180,6 +200,9 @@ def _spec(
     else:
         axes, role, tied, carriers = _axes_for(given, name, grows, uses), given, False, frozenset()
         first = uses[0] if uses else None
+    into = [i for i in range(len(uses)) if not tied or roles[i] == "input"]
+    own = _common([constants[i] for i in into])
+    behind = _common([constants[i] for i in range(len(uses)) if i not in into])
     return ParamSpec(
         name, shape, role, axes, grows, init, tied, carriers,
         on_data=first is not None and first.on_data,
@@ -187,10 +210,16 @@ def _spec(
         inside=inside,
         ends_branch=ends_branch,
         shift=first.shift if first else 0.0,
-        constant=constant,
-        constant_inside=constant_inside,
+        constant=round(own.power + in_attention, 6),
+        constant_inside=own.inside,
+        readout_constant=behind.power,
         mixed=mixed,
     )  # fmt: skip
+
+
+def _common(found: list[Constant]) -> Constant:
+    """Return what all uses have in common; otherwise nothing, as a parameter has one scale for all of them."""
+    return found[0] if found and len(set(found)) == 1 and not found[0].torn else Constant()
 
 
 def _axes_for(role: str, name: str, grows: tuple[bool, ...], uses: list[Use]) -> tuple[str, ...]:
@@ -212,28 +241,14 @@ def _axes_for(role: str, name: str, grows: tuple[bool, ...], uses: list[Use]) ->
     return tuple("in" if axis in into else "out" for axis in range(len(grows)))
 
 
-def _constants(seen: UseWatcher, wider: UseWatcher) -> tuple[dict[str, float], set[str], list[str]]:
-    """Powers of the width in the numbers that the forward pass multiplies with, by the parameters they could be written on."""
+def _attention_constants(seen: UseWatcher, wider: UseWatcher) -> dict[str, float]:
+    """Powers of the width in the scale of attention where the head dim stays, by the queries that carry it."""
     powers: dict[str, float] = defaultdict(float)
-    own, notes = set(), []
-    for base, wide in zip(seen.constants(), wider.constants(), strict=False):
-        ratio = wide.value / base.value if base.value else 1.0
-        if base.carriers != wide.carriers or not ratio > 0 or abs(ratio - 1) < 1e-9:
-            continue
-        power = math.log(ratio, WIDER)
-        if not base.carriers:
-            notes.append(
-                f"the forward pass multiplies with a number that grows as width^{power:+.2f} and that no parameter carries: it "
-                "is left as it is, so check it."
-            )
-        for name in base.carriers:
-            powers[name] += power
-            own |= {name} if name.rpartition(".")[0] == base.module else set()
     for narrow, broad in zip(seen.attentions, wider.attentions, strict=False):
         if narrow.head_dim == broad.head_dim:  # such as 1/√hidden with a fixed head dim
             for name in narrow.queries:
-                powers[name] += math.log(broad.scale / narrow.scale, WIDER)
-    return {name: round(power, 6) for name, power in powers.items()}, own, notes
+                powers[name] += round(math.log(broad.scale / narrow.scale, WIDER), 6)
+    return powers
 
 
 def _mixed(seen: UseWatcher, wider: UseWatcher) -> frozenset[str]:
@@ -268,7 +283,8 @@ def _with_attention(
     return Observation(
         specs,
         queries=frozenset().union(*(each.queries for each in seen.attentions)),
-        shared_queries=frozenset().union(*(each.queries & each.others for each in seen.attentions)),
+        shared_queries=frozenset().union(*(each.queries & each.others for each in seen.attentions))
+        | seen.busy_queries(),
         head_dim=dims[0][0] if dims else None,
         head_dim_ratio=dims[0][1] / dims[0][0] if dims else 1.0,
         scale_power=round(powers[0], 6) if powers else -0.5,

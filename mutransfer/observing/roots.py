@@ -19,13 +19,14 @@ class Root:
     """A parameter, or a tensor made of one parameter alone, entry by entry.
 
     ``linear`` says that a factor on the parameter is a factor on the tensor; ``shift`` is what was added to the parameter
-    first, as in gains used as 1 + w.
+    first, as in gains used as 1 + w. ``factor`` is the number that it was multiplied with.
     """
 
     index: int
     strides: tuple[int, ...]
     linear: bool = True
     shift: float = 0.0
+    factor: float = 1.0
 
 
 class Roots:
@@ -57,18 +58,19 @@ class Roots:
             or not (name in ops.ENTRYWISE or name in ops.COPIES or name.startswith("_weight_norm"))
         ):
             return None
-        linear, shift = root.linear, root.shift
+        linear, shift, factor = root.linear, root.shift, root.factor
         if name in ops.SUMS and alone:
             numbers = [each for each in args if isinstance(each, (int, float)) and not isinstance(each, bool)]
             shift += (numbers[0] if name.startswith("add") else -numbers[0]) if numbers else 0.0
             linear = linear and bool(numbers)
         elif number is not None:
             linear = linear and (not name.startswith("div") or args[0] is tensor)
-            shift *= 1 / number if name.startswith("div") else number
+            by = 1 / number if name.startswith("div") and number else number
+            shift, factor = shift * by, factor * by
         elif not ((name in ops.COPIES and alone) or name in ops.LOOKUPS):
             linear = False
         strides = tuple(_moved(tensor, stride, dims, out) for stride in root.strides)
-        made = self._roots[storage_key(out)] = Root(root.index, strides, linear, shift)
+        made = self._roots[storage_key(out)] = Root(root.index, strides, linear, shift, factor)
         return made
 
     def axes(self, name: str, args: Any, tensor: torch.Tensor) -> tuple[str, ...]:

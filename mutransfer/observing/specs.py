@@ -30,6 +30,7 @@ class ParamSpec:
         shift: s for a gain used as s + w, otherwise 0.
         constant: power of the width in the number that the forward pass itself multiplies with this parameter.
         constant_inside: whether that number is multiplied in by the module that owns the parameter.
+        readout_constant: likewise of a tied matrix, with its result as a readout.
         mixed: whether its rows have different roles (a fused matrix of which some rows grow and some do not).
     """
 
@@ -48,6 +49,7 @@ class ParamSpec:
     shift: float = 0.0
     constant: float = 0.0
     constant_inside: bool = False
+    readout_constant: float = 0.0
     mixed: bool = False
 
     def multipliers(self, shape: tuple[int, ...], name: str | None = None, deeper: float = 1.0) -> tuple[float, float]:
@@ -80,7 +82,7 @@ class ParamSpec:
 class Observation:
     """All parameters of a family at base size, and its attention.
 
-    ``queries`` carry a factor into the attention logits, ``shared_queries`` of them also into keys or values.
+    ``queries`` carry a factor into the attention logits, ``shared_queries`` of them also into something else.
     ``head_dim_ratio`` is what the head dim grows by when the width doubles, and ``scale_power`` the power of the head dim
     by which the model itself scales the logits (−½ as usual). ``open_branches`` counts the residual branches into which no
     parameter carries a factor; ``notes`` says what was seen and could not be written on any parameter.

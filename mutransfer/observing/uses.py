@@ -7,6 +7,7 @@ a tensor made of one parameter alone (a cast, a chosen expert, 1 + w) stands for
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -15,11 +16,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from . import operations as ops
-from .flows import Flow, Graph, Sum, storage_key, union
-from .noted import Attention, Constant, Use
+from .factors import Factors, rounded
+from .flows import Flow, Graph, Product, Sum, storage_key, union
+from .noted import Attention, Use
 from .roots import Roots
+from .scalars import Scalars
 
 __all__ = ["UseWatcher"]
+
+SOFTMAX = {"_softmax", "_safe_softmax"}
+POWERS = {"pow", "linalg_vector_norm", "norm"}
 
 
 class UseWatcher(TorchDispatchMode):
@@ -31,7 +37,7 @@ class UseWatcher(TorchDispatchMode):
         parts: shapes of (what is cut, the pieces, uses whose result it is), in the order seen.
     """
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(self, model: torch.nn.Module, read: Callable[[torch.Tensor], float | None] | None = None) -> None:
         super().__init__()
         named = [(name, each) for name, each in model.named_parameters() if each.requires_grad]
         self._names = [name for name, _ in named]
@@ -39,12 +45,13 @@ class UseWatcher(TorchDispatchMode):
         self._flows: dict[int, Flow] = {}
         self._kept: list[torch.Tensor] = []  # a freed storage's address would be given to the next one
         self._seen: list[tuple[int, Use]] = []
-        self._features = self._logits = self._claimed = 0
-        self._constants: list[tuple[float, int, str]] = []
+        self._features = self._logits = 0
+        self._scalars = Scalars(read or (lambda _: None))
         self._modules: list[str] = [""]
         self._model = model
         self._hooks: list[Any] = []
         self.attentions: list[Attention] = []
+        self.factors = Factors()
         self.graph = Graph()
         self.parts: list[tuple[tuple[int, ...], list[tuple[int, ...]], int]] = []
 
@@ -65,26 +72,30 @@ class UseWatcher(TorchDispatchMode):
     def finish(self, loss: torch.Tensor) -> None:
         """Say what the pass was for; values that do not lead there are not read."""
         self.graph.result = self._flow(loss).node
+        self.factors.take(self._flow(loss), self.graph.result, "")
 
     def uses(self) -> dict[str, list[Use]]:
         """Return every parameter's uses in the order seen; a tied matrix has two, an unused parameter none."""
         found: dict[str, list[Use]] = {name: [] for name in self._names}
         for i, (index, use) in enumerate(self._seen):
             feature, logit = bool(self._features >> i & 1), bool(self._logits >> i & 1)
-            found[self._names[index]].append(replace(use, feature=feature, logit=logit))
+            taken, takers = frozenset(self.factors.taken[i]), frozenset(self.factors.takers[i])
+            found[self._names[index]].append(
+                replace(use, feature=feature, logit=logit, taken=taken, takers=takers, inner=self.factors.inner[i])
+            )
         return found
 
     def used_by(self, bits: int) -> frozenset[str]:
         """Return the parameters of a set of uses."""
         return frozenset(self._names[index] for i, (index, _) in enumerate(self._seen) if bits >> i & 1)
 
-    def constants(self) -> list[Constant]:
-        """Return the numbers multiplied in, in the order seen, but for those that scale attention."""
-        return [
-            Constant(value, self.decode(carries), module)
-            for i, (value, carries, module) in enumerate(self._constants)
-            if not self._claimed >> i & 1
-        ]
+    def busy_queries(self) -> frozenset[str]:
+        """Return the parameters that make queries and whose result goes elsewhere too."""
+        uses = frozenset().union(*(each.uses for each in self.attentions))
+        return frozenset(self._names[self._seen[use][0]] for use in uses if self.factors.taken[use])
+
+    def _owner(self, use: int) -> str:
+        return self._names[self._seen[use][0]].rpartition(".")[0]
 
     def decode(self, bits: int) -> frozenset[str]:
         """Return the names of a set of parameters."""
@@ -96,7 +107,9 @@ class UseWatcher(TorchDispatchMode):
         name = func.overloadpacket.__name__
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
+        self._scalars.see(name, func, args, kwargs, outputs)
         if not inputs or not outputs or name in ops.CREATIONS:
+            self._kept += outputs  # the number that it holds is known by its storage
             return out
         known = {storage_key(each) for each in inputs}
         fresh = [each for each in outputs if storage_key(each) not in known]
@@ -106,7 +119,7 @@ class UseWatcher(TorchDispatchMode):
         self._kept += fresh
         if fresh and self._derive(name, args, inputs, fresh[0]):
             return out
-        flow = self._through(name, args, kwargs, inputs)
+        flow = self._through(name, args, kwargs, inputs, outputs[0])
         for each in fresh or outputs[:1]:
             self._flows[storage_key(each)] = flow
         return out
@@ -125,12 +138,13 @@ class UseWatcher(TorchDispatchMode):
             return False
         number = self._number(args) if name in ops.PRODUCTS else None
         made = self._roots.derive(name, args, tensor, out, number, alone=len(inputs) == 1)
-        if made is not None and number is not None:
-            value = 1 / number if name.startswith("div") else number
-            self._constants.append((value, 1 << root.index if made.linear else 0, self._modules[-1]))
+        if made is not None and number is not None and not made.linear:
+            self.factors.loose[self._modules[-1]].add(rounded(number))
         return made is not None
 
-    def _through(self, name: str, args: Any, kwargs: dict[str, Any], inputs: list[torch.Tensor]) -> Flow:
+    def _through(
+        self, name: str, args: Any, kwargs: dict[str, Any], inputs: list[torch.Tensor], out: torch.Tensor
+    ) -> Flow:
         """Return what the operation's result depends on, and note on the way what it tells about its inputs."""
         floating = [each for each in inputs if each.is_floating_point()]
         flows = [self._flow(each) for each in floating]
@@ -140,6 +154,7 @@ class UseWatcher(TorchDispatchMode):
         if name in ops.COPIES and len(others) == 1:
             return others[0]
         node = self.graph.add(dict.fromkeys(flow.node for flow in others if flow.node)) if live else 0
+        first = len(self._seen)
         noted = self._note_uses(name, args, inputs, node)
         self._note_attention(name, args, kwargs)
         result = Flow(union(each.depends for each in flows), uses=union(each.uses for each in flows) | noted, node=node)
@@ -155,24 +170,34 @@ class UseWatcher(TorchDispatchMode):
         if name in ops.SUMS and len(others) == 2 and all(each.depends and not each.product for each in others):
             a, b = others
             self.graph.sums.append(Sum(node, a.node, b.node, a.carries, b.carries))
-        self._follow(result, name, args, kwargs, others)
+        roots = [root for each in inputs if (root := self._roots.get(each)) is not None]
+        own = {first + i: root.factor for i, root in enumerate(roots) if root.linear}
+        for use, factor in own.items():
+            self.factors.inner[use] *= factor if self._owner(use) == self._modules[-1] else 1.0
+        self._follow(result, name, args, kwargs, others, own, inputs[0].numel() / max(1, out.numel()))
         return result
 
-    def _follow(self, result: Flow, name: str, args: Any, kwargs: dict[str, Any], others: list[Flow]) -> None:
+    def _follow(
+        self, result: Flow, name: str, args: Any, kwargs: dict[str, Any], others: list[Flow], own: dict[int, float], count: float
+    ) -> None:  # fmt: skip
         """Keep track of numbers multiplied in, and of dot products of activations on their way to a softmax."""
-        live = [each for each in others if each.depends]
+        live, module = [each for each in others if each.depends], self._modules[-1]
         if name in {"mm", "bmm", "baddbmm"} and len(live) >= 2:
-            result.product = (int(args[-2].shape[-1]), live[-2].carries, live[-1].carries)
-            result.constants = live[-2].constants | live[-1].constants
+            result.product = Product(int(args[-2].shape[-1]), *live[-2:])
         elif name in ops.LINEAR or name in ops.PRODUCTS or name in ops.UNARY or name == "where":
             result.product = next((each.product for each in live if each.product), None)
-            result.constants = union(each.constants for each in live if not result.product or each.product)
-        value = self._number(args) if name in ops.PRODUCTS else kwargs.get("alpha") if name.endswith("addbmm") else None
-        if value is not None and result.depends:
-            if name.startswith("div"):
-                value = 1 / value if value else float("nan")
-            result.constants |= 1 << len(self._constants)
-            self._constants.append((float(value), result.carries, self._modules[-1]))
+        second = kwargs.get("alpha", 1) if name in ops.SUMS else 1
+        if second != 1 and live and self._roots.get(args[1]) is None:
+            live[-1] = replace(live[-1], factors={use: each * second for use, each in live[-1].factors.items()})
+        power = self._scalars.value(args[1]) if name in POWERS and len(args) > 1 else None
+        self.factors.follow(name, live, own, result, module, count=count, power=2.0 if power is None else power)
+        if name not in SOFTMAX:
+            self.factors.spill(live, result, module)
+        scaled = name in {"addmm", "addmv", "addbmm", "baddbmm"}
+        number = self._number(args) if name in ops.PRODUCTS else kwargs.get("alpha") if scaled else None
+        if number is not None and result.depends:
+            by = (1 / number if number else float("nan")) if name.startswith("div") else float(number)
+            self.factors.multiply(result, by, module, self._owner)
 
     def _note_uses(self, name: str, args: Any, inputs: list[torch.Tensor], node: int) -> int:
         others = [self._flow(other) for other in inputs if self._roots.get(other) is None]
@@ -204,16 +229,15 @@ class UseWatcher(TorchDispatchMode):
     def _note_attention(self, name: str, args: Any, kwargs: dict[str, Any]) -> None:
         if name.startswith("_scaled_dot_product"):
             head_dim, queries, keys = int(args[0].shape[-1]), self._flow(args[0]), self._flow(args[1])
-            scale, constants = kwargs.get("scale") or head_dim**-0.5, queries.constants | keys.constants
-            carries, others = queries.carries, keys.carries | self._flow(args[2]).carries
-        elif name in {"_softmax", "_safe_softmax"} and (flow := self._flow(args[0])).product is not None:
-            (head_dim, carries, others), scale, constants = flow.product, 1.0, flow.constants
+            scale, others = kwargs.get("scale") or head_dim**-0.5, keys.carries | self._flow(args[2]).carries
+        elif name in SOFTMAX and (product := self._flow(args[0]).product) is not None:
+            head_dim, (queries, keys) = product.size, product.sides
+            scale, others = self._flow(args[0]).residual, keys.carries
         else:
             return
-        self._claimed |= constants
-        for i, (value, *_) in enumerate(self._constants):
-            scale *= value if constants >> i & 1 else 1.0
-        self.attentions.append(Attention(head_dim, scale, self.decode(others), self.decode(carries)))
+        scale *= queries.number * keys.number
+        uses = frozenset(queries.factors)
+        self.attentions.append(Attention(head_dim, scale, self.decode(others), self.decode(queries.carries), uses))
 
     def _note_parts(self, whole: torch.Tensor, pieces: list[torch.Tensor]) -> None:
         """Remember how results of parameters are cut: pieces that grow differently are rows of different roles."""
@@ -247,12 +271,10 @@ class UseWatcher(TorchDispatchMode):
     def _number(self, args: Any) -> float | None:
         """Return the number that a product has as one of its two factors, if it does and its value is known."""
         for each in args[:2]:
-            if isinstance(each, (int, float)) and not isinstance(each, bool):
-                return float(each)
-            if isinstance(each, torch.Tensor) and each.numel() == 1 and not self._flow(each).depends:
-                known = getattr(each, "constant", each if type(each) is torch.Tensor else None)
-                if known is not None and not known.is_meta:
-                    return float(known)
+            if isinstance(each, torch.Tensor) and self._flow(each).depends:
+                continue
+            if (value := self._scalars.value(each)) is not None:
+                return value
         return None
 
     def _flow(self, tensor: torch.Tensor) -> Flow:

@@ -85,7 +85,9 @@ def test_multihead_attention_with_larger_heads_is_refused() -> None:
         lambda net, x: net.attention(x, x, x, need_weights=False)[0],
     )
     assert observe(of).head_dim_ratio == 2
-    with pytest.raises(RequestError, match=r"in_proj_bias also makes keys or values: split it into its own query"):
+    with pytest.raises(
+        RequestError, match=r"in_proj_bias also makes keys, values or something else: split it into its own query"
+    ):
         mt.plan(of, Scale(64))
 
 
