@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from .errors import RequestError
 from .family import Family
 from .frames import COORDINATES
+from .observing.deeper import with_depth_constants
 from .observing.observe import build, observe
 from .observing.specs import Observation
 from .optimizers.registry import OPTIMIZERS
@@ -88,6 +89,8 @@ def record(
     if depths and len(set(widths)) == 1:
         scales = [scale.with_(width=widths[0]) for scale in scales]
     seen = observe(family)
+    if depths and table(parametrization).depth is not None:
+        seen = with_depth_constants(family, seen)  # once, not in every plan
     recipe = Recipe(lr=lr or _check_lr(column, seen), schedule="constant", warmup=0)
     growing = _stacks(family, scales) if depths else None
     rows: list[dict[str, Any]] = []

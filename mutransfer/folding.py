@@ -25,6 +25,8 @@ def fold_all(draft: Draft) -> None:
 
 def _fold_constants(draft: Draft) -> None:
     """Divide out what the model's own forward pass multiplies with more as it gets wider (√width on embeddings)."""
+    if not draft.rules.divides_out:
+        return
     for name, spec in draft.seen.specs.items():
         c = draft.wider**-spec.constant
         draft.fold([name], size=c)
@@ -60,20 +62,21 @@ def _fold_ties(draft: Draft) -> None:
                 f"the readout is tied to {name} and nothing before it can carry its factor {size * alpha:g}: give the "
                 "model a final norm with a gain, or untie the readout."
             )
-        _refuse_other_use(draft.seen, spec.carriers, name)
+        _refuse_other_use(draft.seen, spec, name)
         draft.fold(spec.carriers, size=size, alpha=alpha)
         if size != 1:
             draft.notes.append(f"tied readout: its factor {size:g} is folded into {', '.join(sorted(spec.carriers))}.")
 
 
-def _refuse_other_use(seen: Observation, carriers: frozenset[str], readout: str) -> None:
+def _refuse_other_use(seen: Observation, tied: ParamSpec, readout: str) -> None:
     """What a carrier feeds besides the readout would be scaled with it."""
-    for name, spec in seen.specs.items():
-        if name != readout and spec.meets & carriers:
-            raise RequestError(
-                f"the readout tied to {readout} passes its factor to {min(carriers)}, which also feeds {name}: give it a norm of "
-                "its own, or untie the readout."
-            )
+    also = [name for name, spec in seen.specs.items() if name != readout and spec.meets & tied.carriers]
+    if also or tied.busy_carriers:
+        fed = also[0] if also else "something else"
+        raise RequestError(
+            f"the readout tied to {readout} passes its factor to {min(tied.carriers)}, which also feeds {fed}: give it a norm of "
+            "its own, or untie the readout."
+        )
 
 
 def _fold_attention(draft: Draft) -> None:
@@ -122,6 +125,8 @@ def _fold_branches(draft: Draft) -> None:
             f"{draft.rules.name} has no rule for depth: the change from {draft.base.depth} to {draft.scale.depth} layers is "
             "carried without any factor; completep has one."
         )
+    if power is not None:
+        _fold_depth_constants(draft)
     if size == 1 and alpha == 1:
         return
     if not ends or draft.seen.open_branches:
@@ -132,6 +137,20 @@ def _fold_branches(draft: Draft) -> None:
     for name in sorted(ends):
         _refuse_way_out(draft.seen.specs[name])
     draft.fold(ends, size=size, alpha=alpha)
+
+
+def _fold_depth_constants(draft: Draft) -> None:
+    """Divide out what the model's own forward pass multiplies with as it gets deeper: the table says how branches shrink."""
+    powers = {name: spec.depth_constant for name, spec in draft.seen.specs.items() if spec.depth_constant}
+    for power in sorted(set(powers.values())):
+        names = [name for name, each in powers.items() if each == power]
+        c = draft.deeper**-power
+        draft.fold(names, size=c)
+        if c != 1:
+            draft.notes.append(
+                f"the forward pass multiplies {names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''} with "
+                f"depth^{power:g}: divided out of their settings ({c:.4g})."
+            )
 
 
 def _refuse_way_out(spec: ParamSpec) -> None:

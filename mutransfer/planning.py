@@ -15,6 +15,7 @@ from .errors import RequestError
 from .family import Family
 from .folding import fold_all
 from .inits import Init, InitWatcher
+from .observing.deeper import with_depth_constants
 from .observing.layers import match_layers
 from .observing.observe import build, observe, shapes_of
 from .observing.specs import Observation
@@ -57,6 +58,8 @@ def plan(
         recipe = Recipe() if recipe is None else Recipe.load(recipe)
     rules, rule = table(parametrization), optimizer_rule(optimizer, recipe)
     seen = observation or observe(family)
+    if scale.depth != family.base.depth and rules.depth is not None:
+        seen = with_depth_constants(family, seen)
     with FakeTensorMode(allow_non_fake_inputs=True), InitWatcher() as watcher:
         model = build(family, scale)
     shapes, inits = shapes_of(model), watcher.named(model)

@@ -124,6 +124,7 @@ class Table:
         depth: what residual branches take; None without a rule.
         aspect: whether initial weights are capped by their own shape besides, std · min(1, √(out/in)).
         sparse: whether hidden layers follow SµPar (2405.15743) when they are sparse.
+        divides_out: whether numbers of the forward pass that grow with the width are divided out; a control leaves them.
 
     Raises:
         AssertionError: the rows do not give the declared slopes.
@@ -137,6 +138,7 @@ class Table:
     depth: Depth | None = None
     aspect: bool = False
     sparse: bool = False
+    divides_out: bool = True
 
     def __post_init__(self) -> None:
         assert self.rows["finite"] == Row(ONE, ONE, ONE, ONE), "a parameter that does not grow is not scaled"

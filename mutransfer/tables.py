@@ -51,6 +51,7 @@ SP = Table(
         "bottleneck": Row(ONE / SQRT_IN, ONE, ONE, ONE),
         "finite": Row(ONE, ONE, ONE, ONE),
     },
+    divides_out=False,
     attention=ONE,
     declared={
         **{(column, "activation", role): (0, 0) for column in ("adam", "sgd") for role in ("feature", "output")},
@@ -71,6 +72,7 @@ NTK = Table(
         role: Row(ONE, ONE, ONE, ONE).folded(ONE / SQRT_IN if role in ("hidden", "output", "bottleneck") else ONE)
         for role in MUP.rows
     },
+    divides_out=False,
     attention=ONE,
     declared={
         **{(column, "activation", role): (0, 0) for column in ("adam", "sgd") for role in ("feature", "output")},

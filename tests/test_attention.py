@@ -23,12 +23,21 @@ def masked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return ((q * q.shape[-1] ** -0.5) @ k.mT).masked_fill(above, -1e9).softmax(-1) @ v
 
 
+def s(q: torch.Tensor) -> float:
+    return q.shape[-1] ** -0.25
+
+
 # name → (how it is written, what µP's 1/d asks of the queries when the head dim grows 4 times)
 WAYS: dict[str, tuple[Product, float]] = {
     "fused": (F.scaled_dot_product_attention, 1 / 2),
     "dropout": (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, dropout_p=0.1), 1 / 2),
     "written out": (lambda q, k, v: (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1) @ v, 1 / 2),
     "scaled queries and a mask": (masked, 1 / 2),
+    "a tensor's root": (
+        lambda q, k, v: (q @ k.mT / torch.full([], q.shape[-1] ** 0.5, dtype=q.dtype)).softmax(-1) @ v,
+        1 / 2,
+    ),
+    "keys and queries share the scale": (lambda q, k, v: ((q * s(q)) @ (k * s(q)).mT).softmax(-1) @ v, 1 / 2),
     "no scale": (lambda q, k, v: (q @ k.mT).softmax(-1) @ v, 1 / 4),
     "1/d already": (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, scale=1 / q.shape[-1]), 1.0),
     "1/d written out": (lambda q, k, v: (q @ k.mT / q.shape[-1]).softmax(-1) @ v, 1.0),
@@ -113,6 +122,38 @@ def test_a_fused_qkv_is_refused_where_only_the_queries_should_be_scaled() -> Non
     with pytest.raises(mt.RequestError, match=r"qkv\.(weight|bias) also makes keys, values or something else"):
         mt.plan(fused, mt.Scale(128, 1))
     assert not mt.plan(fused, mt.Scale(32, 1)).notes
+
+
+class Gated(Fused):
+    """Queries and a gate from one matrix, as in gated attention."""
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(tokens)
+        q, k, gate = self.qkv(x).unflatten(-1, (3, 4, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        k, v = (x.unflatten(-1, (4, -1)).transpose(1, 2) for _ in range(2))
+        return self.readout((F.scaled_dot_product_attention(q, k, v) * gate.tanh()).transpose(1, 2).flatten(2))
+
+
+def test_queries_that_also_gate_are_refused() -> None:
+    gated = mt.Family(lambda s: Gated(s.width), families.token_batch(), families.loss, mt.Scale(32, 1))
+    with pytest.raises(mt.RequestError, match=r"qkv\.(weight|bias) also makes keys, values or something else"):
+        mt.plan(gated, mt.Scale(128, 1))
+
+
+def test_a_final_norm_that_feeds_a_statistic_is_refused() -> None:
+    class Pooled(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(families.VOCABULARY, width)
+            self.norm = nn.RMSNorm(width)
+
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            x = self.norm(self.embedding(tokens))
+            return x @ self.embedding.weight.T + x.mean()
+
+    tied = mt.Family(lambda s: Pooled(s.width), families.token_batch(), families.loss, mt.Scale(32, 1))
+    with pytest.raises(mt.RequestError, match=r"passes its factor to norm\.weight, which also feeds something else"):
+        mt.plan(tied, mt.Scale(128, 1))
 
 
 def test_a_final_norm_that_feeds_another_head_is_refused() -> None:

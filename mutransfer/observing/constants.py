@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from .factors import Factors
 from .noted import Use
 
-__all__ = ["Constant", "constants", "loose"]
+__all__ = ["Constant", "common", "constants", "loose"]
 
 Taken = frozenset[tuple[float, float]]
 
@@ -35,6 +35,11 @@ def constants(seen: Sequence[Use], larger: Sequence[Use], ratio: float) -> list[
     both = [frozenset().union(*(use.taken for use in uses)) for uses in (seen, larger)]
     inner = [next((use.inner for use in uses), 1.0) for uses in (seen, larger)]
     return [_compared(both[0], both[1], (inner[0], inner[1]), ratio)] * len(seen)
+
+
+def common(found: Sequence[Constant]) -> Constant:
+    """Return what all uses have in common; otherwise nothing, as a parameter has one scale for all of them."""
+    return found[0] if found and len(set(found)) == 1 and not found[0].torn else Constant()
 
 
 def loose(seen: Factors, larger: Factors, ratio: float) -> list[float]:

@@ -7,6 +7,7 @@ import logging
 import math
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -18,7 +19,7 @@ from ..family import Family
 from ..inits import Init, InitWatcher
 from ..scale import Scale
 from .branches import residual_branches
-from .constants import Constant, constants, loose
+from .constants import Constant, common, constants, loose
 from .noted import Use
 from .overrides import check_patterns, check_roles, role_given
 from .roles import roles_of, unused
@@ -105,6 +106,11 @@ def _watch(family: Family) -> Observation:
                 f"the forward pass multiplies the result of {name} with a number that grows with the width on one way and not "
                 "on all: it is left as it is, so check it."
             )
+    for name, spec in specs.items():
+        if spec.tied:
+            reads = {use.node for use in uses[name]}
+            busy = frozenset(each for each in spec.carriers if any(use.takers - reads for use in uses[each]))
+            specs[name] = replace(spec, busy_carriers=busy)
     return _with_attention(specs, seen, seen_wider, sum(not branch.ends for branch in branches), notes)
 
 
@@ -201,8 +207,8 @@ def _spec(
         axes, role, tied, carriers = _axes_for(given, name, grows, uses), given, False, frozenset()
         first = uses[0] if uses else None
     into = [i for i in range(len(uses)) if not tied or roles[i] == "input"]
-    own = _common([constants[i] for i in into])
-    behind = _common([constants[i] for i in range(len(uses)) if i not in into])
+    own = common([constants[i] for i in into])
+    behind = common([constants[i] for i in range(len(uses)) if i not in into])
     return ParamSpec(
         name, shape, role, axes, grows, init, tied, carriers,
         on_data=first is not None and first.on_data,
@@ -215,11 +221,6 @@ def _spec(
         readout_constant=behind.power,
         mixed=mixed,
     )  # fmt: skip
-
-
-def _common(found: list[Constant]) -> Constant:
-    """Return what all uses have in common; otherwise nothing, as a parameter has one scale for all of them."""
-    return found[0] if found and len(set(found)) == 1 and not found[0].torn else Constant()
 
 
 def _axes_for(role: str, name: str, grows: tuple[bool, ...], uses: list[Use]) -> tuple[str, ...]:

@@ -23,6 +23,7 @@ class ParamSpec:
         init: what its entries are drawn from.
         tied: whether it is also the readout.
         carriers: for a tied readout, the parameters that carry a factor into its input (the final norm's).
+        busy_carriers: those of them whose result something else than the readout takes in as well.
         on_data: whether the data enters the model here.
         meets: the parameters that carry a factor into what this parameter is applied to, in any of its uses.
         inside: whether it is used on a residual branch.
@@ -31,6 +32,7 @@ class ParamSpec:
         constant: power of the width in the number that the forward pass itself multiplies with this parameter.
         constant_inside: whether that number is multiplied in by the module that owns the parameter.
         readout_constant: likewise of a tied matrix, with its result as a readout.
+        depth_constant: power of the depth in such a number, where depths have been compared.
         mixed: whether its rows have different roles (a fused matrix of which some rows grow and some do not).
     """
 
@@ -50,6 +52,8 @@ class ParamSpec:
     constant: float = 0.0
     constant_inside: bool = False
     readout_constant: float = 0.0
+    depth_constant: float = 0.0
+    busy_carriers: frozenset[str] = frozenset()
     mixed: bool = False
 
     def multipliers(self, shape: tuple[int, ...], name: str | None = None, deeper: float = 1.0) -> tuple[float, float]:
@@ -85,7 +89,8 @@ class Observation:
     ``queries`` carry a factor into the attention logits, ``shared_queries`` of them also into something else.
     ``head_dim_ratio`` is what the head dim grows by when the width doubles, and ``scale_power`` the power of the head dim
     by which the model itself scales the logits (−½ as usual). ``open_branches`` counts the residual branches into which no
-    parameter carries a factor; ``notes`` says what was seen and could not be written on any parameter.
+    parameter carries a factor; ``depths_compared`` says that `deeper` has looked; ``notes`` says what was seen and could
+    not be written on any parameter.
     """
 
     specs: dict[str, ParamSpec]
@@ -95,4 +100,5 @@ class Observation:
     head_dim_ratio: float
     scale_power: float
     open_branches: int = 0
+    depths_compared: bool = False
     notes: tuple[str, ...] = ()

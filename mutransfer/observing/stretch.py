@@ -40,10 +40,14 @@ def stretched(
     def all_of(names: frozenset[str]) -> frozenset[str]:
         return frozenset().union(*(copies[name] for name in names))
 
-    sets = {names: all_of(names) for spec in seen.specs.values() for names in (spec.carriers, spec.meets)}
+    sets = {
+        names: all_of(names)
+        for spec in seen.specs.values()
+        for names in (spec.carriers, spec.meets, spec.busy_carriers)
+    }
     specs = {}
     for name, seen_name in origin.items():
         spec = seen.specs[seen_name]
-        carriers, meets = sets[spec.carriers], sets[spec.meets]
-        specs[name] = replace(spec, name=name, init=inits[name], carriers=carriers, meets=meets)
+        carriers, meets, busy = sets[spec.carriers], sets[spec.meets], sets[spec.busy_carriers]
+        specs[name] = replace(spec, name=name, init=inits[name], carriers=carriers, meets=meets, busy_carriers=busy)
     return replace(seen, specs=specs, queries=all_of(seen.queries), shared_queries=all_of(seen.shared_queries))

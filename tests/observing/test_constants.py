@@ -118,3 +118,56 @@ def test_what_no_parameter_can_hold_is_left_and_told(way: str) -> None:
     assert not powers
     assert notes
     assert all("left as it is" in note for note in notes)
+
+
+def test_a_control_keeps_what_the_forward_pass_multiplies_with() -> None:
+    family = mt.Family(
+        lambda s: Net(s.width, SEEN["a number"][0]), families.token_batch(), families.loss, mt.Scale(32, 1)
+    )
+    factors = {
+        name: {row.name: row.lr_factor for row in mt.plan(family, mt.Scale(128, 1), name).rows}
+        for name in ("mup", "sp")
+    }
+    assert set(factors["sp"].values()) == {1.0}
+    assert factors["mup"]["embed.weight"] == 0.5
+
+
+class Deep(nn.Module):
+    """Residual branches with a number of their own, and one behind the last."""
+
+    def __init__(self, n: int, depth: int, scale: Callable[[int, int], float]) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, n)
+        self.blocks = nn.ModuleList(nn.Linear(n, n) for _ in range(depth))
+        self.readout = nn.Linear(n, VOCABULARY, bias=False)
+        self.scales = [scale(i, depth) for i in range(depth)]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.embed(x)
+        for block, scale in zip(self.blocks, self.scales, strict=True):
+            h = h + block(h.relu()) * scale
+        return self.readout(h)
+
+
+def deep(scale: Callable[[int, int], float], base: int = 2) -> mt.Family:
+    return mt.Family(
+        lambda s: Deep(s.width, s.depth, scale), families.token_batch(), families.loss, mt.Scale(32, base), "deep"
+    )
+
+
+@pytest.mark.parametrize("base", [2, 6])
+def test_the_models_own_depth_multiplier_is_not_counted_twice(base: int) -> None:
+    """What a branch adds at 4x the depth is a quarter, whoever multiplies: CompleteP 2505.01618, Table 1."""
+    for scale in (lambda i, depth: 1.0, lambda i, depth: depth**-0.5, lambda i, depth: 3 / depth):
+        family = deep(scale, base)
+        plan = mt.plan(family, mt.Scale(32, 4 * base), "completep")
+        ends = {round(row.gauge, 6) for row in plan.rows if row.name.startswith("blocks.")}
+        own = scale(0, 4 * base) / scale(0, base)
+        assert ends == {round(0.25 / own, 6)}
+        assert any("depth^" in note for note in plan.notes) == (own != 1)
+        assert {row.gauge for row in mt.plan(family, mt.Scale(32, 4 * base), "sp").rows} == {1.0}
+
+
+def test_layers_that_shrink_differently_with_the_depth_are_refused() -> None:
+    with pytest.raises(mt.RequestError, match="different powers of the depth"):
+        mt.plan(deep(lambda i, depth: depth**-0.5 if i else 1.0), mt.Scale(32, 8), "completep")
