@@ -27,8 +27,6 @@ from .tables import table
 
 __all__ = ["finished", "plan"]
 
-SUMMED = ("hidden", "output", "bottleneck")  # what a fan-in that grows is summed with: its spread is the base's, scaled
-
 
 def plan(
     family: Family,
@@ -95,7 +93,7 @@ def _row(draft: Draft, name: str, target: Init) -> ParameterPlan:
     factor = total.init * (recipe.init_scale if is_matrix else 1.0)
     try:
         # Table factors are for random weights; a constant (a gain of 1, a bias of 0) only follows a change of gauge.
-        init = spec.init.carried(target, factor, total.gauge, spec.role in SUMMED)
+        init = spec.init.carried(target, factor, total.gauge, matrix=bool({"in", "gather"} & {*spec.axes}))
     except RequestError as error:
         raise RequestError(f"{name} {list(draft.shapes[name])} {error}") from None
     if spec.shift:  # a gain used as s + w: that is what the factor is for, not w
@@ -119,6 +117,6 @@ def _row(draft: Draft, name: str, target: Init) -> ParameterPlan:
         lr_factor=size.lr,
         wd_factor=size.weight_decay,
         eps_factor=size.eps if rule.has_eps else None,
-        init_factor=None if spec.init.fixed else size.init,
+        init_factor=None if spec.init.fixed and not init.std else size.init,
         gauge=total.gauge,
     )

@@ -166,19 +166,20 @@ def _classes(reference: str, raw: dict[str, Any], transformers: Any) -> tuple[An
         raise RequestError(f"{reference}: transformers has no model_type {kind!r}: {nearest(kind, configs)[:400]}")
     config_class = configs[kind]
     heads = [head for head in HEADS if head != "MASKED_LM" or not raw.get("is_decoder")]
-    known = [name for head in heads if (name := getattr(auto, f"MODEL_FOR_{head}_MAPPING_NAMES").get(kind))]
+    mappings = (getattr(auto, f"MODEL_FOR_{head}_MAPPING_NAMES") for head in heads)
+    known = [name for names in mappings for name in _several(names.get(kind))]
     name = (raw.get("architectures") or known or [None])[0]
     if name is None:
         raise RequestError(f"{reference}: no model with logits is known for {kind!r}: name its class in architectures.")
-    if not hasattr(transformers, name):
+    if not isinstance(name, str) or not hasattr(transformers, name):
         raise RequestError(f"{reference}: transformers has no {name!r} (architectures): {nearest(str(name), known)}")
-    if name in _bare(auto.MODEL_MAPPING_NAMES.get(kind)):
+    if name in _several(auto.MODEL_MAPPING_NAMES.get(kind)):
         hint = f"such as {known[0]}" if known else "one whose output has logits"
         raise RequestError(f"{reference}: {name} has no head and so no logits: name a class in architectures, {hint}.")
     return config_class, getattr(transformers, name)
 
 
-def _bare(names: str | tuple[str, ...] | None) -> tuple[str, ...]:
+def _several(names: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return names if isinstance(names, tuple) else (names,) if names else ()
 
 

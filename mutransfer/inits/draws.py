@@ -120,16 +120,21 @@ class Init:
     def carried(self, target: Init, factor: float, gauge: float, matrix: bool) -> Init:
         """Return the target's start: this distribution, seen at the base, in the layout that ``target`` was seen to have.
 
-        Random entries have the base's standard deviation times ``factor``, recorded ones that are no ``matrix`` the
-        target's own times ``factor``; constants and tables only follow the ``gauge``.
+        Random entries have the base's standard deviation times ``factor``. Recorded ones of no ``matrix`` that lie around
+        something else than 0 (norms, logarithms of time steps) have the target's own times ``factor``. Constants and
+        tables only follow the ``gauge``, but for a matrix of numbers from outside, which has the base's size times ``factor``.
 
         Raises:
             RequestError: the two are drawn in different pieces.
         """
+        if matrix and self.program and target.program and self.program.outside and target.program.outside:
+            sizes = [math.hypot(program.mean, program.std) for program in (self.program, target.program)]
+            return replace(target, b=target.program.std * factor * sizes[0] / sizes[1]) if sizes[1] else target
         if (self.fixed and target.fixed and (target.parts or target.program)) or (target.program and target.fixed):
             return target.scaled(gauge)
         if target.program is not None:
-            return replace(target, b=self.std * factor) if matrix else target.scaled(factor)
+            centred = abs(target.program.mean) < target.program.std
+            return replace(target, b=self.std * factor) if matrix or centred else target.scaled(factor)
         if self.program is not None:
             return target.scaled(gauge if target.fixed else self.std * factor / target.std)
         if len(self.parts) != len(target.parts):

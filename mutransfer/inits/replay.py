@@ -138,9 +138,19 @@ class Program:
             return tensor
 
     @property
+    def outside(self) -> bool:
+        """Whether it is a table of numbers that were made outside of torch, such as numpy's draws."""
+        return not self.random and any(_table(step["args"]) for step in self.steps)
+
+    @property
+    def mean(self) -> float:
+        """Mean of all entries, measured as `std` is."""
+        return _measured(json.dumps(self.as_dict()))[0]
+
+    @property
     def std(self) -> float:
         """Standard deviation of all entries, measured over runs until 2¹⁸ of them (or 16 runs) have been seen."""
-        return _measured_std(json.dumps(self.as_dict()))
+        return _measured(json.dumps(self.as_dict()))[1]
 
     def as_dict(self) -> dict[str, Any]:
         """Return the program as JSON takes it."""
@@ -158,12 +168,23 @@ class Program:
 
 
 @functools.lru_cache(maxsize=256)  # the same program comes once per layer
-def _measured_std(program: str) -> float:
+def _measured(program: str) -> tuple[float, float]:
     own = Program.from_dict(json.loads(program))
     with _disable_current_modes():
         first = own.run(0)
         runs = min(16, math.ceil(2**18 / first.numel())) if own.random else 1
-        return torch.stack([first, *(own.run(seed) for seed in range(1, runs))]).double().std(correction=0).item()
+        seen = torch.stack([first, *(own.run(seed) for seed in range(1, runs))]).double()
+        return seen.mean().item(), seen.std(correction=0).item()
+
+
+def _table(value: Any) -> bool:
+    match value:
+        case {"values": [_, shape, _]}:
+            return math.prod(shape) > 1
+        case list():
+            return any(map(_table, value))
+        case _:
+            return False
 
 
 @functools.cache

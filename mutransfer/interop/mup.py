@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from mup.layer import MuReadout
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from ..drafts import Draft
 from ..errors import RequestError
@@ -32,6 +32,7 @@ from .bsh import BaseShapes, based_on, read_bsh, write_bsh
 
 __all__ = ["BaseShapes", "based_on", "plan_annotated", "read_bsh", "write_bsh"]
 
+CONTRACTING = (nn.Linear, _ConvNd, nn.RNNBase, nn.MultiheadAttention)  # whose second axis is summed over
 ALPHAS = ("alpha_input", "alpha_attention", "alpha_output")
 
 
@@ -131,24 +132,41 @@ def _infinite(name: str, parameter: Any) -> tuple[tuple[int, ...], list[int]]:
 
 
 def _role(name: str, parameter: Any, infinite: list[int], owners: list[nn.Module]) -> tuple[str, tuple[str, ...]]:
-    """Role and axes by mup's conventions: fan-in is the main axis of a matrix, and a readout is what MuReadout holds."""
+    """Role and axes: fan-in is a matrix's second axis, but for transposed convolutions; a readout is what MuReadout holds."""
     if len(infinite) > 2:
         raise RequestError(
             f"{name} {list(parameter.shape)} has {len(infinite)} growing axes: mup and our tables know two."
         )
     readout = all(isinstance(owner, MuReadout) for owner in owners)
-    linear = any(isinstance(owner, (nn.Linear, _ConvNd)) and not isinstance(owner, MuReadout) for owner in owners)
+    linear = any(isinstance(owner, CONTRACTING) and not isinstance(owner, MuReadout) for owner in owners)
+    turned = next((owner for owner in owners if isinstance(owner, _ConvTransposeNd)), None)
     axes = ["each"] * parameter.dim()
     if not infinite:
         return "finite", tuple(axes)
     if len(infinite) == 2:
-        axes = ["in" if axis == parameter.infshape.main_idx else "out" for axis in range(parameter.dim())]
-        return "hidden", tuple(axes)
+        into = 0 if turned else parameter.infshape.main_idx
+        return "hidden", tuple("in" if axis == into else "out" for axis in range(parameter.dim()))
     if parameter.dim() == 1:
         return "vector", tuple(axes)
     inward = infinite == [1] and (readout or linear)
+    if turned:
+        inward = infinite == [0] and not _more_groups(name, parameter, turned)
     axes = ["in" if (axis in infinite) == inward else "out" for axis in range(parameter.dim())]
     return ("output" if readout else "bottleneck") if inward else "input", tuple(axes)
+
+
+def _more_groups(name: str, parameter: Any, module: _ConvTransposeNd) -> bool:
+    """Say whether a transposed convolution [in, out / groups, ...] of fixed out / groups has more groups than its base."""
+    base = parameter.infshape[0].base_dim
+    if module.groups == 1 or base % module.groups:
+        return module.groups > 1
+    bias = getattr(module.bias, "infshape", None)
+    if bias is None:
+        raise RequestError(
+            f"cannot tell whether the groups of {name} {list(parameter.shape)} grow with the width: give it a bias, whose "
+            "base shape says so, or plan the model's family."
+        )
+    return any(dim.isinf() for dim in bias)
 
 
 def _measured(parameter: torch.Tensor) -> Init:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 import mutransfer as mt
 from mutransfer.errors import RequestError
@@ -116,6 +117,50 @@ def test_special_initializations_at_the_target(tmp_path: Path) -> None:
     assert rows["table"].init_factor is None
     assert (weights["embedding.weight"] == 0).all(1).tolist() == [False, False, True, False, False, False, False]
     assert 1 <= weights["hidden.bias"].min() < 1.2 < 2.5 < weights["hidden.bias"].max() < math.e
+
+
+class Outside(nn.Module):
+    """Draws that torch's distributions do not have: a norm taken out, orthogonal rows, numbers that numpy drew."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        numbers = np.random.default_rng(0)
+        self.embedding = nn.Embedding.from_pretrained(F.normalize(torch.rand(40, width), dim=1), freeze=False)
+        self.first = nn.Linear(16, width, bias=False)
+        self.start = nn.Parameter(F.normalize(torch.randn(width), dim=0))
+        self.hidden, self.mix = (nn.Linear(width, width, bias=False) for _ in range(2))
+        self.readout = nn.Linear(width, 3, bias=False)
+        self.slopes = nn.Parameter(torch.from_numpy(np.linspace(1, 2, width)).float())
+        nn.init.orthogonal_(self.first.weight, 2**0.5)
+        self.mix.weight.data.copy_(torch.from_numpy(np.eye(width)))
+        for linear in (self.hidden, self.readout):
+            linear.weight.data.copy_(torch.from_numpy(numbers.normal(scale=0.02, size=linear.weight.shape)))
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(tokens) + self.start + self.first(F.one_hot(tokens % 16, 16).float())
+        return self.readout(self.mix(self.hidden(x).relu()) * self.slopes)
+
+
+@pytest.mark.parametrize("width", [32, 128])
+def test_every_matrix_has_the_base_models_own_std_times_the_factor(width: int) -> None:
+    """Whatever drew it, and however the draw itself follows the width: only what is drawn can be, a table stays."""
+    family = mt.Family(
+        lambda s: Outside(s.width), torch.zeros(2, 3, dtype=torch.long), lambda m, x: m(x).square().mean(), mt.Scale(32)
+    )
+    torch.manual_seed(0)
+    base, plan = family.build(family.base), mt.plan(family, mt.Scale(width))
+    model = family.build(plan.scale)
+    plan.initialize(model)
+    weights, rows, m = dict(model.named_parameters()), {row.name: row for row in plan.rows}, width / 32
+    factors = {"embedding.weight": 1, "first.weight": 1, "start": 1, "hidden.weight": m**-0.5, "readout.weight": 1 / m}
+    for name, factor in factors.items():
+        expected = base.get_parameter(name).std(correction=0).item() * factor
+        assert weights[name].std(correction=0).item() == pytest.approx(expected, rel=0.03), name
+        assert rows[name].init.std == pytest.approx(expected, rel=0.03), name
+        assert rows[name].init_factor == pytest.approx(factor), name
+    torch.testing.assert_close(weights["mix.weight"], torch.eye(width), rtol=1e-6, atol=0)
+    assert torch.equal(weights["slopes"], torch.linspace(1, 2, width, dtype=torch.float64).float())
+    assert rows["slopes"].init_factor is None
 
 
 def test_pieces_that_come_and_go_with_the_width_are_refused() -> None:

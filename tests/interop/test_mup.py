@@ -258,6 +258,41 @@ def test_what_mup_would_mistake() -> None:
         plan_annotated(high)
 
 
+def deconvolutions(width: int, fixed: int = 3) -> nn.Module:
+    """Transposed convolutions hold [in, out / groups, ...]; a recurrence's projection is no `nn.Linear`."""
+    return nn.ModuleDict({
+        "first": nn.ConvTranspose2d(fixed, width, 2),
+        "middle": nn.ConvTranspose1d(width, width**2 // 8, 2),
+        "last": nn.ConvTranspose3d(width, fixed, 2),
+        "depthwise": nn.ConvTranspose2d(width, width, 2, groups=width, bias=False),
+        "grouped": nn.ConvTranspose2d(width, width, 2, groups=width // 8),
+        "few groups": nn.ConvTranspose2d(width, 4, 2, groups=2),
+        "recurrence": nn.LSTM(fixed, width, proj_size=2),
+    })  # fmt: skip
+
+
+def test_fan_in_is_what_the_operation_sums_over() -> None:
+    model = mup.set_base_shapes(
+        deconvolutions(64), deconvolutions(16), delta=deconvolutions(32), do_assert=False, rescale_params=False
+    )
+    rows = {row.name: (row.role, row.m_in, row.m_out) for row in plan_annotated(model).rows}
+    assert rows["first.weight"] == ("input", 1, 4)
+    assert rows["middle.weight"] == ("hidden", 4, 16)
+    assert rows["last.weight"] == rows["few groups.weight"] == rows["recurrence.weight_hr_l0"] == ("bottleneck", 4, 1)
+    assert rows["depthwise.weight"] == rows["grouped.weight"] == rows["recurrence.weight_hh_l0"] == ("input", 1, 4)
+
+
+def test_groups_that_may_or_may_not_grow_are_refused() -> None:
+    def build(width: int) -> nn.Module:
+        return nn.Sequential(nn.ConvTranspose2d(width, width // 4, 2, groups=width // 8, bias=False))
+
+    model = mup.set_base_shapes(build(64), build(16), delta=build(32), do_assert=False, rescale_params=False)
+    with pytest.raises(
+        mt.RequestError, match=r"groups of 0\.weight \[64, 2, 2, 2\] grow with the width: give it a bias"
+    ):
+        plan_annotated(model)
+
+
 def test_models_without_fitting_base_shapes_are_refused() -> None:
     family, model = annotated("mlp", 4)
     with pytest.raises(mt.RequestError, match=r"input\.weight \[128, 64\] has no base shapes: call"):

@@ -160,6 +160,25 @@ def test_twice_the_width(kind: str, expected: dict[str, tuple[int, ...]], write:
     assert {name: found[name] for name in expected} == expected
 
 
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        (STACK | {"model_type": "deit", "image_size": 16, "patch_size": 4}, "DeiTForImageClassification"),
+        (
+            {"model_type": "levit", "hidden_sizes": [16, 32, 48], "key_dim": [4, 4, 4], "num_attention_heads": [2, 4, 6],
+             "depths": [1, 1, 1], "image_size": 32},
+            "LevitForImageClassification",
+        ),
+    ],
+)  # fmt: skip
+def test_one_head_of_several_classes(config: dict[str, Any], name: str, tmp_path: Path) -> None:
+    """transformers lists a class with a teacher beside the plain one, as a tuple."""
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    family = load(f"hf:{tmp_path}")
+    assert family.name == name
+    assert shapes(family, family.base.with_(width=2 * family.base.width))
+
+
 def test_the_files_own_size_is_the_model_transformers_builds(write: Write) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -292,9 +311,12 @@ def test_a_family_is_planned_and_resized(write: Write) -> None:
         ({"hidden_size": 32}, 'has no "model_type"'),
         ([1], 'has no "model_type"'),
         ({"model_type": "llama", "architectures": ["LlamaForCausalLLM"]}, "did you mean 'LlamaForCausalLM'?"),
+        ({"model_type": "llama", "architectures": [["LlamaForCausalLM"]]}, "transformers has no ['LlamaForCausalLM']"),
         ({"model_type": "llama", "architectures": ["LlamaModel"]}, "has no head and so no logits"),
         ({"model_type": "llama", "hidden_size": "wide"}, "expected int, got str"),
         ({"model_type": "llama", "hidden_size": 33, "num_attention_heads": 4}, "33"),
+        ({"model_type": "perceiver"}, "no example batch is known for PerceiverForMaskedLM"),
+        ({"model_type": "perceiver", "architectures": ["PerceiverForImageClassificationLearned"]}, "is known for Perc"),
         ({"model_type": "sam"}, "no model with logits is known for 'sam'"),
     ],
 )
