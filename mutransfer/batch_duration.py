@@ -44,13 +44,14 @@ class Change:
 
 @dataclass(frozen=True)
 class Law:
-    """One law: what it says, where from, and the optimizers that it was found with."""
+    """One law: what it says, where from, the optimizers that it was found with, and the sizes that it reads."""
 
     name: str
     says: str
     source: str
     change: Callable[[Ratios], Change]
     optimizers: tuple[str, ...] = ADAMS
+    needs: tuple[str, ...] = ("batch", "tokens")
 
 
 def _sqrt(m: Ratios) -> Change:
@@ -76,7 +77,13 @@ LAWS = {
             "Complete(d)P, as read from a third-party implementation and not from the paper",
             _sqrt,
         ),
-        Law("bjorck", "lr ∝ tokens^-0.32", "Bjorck et al. 2409.19913", lambda m: Change(lr=m.tokens**-0.32)),
+        Law(
+            "bjorck",
+            "lr ∝ tokens^-0.32",
+            "Bjorck et al. 2409.19913",
+            lambda m: Change(lr=m.tokens**-0.32),
+            needs=("tokens",),
+        ),
         Law(
             "power-lines",
             "batch / (lr · weight decay · tokens) ∝ (tokens per parameter)^-0.527, by the weight decay",
@@ -135,38 +142,51 @@ def averaged(recipe: Recipe, scale: Scale, base: Scale) -> Recipe:
 def apply(plan: Plan, scale: Scale, tuned: Scale, parameters: float | None = None) -> Plan:
     """Return ``plan`` for the batch and the tokens of ``scale``, from a recipe tuned at those of ``tuned``.
 
+    A size that neither states is not part of the question; one that only one of them states may have changed.
+
     Args:
         plan: with no law applied yet.
-        scale: with batch and tokens.
-        tuned: likewise.
+        scale: what the plan is for.
+        tuned: what the recipe was tuned at.
         parameters: m_N, which only some laws need.
 
     Raises:
         RequestError: the law is unknown, was found with other optimizers, or needs something that is not given.
     """
-    m = ratios(scale, tuned, parameters)
-    name = plan.recipe.law
-    if m is None or (m.batch == 1 and m.tokens == 1):
+    sizes = {size: (getattr(tuned, size), getattr(scale, size)) for size in ("batch", "tokens")}
+    moved = [
+        f"{size} {old or 'not stated'} → {new or 'not stated'}" for size, (old, new) in sizes.items() if old != new
+    ]
+    if not moved:
         return plan
-    sizes = {"batch": scale.batch, "tokens": scale.tokens}
+    name, stated = plan.recipe.law, {"batch": scale.batch, "tokens": scale.tokens}
     if name == "none":
-        note = f"batch and data change (m_B = {m.batch:g}, m_D = {m.tokens:g}) and no batch or duration law was named: lr, "
-        note += "weight decay, betas and eps are carried unchanged."
-        return replace(plan, scale=plan.scale.with_(**sizes), notes=(*plan.notes, note))
+        note = f"{', '.join(moved)}: no batch or duration law was named, so lr, weight decay, betas and eps are carried as "
+        note += "they are."
+        return replace(plan, scale=plan.scale.with_(**stated), notes=(*plan.notes, note))
     chosen = law(name)
     if plan.optimizer not in chosen.optimizers:
         raise RequestError(
             f"the law {name} was found with {' and '.join(chosen.optimizers)} ({chosen.source}), and the optimizer is "
             f"{plan.optimizer}: name the law 'none', or use one of these."
         )
+    for size in chosen.needs:
+        if None in sizes[size]:
+            raise RequestError(
+                f"the law {name} needs {' and '.join(chosen.needs)} of base and target, and this is {', '.join(moved)}: give "
+                f"both Scales their {size}."
+            )
+    m = Ratios(*(new / old if old and new else 1.0 for old, new in sizes.values()), parameters)
     change = chosen.change(m)
     factors = Factors(lr=change.lr, weight_decay=change.weight_decay, eps=change.eps)
     rows = tuple(row.times(factors) for row in plan.rows)
-    note = f"law {name} ({chosen.source}): {chosen.says}; m_B = {m.batch:g}, m_D = {m.tokens:g}."
+    symbols = {"m_B": "batch", "m_D": "tokens"}
+    said = ", ".join(f"{key} = {getattr(m, size):g}" for key, size in symbols.items() if None not in sizes[size])
+    note = f"law {name} ({chosen.source}): {chosen.says}; {said}."
     changed = replace(
         plan,
         rows=rows,
-        scale=plan.scale.with_(**sizes),
+        scale=plan.scale.with_(**stated),
         base=plan.base.with_(batch=tuned.batch, tokens=tuned.tokens),
         notes=(*plan.notes, note),
     )

@@ -13,6 +13,7 @@ from typing import Any
 import pandas as pd
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
 
 from .errors import RequestError
 from .family import Family
@@ -74,7 +75,7 @@ def record(
         A frame with the columns of `frames.COORDINATES`.
 
     Raises:
-        RequestError: fewer than two different widths, or a model that cannot be planned.
+        RequestError: fewer than two different widths, a model that cannot be planned or trained, or NaN in the batch.
     """
     sizes = sorted(set(depths or widths))
     if len(sizes) < 2:
@@ -83,6 +84,8 @@ def record(
     seeds = list(seeds)
     if steps < 1 or not seeds:
         raise RequestError(f"{steps} steps and {len(seeds)} seeds: give at least one of each.")
+    if any(isinstance(each, torch.Tensor) and each.isnan().any() for each in tree_leaves(family.batch)):
+        raise RequestError(f"the example batch of {family.name} holds NaN: give one without.")
     column = OPTIMIZERS[optimizer].column if optimizer in OPTIMIZERS else "adam"
     base = family.base.with_(depth=depth or family.base.depth)
     scales = [base.with_(depth=each) if depths else base.with_(width=each) for each in sizes]

@@ -206,7 +206,7 @@ class Plan:
 
         Args:
             scheduler: of an optimizer with the plan's groups; SequentialLR and ChainedScheduler are looked into.
-            steps: how far a copy of the scheduler is stepped to see that the ratios hold.
+            steps: how far a copy of the scheduler is stepped to see that the ratios hold, or to its end if that is nearer.
 
         Raises:
             RequestError: naming the scheduler, the argument and what to pass instead; or as `per_group`.

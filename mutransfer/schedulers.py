@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .errors import RequestError
+from .errors import RequestError, describe
 from .names import planned_names
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ LISTS = {
     "SWALR": (("swa_lr", "swa_lr"),),
 }
 NUMBERS = ("eta_min",)  # what torch takes as one number only
+ENDED = (ValueError, LookupError, StopIteration)  # OneCycleLR, a LambdaLR over a list: past the last step
 
 
 def per_group(plan: Plan, groups: list[dict[str, Any]], value: float) -> list[float]:
@@ -95,7 +96,14 @@ def _refuse_drift(scheduler: Any, name: str, planned: list[float], steps: int) -
     for step in range(steps):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the copy's optimizer is never stepped
-            twin.step()
+            try:
+                twin.step()
+            except ENDED:
+                return
+            except Exception as error:
+                raise RequestError(
+                    f"{name} cannot be tried on a copy ({describe(error)}): use one that step() moves, with no arguments."
+                ) from error
         rates = [float(group["lr"]) for group in twin.optimizer.param_groups]
         if not _proportional(rates, planned):
             raise RequestError(

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map_only
 
 from mutransfer.family import Family
 from mutransfer.plans import Plan
+from mutransfer.watching import loss_of
 
 from .data.base import Data
 from .schedules import scheduler
@@ -76,7 +77,7 @@ class Training:
         self.model.train()
         while self.step < until and self.finite:
             batch = self._on_device(self.data.batch(self.step, self.batch_size, self.seed))
-            loss = self.family.loss(self.model, batch)
+            loss = self._loss(batch)
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             if self.plan.recipe.clip is not None:
@@ -95,7 +96,7 @@ class Training:
         self.model.eval()
         held_out = [self._on_device(batch) for batch in self.data.validation()]
         sizes = [len(targets) for _, targets in held_out]
-        losses = [self.family.loss(self.model, batch) * size for batch, size in zip(held_out, sizes, strict=True)]
+        losses = [self._loss(batch) * size for batch, size in zip(held_out, sizes, strict=True)]
         return float(sum(losses) / sum(sizes))
 
     def state_dict(self) -> dict[str, Any]:
@@ -113,6 +114,9 @@ class Training:
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.step = int(state["step"])
+
+    def _loss(self, batch: Any) -> torch.Tensor:
+        return loss_of(self.family, self.model, batch, f"a batch (inputs, targets) of {self.data.name}")
 
     def _on_device(self, batch: Any) -> Any:
         return tree_map_only(torch.Tensor, lambda tensor: tensor.to(self.device), batch)

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 import torch
 
+from mutransfer.errors import RequestError, describe
 from mutransfer.family import Family
 from mutransfer.observing.observe import observe
 from mutransfer.planning import plan
@@ -165,9 +166,21 @@ def _observed(key: str) -> Any:
 
 
 def flops_of(experiment: Experiment, scale: Scale) -> float:
-    """Return the floating point operations of one training step at ``scale``."""
+    """Return the floating point operations of one training step at ``scale``.
+
+    Raises:
+        RequestError: the model does not take the experiment's data.
+    """
     family, data = family_of(experiment)
-    return step_flops(family, scale, data.batch(0, experiment.batch_size, 0))
+    try:
+        return step_flops(family, scale, data.batch(0, experiment.batch_size, 0))
+    except RequestError:
+        raise
+    except Exception as error:  # of the person's own model, which has only seen its own example batch until now
+        raise RequestError(
+            f"{experiment.model} cannot be trained on {experiment.data} ({describe(error)}): its loss is given batches "
+            "(inputs, targets) of the experiment's data."
+        ) from error
 
 
 def plan_of(experiment: Experiment, scale: Scale, parametrization: str, recipe: Recipe) -> Plan:

@@ -89,6 +89,36 @@ def test_no_law_changes_nothing_and_says_so() -> None:
     assert not any("law" in note for note in plain.notes)
 
 
+@pytest.mark.parametrize(
+    ("base", "scale", "said"),
+    [
+        ({"batch": 16}, {"batch": 64}, "batch 16 → 64"),
+        ({"tokens": 10**5}, {"tokens": 10**6}, "tokens 100000 → 1000000"),
+        ({}, {"batch": 64, "tokens": 10**6}, "batch not stated → 64, tokens not stated → 1000000"),
+        ({"batch": 16, "tokens": 10**5}, {}, "batch 16 → not stated, tokens 100000 → not stated"),
+    ],
+)
+def test_a_size_that_is_left_open_is_never_passed_over(base: dict[str, int], scale: dict[str, int], said: str) -> None:
+    """Without a law it is noted, and a law that needs what is not stated is refused."""
+    family = families.mlp().with_base(mt.Scale(32, 3, **base))
+    plain = mt.plan(families.mlp(), mt.Scale(64, 3))
+    noted = mt.plan(family, mt.Scale(64, 3, **scale))
+    assert noted.rows == plain.rows
+    assert set(noted.notes) - set(plain.notes) == {
+        f"{said}: no batch or duration law was named, so lr, weight decay, betas and eps are carried as they are."
+    }
+    for name, each in LAWS.items():
+        if name == "bjorck" and "tokens" in base and "tokens" in scale:  # which reads nothing else
+            changed = mt.plan(family, mt.Scale(64, 3, **scale), recipe=mt.Recipe(law="bjorck"))
+            assert changed.rows[0].lr == pytest.approx(plain.rows[0].lr * 10**-0.32)
+            assert changed.notes[-1].endswith("; m_D = 10.")
+            continue
+        with pytest.raises(
+            RequestError, match=f"the law {name} needs {' and '.join(each.needs)} .*{said}.*give both Scales"
+        ):
+            mt.plan(family, mt.Scale(64, 3, **scale), recipe=mt.Recipe.read({"law": name}, "recipe"))
+
+
 def test_the_same_run_needs_no_law() -> None:
     for name in LAWS:
         assert planned(name).rows == planned("none").rows

@@ -22,7 +22,7 @@ from .branches import residual_branches
 from .constants import Constant, common, constants, loose
 from .noted import Use
 from .overrides import check_patterns, check_roles, role_given
-from .roles import roles_of, unused
+from .roles import possible, roles_of, unused
 from .scalars import of_buffers
 from .specs import Observation, ParamSpec
 from .stretch import stretched
@@ -230,15 +230,16 @@ def _axes_for(role: str, name: str, grows: tuple[bool, ...], uses: list[Use]) ->
     if (
         "unknown" not in seen
         and ("in" in seen) == summed
-        and bool(seen - {"in"}) == (role not in ("output", "bottleneck"))
+        and bool(seen - {"in"}) == (role in ("input", "vector", "hidden"))
     ):
         return uses[0].axes
     growing = [axis for axis, grow in enumerate(grows) if grow]
-    into = {"hidden": growing[-1:] if len(growing) > 1 else [], "output": growing, "bottleneck": growing}.get(role, [])
-    if role in ("hidden", "output", "bottleneck") and not into:
+    fitting = ["hidden"] if len(growing) > 1 and "in" in seen else possible(len(growing))
+    if role not in fitting:
         raise RequestError(
-            f"{name} is called {role} and has no axis for it that grows with the width: name another role."
+            f"{name} is called {role}, and {len(growing)} of its axes grow with the width: it can be {' or '.join(fitting)}."
         )
+    into = {"hidden": growing[-1:], "output": growing, "bottleneck": growing}.get(role, [])
     return tuple("in" if axis in into else "out" for axis in range(len(grows)))
 
 

@@ -5,9 +5,16 @@ from __future__ import annotations
 from ..errors import RequestError
 from .noted import Use
 
-__all__ = ["ROLES", "role_of", "roles_of", "unused"]
+__all__ = ["ROLES", "possible", "role_of", "roles_of", "unused"]
 
 ROLES = ("input", "vector", "hidden", "output", "bottleneck", "finite")
+
+
+def possible(growing: int) -> list[str]:
+    """Return the roles that a parameter can have of whose axes ``growing`` grow with the width."""
+    if growing > 1:
+        return ["hidden", "input", "vector"]
+    return ["input", "vector", "output", "bottleneck"] if growing else ["finite", "input", "vector"]
 
 
 def roles_of(name: str, shape: tuple[int, ...], grows: tuple[bool, ...], uses: list[Use]) -> list[str]:

@@ -44,6 +44,25 @@ def build(width, depth):
     return nn.Sequential(nn.Flatten(), nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 10))
 """
 
+# Families whose own batch or loss is wrong, or which the experiment's data does not fit.
+FAULTY = """
+import torch
+import mutransfer as mt
+
+def family(x, loss=None, classes=10):
+    return mt.Family(
+        lambda s: torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, s.width), torch.nn.Linear(s.width, classes)),
+        (x, torch.full((2,), 9)),
+        loss or (lambda model, batch: torch.nn.functional.cross_entropy(model(batch[0]), batch[1])),
+        mt.Scale(8, 1),
+    )
+
+x = torch.ones(2, 64)
+labels, nan = family(x, classes=5), family(x.clone().fill_diagonal_(torch.nan))
+detached = family(x, lambda model, batch: model(batch[0]).mean().detach())
+alone = mt.Family(family(x).build, x, lambda model, batch: model(batch).mean(), mt.Scale(8, 1))
+"""
+
 
 @pytest.fixture(scope="session")
 def commands() -> Iterator[Processes]:
@@ -57,6 +76,7 @@ def _shop(commands: Processes, tmp_path_factory: pytest.TempPathFactory) -> Path
     (shop / "experiment.yaml").write_text(EXPERIMENT)
     (shop / "language.yaml").write_text(LANGUAGE)
     (shop / "model.py").write_text(MODEL)
+    (shop / "faulty.py").write_text(FAULTY)
     (shop / "broken.py").write_text("raise OSError('the licence\\nserver is away')\n")
     (shop / "empty.txt").write_text("")
     (shop / "tiny.txt").write_text("to be or not to be")

@@ -104,6 +104,11 @@ WRONG = [
     (("plan", "mlp", "--width", "16", "--width-field", "hidden_size"), ["--width-field", "mlp has none"]),
     (("plan", "hf:none.json", "--width", "16"), ["there is no file none.json"]),
     (("plan", "hf:words.yaml", "--width", "16"), ["words.yaml is no JSON"]),
+    # A batch or a loss that cannot be trained on.
+    (("check", "faulty.py:labels", "--widths", "8,16"), ["raised on its example batch (IndexError: Target 9 is out of bounds)"]),
+    (("check", "faulty.py:detached", "--widths", "8,16"), ["the loss of model has no gradient"]),
+    (("check", "faulty.py:nan", "--widths", "8,16"), ["the example batch of model holds NaN"]),
+    ((*TUNE, "model=faulty.py:alone"), ["faulty.py:alone cannot be trained on digits", "(inputs, targets)"]),
     # What is no run folder, or another one's.
     (("verify", "nothing"), ["nothing is no run folder", "mutransfer tune"]),
     (("verify", "nowhere"), ["nowhere is no run folder", "mutransfer tune"]),
@@ -162,6 +167,12 @@ def test_a_wrong_request(arguments: tuple[str, ...], said: list[str], shop: Path
     ended = commands.run(*arguments, cwd=shop)
     assert_one_sentence(ended, said)
     assert contents(shop) == before
+
+
+def test_labels_that_the_model_has_no_logits_for(shop: Path, commands: Processes) -> None:
+    """Seen in the first trial only, after the folder is made."""
+    ended = commands.run(*TUNE, "model=faulty.py:labels", cwd=shop)
+    assert_one_sentence(ended, ["raised on a batch (inputs, targets) of digits (IndexError: Target"])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

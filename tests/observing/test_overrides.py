@@ -7,12 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 import mutransfer as mt
 from mutransfer.cli.transfer import target_of
 from mutransfer.errors import RequestError
 from mutransfer.files import write_json
 from mutransfer.observing.overrides import roles_from
+from mutransfer.observing.roles import ROLES
 from mutransfer.proxies.reference import load_family
 from mutransfer.runs import RunFolder
 from mutransfer.scale import Scale
@@ -39,10 +41,40 @@ def role_of(family: mt.Family, name: str) -> str:
 
 
 def test_the_first_pattern_that_fits_counts() -> None:
-    family = replace(families.mlp(), roles={"hidden.0.*": "output", "hidden.*.weight": "bottleneck"})
-    assert role_of(family, "hidden.0.weight") == "output"
-    assert role_of(family, "hidden.1.weight") == "bottleneck"
-    assert role_of(family, "input.weight") == "input"
+    family = replace(families.mlp(), roles={"readout.w*": "bottleneck", "input.w*": "vector", "*ut.weight": "output"})
+    assert role_of(family, "readout.weight") == "bottleneck"
+    assert role_of(family, "input.weight") == "vector"
+    assert role_of(family, "hidden.0.weight") == "hidden"
+
+
+@pytest.mark.parametrize(
+    ("name", "role", "words"),
+    [
+        *(("hidden.0.weight", role, "2 of its axes grow .*: it can be hidden") for role in ROLES if role != "hidden"),
+        ("input.weight", "hidden", "1 of its axes grow .*: it can be input or vector or output or bottleneck"),
+        ("input.weight", "finite", "1 of its axes grow"),
+        ("readout.bias", "output", "0 of its axes grow .*: it can be finite"),
+    ],
+)
+def test_a_role_that_the_axes_contradict_is_refused(name: str, role: str, words: str) -> None:
+    """Both ratios would go into one factor: lr / m² for a hidden matrix called output."""
+    with pytest.raises(RequestError, match=f"{name} is called {role}, and {words}"):
+        mt.plan(replace(families.mlp(), roles={name: role}), Scale(64, 3))
+
+
+def test_two_growing_axes_that_nothing_sums_over_can_be_an_input() -> None:
+    class Gains(torch.nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.up, self.gain = torch.nn.Linear(8, width * width), torch.nn.Parameter(torch.ones(width, width))
+            self.out = torch.nn.Linear(width, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.out((self.up(x).unflatten(-1, self.gain.shape) * self.gain).mean(-1))
+
+    batch = torch.ones(2, 8), torch.zeros(2, dtype=torch.long)
+    family = mt.Family(lambda s: Gains(s.width), batch, families.loss, Scale(4), roles={"gain": "input"})
+    assert role_of(family, "gain") == "input"
 
 
 def test_what_fits_nothing_or_is_no_role_is_refused() -> None:
@@ -75,16 +107,16 @@ def test_the_command_lines_form() -> None:
 
 
 def test_roles_travel_from_the_experiment_to_every_run_and_the_target(tmp_path: Path) -> None:
-    roles = {"hidden.0.weight": "bottleneck"}
+    roles = {"readout.weight": "bottleneck"}
     asked = experiment(roles=roles, proxy={"width": 8, "depth": 3})
     asked.save(tmp_path / "experiment.yaml")
     assert Experiment.load(tmp_path / "experiment.yaml") == asked
-    for given, expected in ((asked, "bottleneck"), (experiment(proxy={"width": 8, "depth": 3}), "hidden")):
+    for given, expected in ((asked, "bottleneck"), (experiment(proxy={"width": 8, "depth": 3}), "output")):
         planned = plan_of(given, given.proxy_scale.with_(width=32), "mup", given.recipe)
-        assert {row.name: row.role for row in planned.rows}["hidden.0.weight"] == expected
+        assert {row.name: row.role for row in planned.rows}["readout.weight"] == expected
     folder = RunFolder(tmp_path)
     write_json(folder.best, json.loads(asked.recipe.model_dump_json()))
     target = TargetConfig.load(target_of(folder, 32).save(tmp_path / "target.json"))
-    assert {row.name: row.role for row in target.plan.rows}["hidden.0.weight"] == "bottleneck"
+    assert {row.name: row.role for row in target.plan.rows}["readout.weight"] == "bottleneck"
     assert target.provenance["roles"] == roles
     assert SMALL["model"] == "mlp"

@@ -186,6 +186,38 @@ def test_lists_per_group_keep_the_ratios(name: str, plan: mt.Plan, optimizer: Op
         assert audit(plan, live(optimizer)).empty
 
 
+ENDING: dict[str, Make] = {
+    "OneCycleLR": lambda o: lrs.OneCycleLR(o, [6 * group["lr"] for group in o.param_groups], total_steps=60),
+    "LambdaLR over a list": lambda o: lrs.LambdaLR(o, lambda step: [1, 0.9, 0.8][step]),
+    "LambdaLR over a dictionary": lambda o: lrs.LambdaLR(o, lambda step: {0: 1, 1: 0.9, 2: 0.8}[step]),
+}
+
+
+@pytest.mark.parametrize("name", ENDING)
+def test_a_scheduler_that_ends_is_checked_to_its_end(name: str, plan: mt.Plan, optimizer: Optimizer) -> None:
+    scheduler = ENDING[name](optimizer)
+    plan.check_scheduler(scheduler)
+    optimizer.step()
+    scheduler.step()  # and from the middle of a run
+    plan.check_scheduler(scheduler)
+
+
+def test_what_drifts_before_its_end_or_cannot_be_stepped_is_refused(plan: mt.Plan, optimizer: Optimizer) -> None:
+    apart = [[1, 1, 0.5], *[[1, 1, 1]] * (len(optimizer.param_groups) - 1)]
+    with pytest.raises(mt.RequestError, match="after 2 steps"):
+        plan.check_scheduler(lrs.LambdaLR(optimizer, [lambda step, each=each: each[step] for each in apart]))
+
+    class Asking:
+        def __init__(self, optimizer: Optimizer) -> None:
+            self.optimizer = optimizer
+
+        def step(self, loss: float) -> None:
+            raise NotImplementedError
+
+    with pytest.raises(mt.RequestError, match=r"Asking cannot be tried on a copy \(TypeError"):
+        plan.check_scheduler(Asking(optimizer))
+
+
 def test_the_lists_are_the_planned_rates(plan: mt.Plan, optimizer: Optimizer) -> None:
     assert plan.per_group(optimizer, LR) == rates(optimizer)
     assert plan.per_group(families.mlp().build(plan.scale), LR) == rates(optimizer)
