@@ -18,6 +18,7 @@ from ..family import Family
 from ..inits import Init, InitWatcher
 from ..scale import Scale
 from .branches import residual_branches
+from .copied import CopiedAsValues
 from .noted import Use
 from .overrides import check_patterns, check_roles, role_given
 from .roles import roles_of, unused
@@ -103,7 +104,8 @@ def build(family: Family, scale: Scale) -> torch.nn.Module:
         RequestError: the build raised, or returned something else than a module.
     """
     try:
-        model = family.build(scale)
+        with CopiedAsValues():
+            model = family.build(scale)
     except RequestError:
         raise
     except Exception as error:
