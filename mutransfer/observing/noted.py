@@ -16,8 +16,9 @@ class Use:
     ``on_data`` says that the other operand depends on no parameter at all: this is where data enters the model.
     ``feature`` says that the result meets another contracted parameter downstream, ``logit`` that it is first normalized
     over its entries (softmax, topk), as a router's is. ``alone`` says that it acts on a parameter, not on
-    activations. ``shift`` is s for a gain used as s + w. ``node`` and
-    ``operands`` are the result's and the other operands' places in the graph.
+    activations. ``shift`` is s for a gain used as s + w. ``summed`` is how many entries of each axis are summed over: of
+    an axis labelled "in", perhaps only a part (see `settled`). ``node`` and ``operands`` are the result's and the
+    other operands' places in the graph.
     """
 
     op: str
@@ -30,6 +31,7 @@ class Use:
     feature: bool = False
     logit: bool = False
     alone: bool = False
+    summed: tuple[int, ...] = ()
 
 
 @dataclass

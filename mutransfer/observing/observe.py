@@ -21,7 +21,7 @@ from .branches import residual_branches
 from .copied import CopiedAsValues
 from .noted import Use
 from .overrides import check_patterns, check_roles, role_given
-from .roles import roles_of, unused
+from .roles import roles_of, settled, unused
 from .specs import Observation, ParamSpec
 from .stretch import stretched
 from .uses import UseWatcher
@@ -77,11 +77,17 @@ def _watch(family: Family) -> Observation:
     ends = frozenset().union(*(seen.decode(branch.ends) for branch in branches))
     constants, own, notes = _constants(seen, seen_wider)
     mixed = _mixed(seen, seen_wider)
-    own_inits, specs = inits.named(model), {}
+    own_inits, specs, wide_uses = inits.named(model), {}, seen_wider.uses()
     for name, _ in model.named_parameters():
         if name not in shapes:
             continue
         grows = tuple(a != b for a, b in zip(shapes[name], wide[name], strict=True))
+        if role_given(family.roles, name) is None and wide_uses[name]:
+            last = len(wide_uses[name]) - 1  # of experts that a router chooses there may be fewer
+            uses[name] = [
+                settled(name, shapes[name], wide[name], use, wide_uses[name][min(i, last)])
+                for i, use in enumerate(uses[name])
+            ]
         if not uses[name]:
             notes.append(f"{name} is not used in the example's forward pass: its role is told from its shape alone.")
         specs[name] = _spec(
