@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-__all__ = ["Flow", "Graph", "Product", "Sum", "storage_key", "union"]
+__all__ = ["Flow", "Graph", "Scores", "Sum", "storage_key", "union"]
 
 
 @dataclass
@@ -25,7 +25,7 @@ class Flow:
     direct: int = 0
     factors: dict[int, float] = field(default_factory=dict)
     residual: float = 1.0
-    product: Product | None = None
+    product: Scores | None = None
     node: int = 0
 
     @property
@@ -35,7 +35,7 @@ class Flow:
 
 
 @dataclass(frozen=True, eq=False)
-class Product:
+class Scores:
     """A product of two activations that may become attention: the size summed over, and its two sides."""
 
     size: int

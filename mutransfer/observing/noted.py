@@ -16,10 +16,10 @@ class Use:
     ``on_data`` says that the other operand depends on no parameter at all: this is where data enters the model.
     ``feature`` says that the result meets another contracted parameter downstream, ``logit`` that it is first normalized
     over its entries (softmax, topk), as a router's is. ``alone`` says that it acts on a parameter, not on
-    activations. ``shift`` is s for a gain used as s + w. ``node`` and
-    ``operands`` are the result's and the other operands' places in the graph. ``taken`` are the numbers (and residuals,
-    `factors`) that the result has been multiplied with where the nodes ``takers`` take it in, ``inner`` what the
-    parameter's own module multiplied in.
+    activations. ``shift`` is s for a gain used as s + w. ``summed`` is how many entries of each axis are summed over: of
+    an axis labelled "in", perhaps only a part (see `settled`). ``node`` and ``operands`` are the result's and the
+    other operands' places in the graph. ``taken`` are the numbers (and residuals, `factors`) that the result has been
+    multiplied with where the nodes ``takers`` take it in, ``inner`` what the parameter's own module multiplied in.
     """
 
     op: str
@@ -32,6 +32,7 @@ class Use:
     feature: bool = False
     logit: bool = False
     alone: bool = False
+    summed: tuple[int, ...] = ()
     taken: frozenset[tuple[float, float]] = frozenset()
     takers: frozenset[int] = frozenset()
     inner: float = 1.0

@@ -20,9 +20,10 @@ from ..inits import Init, InitWatcher
 from ..scale import Scale
 from .branches import residual_branches
 from .constants import Constant, common, constants, loose
+from .copied import CopiedAsValues
 from .noted import Use
 from .overrides import check_patterns, check_roles, role_given
-from .roles import possible, roles_of, unused
+from .roles import possible, roles_of, settled, unused
 from .scalars import of_buffers
 from .specs import Observation, ParamSpec
 from .stretch import stretched
@@ -91,6 +92,12 @@ def _watch(family: Family) -> Observation:
         if name not in shapes:
             continue
         grows = tuple(a != b for a, b in zip(shapes[name], wide[name], strict=True))
+        if role_given(family.roles, name) is None and uses_wider[name]:
+            last = len(uses_wider[name]) - 1  # of experts that a router chooses there may be fewer
+            uses[name] = [
+                settled(name, shapes[name], wide[name], use, uses_wider[name][min(i, last)])
+                for i, use in enumerate(uses[name])
+            ]
         if not uses[name]:
             notes.append(f"{name} is not used in the example's forward pass: its role is told from its shape alone.")
         specs[name] = _spec(
@@ -126,7 +133,8 @@ def build(family: Family, scale: Scale) -> torch.nn.Module:
         RequestError: the build raised, or returned something else than a module.
     """
     try:
-        model = family.build(scale)
+        with CopiedAsValues():
+            model = family.build(scale)
     except RequestError:
         raise
     except Exception as error:

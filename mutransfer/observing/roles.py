@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 from ..errors import RequestError
 from .noted import Use
 
-__all__ = ["ROLES", "possible", "role_of", "roles_of", "unused"]
+__all__ = ["ROLES", "possible", "role_of", "roles_of", "settled", "unused"]
 
 ROLES = ("input", "vector", "hidden", "output", "bottleneck", "finite")
 
@@ -15,6 +18,33 @@ def possible(growing: int) -> list[str]:
     if growing > 1:
         return ["hidden", "input", "vector"]
     return ["input", "vector", "output", "bottleneck"] if growing else ["finite", "input", "vector"]
+
+
+def settled(name: str, base: Sequence[int], wide: Sequence[int], use: Use, wider: Use) -> Use:
+    """Return ``use`` with a label that fits for every axis that is summed over only in part: that of the part that grows.
+
+    Such as an axis of heads and their entries of which the entries are summed over, or a transposed convolution's
+    channels that are so within groups. ``base`` and ``wide`` are the parameter's shapes where the two uses were seen.
+
+    Raises:
+        RequestError: both parts grow.
+    """
+    axes = list(use.axes)
+    for axis, (size, wide_size) in enumerate(zip(base, wide, strict=True)):
+        count, wide_count = (each.summed[axis] if each.axes[axis] == "in" else 1 for each in (use, wider))
+        if (
+            size == wide_size
+            or "in" not in (use.axes[axis], wider.axes[axis])
+            or (count, wide_count) == (size, wide_size)
+        ):
+            continue
+        if count != wide_count and size * wide_count != wide_size * count:
+            raise RequestError(
+                f"cannot tell the role of {name} {list(base)}: the operation {use.op!r} sums over a part of its axis {axis}, and "
+                "both that part and the rest grow; give each of the two an axis of its own."
+            )
+        axes[axis] = "out" if count == wide_count else "in"
+    return replace(use, axes=tuple(axes))
 
 
 def roles_of(name: str, shape: tuple[int, ...], grows: tuple[bool, ...], uses: list[Use]) -> list[str]:

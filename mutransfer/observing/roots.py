@@ -1,4 +1,4 @@
-"""Which tensors stand for a parameter, and which of their strides is which of its axes."""
+"""Which tensors stand for a parameter, and what an operation does to its axes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 
 from . import operations as ops
 from .flows import storage_key
+from .layouts import Axis, carried_to, label_of, layout_of
 
 __all__ = ["Root", "Roots"]
 
@@ -23,7 +24,7 @@ class Root:
     """
 
     index: int
-    strides: tuple[int, ...]
+    layout: tuple[Axis, ...]
     linear: bool = True
     shift: float = 0.0
     factor: float = 1.0
@@ -34,11 +35,15 @@ class Roots:
 
     def __init__(self, parameters: Sequence[torch.Tensor]) -> None:
         self._shapes = [tuple(each.shape) for each in parameters]
-        self._roots = {storage_key(each): Root(i, each.stride()) for i, each in enumerate(parameters)}
+        self._roots = {storage_key(each): Root(i, layout_of(each)) for i, each in enumerate(parameters)}
 
     def get(self, tensor: torch.Tensor) -> Root | None:
         """Return what ``tensor`` stands for."""
         return self._roots.get(storage_key(tensor))
+
+    def shape(self, root: Root) -> tuple[int, ...]:
+        """Return the shape of the parameter itself."""
+        return self._shapes[root.index]
 
     def derive(
         self, name: str, args: Any, tensor: torch.Tensor, out: torch.Tensor, number: float | None, *, alone: bool
@@ -69,12 +74,16 @@ class Roots:
             shift, factor = shift * by, factor * by
         elif not ((name in ops.COPIES and alone) or name in ops.LOOKUPS):
             linear = False
-        strides = tuple(_moved(tensor, stride, dims, out) for stride in root.strides)
-        made = self._roots[storage_key(out)] = Root(root.index, strides, linear, shift, factor)
+        layout = carried_to(root.layout, tensor, dims, out)
+        made = self._roots[storage_key(out)] = Root(root.index, layout, linear, shift, factor)
         return made
 
-    def axes(self, name: str, args: Any, tensor: torch.Tensor) -> tuple[str, ...]:
-        """Labels of the parameter's own axes (in, out, gather, each, unknown), found in the view that the operation met."""
+    def axes(self, name: str, args: Any, tensor: torch.Tensor) -> tuple[tuple[str, ...], tuple[int, ...]]:
+        """Labels of the parameter's own axes (in, out, gather, each, unknown), found in the view that the operation met.
+
+        Beside each label, the number of entries that are summed over: 1 for what is not "in", and less than all where
+        only a part of the axis is.
+        """
         root = self._roots[storage_key(tensor)]
         labels = ops.CONTRACTIONS.get(name)
         if name == "convolution" and args[6]:
@@ -88,17 +97,12 @@ class Roots:
             seen = ("each",) * tensor.dim()
         else:
             seen = ()
-        # An axis of size 1 has no telling stride; it cannot be the one that grows either, unless nothing else says.
-        dims = [each for each in zip(tensor.stride(), tensor.shape, seen, strict=False) if each[1] > 1 and each[0] > 0]
-        layout = zip(root.strides, self._shapes[root.index], strict=True)
-        return tuple("each" if n == 1 else _label(stride, dims) for stride, n in layout)
-
-
-def _label(stride: int, dims: list[tuple[int, int, str]]) -> str:
-    """Return the label of the dim (its stride, size and label) that an axis became, or was merged into with its neighbours."""
-    own = [label for at, _, label in dims if at == stride]
-    merged = [label for at, size, label in dims if at < stride < at * size and stride % at == 0]
-    return own[-1] if own else merged[0] if len(merged) == 1 else "unknown"
+        groups = {0: args[8]} if name == "convolution" and args[6] and args[8] > 1 else {}
+        found = [
+            label_of(axis, size, tensor, seen, groups)
+            for axis, size in zip(root.layout, self._shapes[root.index], strict=True)
+        ]
+        return tuple(label for label, _ in found), tuple(summed for _, summed in found)
 
 
 def _is_bias(name: str, args: Any, tensor: torch.Tensor) -> bool:
@@ -117,12 +121,3 @@ def _looked_up(name: str, args: Any, tensor: torch.Tensor) -> list[int | None]:
         return [None] * tensor.dim()
     at, more = chosen[0], args[1][chosen[0]].dim() - 1
     return [None if dim == at else dim + more * (dim > at) for dim in range(tensor.dim())]
-
-
-def _moved(tensor: torch.Tensor, stride: int, dims: list[int | None], out: torch.Tensor) -> int:
-    """Return the stride in ``out`` of the axis that has ``stride`` in ``tensor``; −1 if it is lost."""
-    for dim, (size, own) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
-        to = dims[dim]
-        if own == stride and size > 1 and to is not None:
-            return out.stride(to)
-    return -1

@@ -17,8 +17,9 @@ from torch.utils._pytree import tree_leaves
 
 from . import operations as ops
 from .factors import Factors, rounded
-from .flows import Flow, Graph, Product, Sum, storage_key, union
+from .flows import Flow, Graph, Scores, Sum, storage_key, union
 from .noted import Attention, Use
+from .products import Product, Products
 from .roots import Roots
 from .scalars import Scalars
 
@@ -48,6 +49,7 @@ class UseWatcher(TorchDispatchMode):
         self._features = self._logits = 0
         self._scalars = Scalars(read or (lambda _: None))
         self._modules: list[str] = [""]
+        self._products = Products()
         self._model = model
         self._hooks: list[Any] = []
         self.attentions: list[Attention] = []
@@ -77,8 +79,13 @@ class UseWatcher(TorchDispatchMode):
     def uses(self) -> dict[str, list[Use]]:
         """Return every parameter's uses in the order seen; a tied matrix has two, an unused parameter none."""
         found: dict[str, list[Use]] = {name: [] for name in self._names}
+        summed = self._products.contractions()
+        features = self._features | union(each.others for each in summed.values())
         for i, (index, use) in enumerate(self._seen):
-            feature, logit = bool(self._features >> i & 1), bool(self._logits >> i & 1)
+            if i in summed:
+                axes, counts = zip(*summed[i].axes, strict=True)
+                use = replace(use, axes=axes, summed=counts)
+            feature, logit = bool(features >> i & 1), bool(self._logits >> i & 1)
             taken, takers = frozenset(self.factors.taken[i]), frozenset(self.factors.takers[i])
             found[self._names[index]].append(
                 replace(use, feature=feature, logit=logit, taken=taken, takers=takers, inner=self.factors.inner[i])
@@ -119,7 +126,9 @@ class UseWatcher(TorchDispatchMode):
         self._kept += fresh
         if fresh and self._derive(name, args, inputs, fresh[0]):
             return out
+        begun = len(self._seen)
         flow = self._through(name, args, kwargs, inputs, outputs[0])
+        flow.direct |= self._note_products(name, args, inputs, (fresh or outputs)[0], begun)
         for each in fresh or outputs[:1]:
             self._flows[storage_key(each)] = flow
         return out
@@ -183,7 +192,7 @@ class UseWatcher(TorchDispatchMode):
         """Keep track of numbers multiplied in, and of dot products of activations on their way to a softmax."""
         live, module = [each for each in others if each.depends], self._modules[-1]
         if name in {"mm", "bmm", "baddbmm"} and len(live) >= 2:
-            result.product = Product(int(args[-2].shape[-1]), *live[-2:])
+            result.product = Scores(int(args[-2].shape[-1]), *live[-2:])
         elif name in ops.LINEAR or name in ops.PRODUCTS or name in ops.UNARY or name == "where":
             result.product = next((each.product for each in live if each.product), None)
         second = kwargs.get("alpha", 1) if name in ops.SUMS else 1
@@ -208,7 +217,7 @@ class UseWatcher(TorchDispatchMode):
             root = self._roots.get(tensor)
             if root is None:
                 continue
-            axes = self._roots.axes(name, args, tensor)
+            axes, summed = self._roots.axes(name, args, tensor)
             alone = name in ops.CONTRACTIONS and "in" in axes and self._meets_only_parameters(inputs, tensor)
             if alone and any(tensor is each for each in args[-2:-1]):
                 # It stands where activations do: rows that go into the other, such as learned queries.
@@ -218,9 +227,21 @@ class UseWatcher(TorchDispatchMode):
             on_data = not any(other.depends for other in others)
             noted |= 1 << len(self._seen)
             shift = root.shift if root.linear else 0.0
-            use = Use(name, axes, self.decode(carried), on_data, node, operands, shift, alone=alone)
+            use = Use(name, axes, self.decode(carried), on_data, node, operands, shift, alone=alone, summed=summed)
             self._seen.append((root.index, use))
         return noted
+
+    def _note_products(self, name: str, args: Any, inputs: list[torch.Tensor], out: torch.Tensor, begun: int) -> int:
+        """Follow products with a parameter to where they are summed; ``begun`` is the first use that `_note_uses` noted."""
+        rooted = [(each, root) for each in inputs if (root := self._roots.get(each)) is not None]
+        last = any(each.numel() > 1 for each, _ in rooted)
+        bits = self._products.follow(name, args, inputs, out, last=last)
+        if name in ("mul", "mul_"):
+            others = union(self._flow(each).uses for each in inputs)
+            for use, (tensor, root) in enumerate(rooted, begun):
+                shape = self._roots.shape(root)
+                self._products.begin(Product(use, shape, others), root.layout, tensor, out)
+        return bits
 
     def _meets_only_parameters(self, inputs: list[torch.Tensor], tensor: torch.Tensor) -> bool:
         met = [each for each in inputs if each is not tensor and each.is_floating_point() and each.dim() > 1]
