@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from .drafts import Draft
 from .errors import RequestError
-from .observing.observe import WIDER
 from .observing.specs import Observation, ParamSpec
 
 __all__ = ["fold_all"]
@@ -85,18 +84,14 @@ def _fold_attention(draft: Draft) -> None:
     TP-V 2203.03466, Definition 4.1, which starts from 1/√d; a model that already divides by d needs no factor.
     """
     seen, alpha = draft.seen, draft.recipe.alpha_attention
-    if seen.head_dim is None:
+    if seen.heads.dim is None:
         if alpha != 1:
             raise RequestError(
                 f"alpha_attention is {alpha:g} and the model has no attention that could be seen: leave it at 1."
             )
         return
-    if seen.head_dim_ratio not in (1, WIDER):
-        raise RequestError(
-            f"the head dim grows {seen.head_dim_ratio:g}x when the width grows {WIDER}x: keep it fixed or proportional."
-        )
-    m_h = draft.wider if seen.head_dim_ratio == WIDER else 1.0
-    c = draft.rules.attention(m_h, 1.0) ** (2 * (1 + seen.scale_power))  # the table counts from 1/√d
+    m_h = seen.heads.ratio
+    c = draft.rules.attention(m_h, 1.0) ** (2 * (1 + seen.heads.power))  # the table counts from 1/√d
     if c == 1 and alpha == 1:
         return
     if seen.shared_queries:

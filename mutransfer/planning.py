@@ -16,6 +16,7 @@ from .family import Family
 from .folding import fold_all
 from .inits import Init, InitWatcher
 from .observing.deeper import with_depth_constants
+from .observing.heads import at_target
 from .observing.layers import match_layers
 from .observing.observe import build, observe, shapes_of
 from .observing.specs import Observation
@@ -58,6 +59,7 @@ def plan(
     seen = observation or observe(family)
     if scale.depth != family.base.depth and rules.depth is not None:
         seen = with_depth_constants(family, seen)
+    seen = at_target(family, seen, scale)
     with FakeTensorMode(allow_non_fake_inputs=True), InitWatcher() as watcher:
         model = build(family, scale)
     shapes, inits = shapes_of(model), watcher.named(model)

@@ -75,6 +75,27 @@ def test_the_queries_carry_what_the_models_own_scale_lacks(way: str) -> None:
     assert rows["k.weight"].gauge == rows["v.weight"].gauge == 1
 
 
+# heads at a width → the head dim's growth at 40, 64 and 256 over that at 32
+GROWTH = {
+    "one per 64, at least one": (lambda width: max(1, width // 64), (40 / 32, 64 / 32, 64 / 32)),
+    "one per 32, at least two": (lambda width: max(2, width // 32), (20 / 16, 32 / 16, 32 / 16)),
+    "one per 16": (lambda width: width // 16, (20 / 16, 1, 1)),
+}
+
+
+@pytest.mark.parametrize("heads", GROWTH)
+def test_the_head_dim_is_read_at_the_target(heads: str) -> None:
+    """Twice the width says nothing of other widths where the number of heads is a rule of its own."""
+    count, growth = GROWTH[heads]
+    of = mt.Family(
+        lambda s: Attending(s.width, count(s.width), F.scaled_dot_product_attention),
+        families.token_batch(), families.loss, mt.Scale(32, 1),
+    )  # fmt: skip
+    for width, ratio in zip((40, 64, 256), growth, strict=True):
+        rows = {row.name: row for row in mt.plan(of, mt.Scale(width, 1)).rows}
+        assert rows["q.weight"].gauge == pytest.approx(ratio**-0.5)
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_a_fixed_head_dim_needs_no_factor(way: str) -> None:
     rows = mt.plan(family(WAYS[way][0], None), mt.Scale(128, 1)).rows

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 import mutransfer as mt
 from mutransfer.errors import RequestError
@@ -346,21 +345,6 @@ def test_notes_say_what_a_reader_should_know() -> None:
     assert rows(smaller)["hidden.0.weight"].lr_factor == 4
     assert any("from 3 to 5 layers" in note for note in mt.plan(family, Scale(64, 5)).notes)
     assert mt.plan(family, Scale(128, 3)).notes == ()
-
-
-def test_a_head_dim_that_grows_oddly_is_refused() -> None:
-    class Odd(nn.Module):
-        def __init__(self, width: int) -> None:
-            super().__init__()
-            self.q = nn.Linear(8, width + 8)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            h = self.q(x)[:, None]
-            return F.scaled_dot_product_attention(h, h, h)
-
-    family = mt.Family(lambda s: Odd(s.width), torch.zeros(2, 3, 8), lambda m, x: m(x).mean(), Scale(8))
-    with pytest.raises(RequestError, match=r"head dim grows 1\.5x when the width grows 2x"):
-        mt.plan(family, Scale(16))
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from ..drafts import Draft
 from ..errors import RequestError
 from ..fold import Factors
 from ..inits import Init
+from ..observing.heads import Heads
 from ..observing.specs import Observation, ParamSpec
 from ..optimizers.registry import optimizer_rule
 from ..planning import finished
@@ -72,9 +73,7 @@ def plan_annotated(
         specs=specs,
         queries=frozenset(),
         shared_queries=frozenset(),
-        head_dim=None,  # attention is scaled in the model, as mup asks for
-        head_dim_ratio=1.0,
-        scale_power=-1.0,
+        heads=Heads(),  # attention is scaled in the model, as mup asks for
     )
     rules, rule = table("mup"), optimizer_rule(optimizer, recipe)
     inits = {name: spec.init for name, spec in specs.items()}

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
-from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -21,6 +19,7 @@ from ..scale import Scale
 from .branches import residual_branches
 from .constants import Constant, common, constants, loose
 from .copied import CopiedAsValues
+from .heads import compared, in_attention
 from .noted import Use
 from .overrides import check_patterns, check_roles, role_given
 from .roles import possible, roles_of, settled, unused
@@ -80,7 +79,7 @@ def _watch(family: Family) -> Observation:
     ends = frozenset().union(*(seen.decode(branch.ends) for branch in branches))
     uses_wider = seen_wider.uses()
     found = {name: constants(each, uses_wider[name], WIDER) for name, each in uses.items()}
-    in_attention = _attention_constants(seen, seen_wider)
+    scaled = in_attention(seen.attentions, seen_wider.attentions, WIDER)
     notes = [
         f"the forward pass multiplies with a number that grows as width^{power:+.2f} and that no parameter carries: it "
         "is left as it is, so check it."
@@ -102,7 +101,7 @@ def _watch(family: Family) -> Observation:
             notes.append(f"{name} is not used in the example's forward pass: its role is told from its shape alone.")
         specs[name] = _spec(
             family, name, shapes[name], grows, uses[name], own_inits[name], inside=name in inside, ends_branch=name in ends,
-            constants=found[name], in_attention=in_attention.get(name, 0.0), mixed=name in mixed,
+            constants=found[name], in_attention=scaled.get(name, 0.0), mixed=name in mixed,
         )  # fmt: skip
         if (
             any(each != Constant() for each in found[name])
@@ -118,7 +117,16 @@ def _watch(family: Family) -> Observation:
             reads = {use.node for use in uses[name]}
             busy = frozenset(each for each in spec.carriers if any(use.takers - reads for use in uses[each]))
             specs[name] = replace(spec, busy_carriers=busy)
-    return _with_attention(specs, seen, seen_wider, sum(not branch.ends for branch in branches), notes)
+    return Observation(
+        specs,
+        queries=frozenset().union(*(each.queries for each in seen.attentions)),
+        shared_queries=frozenset().union(*(each.queries & each.others for each in seen.attentions))
+        | seen.busy_queries(),
+        heads=compared(seen.attentions, seen_wider.attentions),
+        attentions=tuple(seen.attentions),
+        open_branches=sum(not branch.ends for branch in branches),
+        notes=tuple(dict.fromkeys(notes)),
+    )
 
 
 def shapes_of(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
@@ -251,16 +259,6 @@ def _axes_for(role: str, name: str, grows: tuple[bool, ...], uses: list[Use]) ->
     return tuple("in" if axis in into else "out" for axis in range(len(grows)))
 
 
-def _attention_constants(seen: UseWatcher, wider: UseWatcher) -> dict[str, float]:
-    """Powers of the width in the scale of attention where the head dim stays, by the queries that carry it."""
-    powers: dict[str, float] = defaultdict(float)
-    for narrow, broad in zip(seen.attentions, wider.attentions, strict=False):
-        if narrow.head_dim == broad.head_dim:  # such as 1/√hidden with a fixed head dim
-            for name in narrow.queries:
-                powers[name] += round(math.log(broad.scale / narrow.scale, WIDER), 6)
-    return powers
-
-
 def _mixed(seen: UseWatcher, wider: UseWatcher) -> frozenset[str]:
     """Parameters whose result is cut into pieces that grow differently."""
     bits = 0
@@ -270,34 +268,3 @@ def _mixed(seen: UseWatcher, wider: UseWatcher) -> frozenset[str]:
             if wide_size != base_size and ratios != {wide_size / base_size}:
                 bits |= direct
     return seen.used_by(bits)
-
-
-def _with_attention(
-    specs: dict[str, ParamSpec], seen: UseWatcher, wider: UseWatcher, open_branches: int, notes: list[str]
-) -> Observation:
-    if len(seen.attentions) != len(wider.attentions):
-        raise RequestError(
-            "the number of attention layers depends on the width: build the same modules at every width."
-        )
-    pairs = list(zip(seen.attentions, wider.attentions, strict=True))
-    dims = [(base.head_dim, wide.head_dim) for base, wide in pairs]
-    if len({wide / base for base, wide in dims}) > 1:
-        raise RequestError(
-            f"attention layers differ in head dim ({sorted({base for base, _ in dims})}), and only some grow: use one for all."
-        )
-    powers = [math.log(b.scale / a.scale, b.head_dim / a.head_dim) for a, b in pairs if a.head_dim != b.head_dim]
-    if powers and max(powers) - min(powers) > 1e-6:
-        raise RequestError(
-            f"attention layers scale their logits by different powers of the head dim ({sorted(powers)}): use one."
-        )
-    return Observation(
-        specs,
-        queries=frozenset().union(*(each.queries for each in seen.attentions)),
-        shared_queries=frozenset().union(*(each.queries & each.others for each in seen.attentions))
-        | seen.busy_queries(),
-        head_dim=dims[0][0] if dims else None,
-        head_dim_ratio=dims[0][1] / dims[0][0] if dims else 1.0,
-        scale_power=round(powers[0], 6) if powers else -0.5,
-        open_branches=open_branches,
-        notes=tuple(dict.fromkeys(notes)),
-    )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..errors import RequestError
 from ..inits import Init
+from .heads import Heads
+from .noted import Attention
 
 __all__ = ["Observation", "ParamSpec"]
 
@@ -87,8 +89,8 @@ class Observation:
     """All parameters of a family at base size, and its attention.
 
     ``queries`` carry a factor into the attention logits, ``shared_queries`` of them also into something else.
-    ``head_dim_ratio`` is what the head dim grows by when the width doubles, and ``scale_power`` the power of the head dim
-    by which the model itself scales the logits (−½ as usual). ``open_branches`` counts the residual branches into which no
+    ``heads`` compares the head dim with the model of twice the width or, after `heads.at_target`, with the target's, from
+    the base's ``attentions``. ``open_branches`` counts the residual branches into which no
     parameter carries a factor; ``depths_compared`` says that `deeper` has looked; ``notes`` says what was seen and could
     not be written on any parameter.
     """
@@ -96,9 +98,8 @@ class Observation:
     specs: dict[str, ParamSpec]
     queries: frozenset[str]
     shared_queries: frozenset[str]
-    head_dim: int | None
-    head_dim_ratio: float
-    scale_power: float
+    heads: Heads
+    attentions: tuple[Attention, ...] = field(default=(), compare=False)  # of as many layers as were watched
     open_branches: int = 0
     depths_compared: bool = False
     notes: tuple[str, ...] = ()

@@ -80,7 +80,7 @@ def test_attention_keeps_its_head_dim() -> None:
     for kind in ("llama", "bert", "vit", "t5"):
         _, observation = seen(kind)
         assert observation.head_dim == 16
-        assert observation.head_dim_ratio == 1
+        assert observation.heads.ratio == 1
         assert not observation.shared_queries
     assert seen("gpt2")[1].shared_queries == {
         f"transformer.h.{i}.attn.c_attn.{x}" for i in (0, 1) for x in ("weight", "bias")

@@ -73,7 +73,7 @@ def test_multihead_attention_with_more_heads(batch_first: bool) -> None:
         "attention.out_proj.weight": "hidden",
         "attention.out_proj.bias": "vector",
     }
-    assert (found.head_dim, found.head_dim_ratio) == (4, 1)
+    assert (found.heads.dim, found.heads.ratio) == (4, 1)
     ends = {name for name, spec in found.specs.items() if spec.ends_branch}
     assert ends == {"attention.out_proj.weight", "attention.out_proj.bias"}
 
@@ -84,7 +84,7 @@ def test_multihead_attention_with_larger_heads_is_refused() -> None:
         lambda n: {"attention": nn.MultiheadAttention(n, 2, batch_first=True)},
         lambda net, x: net.attention(x, x, x, need_weights=False)[0],
     )
-    assert observe(of).head_dim_ratio == 2
+    assert observe(of).heads.ratio == 2
     with pytest.raises(
         RequestError, match=r"in_proj_bias also makes keys, values or something else: split it into its own query"
     ):

@@ -152,8 +152,8 @@ def test_ties_and_what_carries_them() -> None:
 def test_attention_is_seen_with_what_carries_its_queries(shape: dict[str, Any], queries: str, ratio: int) -> None:
     seen = observe(families.transformer(width=32, **shape))
     assert seen.queries == {f"blocks.{i}.attention.{queries}" for i in (0, 1)}
-    assert seen.head_dim_ratio == ratio
-    assert observe(families.mlp()).head_dim is None
+    assert seen.heads.ratio == ratio
+    assert observe(families.mlp()).heads.dim is None
 
 
 SAME_MATRIX: dict[str, tuple[Callable[[int], tuple[int, ...]], Callable[..., torch.Tensor], tuple[str, str]]] = {
