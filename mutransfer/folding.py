@@ -17,6 +17,7 @@ def fold_all(draft: Draft) -> None:
     """
     _fold_constants(draft)
     _fold_ends(draft)
+    _fold_sizes(draft)
     _fold_ties(draft)
     _fold_attention(draft)
     _fold_branches(draft)
@@ -36,12 +37,26 @@ def _fold_constants(draft: Draft) -> None:
 
 
 def _fold_ends(draft: Draft) -> None:
-    """Write the input and output multipliers of the recipe into their matrices."""
+    """Write the input and output multipliers of the recipe into their matrices, or what sets the sizes of these."""
+    sized = {spec.sizes: name for name, spec in draft.seen.specs.items() if spec.sizes}
     for name, spec in draft.seen.specs.items():
         if spec.role == "output":
-            draft.fold([name], alpha=draft.recipe.alpha_output)
-        elif spec.role in ("input", "finite") and spec.on_data and len(spec.shape) > 1:
-            draft.fold([name], alpha=draft.recipe.alpha_input)
+            draft.fold([sized.get(name, name)], alpha=draft.recipe.alpha_output)
+        elif spec.role in ("input", "finite") and spec.on_data and len(spec.shape) > 1 and not spec.sizes:
+            draft.fold([sized.get(name, name)], alpha=draft.recipe.alpha_input)
+
+
+def _fold_sizes(draft: Draft) -> None:
+    """A row of a normalized weight is as long as its size says: as long as the table would have the plain matrix's.
+
+    Of n entries of standard deviation s, a row is s·√n long; a fan-in initialization keeps that, a readout's does not.
+    """
+    for name, spec in draft.seen.specs.items():
+        if not spec.sizes:
+            continue
+        target = next(each for each, origin in draft.origin.items() if origin == spec.sizes)
+        m_in, m_out = draft.multipliers(target)
+        draft.fold([name], size=draft.rules.rows[draft.spec(target).role].init(m_in, m_out) * m_in**0.5)
 
 
 def _fold_ties(draft: Draft) -> None:

@@ -99,10 +99,11 @@ def _watch(family: Family) -> Observation:
             ]
         if not uses[name]:
             notes.append(f"{name} is not used in the example's forward pass: its role is told from its shape alone.")
-        specs[name] = _spec(
+        spec = _spec(
             family, name, shapes[name], grows, uses[name], own_inits[name], inside=name in inside, ends_branch=name in ends,
             constants=found[name], in_attention=scaled.get(name, 0.0), mixed=name in mixed,
         )  # fmt: skip
+        specs[name] = replace(spec, sizes=seen.sizes.get(name, ""))
         if (
             any(each != Constant() for each in found[name])
             and not specs[name].constant

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ class Root:
 
     ``linear`` says that a factor on the parameter is a factor on the tensor; ``shift`` is what was added to the parameter
     first, as in gains used as 1 + w. ``factor`` is the number that it was multiplied with.
+    ``sizes`` are the index and the use of the parameter that sets the sizes of a normalized weight, and carries its factors.
     """
 
     index: int
@@ -28,6 +29,12 @@ class Root:
     linear: bool = True
     shift: float = 0.0
     factor: float = 1.0
+    sizes: tuple[int, int] | None = None
+
+    @property
+    def carrier(self) -> int:
+        """The index of the parameter that carries a factor into the tensor."""
+        return self.index if self.sizes is None else self.sizes[0]
 
 
 class Roots:
@@ -44,6 +51,10 @@ class Roots:
     def shape(self, root: Root) -> tuple[int, ...]:
         """Return the shape of the parameter itself."""
         return self._shapes[root.index]
+
+    def sized(self, tensor: torch.Tensor, by: tuple[int, int]) -> None:
+        """Let another parameter, ``by`` its index and use, carry the factors of what ``tensor`` stands for."""
+        self._roots[storage_key(tensor)] = replace(self._roots[storage_key(tensor)], linear=True, sizes=by)
 
     def derive(
         self, name: str, args: Any, tensor: torch.Tensor, out: torch.Tensor, number: float | None, *, alone: bool

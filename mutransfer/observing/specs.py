@@ -35,6 +35,7 @@ class ParamSpec:
         constant_inside: whether that number is multiplied in by the module that owns the parameter.
         readout_constant: likewise of a tied matrix, with its result as a readout.
         depth_constant: power of the depth in such a number, where depths have been compared.
+        sizes: for the sizes of a normalized weight (weight_norm's g), the name of the weight's own parameter.
         mixed: whether its rows have different roles (a fused matrix of which some rows grow and some do not).
     """
 
@@ -57,6 +58,7 @@ class ParamSpec:
     depth_constant: float = 0.0
     busy_carriers: frozenset[str] = frozenset()
     mixed: bool = False
+    sizes: str = ""
 
     def multipliers(self, shape: tuple[int, ...], name: str | None = None, deeper: float = 1.0) -> tuple[float, float]:
         """Return (m_in, m_out) of the same parameter with another ``shape``: every axis counts by its own ratio.

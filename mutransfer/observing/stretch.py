@@ -48,6 +48,13 @@ def stretched(
     specs = {}
     for name, seen_name in origin.items():
         spec = seen.specs[seen_name]
+        sizes = next((each for each in copies.get(spec.sizes, ()) if _siblings(each, name)), "")
         carriers, meets, busy = sets[spec.carriers], sets[spec.meets], sets[spec.busy_carriers]
-        specs[name] = replace(spec, name=name, init=inits[name], carriers=carriers, meets=meets, busy_carriers=busy)
+        specs[name] = replace(
+            spec, name=name, init=inits[name], carriers=carriers, meets=meets, busy_carriers=busy, sizes=sizes
+        )
     return replace(seen, specs=specs, queries=all_of(seen.queries), shared_queries=all_of(seen.shared_queries))
+
+
+def _siblings(a: str, b: str) -> bool:
+    return a.rpartition(".")[0] == b.rpartition(".")[0]

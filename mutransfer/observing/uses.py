@@ -35,6 +35,7 @@ class UseWatcher(TorchDispatchMode):
     Attributes:
         attentions: every softmax over dot products of activations, fused or written out.
         graph: the order of values.
+        sizes: name of the parameter that sets the sizes of a normalized weight → name of the weight's own.
         parts: shapes of (what is cut, the pieces, uses whose result it is), in the order seen.
     """
 
@@ -54,6 +55,7 @@ class UseWatcher(TorchDispatchMode):
         self._hooks: list[Any] = []
         self.attentions: list[Attention] = []
         self.factors = Factors()
+        self.sizes: dict[str, str] = {}
         self.graph = Graph()
         self.parts: list[tuple[tuple[int, ...], list[tuple[int, ...]], int]] = []
 
@@ -137,7 +139,7 @@ class UseWatcher(TorchDispatchMode):
         """Let ``out`` stand for the one parameter that it is made of, if it is made of one by entries."""
         if name == "_weight_norm_interface":  # v keeps its axes; g multiplies the rows
             self._note_uses("weight_norm" if any(args[2:]) else "mul", args, [args[1]], 0)
-            inputs = inputs[:1]
+            sizes, inputs = self._roots.get(args[1]), inputs[:1]
         rooted = [(each, root) for each in inputs if (root := self._roots.get(each)) is not None]
         if not rooted or not out.is_floating_point():
             return False
@@ -147,6 +149,9 @@ class UseWatcher(TorchDispatchMode):
             return False
         number = self._number(args) if name in ops.PRODUCTS else None
         made = self._roots.derive(name, args, tensor, out, number, alone=len(inputs) == 1)
+        if made is not None and name == "_weight_norm_interface" and sizes is not None:
+            self._roots.sized(out, (sizes.index, len(self._seen) - 1))
+            self.sizes[self._names[sizes.index]] = self._names[made.index]
         if made is not None and number is not None and not made.linear:
             self.factors.loose[self._modules[-1]].add(rounded(number))
         return made is not None
@@ -180,7 +185,12 @@ class UseWatcher(TorchDispatchMode):
             a, b = others
             self.graph.sums.append(Sum(node, a.node, b.node, a.carries, b.carries))
         roots = [root for each in inputs if (root := self._roots.get(each)) is not None]
-        own = {first + i: root.factor for i, root in enumerate(roots) if root.linear}
+        own = {root.sizes[1] if root.sizes else first + i: root.factor for i, root in enumerate(roots) if root.linear}
+        for i, root in enumerate(roots):
+            if root.sizes:  # they act where the weight that they size does
+                index, use = self._seen[root.sizes[1]]
+                place = self._seen[first + i][1]
+                self._seen[root.sizes[1]] = index, replace(use, node=place.node, operands=place.operands)
         for use, factor in own.items():
             self.factors.inner[use] *= factor if self._owner(use) == self._modules[-1] else 1.0
         self._follow(result, name, args, kwargs, others, own, inputs[0].numel() / max(1, out.numel()))
@@ -301,5 +311,5 @@ class UseWatcher(TorchDispatchMode):
     def _flow(self, tensor: torch.Tensor) -> Flow:
         root = self._roots.get(tensor)
         if root is not None:
-            return Flow(1 << root.index, 1 << root.index if root.linear else 0)
+            return Flow(1 << root.index, 1 << root.carrier if root.linear else 0)
         return self._flows.get(storage_key(tensor)) or Flow()

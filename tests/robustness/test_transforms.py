@@ -166,3 +166,42 @@ def test_weight_norm_in_the_build_is_planned_as_the_plain_matrix() -> None:
     plan.initialize(model)
     assert model[2].weight.std().item() == pytest.approx(expected["2.weight"][2], rel=0.02)  # type: ignore[index]
     assert verdict(record(family, [16, 32, 64, 128, 256])).status == "pass"
+
+
+def test_a_normalized_readout_is_as_small_as_a_plain_one() -> None:
+    """A row of n entries is √n entries long: the readout's 1/m is 1/√m of its sizes; the check sees it."""
+
+    def build(scale: Scale, wrap: Any) -> torch.nn.Module:
+        n = scale.width
+        return torch.nn.Sequential(
+            torch.nn.Linear(8, n), torch.nn.Tanh(), torch.nn.Linear(n, n), torch.nn.Tanh(), wrap(torch.nn.Linear(n, 4))
+        )
+
+    batch = torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
+    normal, plain = (
+        mt.Family(
+            lambda scale, wrap=wrap: build(scale, wrap),
+            batch,
+            lambda model, x: (model(x) - 1).square().mean(),
+            Scale(32),
+        )
+        for wrap in (weight_norm, lambda linear: linear)
+    )
+    recipe = mt.Recipe(alpha_output=3.0)
+    models = []
+    for family in (normal, plain):
+        plan = mt.plan(family, Scale(2048), recipe=recipe)
+        models.append(family.build(plan.scale))
+        plan.initialize(models[-1])
+    spreads = [model[4].weight.std().item() for model in models]  # type: ignore[index, union-attr, operator]
+    assert spreads[0] == pytest.approx(spreads[1], rel=0.1)
+    assert verdict(record(normal, [64, 128, 256, 512, 1024], seeds=range(8))).status == "pass"
+
+
+def test_a_normalized_branch_end_shrinks_with_the_depth() -> None:
+    family = trained.transformer_case().family
+    normal = replace(family, build=lambda scale: normed(family.build(scale)))
+    plan = mt.plan(normal, normal.base.with_(depth=4 * normal.base.depth), "completep")
+    gauges = {row.name: row.gauge for row in plan.rows}
+    assert gauges["blocks.5.ffn.down.parametrizations.weight.original0"] == 0.25
+    assert gauges["blocks.5.ffn.down.parametrizations.weight.original1"] == 1.0
