@@ -17,6 +17,7 @@ from ..errors import RequestError, describe
 from ..family import Family
 from ..inits import Init, InitWatcher
 from ..scale import Scale
+from .beside import beside
 from .branches import residual_branches
 from .noted import Use
 from .overrides import check_patterns, check_roles, role_given
@@ -75,6 +76,11 @@ def _watch(family: Family) -> Observation:
     inside = frozenset().union(*(branch.inside for branch in branches))
     ends = frozenset().union(*(seen.decode(branch.ends) for branch in branches))
     constants, own, notes = _constants(seen, seen_wider)
+    apart = beside(seen.graph, uses, inside, {name: (shape, wide[name]) for name, shape in shapes.items()})
+    notes += [
+        f"{name} is on no residual branch that was seen, and {other} is: no rule for depth fits both."
+        for name, other in apart
+    ]
     mixed = _mixed(seen, seen_wider)
     own_inits, specs = inits.named(model), {}
     for name, _ in model.named_parameters():
@@ -88,7 +94,7 @@ def _watch(family: Family) -> Observation:
             constant=constants.get(name, 0.0),
             constant_inside=name in own, mixed=name in mixed,
         )  # fmt: skip
-    return _with_attention(specs, seen, seen_wider, sum(not branch.ends for branch in branches), notes)
+    return _with_attention(specs, seen, seen_wider, sum(not branch.ends for branch in branches) + len(apart), notes)
 
 
 def shapes_of(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
