@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from .flows import Graph, Sum
 from .noted import Use
 
-__all__ = ["Branch", "residual_branches"]
+__all__ = ["Branch", "ancestors", "residual_branches"]
 
 
 @dataclass(frozen=True)
@@ -25,13 +25,13 @@ def residual_branches(graph: Graph, uses: dict[str, list[Use]]) -> list[Branch]:
     A parameter is inside a branch when it is used on the way from the stream to the sum; what feeds several branches
     without coming from their stream (an encoder's final norm, a table of positions that all layers share) is not.
     """
-    above = _ancestors(graph, frozenset())
+    above = ancestors(graph, frozenset())
     read = above[graph.result] if graph.result else -1  # a recurrence's last state is made and not read
     found = []
     before: dict[int, int] = {}  # what a stream was before a branch was added to it
     for each in graph.sums:
         stream, branch, carries = _sides(each, above, before)
-        if stream and branch != stream and read >> each.node & 1:
+        if stream and branch != stream and read >> each.node & 1 and not _recurs(stream, branch, graph, above, uses):
             found.append((each.node, stream, branch, carries))
             before[each.node] = each.left + each.right - branch
     outer = [
@@ -39,7 +39,7 @@ def residual_branches(graph: Graph, uses: dict[str, list[Use]]) -> list[Branch]:
         for node, stream, branch, carries in found
         if not any(above[b] >> node & 1 and above[node] >> s & 1 and not above[s] >> node & 1 for _, s, b, _ in found)
     ]
-    near = _ancestors(graph, frozenset(node for node, *_ in outer))
+    near = ancestors(graph, frozenset(node for node, *_ in outer))
     reach = [near[branch] for _, _, branch, _ in outer]
     homes = {name: {_home(use.node, reach) for use in each} for name, each in uses.items()}
     branches = []
@@ -60,6 +60,18 @@ def _home(node: int, reach: list[int]) -> int:
     """Return the reach of the one branch that a value feeds, or 0."""
     fed = [each for each in reach if each >> node & 1]
     return fed[0] if len(fed) == 1 else 0
+
+
+def _recurs(stream: int, branch: int, graph: Graph, above: list[int], uses: dict[str, list[Use]]) -> bool:
+    """Say whether a recurrence adds to its input what the same parameters made of an earlier sum with that input."""
+    for each in graph.sums:
+        if stream in (each.left, each.right) and above[branch] >> each.node & 1:
+            before = (above[each.left] | above[each.right]) & ~above[stream]
+            since = above[branch] & ~above[each.node]
+            for use in uses.values():
+                if any(before >> u.node & 1 for u in use) and any(since >> u.node & 1 for u in use):
+                    return True
+    return False
 
 
 def _repeats(branch: Branch, branches: list[Branch]) -> bool:
@@ -93,7 +105,7 @@ def _line(node: int, before: dict[int, int]) -> list[int]:
     return line
 
 
-def _ancestors(graph: Graph, stops: frozenset[int]) -> list[int]:
+def ancestors(graph: Graph, stops: frozenset[int]) -> list[int]:
     """Return for every node the set (as bits) of nodes it was made from, itself included, not looking past ``stops``."""
     above = [0]
     for node, parents in enumerate(graph.parents[1:], 1):

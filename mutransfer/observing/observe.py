@@ -16,6 +16,7 @@ from ..errors import RequestError, describe
 from ..family import Family
 from ..inits import Init, InitWatcher
 from ..scale import Scale
+from .beside import beside
 from .branches import residual_branches
 from .constants import Constant, common, constants, loose
 from .copied import CopiedAsValues
@@ -85,6 +86,11 @@ def _watch(family: Family) -> Observation:
         "is left as it is, so check it."
         for power in loose(seen.factors, seen_wider.factors, WIDER)
     ]
+    apart = beside(seen.graph, uses, inside, {name: (shape, wide[name]) for name, shape in shapes.items()})
+    notes += [
+        f"{name} is on no residual branch that was seen, and {other} is: no rule for depth fits both."
+        for name, other in apart
+    ]
     mixed = _mixed(seen, seen_wider)
     own_inits, specs = inits.named(model), {}
     for name, _ in model.named_parameters():
@@ -125,7 +131,7 @@ def _watch(family: Family) -> Observation:
         | seen.busy_queries(),
         heads=compared(seen.attentions, seen_wider.attentions),
         attentions=tuple(seen.attentions),
-        open_branches=sum(not branch.ends for branch in branches),
+        open_branches=sum(not branch.ends for branch in branches) + len(apart),
         notes=tuple(dict.fromkeys(notes)),
     )
 

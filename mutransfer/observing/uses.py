@@ -22,6 +22,7 @@ from .noted import Attention, Use
 from .products import Product, Products
 from .roots import Roots
 from .scalars import Scalars
+from .spellings import Spellings, adds
 
 __all__ = ["UseWatcher"]
 
@@ -57,6 +58,7 @@ class UseWatcher(TorchDispatchMode):
         self.factors = Factors()
         self.sizes: dict[str, str] = {}
         self.graph = Graph()
+        self._spellings = Spellings()
         self.parts: list[tuple[tuple[int, ...], list[tuple[int, ...]], int]] = []
 
     def __enter__(self) -> UseWatcher:
@@ -112,8 +114,10 @@ class UseWatcher(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
         name = func.overloadpacket.__name__
+        if (said := self._spellings.steps(name, args, kwargs, self._call, self._live)) is not None:
+            return said
+        out = func(*args, **kwargs)
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
         self._scalars.see(name, func, args, kwargs, outputs)
@@ -134,6 +138,12 @@ class UseWatcher(TorchDispatchMode):
         for each in fresh or outputs[:1]:
             self._flows[storage_key(each)] = flow
         return out
+
+    def _call(self, func: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.__torch_dispatch__(func, (), args, kwargs)
+
+    def _live(self, tensor: Any) -> bool:
+        return isinstance(tensor, torch.Tensor) and self._roots.get(tensor) is None and bool(self._flow(tensor).depends)
 
     def _derive(self, name: str, args: Any, inputs: list[torch.Tensor], out: torch.Tensor) -> bool:
         """Let ``out`` stand for the one parameter that it is made of, if it is made of one by entries."""
@@ -181,7 +191,7 @@ class UseWatcher(TorchDispatchMode):
         elif not contracts and name not in ops.AFFINE_NORMS:
             result.direct = union(each.direct for each in flows)
         # Not on the way to a softmax: a bias that all layers add to their attention is no stream.
-        if name in ops.SUMS and len(others) == 2 and all(each.depends and not each.product for each in others):
+        if adds(name, args) and len(others) == 2 and all(each.depends and not each.product for each in others):
             a, b = others
             self.graph.sums.append(Sum(node, a.node, b.node, a.carries, b.carries))
         roots = [root for each in inputs if (root := self._roots.get(each)) is not None]

@@ -79,7 +79,7 @@ def test_attention_keeps_its_head_dim() -> None:
     """And what carries a factor into the queries is their own projection, but for GPT-2's fused one."""
     for kind in ("llama", "bert", "vit", "t5"):
         _, observation = seen(kind)
-        assert observation.head_dim == 16
+        assert observation.heads.dim == 16
         assert observation.heads.ratio == 1
         assert not observation.shared_queries
     assert seen("gpt2")[1].shared_queries == {
