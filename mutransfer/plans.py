@@ -95,10 +95,8 @@ class Plan:
 
     def __repr__(self) -> str:
         """Return one line: what is planned, and how many parameters it has."""
-        sizes = {name: (getattr(self.base, name), getattr(self.scale, name)) for name in ("width", "depth")}
-        grown = ", ".join(
-            f"{name} {old} → {new}" if old != new else f"{name} {new}" for name, (old, new) in sizes.items()
-        )
+        old, new = self.base, self.scale
+        grown = f"width {old.width} → {new.width}, depth {old.depth} → {new.depth}"
         return f"<Plan {self.parametrization} {self.optimizer}: {grown}, {len(self.rows)} parameters>"
 
     def __str__(self) -> str:
