@@ -144,6 +144,9 @@ def judge(
     for row in optima.itertuples():
         moved = f"width {row.width}: the best learning rate drifts {row.drift:+.2f} octaves"
         costs = f"width {row.width}: the proxy's learning rate costs {row.regret:.1%} of the loss"
+        if math.isnan(row.drift_low):
+            open_.append(f"{moved}, and fewer than 3 seeds make no interval: add seeds.")
+            continue
         interval = f"[{row.drift_low:+.2f}, {row.drift_high:+.2f}]"
         if row.drift_low > drift_limit or row.drift_high < -drift_limit:
             failed.append(f"{moved} {interval}.")

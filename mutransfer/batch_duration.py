@@ -176,7 +176,8 @@ def apply(plan: Plan, scale: Scale, tuned: Scale, parameters: float | None = Non
                 f"the law {name} needs {' and '.join(chosen.needs)} of base and target, and this is {', '.join(moved)}: give "
                 f"both Scales their {size}."
             )
-    m = Ratios(*(new / old if old and new else 1.0 for old, new in sizes.values()), parameters)
+    batch, tokens = (new / old if old and new else 1.0 for old, new in sizes.values())
+    m = Ratios(batch, tokens, parameters)
     change = chosen.change(m)
     factors = Factors(lr=change.lr, weight_decay=change.weight_decay, eps=change.eps)
     rows = tuple(row.times(factors) for row in plan.rows)

@@ -19,8 +19,9 @@ class RequestError(ValueError):
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return "did you mean 'x'?" for the known word most like ``word``, or all the known words when none is like it."""
     choices = sorted(known)
-    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
-    return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(choices)}."
+    folded = {choice.casefold(): choice for choice in choices}
+    close = difflib.get_close_matches(word.casefold(), folded, n=1, cutoff=0.6)
+    return f"did you mean {folded[close[0]]!r}?" if close else f"known are {', '.join(choices)}."
 
 
 def describe(error: BaseException) -> str:

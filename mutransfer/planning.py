@@ -84,7 +84,22 @@ def finished(draft: Draft, optimizer: str, inits: dict[str, Init]) -> Plan:
             f"the target's width {draft.scale.width} is smaller than the base's {draft.base.width}: factors invert."
         )
     rows = tuple(_row(draft, name, inits[name]) for name in draft.shapes)
+    draft.notes += _constants(draft, rows)
     return Plan(draft.scale, draft.base, draft.rules.name, optimizer, draft.recipe, rows, tuple(draft.notes))
+
+
+def _constants(draft: Draft, rows: tuple[ParameterPlan, ...]) -> list[str]:
+    """Name the constants that carry a multiplier: their standard deviation, which the table shows, is 0 all the same."""
+    changed: dict[tuple[float, float], list[str]] = {}
+    for row in rows:
+        own = draft.spec(row.name).init
+        if row.init.kind == own.kind == "constant" and row.init.a != own.a:
+            changed.setdefault((own.a, row.init.a), []).append(row.name)
+    return [
+        f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if names[3:] else ''}: initially the constant {new:.4g} instead "
+        f"of {old:.4g}, which init_std and init_factor do not show."
+        for (old, new), names in changed.items()
+    ]
 
 
 def _row(draft: Draft, name: str, target: Init) -> ParameterPlan:

@@ -93,6 +93,17 @@ class Plan:
     rows: tuple[ParameterPlan, ...]
     notes: tuple[str, ...] = ()
 
+    def __repr__(self) -> str:
+        """Return one line: what is planned, and how many parameters it has."""
+        old, new = self.base, self.scale
+        grown = f"width {old.width} → {new.width}, depth {old.depth} → {new.depth}"
+        return f"<Plan {self.parametrization} {self.optimizer}: {grown}, {len(self.rows)} parameters>"
+
+    def __str__(self) -> str:
+        """Return the table of the parameters with the notes below it."""
+        text = self.frame().to_string(index=False, na_rep="–", float_format="{:.4g}".format)
+        return "\n".join([repr(self)[1:-1], text, *(f"note: {note}" for note in self.notes)])
+
     def frame(self) -> pd.DataFrame:
         """Return one row per parameter (`frames.PARAMETERS`)."""
         rows = [row.as_row() | {"shape": "x".join(map(str, row.shape))} for row in self.rows]

@@ -18,6 +18,15 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
+    def __init__(self, **data: Any) -> None:
+        try:
+            super().__init__(**data)
+        except ValidationError as error:
+            raise _refusal(type(self), error, type(self).__name__) from None
+
+    # As pydantic's own: settings inside of others are validated with them, so that an error keeps its dotted key.
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
     @classmethod
     def read(cls, data: Any, where: str) -> Self:
         """Validate ``data``; see `parse`."""
@@ -38,9 +47,13 @@ def parse(model: type[T], data: Any, where: str) -> T:
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        # Unknown keys first: "lrr" unknown explains "lr" missing.
-        problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
-        raise RequestError(f"{where}: {_sentence(model, problems[0])}") from None
+        raise _refusal(model, error, where) from None
+
+
+def _refusal(model: type[BaseModel], error: ValidationError, where: str) -> RequestError:
+    # Unknown keys first: "lrr" unknown explains "lr" missing.
+    problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
+    return RequestError(f"{where}: {_sentence(model, problems[0])}")
 
 
 def _sentence(model: type[BaseModel], problem: Any) -> str:

@@ -16,6 +16,8 @@ from .plans import Plan
 
 __all__ = ["loss_of", "module_roles", "one_run", "places"]
 
+ROOT = "(model)"  # what a module without a name, the whole model, is recorded under
+
 
 def loss_of(family: Family, model: torch.nn.Module, batch: Any, of: str = "its example batch") -> torch.Tensor:
     """Return the loss on ``batch``; ``of`` says whose the batch is.
@@ -135,7 +137,7 @@ def places(model: torch.nn.Module, owners: set[str], stacks: dict[str, int] | No
     depths 2 to 32.
     """
     if stacks is None:
-        return {name: name for name, _ in model.named_modules() if name in owners}
+        return {name: name or ROOT for name, _ in model.named_modules() if name in owners}
     shown = {}
     for name, _ in model.named_modules():
         parts, kept, is_layer = name.split("."), True, False
@@ -148,5 +150,5 @@ def places(model: torch.nn.Module, owners: set[str], stacks: dict[str, int] | No
                 kept = kept and called is not None
                 parts[i] = called or part
         if kept and (name in owners or is_layer):
-            shown[name] = ".".join(parts)
+            shown[name] = ".".join(parts) or ROOT
     return shown

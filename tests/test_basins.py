@@ -167,6 +167,11 @@ def rows(**changes: Any) -> pd.DataFrame:
         ({"regret": 0.03, "regret_low": 0.01, "regret_high": 0.04}, "undecided", "costs 3.0% of the loss"),
         ({"regret": 0.03, "regret_low": 0.021, "regret_high": 0.04}, "fail", "costs 3.0% of the loss"),
         ({"regret": math.nan, "regret_low": math.nan, "regret_high": math.nan}, "undecided", "costs"),
+        (
+            {"drift_low": math.nan, "drift_high": math.nan},
+            "undecided",
+            "drifts +0.00 octaves, and fewer than 3 seeds make no",
+        ),
         ({"at_edge": True}, "undecided", "at the edge"),
         ({"at_edge": True, "drift": 2.0, "drift_low": 1.5, "drift_high": 2.5}, "fail", "drifts +2.00"),
     ],

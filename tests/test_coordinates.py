@@ -281,6 +281,20 @@ def test_a_tied_readouts_module_is_an_output() -> None:
     assert "blocks.0" not in roles  # owns no parameters
 
 
+def test_the_whole_model_is_recorded_under_a_name() -> None:
+    class Scaled(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.up, self.gain = nn.Linear(64, width), nn.Parameter(torch.ones(width))
+            self.readout = nn.Linear(width, 10)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.readout(self.up(x.flatten(1)) * self.gain)
+
+    family = mt.Family(lambda s: Scaled(s.width), families.image_batch(), families.loss, Scale(16))
+    assert set(record(family, [16, 32], steps=1, seeds=[0])["module"]) == {"up", "readout", "(model)"}
+
+
 def test_an_output_with_a_bias_is_an_output() -> None:
     family = families.mlp()
     roles = module_roles(family.build(family.base), mt.plan(family, family.base))

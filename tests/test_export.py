@@ -235,3 +235,5 @@ def test_other_formats_are_refused_with_a_next_move() -> None:
             export(target(), name)
     with pytest.raises(RequestError, match="did you mean 'megatron'"):
         export(target(), "megatrn")
+    with pytest.raises(RequestError, match=r"unknown format 'jax': use --to pytorch\."):
+        export(target(), "jax")

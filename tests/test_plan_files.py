@@ -97,6 +97,8 @@ def test_a_loaded_recipe_plans_the_same(tmp_path: Path) -> None:
 def test_a_wrong_recipe_is_answered_in_a_sentence(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     path = tmp_path / "recipe.json"
     path.write_text(json.dumps(mt.Recipe().model_dump() | changes), encoding="utf-8")
+    with pytest.raises(RequestError, match=f"Recipe: {message}"):
+        mt.Recipe(**changes)
     with pytest.raises(RequestError, match=f"{re.escape(str(path))}: {message}"):
         mt.Recipe.load(path)
     with pytest.raises(RequestError, match=message):
@@ -172,6 +174,18 @@ def test_a_plan_as_a_frame() -> None:
     assert frame.loc["hidden.0.weight", "shape"] == "128x128"
     assert frame.loc["readout.weight", "role"] == "output"
     assert frame.loc["hidden.0.weight", "lr"] == mt.Recipe().lr / 4
+
+
+def test_a_printed_plan_is_a_table() -> None:
+    family = families.mlp()
+    plan = mt.plan(family, family.base.with_(width=64, depth=5))
+    assert repr(plan) == "<Plan mup adamw: width 32 → 64, depth 3 → 5, 12 parameters>"
+    heading, columns, *lines = str(plan).splitlines()
+    assert heading == repr(plan)[1:-1]
+    assert columns.split() == list(plan.frame().columns)
+    assert [line.split()[0] for line in lines[:12]] == [row.name for row in plan.rows]
+    assert lines[12:] == [f"note: {note}" for note in plan.notes]
+    assert len(lines) > 12
 
 
 @pytest.mark.parametrize("width", [0, -1, 1.5, True, "64"])

@@ -143,6 +143,12 @@ class Shared(nn.Module):
         return torch.tanh(h + self.middle(h)) @ self.embedding.weight.T
 
 
+def test_a_constant_that_carries_a_multiplier_is_named() -> None:
+    """The table shows a standard deviation, which is 0 whatever the constant."""
+    notes = mt.plan(families.transformer(tied=True), Scale(128, 2)).notes
+    assert "norm.weight: initially the constant 0.25 instead of 1, which init_std and init_factor do not show." in notes
+
+
 def test_a_tied_readout_that_nothing_carries_is_refused() -> None:
     family = mt.Family(lambda s: Shared(s.width), families.token_batch(), families.loss, Scale(16))
     mt.plan(family, family.base)

@@ -30,8 +30,9 @@ def doctor(
     checks = [_import(name) for name in REQUIRED]
     checks += [_guarded(check) for check in (_torchvision, _transformers, _gpu, _compiler, _cores, _disk)]
     failed = [check for check in checks if not check["ok"]]
-    lines = [f"{'ok  ' if check['ok'] else 'FAIL'} {check['name']:<14} {check['detail']}" for check in checks]
-    lines += [f"fix {check['name']}: {check['fix']}" for check in failed]
+    marks = ["FAIL" if not check["ok"] else "note" if check["fix"] else "ok  " for check in checks]
+    lines = [f"{mark} {check['name']:<14} {check['detail']}" for mark, check in zip(marks, checks, strict=True)]
+    lines += [f"fix {check['name']}: {check['fix']}" for check in checks if check["fix"]]
     emit({"checks": checks, "verdict": "fail" if failed else "pass"}, as_json, "\n".join(lines))
     return 1 if failed else 0
 
@@ -64,7 +65,8 @@ def _torchvision() -> dict[str, Any]:
         importlib.import_module("torchvision")
     except Exception as error:
         # mup asks for torchvision but never imports it; transformers does, and falls over.
-        detail = f"{version} is broken beside this torch ({_first_line(error)}); hf: models leave it out"
+        detail = f"{version} is broken beside this torch ({_first_line(error)}); hf: models leave it out, "
+        detail += "your own import of transformers fails of it"
         return _check("torchvision", True, detail, "pip uninstall torchvision, or install the build that matches torch")
     return _check("torchvision", True, version)
 
@@ -74,9 +76,9 @@ def _transformers() -> dict[str, Any]:
     try:
         version = metadata.version("transformers")
     except metadata.PackageNotFoundError:
-        return _check("transformers", True, f"not installed; hf: models need it ({fix})", fix)
+        return _check("transformers", True, "not installed; hf: models need it", fix)
     if int(version.split(".")[0]) < 5:
-        return _check("transformers", True, f"{version}; hf: models need 5 or newer ({fix})", fix)
+        return _check("transformers", True, f"{version}; hf: models need 5 or newer", fix)
     return _check("transformers", True, version)
 
 

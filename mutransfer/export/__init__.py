@@ -22,7 +22,8 @@ def export(target: TargetConfig, to: str) -> tuple[str, str]:
         RequestError: the format is unknown, or not in this version.
     """
     if to not in FORMATS:
-        raise RequestError(f"unknown format {to!r}: {nearest(to, FORMATS)}")
+        hint = nearest(to, FORMATS)
+        raise RequestError(f"unknown format {to!r}: {hint if hint.startswith('did') else 'use --to pytorch.'}")
     if to not in WRITERS:
         raise RequestError(
             f"the format {to!r} is not in this version: use --to pytorch, whose JSON any plain-torch script can read."

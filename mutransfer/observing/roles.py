@@ -47,6 +47,13 @@ def settled(name: str, base: Sequence[int], wide: Sequence[int], use: Use, wider
     return replace(use, axes=tuple(axes))
 
 
+def _override(name: str, shape: tuple[int, ...], grows: tuple[bool, ...]) -> str:
+    """Return what to write for a role that the shape can have."""
+    unlike = "vector" if sum(size > 1 for size in shape) > 1 else "input"
+    likely, *others = [role for role in possible(sum(grows)) if role != unlike]
+    return f"roles={{{name!r}: {likely!r}}} (or {', '.join(others)})"
+
+
 def roles_of(name: str, shape: tuple[int, ...], grows: tuple[bool, ...], uses: list[Use]) -> list[str]:
     """Return the role of every use: all the same, or an embedding's and the readout's that is tied to it.
 
@@ -56,7 +63,7 @@ def roles_of(name: str, shape: tuple[int, ...], grows: tuple[bool, ...], uses: l
     if not uses:
         raise RequestError(
             f"{name} {list(shape)} is never used in the forward pass: remove it, freeze it (requires_grad=False), or name its "
-            f"role in the family, roles={{{name!r}: 'hidden'}}."
+            f"role in the family, {_override(name, shape, grows)}."
         )
     roles = [role_of(name, shape, use, grows) for use in uses]
     if len(set(roles)) > 1 and set(roles) != {"input", "output"}:
@@ -93,7 +100,7 @@ def role_of(name: str, shape: tuple[int, ...], use: Use, grows: tuple[bool, ...]
         raise RequestError(
             f"cannot tell the role of {name} {list(shape)}: it enters the operation {use.op!r}, for which no axis rule is "
             "known; write that step as a matmul, an embedding, a convolution or an entrywise operation, or name the role in "
-            f"the family, roles={{{name!r}: 'hidden'}}."
+            f"the family, {_override(name, shape, grows)}."
         )
     if len(growing) > 1 and set(growing) == {"each"} and len(use.axes) > 1 and "in" not in use.axes:
         raise RequestError(

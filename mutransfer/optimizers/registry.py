@@ -82,7 +82,10 @@ def optimizer_rule(name: str, recipe: Recipe) -> OptimizerRule:
         RequestError: no rule is known for it, or the recipe asks an adaptive optimizer for L2 weight decay.
     """
     if name.lower() in REFUSED:
-        raise RequestError(f"{name} has no rule that transfers ({REFUSED[name.lower()]}): use adamw, adam or sgd.")
+        others = ", ".join(other for other in OPTIMIZERS if other != "adamw")
+        raise RequestError(
+            f"{name} has no rule that transfers ({REFUSED[name.lower()]}): use adamw, or one of {others}."
+        )
     if name not in OPTIMIZERS:
         raise RequestError(f"no scaling rule is known for the optimizer {name!r}: {nearest(name, OPTIMIZERS)}")
     rule = OPTIMIZERS[name]

@@ -226,6 +226,17 @@ def test_doctor(commands: Processes, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_doctor_says_how_to_mend_what_is_not_needed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A broken torchvision, which mup brings along, fails a person's own import of transformers."""
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    run(["doctor"])
+    out = capsys.readouterr().out
+    assert re.search(r"^note torchvision .* is broken", out, re.MULTILINE)
+    assert re.search(r"^fix torchvision: pip uninstall torchvision", out, re.MULTILINE)
+
+
 def test_tune(commands: Processes, shop: Path) -> None:
     asked = ("tune", "experiment.yaml", "--out", "new", "--trials", "4", "--set", "steps=6", "--seed", "3", "--json")
     ended = commands.run(*asked, cwd=shop)

@@ -87,6 +87,37 @@ def test_what_fits_nothing_or_is_no_role_is_refused() -> None:
             mt.plan(replace(families.mlp(), roles=roles), Scale(64, 3))  # type: ignore[arg-type]
 
 
+class Odd(torch.nn.Module):
+    """Three parameters that go into operations without a rule."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.table = torch.nn.Parameter(torch.ones(7, width))
+        self.square, self.bias = (torch.nn.Parameter(torch.ones(*[width] * n)) for n in (2, 1))
+        self.out = torch.nn.Linear(width, 7)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(self.table.cumsum(1)[x] + self.square.cumsum(0).cumsum(1)[0] + self.bias.cumsum(0))
+
+
+@pytest.mark.parametrize(
+    ("name", "likely", "others"),
+    [
+        ("table", "input", "output, bottleneck"),
+        ("square", "hidden", "input"),
+        ("bias", "vector", "output, bottleneck"),
+    ],
+)
+def test_the_role_that_a_refusal_suggests_is_one_that_the_shape_can_have(name: str, likely: str, others: str) -> None:
+    batch = torch.zeros(2, 3, dtype=torch.long), torch.zeros(2, 3, dtype=torch.long)
+    roles = {"table": "input", "square": "hidden", "bias": "vector"}
+    family = mt.Family(lambda s: Odd(s.width), batch, families.loss, Scale(8))
+    rest = {key: role for key, role in roles.items() if key != name}
+    with pytest.raises(RequestError, match=rf"roles=\{{'{name}': '{likely}'\}} \(or {others}\)"):
+        mt.plan(replace(family, roles=rest), Scale(16))
+    assert role_of(replace(family, roles=rest | {name: likely}), name) == likely
+
+
 def test_roles_stand_beside_a_build_function_and_those_asked_for_go_before(tmp_path: Path) -> None:
     file = tmp_path / "model.py"
     file.write_text(MODEL + "roles = {'2.weight': 'bottleneck', '0.weight': 'vector'}\n")

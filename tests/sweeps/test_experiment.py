@@ -153,7 +153,7 @@ WRONG = [
     ({"search": {"lrr": {"low": 0.1, "high": 1}}}, ["search.lrr is no hyperparameter", "did you mean 'lr'?"]),
     ({"search": {"betas": {"low": 0.1, "high": 0.9}}}, ["search.betas is no hyperparameter", "did you mean 'beta"]),
     ({"optimizer": "adamm"}, ["optimizer 'adamm'", "did you mean 'adam'?"]),
-    ({"optimizer": "lbfgs"}, ["lbfgs has no rule", "use adamw, adam or sgd"]),
+    ({"optimizer": "lbfgs"}, ["lbfgs has no rule", "use adamw, or one of adam"]),
     ({"optimizer": "adam", "recipe": {"weight_decay": 0.1}}, ["weight_decay 0.1", "L2", "use adamw"]),
     (
         {"optimizer": "adam", "search": {"weight_decay": {"low": 0.0, "high": 0.1}}},

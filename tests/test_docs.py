@@ -1,0 +1,53 @@
+"""What the documents tell a person to write runs as it stands."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import mutransfer as mt
+from mutransfer.cli import run
+
+ROOT = Path(__file__).parents[1]
+
+
+def blocks(document: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(encoding="utf-8"), re.DOTALL)
+
+
+def test_the_python_page_runs_from_top_to_bottom(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for block in blocks("docs/python.md"):
+        exec(block, names)
+    out = capsys.readouterr().out
+    assert str(names["plan"]) in out
+    assert "law sqrt" in out
+    columns = re.search(r"frame\(\)  # (.*?) and their factors", (ROOT / "docs/python.md").read_text(encoding="utf-8"))
+    assert columns
+    assert columns[1].split(", ") == list(names["frame"].columns)[: columns[1].count(",") + 1]
+    assert (
+        names["loss"].item() < names["family"].loss(names["build"](names["plan"].scale), names["family"].batch).item()
+    )
+
+
+def test_the_python_page_names_every_field_of_a_recipe() -> None:
+    text = (ROOT / "docs/python.md").read_text(encoding="utf-8")
+    assert {name for name in mt.Recipe.model_fields if f"`{name}`" not in text} == set()
+
+
+def test_the_readmes_model_file_is_planned_by_the_command_above_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (source,) = [block for block in blocks("README.md") if block.startswith("# model.py")]
+    (tmp_path / "model.py").write_text(source, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    command = re.match(r"# model\.py: mutransfer (.*)", source)
+    assert command
+    assert run(command[1].split()) == 0
+    assert "width 64 → 1024" in capsys.readouterr().out
