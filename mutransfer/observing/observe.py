@@ -163,12 +163,25 @@ def _does_not_run(family: Family, error: Exception, how: str) -> RequestError:
 
 def _watched(family: Family, model: torch.nn.Module, batch: object) -> UseWatcher:
     watcher = UseWatcher(model)
-    with torch.no_grad(), watcher:
+    with torch.no_grad(), _unfused(), watcher:
         loss = family.loss(model, batch)
     if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
         raise RequestError(f"loss(model, batch) returned {loss!r:.80}: return a tensor with one entry.")
     watcher.finish(loss)
     return watcher
+
+
+@contextlib.contextmanager
+def _unfused() -> Iterator[None]:
+    """Let layers and recurrences run as the operations that they consist of, not as one kernel each."""
+    before = torch.backends.mha.get_fastpath_enabled(), torch.backends.mkldnn.enabled
+    torch.backends.mha.set_fastpath_enabled(False)
+    torch.backends.mkldnn.enabled = False  # its flags() would set, and warn of, TF32 as well
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before[0])
+        torch.backends.mkldnn.enabled = before[1]
 
 
 def _spec(
