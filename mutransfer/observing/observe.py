@@ -92,6 +92,7 @@ def _watch(family: Family) -> Observation:
             notes.append(f"{name} is not used in the example's forward pass: its role is told from its shape alone.")
         specs[name] = _spec(
             family, name, shapes[name], grows, uses[name], own_inits[name], inside=name in inside, ends_branch=name in ends,
+            layer=_is_layer(model, name),
             constant=constants.get(name, 0.0),
             constant_inside=name in own, mixed=name in mixed,
         )  # fmt: skip
@@ -176,7 +177,8 @@ def _unfused() -> Iterator[None]:
     """Let layers and recurrences run as the operations that they consist of, not as one kernel each."""
     before = torch.backends.mha.get_fastpath_enabled(), torch.backends.mkldnn.enabled
     torch.backends.mha.set_fastpath_enabled(False)
-    torch.backends.mkldnn.enabled = False  # its flags() would set, and warn of, TF32 as well
+    # Not its flags(), which would set TF32 as well and warn of it.
+    torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
     try:
         yield
     finally:
@@ -186,11 +188,11 @@ def _unfused() -> Iterator[None]:
 
 def _spec(
     family: Family, name: str, shape: tuple[int, ...], grows: tuple[bool, ...], uses: list[Use], init: Init, *,
-    inside: bool, ends_branch: bool, constant: float, constant_inside: bool, mixed: bool,
+    inside: bool, ends_branch: bool, constant: float, constant_inside: bool, mixed: bool, layer: bool,
 ) -> ParamSpec:  # fmt: skip
     given = role_given(family.roles, name)
     if given is None and not uses:
-        given = unused(shape, grows)
+        given = unused(shape, grows, layer=layer)
     if given is None:
         roles = roles_of(name, shape, grows, uses)
         tied = len(set(roles)) > 1
@@ -211,7 +213,14 @@ def _spec(
         constant=constant,
         constant_inside=constant_inside,
         mixed=mixed,
+        turned=not tied and len({tuple(label == "in" for label in use.axes) for use in uses}) > 1,
     )  # fmt: skip
+
+
+def _is_layer(model: torch.nn.Module, name: str) -> bool:
+    """Say whether a parameter belongs to a module that sums over its inputs, whatever was seen of it."""
+    owner = model.get_submodule(name.rpartition(".")[0])
+    return hasattr(owner, "in_features") or hasattr(owner, "in_channels")
 
 
 def _axes_for(role: str, name: str, grows: tuple[bool, ...], uses: list[Use]) -> tuple[str, ...]:
@@ -258,14 +267,18 @@ def _constants(seen: UseWatcher, wider: UseWatcher) -> tuple[dict[str, float], s
 
 
 def _mixed(seen: UseWatcher, wider: UseWatcher) -> frozenset[str]:
-    """Parameters whose result is cut into pieces that grow differently."""
-    bits = 0
-    for (whole, pieces, direct), (wide, wide_pieces, _) in zip(seen.parts, wider.parts, strict=False):
-        for dim, (base_size, wide_size) in enumerate(zip(whole, wide, strict=False)):
-            ratios = {b[dim] / a[dim] for a, b in zip(pieces, wide_pieces, strict=False) if a[dim]}
-            if wide_size != base_size and ratios != {wide_size / base_size}:
-                bits |= direct
-    return seen.used_by(bits)
+    """Parameters that are cut into pieces that grow differently, or whose result is."""
+    names: frozenset[str] = frozenset()
+    for cut, wide in zip(seen.parts.values(), wider.parts.values(), strict=False):
+        for dim, (size, wide_size) in enumerate(zip(cut.whole, wide.whole, strict=False)):
+            sizes, wide_sizes = ({piece[dim] for piece, _ in each.pieces} for each in (cut, wide))
+            if size == wide_size or {wide_size * each for each in sizes} == {size * each for each in wide_sizes}:
+                continue
+            if not (
+                sizes == wide_sizes and len(sizes) == 1 and cut.covers(dim) and wide.covers(dim)
+            ):  # more equal heads
+                names |= seen.used_by(cut.direct) | cut.owners
+    return names
 
 
 def _with_attention(

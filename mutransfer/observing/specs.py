@@ -31,6 +31,7 @@ class ParamSpec:
         constant: power of the width in the number that the forward pass itself multiplies with this parameter.
         constant_inside: whether that number is multiplied in by the module that owns the parameter.
         mixed: whether its rows have different roles (a fused matrix of which some rows grow and some do not).
+        turned: whether one use sums over the axis that survives in another (x @ w and x @ w.T).
     """
 
     name: str
@@ -49,6 +50,7 @@ class ParamSpec:
     constant: float = 0.0
     constant_inside: bool = False
     mixed: bool = False
+    turned: bool = False
 
     def multipliers(self, shape: tuple[int, ...], name: str | None = None, deeper: float = 1.0) -> tuple[float, float]:
         """Return (m_in, m_out) of the same parameter with another ``shape``: every axis counts by its own ratio.
@@ -73,6 +75,11 @@ class ParamSpec:
                 m_in *= size / base
             else:
                 m_out *= size / base
+        if self.turned and m_in != m_out:
+            raise RequestError(
+                f"{name} is used both ways round, so that each of its axes is summed over once, and they grow by {m_in:g} and "
+                f"{m_out:g} from the base to {list(shape)}: let both grow alike, or give each use its own parameter."
+            )
         return m_in, m_out
 
 

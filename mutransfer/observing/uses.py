@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from . import operations as ops
 from .flows import Flow, Graph, Sum, storage_key, union
-from .noted import Attention, Constant, Use
+from .noted import Attention, Constant, Cut, Use
 from .products import Product, Products
 from .roots import Roots
 
@@ -29,7 +29,7 @@ class UseWatcher(TorchDispatchMode):
     Attributes:
         attentions: every softmax over dot products of activations, fused or written out.
         graph: the order of values.
-        parts: shapes of (what is cut, the pieces, uses whose result it is), in the order seen.
+        parts: what is cut into pieces, by storage and shape, in the order seen.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
@@ -48,7 +48,7 @@ class UseWatcher(TorchDispatchMode):
         self._hooks: list[Any] = []
         self.attentions: list[Attention] = []
         self.graph = Graph()
-        self.parts: list[tuple[tuple[int, ...], list[tuple[int, ...]], int]] = []
+        self.parts: dict[tuple[int, tuple[int, ...]], Cut] = {}
 
     def __enter__(self) -> UseWatcher:
         for name, module in self._model.named_modules():
@@ -237,10 +237,16 @@ class UseWatcher(TorchDispatchMode):
         self.attentions.append(Attention(head_dim, scale, self.decode(others), self.decode(carries)))
 
     def _note_parts(self, whole: torch.Tensor, pieces: list[torch.Tensor]) -> None:
-        """Remember how results of parameters are cut: pieces that grow differently are rows of different roles."""
-        direct = self._flow(whole).direct
-        if direct and any(piece.dim() == whole.dim() and piece.numel() < whole.numel() for piece in pieces):
-            self.parts.append((tuple(whole.shape), [tuple(piece.shape) for piece in pieces], direct))
+        """Remember how parameters and their results are cut: pieces that grow differently are rows of different roles."""
+        root, direct, shape = self._roots.get(whole), self._flow(whole).direct, tuple(whole.shape)
+        for piece in pieces:
+            if (direct or root) and piece.dim() == whole.dim() and piece.numel() < whole.numel():
+                owners = frozenset() if root is None else self.decode(1 << root.index)
+                cut = self.parts.setdefault((storage_key(whole), shape), Cut(shape, owners, direct))
+                offset = piece.storage_offset() - whole.storage_offset()
+                steps = zip(whole.stride(), shape, strict=True)
+                begins = tuple(int(offset // at % size) if at and size else 0 for at, size in steps)
+                cut.pieces.add((tuple(piece.shape), begins))
 
     def _carried(self, name: str, tensors: list[torch.Tensor], flows: list[Flow]) -> int:
         own = [each.carries for tensor, each in zip(tensors, flows, strict=True) if self._roots.get(tensor) is not None]
