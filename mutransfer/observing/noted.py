@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-__all__ = ["Attention", "Constant", "Cut", "Use"]
+__all__ = ["Attention", "Constant", "Use"]
 
 
 @dataclass(frozen=True)
@@ -57,20 +57,3 @@ class Constant:
     value: float
     carriers: frozenset[str]
     module: str
-
-
-@dataclass
-class Cut:
-    """A parameter, or results of parameters (``direct``: their uses, as bits), and all the pieces that were cut from it.
-
-    ``pieces`` are (sizes, where each begins), dim by dim as in ``whole``.
-    """
-
-    whole: tuple[int, ...]
-    owners: frozenset[str]
-    direct: int
-    pieces: set[tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=set)
-
-    def covers(self, dim: int) -> bool:
-        """Say whether the pieces, if of one size, make up the whole along ``dim``."""
-        return sum({begin[dim]: size[dim] for size, begin in self.pieces}.values()) == self.whole[dim]

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import math
 from collections import defaultdict
-from collections.abc import Iterator
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_map_only
 
-from ..errors import RequestError, describe
+from ..errors import RequestError
 from ..family import Family
 from ..inits import Init, InitWatcher
-from ..scale import Scale
 from .branches import residual_branches
-from .copied import CopiedAsValues
 from .noted import Use
 from .overrides import check_patterns, check_roles, role_given
 from .roles import roles_of, settled, unused
+from .running import build, forward
 from .specs import Observation, ParamSpec
 from .stretch import stretched
 from .uses import UseWatcher
@@ -30,7 +24,6 @@ __all__ = ["WIDER", "build", "observe", "shapes_of"]
 
 WIDER = 2  # a doubled width keeps every divisibility the base has
 LAYERS = 4  # of a deep base that are watched
-REAL = 3 * 10**7  # parameters up to which a forward pass that reads values is run for real
 
 
 def observe(family: Family) -> Observation:
@@ -62,8 +55,8 @@ def _watch(family: Family) -> Observation:
             model = build(family, family.base)
         with InitWatcher():  # as it answers a constructor that asks for values
             wider = build(family, wider_base)
-        seen = _forward(family, model, mode, family.base)
-        seen_wider = _forward(family, wider, mode, wider_base)
+        seen = forward(family, model, mode, family.base)
+        seen_wider = forward(family, wider, mode, wider_base)
     shapes, wide = shapes_of(model), shapes_of(wider)
     if wide.keys() != shapes.keys():
         odd = sorted(wide.keys() ^ shapes.keys())[0]
@@ -102,88 +95,6 @@ def _watch(family: Family) -> Observation:
 def shapes_of(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
     """Return the shape of every trainable parameter by name."""
     return {name: tuple(each.shape) for name, each in model.named_parameters() if each.requires_grad}
-
-
-def build(family: Family, scale: Scale) -> torch.nn.Module:
-    """Build the family's model under the caller's fake tensor mode.
-
-    Raises:
-        RequestError: the build raised, or returned something else than a module.
-    """
-    try:
-        with CopiedAsValues():
-            model = family.build(scale)
-    except RequestError:
-        raise
-    except Exception as error:
-        raise RequestError(f"building {family.name} at {scale} on fake tensors failed ({describe(error)}).") from error
-    if not isinstance(model, torch.nn.Module):
-        raise RequestError(f"build({scale}) returned {type(model).__name__}: return a torch.nn.Module.")
-    return model
-
-
-def _forward(family: Family, model: torch.nn.Module, mode: FakeTensorMode, scale: Scale) -> UseWatcher:
-    batch = tree_map_only(torch.Tensor, mode.from_tensor, family.batch)
-    try:
-        with _quiet():
-            return _watched(family, model, batch)
-    except RequestError:
-        raise
-    except Exception as error:
-        if sum(each.numel() for each in model.parameters()) > REAL:
-            raise _does_not_run(
-                family, error, f"on fake tensors, and at width {scale.width} is too large to be run"
-            ) from error
-    with _disable_current_modes(), torch.random.fork_rng(devices=[]):
-        model = build(family, scale)
-        try:
-            return _watched(family, model, family.batch)
-        except RequestError:
-            raise
-        except Exception as error:
-            raise _does_not_run(family, error, "on its example batch") from error
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep what fake tensors cannot run out of the log: it is run for real instead."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    before, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = before
-
-
-def _does_not_run(family: Family, error: Exception, how: str) -> RequestError:
-    return RequestError(
-        f"{family.name} does not run {how} ({describe(error)}): check that build, batch and loss fit together, or give a "
-        "smaller base."
-    )
-
-
-def _watched(family: Family, model: torch.nn.Module, batch: object) -> UseWatcher:
-    watcher = UseWatcher(model)
-    with torch.no_grad(), _unfused(), watcher:
-        loss = family.loss(model, batch)
-    if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
-        raise RequestError(f"loss(model, batch) returned {loss!r:.80}: return a tensor with one entry.")
-    watcher.finish(loss)
-    return watcher
-
-
-@contextlib.contextmanager
-def _unfused() -> Iterator[None]:
-    """Let layers and recurrences run as the operations that they consist of, not as one kernel each."""
-    before = torch.backends.mha.get_fastpath_enabled(), torch.backends.mkldnn.enabled
-    torch.backends.mha.set_fastpath_enabled(False)
-    # Not its flags(), which would set TF32 as well and warn of it.
-    torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before[0])
-        torch.backends.mkldnn.enabled = before[1]
 
 
 def _spec(
@@ -268,17 +179,8 @@ def _constants(seen: UseWatcher, wider: UseWatcher) -> tuple[dict[str, float], s
 
 def _mixed(seen: UseWatcher, wider: UseWatcher) -> frozenset[str]:
     """Parameters that are cut into pieces that grow differently, or whose result is."""
-    names: frozenset[str] = frozenset()
-    for cut, wide in zip(seen.parts.values(), wider.parts.values(), strict=False):
-        for dim, (size, wide_size) in enumerate(zip(cut.whole, wide.whole, strict=False)):
-            sizes, wide_sizes = ({piece[dim] for piece, _ in each.pieces} for each in (cut, wide))
-            if size == wide_size or {wide_size * each for each in sizes} == {size * each for each in wide_sizes}:
-                continue
-            if not (
-                sizes == wide_sizes and len(sizes) == 1 and cut.covers(dim) and wide.covers(dim)
-            ):  # more equal heads
-                names |= seen.used_by(cut.direct) | cut.owners
-    return names
+    uneven = seen.parts.uneven(wider.parts)
+    return frozenset().union(*(cut.owners | seen.used_by(cut.direct) for cut in uneven))
 
 
 def _with_attention(

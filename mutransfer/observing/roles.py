@@ -49,7 +49,7 @@ def roles_of(name: str, shape: tuple[int, ...], grows: tuple[bool, ...], uses: l
     if not uses:
         raise RequestError(
             f"{name} {list(shape)} is never used in the forward pass: remove it, freeze it (requires_grad=False), or name its "
-            f"role in the family, roles={{{name!r}: {'hidden' if sum(grows) > 1 else 'output'!r}}}."
+            f"role in the family, roles={{{name!r}: 'hidden'}}."
         )
     roles = [role_of(name, shape, use, grows) for use in uses]
     if len(set(roles)) > 1 and set(roles) != {"input", "output"}:

@@ -15,9 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from . import operations as ops
+from .cuts import Cuts
 from .flows import Flow, Graph, Sum, storage_key, union
-from .noted import Attention, Constant, Cut, Use
-from .products import Product, Products
+from .noted import Attention, Constant, Use
+from .products import Products
 from .roots import Roots
 
 __all__ = ["UseWatcher"]
@@ -29,7 +30,7 @@ class UseWatcher(TorchDispatchMode):
     Attributes:
         attentions: every softmax over dot products of activations, fused or written out.
         graph: the order of values.
-        parts: what is cut into pieces, by storage and shape, in the order seen.
+        parts: parameters and results of parameters that are cut into pieces.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
@@ -48,7 +49,7 @@ class UseWatcher(TorchDispatchMode):
         self._hooks: list[Any] = []
         self.attentions: list[Attention] = []
         self.graph = Graph()
-        self.parts: dict[tuple[int, tuple[int, ...]], Cut] = {}
+        self.parts = Cuts()
 
     def __enter__(self) -> UseWatcher:
         for name, module in self._model.named_modules():
@@ -115,7 +116,8 @@ class UseWatcher(TorchDispatchMode):
             return out
         begun = len(self._seen)
         flow = self._through(name, args, kwargs, inputs)
-        flow.direct |= self._note_products(name, args, inputs, (fresh or outputs)[0], begun)
+        others = union(self._flow(each).uses for each in inputs)
+        flow.direct |= self._products.note(name, args, inputs, (fresh or outputs)[0], self._roots, begun, others)
         for each in fresh or outputs[:1]:
             self._flows[storage_key(each)] = flow
         return out
@@ -206,18 +208,6 @@ class UseWatcher(TorchDispatchMode):
             self._seen.append((root.index, use))
         return noted
 
-    def _note_products(self, name: str, args: Any, inputs: list[torch.Tensor], out: torch.Tensor, begun: int) -> int:
-        """Follow products with a parameter to where they are summed; ``begun`` is the first use that `_note_uses` noted."""
-        rooted = [(each, root) for each in inputs if (root := self._roots.get(each)) is not None]
-        last = any(each.numel() > 1 for each, _ in rooted)
-        bits = self._products.follow(name, args, inputs, out, last=last)
-        if name in ("mul", "mul_"):
-            others = union(self._flow(each).uses for each in inputs)
-            for use, (tensor, root) in enumerate(rooted, begun):
-                shape = self._roots.shape(root)
-                self._products.begin(Product(use, shape, others), root.layout, tensor, out)
-        return bits
-
     def _meets_only_parameters(self, inputs: list[torch.Tensor], tensor: torch.Tensor) -> bool:
         met = [each for each in inputs if each is not tensor and each.is_floating_point() and each.dim() > 1]
         return bool(met) and all(self._roots.get(each) is not None for each in met)
@@ -237,16 +227,9 @@ class UseWatcher(TorchDispatchMode):
         self.attentions.append(Attention(head_dim, scale, self.decode(others), self.decode(carries)))
 
     def _note_parts(self, whole: torch.Tensor, pieces: list[torch.Tensor]) -> None:
-        """Remember how parameters and their results are cut: pieces that grow differently are rows of different roles."""
-        root, direct, shape = self._roots.get(whole), self._flow(whole).direct, tuple(whole.shape)
-        for piece in pieces:
-            if (direct or root) and piece.dim() == whole.dim() and piece.numel() < whole.numel():
-                owners = frozenset() if root is None else self.decode(1 << root.index)
-                cut = self.parts.setdefault((storage_key(whole), shape), Cut(shape, owners, direct))
-                offset = piece.storage_offset() - whole.storage_offset()
-                steps = zip(whole.stride(), shape, strict=True)
-                begins = tuple(int(offset // at % size) if at and size else 0 for at, size in steps)
-                cut.pieces.add((tuple(piece.shape), begins))
+        root, direct = self._roots.get(whole), self._flow(whole).direct
+        if root is not None or direct:
+            self.parts.add(whole, pieces, self.decode(1 << root.index if root else 0), direct)
 
     def _carried(self, name: str, tensors: list[torch.Tensor], flows: list[Flow]) -> int:
         own = [each.carries for tensor, each in zip(tensors, flows, strict=True) if self._roots.get(tensor) is not None]
