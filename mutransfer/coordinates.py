@@ -18,9 +18,10 @@ from torch.utils._pytree import tree_leaves
 from .errors import RequestError
 from .family import Family
 from .frames import COORDINATES
-from .observing.deeper import with_depth_constants
-from .observing.observe import build, observe
+from .observing.observe import observe
+from .observing.running import build
 from .observing.specs import Observation
+from .observing.target import with_depth_constants
 from .optimizers.registry import OPTIMIZERS
 from .planning import plan
 from .plans import Plan

@@ -15,11 +15,11 @@ from .errors import RequestError
 from .family import Family
 from .folding import fold_all
 from .inits import Init, InitWatcher
-from .observing.deeper import with_depth_constants
-from .observing.heads import at_target
 from .observing.layers import match_layers
-from .observing.observe import build, observe, shapes_of
+from .observing.observe import observe, shapes_of
+from .observing.running import build
 from .observing.specs import Observation
+from .observing.target import at_target, with_depth_constants
 from .optimizers.registry import optimizer_rule
 from .plans import ParameterPlan, Plan
 from .recipe import Recipe

@@ -18,7 +18,8 @@ from ..errors import RequestError
 from ..family import Family
 from ..files import write_text
 from ..names import planned_names
-from ..observing.observe import WIDER, build, shapes_of
+from ..observing.observe import shapes_of
+from ..observing.running import WIDER, build
 from ..observing.specs import Observation
 
 __all__ = ["BaseShapes", "based_on", "read_bsh", "write_bsh"]

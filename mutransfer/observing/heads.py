@@ -1,26 +1,16 @@
-"""How the head dim and the scale of attention differ between two sizes: read at the target, as heads may not follow the width."""
+"""How the head dim and the scale of attention differ between two sizes of one model."""
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
-
-from torch._subclasses.fake_tensor import FakeTensorMode
+from dataclasses import dataclass
 
 from ..errors import RequestError
-from ..family import Family
-from ..inits import InitWatcher
-from ..scale import Scale
 from .noted import Attention
 
-if TYPE_CHECKING:
-    from .specs import Observation
-
-__all__ = ["Heads", "at_target", "compared", "in_attention"]
+__all__ = ["Heads", "compared", "in_attention"]
 
 
 @dataclass(frozen=True)
@@ -69,27 +59,3 @@ def in_attention(seen: Sequence[Attention], wider: Sequence[Attention], ratio: f
             for name in narrow.queries:
                 powers[name] += round(math.log(broad.scale / narrow.scale, ratio), 6)
     return powers
-
-
-def at_target(family: Family, seen: Observation, scale: Scale) -> Observation:
-    """Return ``seen`` with the heads of the model at ``scale``, of which as many layers are watched as of the base.
-
-    Raises:
-        RequestError: as in `compared`.
-    """
-    from .observe import LAYERS, _forward, build
-
-    if not seen.attentions:
-        return seen
-    if scale.width == family.base.width:
-        return replace(seen, heads=Heads(seen.heads.dim))
-    target: Sequence[Attention] = ()
-    for depth in sorted({min(family.base.depth, LAYERS), family.base.depth}):  # some models have a least depth
-        few = family.base.with_(width=scale.width, depth=depth)
-        with FakeTensorMode(allow_non_fake_inputs=True) as mode, contextlib.suppress(RequestError):
-            with InitWatcher() as inits:
-                model = build(family, few)
-            target = _forward(family, model, mode, few, inits).attentions
-        if len(target) == len(seen.attentions):
-            break
-    return replace(seen, heads=compared(seen.attentions, target))

@@ -2,38 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
-from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_map_only
 
-from ..errors import RequestError, describe
+from ..errors import RequestError
 from ..family import Family
 from ..inits import Init, InitWatcher
-from ..scale import Scale
 from .beside import beside
 from .branches import residual_branches
 from .constants import Constant, common, constants, loose
-from .copied import CopiedAsValues
 from .heads import compared, in_attention
 from .noted import Use
 from .overrides import check_patterns, check_roles, role_given
 from .roles import possible, roles_of, settled, unused
-from .scalars import of_buffers
+from .running import LAYERS, WIDER, build, forward
 from .specs import Observation, ParamSpec
 from .stretch import stretched
 from .uses import UseWatcher
 
-__all__ = ["WIDER", "build", "observe", "shapes_of"]
-
-WIDER = 2  # a doubled width keeps every divisibility the base has
-LAYERS = 4  # of a deep base that are watched
-REAL = 3 * 10**7  # parameters up to which a forward pass that reads values is run for real
+__all__ = ["observe", "shapes_of"]
 
 
 def observe(family: Family) -> Observation:
@@ -65,8 +54,8 @@ def _watch(family: Family) -> Observation:
             model = build(family, family.base)
         with InitWatcher() as wider_inits:
             wider = build(family, wider_base)
-        seen = _forward(family, model, mode, family.base, inits)
-        seen_wider = _forward(family, wider, mode, wider_base, wider_inits)
+        seen = forward(family, model, mode, family.base, inits)
+        seen_wider = forward(family, wider, mode, wider_base, wider_inits)
     shapes, wide = shapes_of(model), shapes_of(wider)
     if wide.keys() != shapes.keys():
         odd = sorted(wide.keys() ^ shapes.keys())[0]
@@ -107,6 +96,7 @@ def _watch(family: Family) -> Observation:
             notes.append(f"{name} is not used in the example's forward pass: its role is told from its shape alone.")
         spec = _spec(
             family, name, shapes[name], grows, uses[name], own_inits[name], inside=name in inside, ends_branch=name in ends,
+            layer=_is_layer(model, name),
             constants=found[name], in_attention=scaled.get(name, 0.0), mixed=name in mixed,
         )  # fmt: skip
         specs[name] = replace(spec, sizes=seen.sizes.get(name, ""))
@@ -141,84 +131,14 @@ def shapes_of(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(each.shape) for name, each in model.named_parameters() if each.requires_grad}
 
 
-def build(family: Family, scale: Scale) -> torch.nn.Module:
-    """Build the family's model under the caller's fake tensor mode.
-
-    Raises:
-        RequestError: the build raised, or returned something else than a module.
-    """
-    try:
-        with CopiedAsValues():
-            model = family.build(scale)
-    except RequestError:
-        raise
-    except Exception as error:
-        raise RequestError(f"building {family.name} at {scale} on fake tensors failed ({describe(error)}).") from error
-    if not isinstance(model, torch.nn.Module):
-        raise RequestError(f"build({scale}) returned {type(model).__name__}: return a torch.nn.Module.")
-    return model
-
-
-def _forward(
-    family: Family, model: torch.nn.Module, mode: FakeTensorMode, scale: Scale, inits: InitWatcher
-) -> UseWatcher:
-    batch = tree_map_only(torch.Tensor, mode.from_tensor, family.batch)
-    try:
-        with _quiet():
-            return _watched(family, model, batch, inits)
-    except RequestError:
-        raise
-    except Exception as error:
-        if sum(each.numel() for each in model.parameters()) > REAL:
-            raise _does_not_run(
-                family, error, f"on fake tensors, and at width {scale.width} is too large to be run"
-            ) from error
-    with _disable_current_modes(), torch.random.fork_rng(devices=[]):
-        model = build(family, scale)
-        try:
-            return _watched(family, model, family.batch, None)
-        except RequestError:
-            raise
-        except Exception as error:
-            raise _does_not_run(family, error, "on its example batch") from error
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep what fake tensors cannot run out of the log: it is run for real instead."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    before, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = before
-
-
-def _does_not_run(family: Family, error: Exception, how: str) -> RequestError:
-    return RequestError(
-        f"{family.name} does not run {how} ({describe(error)}): check that build, batch and loss fit together, or give a "
-        "smaller base."
-    )
-
-
-def _watched(family: Family, model: torch.nn.Module, batch: object, inits: InitWatcher | None) -> UseWatcher:
-    watcher = UseWatcher(model, of_buffers(model, inits))
-    with torch.no_grad(), watcher:
-        loss = family.loss(model, batch)
-    if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
-        raise RequestError(f"loss(model, batch) returned {loss!r:.80}: return a tensor with one entry.")
-    watcher.finish(loss)
-    return watcher
-
-
 def _spec(
     family: Family, name: str, shape: tuple[int, ...], grows: tuple[bool, ...], uses: list[Use], init: Init, *,
-    inside: bool, ends_branch: bool, constants: list[Constant], in_attention: float, mixed: bool,
+    inside: bool, ends_branch: bool, constants: list[Constant], in_attention: float, mixed: bool, layer: bool,
 ) -> ParamSpec:  # fmt: skip
     roles: list[str] = []
     given = role_given(family.roles, name)
     if given is None and not uses:
-        given = unused(shape, grows)
+        given = unused(shape, grows, layer=layer)
     if given is None:
         roles = roles_of(name, shape, grows, uses)
         tied = len(set(roles)) > 1
@@ -243,7 +163,14 @@ def _spec(
         constant_inside=own.inside,
         readout_constant=behind.power,
         mixed=mixed,
+        turned=not tied and len({tuple(label == "in" for label in use.axes) for use in uses}) > 1,
     )  # fmt: skip
+
+
+def _is_layer(model: torch.nn.Module, name: str) -> bool:
+    """Say whether a parameter belongs to a module that sums over its inputs, whatever was seen of it."""
+    owner = model.get_submodule(name.rpartition(".")[0])
+    return hasattr(owner, "in_features") or hasattr(owner, "in_channels")
 
 
 def _axes_for(role: str, name: str, grows: tuple[bool, ...], uses: list[Use]) -> tuple[str, ...]:
@@ -267,11 +194,6 @@ def _axes_for(role: str, name: str, grows: tuple[bool, ...], uses: list[Use]) ->
 
 
 def _mixed(seen: UseWatcher, wider: UseWatcher) -> frozenset[str]:
-    """Parameters whose result is cut into pieces that grow differently."""
-    bits = 0
-    for (whole, pieces, direct), (wide, wide_pieces, _) in zip(seen.parts, wider.parts, strict=False):
-        for dim, (base_size, wide_size) in enumerate(zip(whole, wide, strict=False)):
-            ratios = {b[dim] / a[dim] for a, b in zip(pieces, wide_pieces, strict=False) if a[dim]}
-            if wide_size != base_size and ratios != {wide_size / base_size}:
-                bits |= direct
-    return seen.used_by(bits)
+    """Parameters that are cut into pieces that grow differently, or whose result is."""
+    uneven = seen.parts.uneven(wider.parts)
+    return frozenset().union(*(cut.owners | seen.used_by(cut.direct) for cut in uneven))

@@ -11,6 +11,7 @@ import torch
 from . import operations as ops
 from .flows import storage_key
 from .layouts import Axis, carried_to, label_of
+from .roots import Roots
 
 __all__ = ["Product", "Products"]
 
@@ -42,16 +43,35 @@ class Products:
     _all: list[Product] = field(default_factory=list)
     _at: dict[int, list[tuple[Product, tuple[Axis, ...]]]] = field(default_factory=dict)
 
-    def begin(self, product: Product, layout: Sequence[Axis], tensor: torch.Tensor, out: torch.Tensor) -> None:
-        """Note that ``out`` is a product with ``tensor``, in which the parameter's axes lie as ``layout`` says."""
-        self._all.append(product)
-        self._put(product, layout, tensor, out)
+    def note(
+        self,
+        name: str,
+        args: Any,
+        inputs: Sequence[torch.Tensor],
+        out: torch.Tensor,
+        roots: Roots,
+        begun: int,
+        others: int,
+    ) -> int:
+        """Note an operation whose uses of parameters are numbered from ``begun``; return the uses (as bits) that it sums over.
 
-    def follow(self, name: str, args: Any, inputs: Sequence[torch.Tensor], out: torch.Tensor, *, last: bool) -> int:
-        """Note what an operation does to products among its inputs; return the uses (as bits) that it sums over.
-
-        ``last`` says that another parameter is multiplied with here, which then is the one that a sum contracts.
+        ``others`` are the uses that its inputs were made by.
         """
+        rooted = [(each, root) for each in inputs if (root := roots.get(each)) is not None]
+        # Another parameter that is multiplied with later is the one that a sum contracts.
+        bits = self._follow(name, args, inputs, out, last=any(each.numel() > 1 for each, _ in rooted))
+        if name in ("mul", "mul_"):
+            for use, (tensor, root) in enumerate(rooted, begun):
+                product = Product(use, roots.shape(root), others)
+                self._all.append(product)
+                self._put(product, root.layout, tensor, out)
+        return bits
+
+    def contractions(self) -> dict[int, Product]:
+        """Return by use the products that are read by nothing but sums over one of the parameter's axes."""
+        return {each.use: each for each in self._all if not each.read and "in" in dict(each.axes)}
+
+    def _follow(self, name: str, args: Any, inputs: Sequence[torch.Tensor], out: torch.Tensor, *, last: bool) -> int:
         bits = 0
         for tensor in {id(each): each for each in inputs}.values():
             passed = name in PASSED and not last and (args[0] is tensor or not name.startswith("div"))
@@ -64,10 +84,6 @@ class Products:
                 elif storage_key(out) != storage_key(tensor):
                     self._put(product, layout, tensor, out)
         return bits
-
-    def contractions(self) -> dict[int, Product]:
-        """Return by use the products that are read by nothing but sums over one of the parameter's axes."""
-        return {each.use: each for each in self._all if not each.read and "in" in dict(each.axes)}
 
     def _put(self, product: Product, layout: Sequence[Axis], tensor: torch.Tensor, out: torch.Tensor) -> None:
         broadcast = range(out.dim() - tensor.dim(), out.dim())

@@ -74,14 +74,15 @@ def roles_of(name: str, shape: tuple[int, ...], grows: tuple[bool, ...], uses: l
     return roles
 
 
-def unused(shape: tuple[int, ...], grows: tuple[bool, ...]) -> str | None:
+def unused(shape: tuple[int, ...], grows: tuple[bool, ...], *, layer: bool) -> str | None:
     """Return the role of a parameter that the forward pass watched does not use, if its shape leaves only one.
 
-    Such as an embedding for masked places where nothing is masked. A matrix's growing axis could be in or out.
+    Such as an embedding for masked places where nothing is masked. A matrix's growing axis could be in or out, and that
+    of a linear ``layer`` with one output is in.
     """
     if not any(grows):
         return "finite"
-    return "vector" if sum(size > 1 for size in shape) == 1 else None
+    return "vector" if grows[-1] and all(size == 1 for size in shape[:-1]) and not (layer and len(shape) > 1) else None
 
 
 def role_of(name: str, shape: tuple[int, ...], use: Use, grows: tuple[bool, ...]) -> str:
@@ -97,6 +98,11 @@ def role_of(name: str, shape: tuple[int, ...], use: Use, grows: tuple[bool, ...]
             "the width and has no rule: use weight_norm with dim=0, one size per output."
         )
     if "unknown" in growing:
+        if use.op == "_trilinear":  # a role named for it would count one of the two axes that it sums over
+            raise RequestError(
+                f"{name} {list(shape)} is a bilinear form, which sums over two axes and has no rule: use a linear layer for each "
+                "of its two inputs and multiply their results."
+            )
         raise RequestError(
             f"cannot tell the role of {name} {list(shape)}: it enters the operation {use.op!r}, for which no axis rule is "
             "known; write that step as a matmul, an embedding, a convolution or an entrywise operation, or name the role in "

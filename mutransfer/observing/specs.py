@@ -37,6 +37,7 @@ class ParamSpec:
         depth_constant: power of the depth in such a number, where depths have been compared.
         sizes: for the sizes of a normalized weight (weight_norm's g), the name of the weight's own parameter.
         mixed: whether its rows have different roles (a fused matrix of which some rows grow and some do not).
+        turned: whether one use sums over the axis that survives in another (x @ w and x @ w.T).
     """
 
     name: str
@@ -59,6 +60,7 @@ class ParamSpec:
     busy_carriers: frozenset[str] = frozenset()
     mixed: bool = False
     sizes: str = ""
+    turned: bool = False
 
     def multipliers(self, shape: tuple[int, ...], name: str | None = None, deeper: float = 1.0) -> tuple[float, float]:
         """Return (m_in, m_out) of the same parameter with another ``shape``: every axis counts by its own ratio.
@@ -83,6 +85,11 @@ class ParamSpec:
                 m_in *= size / base
             else:
                 m_out *= size / base
+        if self.turned and m_in != m_out:
+            raise RequestError(
+                f"{name} is used both ways round, so that each of its axes is summed over once, and they grow by {m_in:g} and "
+                f"{m_out:g} from the base to {list(shape)}: let both grow alike, or give each use its own parameter."
+            )
         return m_in, m_out
 
 
@@ -91,10 +98,10 @@ class Observation:
     """All parameters of a family at base size, and its attention.
 
     ``queries`` carry a factor into the attention logits, ``shared_queries`` of them also into something else.
-    ``heads`` compares the head dim with the model of twice the width or, after `heads.at_target`, with the target's, from
-    the base's ``attentions``. ``open_branches`` counts the residual branches into which no
-    parameter carries a factor; ``depths_compared`` says that `deeper` has looked; ``notes`` says what was seen and could
-    not be written on any parameter.
+    ``heads`` compares the head dim with the model of twice the width or, after `at_target`, with the target's, from the
+    base's ``attentions``. ``open_branches`` counts the residual branches into which no parameter carries a factor;
+    ``depths_compared`` says that `with_depth_constants` has looked; ``notes`` says what was seen and could not be written on
+    any parameter.
     """
 
     specs: dict[str, ParamSpec]

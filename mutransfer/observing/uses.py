@@ -16,10 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from . import operations as ops
+from .carrying import carried
+from .cuts import Cuts
 from .factors import Factors, rounded
 from .flows import Flow, Graph, Scores, Sum, storage_key, union
 from .noted import Attention, Use
-from .products import Product, Products
+from .products import Products
 from .roots import Roots
 from .scalars import Scalars
 from .spellings import Spellings, adds
@@ -37,7 +39,7 @@ class UseWatcher(TorchDispatchMode):
         attentions: every softmax over dot products of activations, fused or written out.
         graph: the order of values.
         sizes: name of the parameter that sets the sizes of a normalized weight → name of the weight's own.
-        parts: shapes of (what is cut, the pieces, uses whose result it is), in the order seen.
+        parts: parameters and results of parameters that are cut into pieces.
     """
 
     def __init__(self, model: torch.nn.Module, read: Callable[[torch.Tensor], float | None] | None = None) -> None:
@@ -59,7 +61,7 @@ class UseWatcher(TorchDispatchMode):
         self.sizes: dict[str, str] = {}
         self.graph = Graph()
         self._spellings = Spellings()
-        self.parts: list[tuple[tuple[int, ...], list[tuple[int, ...]], int]] = []
+        self.parts = Cuts()
 
     def __enter__(self) -> UseWatcher:
         for name, module in self._model.named_modules():
@@ -134,7 +136,8 @@ class UseWatcher(TorchDispatchMode):
             return out
         begun = len(self._seen)
         flow = self._through(name, args, kwargs, inputs, outputs[0])
-        flow.direct |= self._note_products(name, args, inputs, (fresh or outputs)[0], begun)
+        others = union(self._flow(each).uses for each in inputs)
+        flow.direct |= self._products.note(name, args, inputs, (fresh or outputs)[0], self._roots, begun, others)
         for each in fresh or outputs[:1]:
             self._flows[storage_key(each)] = flow
         return out
@@ -182,7 +185,8 @@ class UseWatcher(TorchDispatchMode):
         noted = self._note_uses(name, args, inputs, node)
         self._note_attention(name, args, kwargs)
         result = Flow(union(each.depends for each in flows), uses=union(each.uses for each in flows) | noted, node=node)
-        result.carries = self._carried(name, floating, flows)
+        rooted = [self._roots.get(each) is not None for each in floating]
+        result.carries = carried(name, flows, rooted)
         if name in {"_softmax", "_safe_softmax", "_log_softmax", "topk", "sort", "sigmoid"}:
             self._logits |= union(each.direct for each in flows)
             result.direct = union(each.direct for each in flows) if name == "sigmoid" else 0
@@ -198,9 +202,8 @@ class UseWatcher(TorchDispatchMode):
         own = {root.sizes[1] if root.sizes else first + i: root.factor for i, root in enumerate(roots) if root.linear}
         for i, root in enumerate(roots):
             if root.sizes:  # they act where the weight that they size does
-                index, use = self._seen[root.sizes[1]]
-                place = self._seen[first + i][1]
-                self._seen[root.sizes[1]] = index, replace(use, node=place.node, operands=place.operands)
+                (index, sizes), (_, place) = self._seen[root.sizes[1]], self._seen[first + i]
+                self._seen[root.sizes[1]] = index, replace(sizes, node=place.node, operands=place.operands)
         for use, factor in own.items():
             self.factors.inner[use] *= factor if self._owner(use) == self._modules[-1] else 1.0
         self._follow(result, name, args, kwargs, others, own, inputs[0].numel() / max(1, out.numel()))
@@ -251,18 +254,6 @@ class UseWatcher(TorchDispatchMode):
             self._seen.append((root.index, use))
         return noted
 
-    def _note_products(self, name: str, args: Any, inputs: list[torch.Tensor], out: torch.Tensor, begun: int) -> int:
-        """Follow products with a parameter to where they are summed; ``begun`` is the first use that `_note_uses` noted."""
-        rooted = [(each, root) for each in inputs if (root := self._roots.get(each)) is not None]
-        last = any(each.numel() > 1 for each, _ in rooted)
-        bits = self._products.follow(name, args, inputs, out, last=last)
-        if name in ("mul", "mul_"):
-            others = union(self._flow(each).uses for each in inputs)
-            for use, (tensor, root) in enumerate(rooted, begun):
-                shape = self._roots.shape(root)
-                self._products.begin(Product(use, shape, others), root.layout, tensor, out)
-        return bits
-
     def _meets_only_parameters(self, inputs: list[torch.Tensor], tensor: torch.Tensor) -> bool:
         met = [each for each in inputs if each is not tensor and each.is_floating_point() and each.dim() > 1]
         return bool(met) and all(self._roots.get(each) is not None for each in met)
@@ -281,33 +272,9 @@ class UseWatcher(TorchDispatchMode):
         self.attentions.append(Attention(head_dim, scale, self.decode(others), self.decode(queries.carries), uses))
 
     def _note_parts(self, whole: torch.Tensor, pieces: list[torch.Tensor]) -> None:
-        """Remember how results of parameters are cut: pieces that grow differently are rows of different roles."""
-        direct = self._flow(whole).direct
-        if direct and any(piece.dim() == whole.dim() and piece.numel() < whole.numel() for piece in pieces):
-            self.parts.append((tuple(whole.shape), [tuple(piece.shape) for piece in pieces], direct))
-
-    def _carried(self, name: str, tensors: list[torch.Tensor], flows: list[Flow]) -> int:
-        own = [each.carries for tensor, each in zip(tensors, flows, strict=True) if self._roots.get(tensor) is not None]
-        if name in ops.CONTRACTIONS or name in ops.AFFINE_NORMS:
-            return union(own)
-        if name in ops.PRODUCTS and flows:
-            return self._product(name, tensors, flows, own)
-        if name in ops.WRITES:  # into a blank tensor, what is written
-            flows = [each for each in flows if each.depends]
-        if name in ops.LINEAR and flows and all(each.carries for each in flows):
-            return union(each.carries for each in flows)
-        return 0
-
-    def _product(self, name: str, tensors: list[torch.Tensor], flows: list[Flow], own: list[int]) -> int:
-        """A product carries what one side carries, if the other side does not depend on it (as in x·sigmoid(x))."""
-        if own and not name.startswith("div"):
-            return own[0]
-        sides = flows[:1] if name.startswith("div") else flows
-        for side in sides:
-            others = union(other.depends for other in flows if other is not side)
-            if side.carries and not side.carries & others:
-                return side.carries
-        return 0
+        root, direct = self._roots.get(whole), self._flow(whole).direct
+        if root is not None or direct:
+            self.parts.add(whole, pieces, self.decode(1 << root.index if root else 0), direct)
 
     def _number(self, args: Any) -> float | None:
         """Return the number that a product has as one of its two factors, if it does and its value is known."""

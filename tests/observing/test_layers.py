@@ -11,7 +11,8 @@ from torch import nn
 import mutransfer as mt
 from mutransfer.errors import RequestError
 from mutransfer.observing.layers import match_layers
-from mutransfer.observing.observe import LAYERS, _watch, observe
+from mutransfer.observing.observe import _watch, observe
+from mutransfer.observing.running import LAYERS
 from mutransfer.scale import Scale
 
 from .. import families

@@ -226,6 +226,62 @@ def test_fused_projections_that_grow_unevenly() -> None:
         mt.plan(of, Scale(64), optimizer="sgd")
 
 
+def by_rows(net: Any, x: torch.Tensor) -> torch.Tensor:
+    """The same with the matrix cut instead of its result."""
+    n, w = x.shape[-1], net.qkv.weight
+    q, k, v = (F.linear(x, part).unflatten(-1, (-1, 8)).transpose(1, 2) for part in (w[:n], w[n : n + 8], w[n + 8 :]))
+    return net.out(F.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2).flatten(2))
+
+
+def sliced(net: Any, x: torch.Tensor) -> torch.Tensor:
+    """The same with each piece taken by itself."""
+    n, qkv = x.shape[-1], net.qkv(x)
+    parts = qkv[..., :n], qkv[..., n : n + 8], qkv.narrow(-1, n + 8, 8)
+    q, k, v = (part.unflatten(-1, (-1, 8)).transpose(1, 2) for part in parts)
+    return net.out(F.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("apply", [by_rows, sliced])
+def test_fused_projections_that_grow_unevenly_however_they_are_cut(apply: Callable[..., torch.Tensor]) -> None:
+    found = seen(lambda n: {"qkv": nn.Linear(n, n + 16, bias=False), "out": nn.Linear(n, n, bias=False)}, apply)
+    assert {name for name, spec in found.specs.items() if spec.mixed} == {"qkv.weight"}
+
+
+@pytest.mark.parametrize(
+    "heads",
+    [
+        lambda x: x.split(4, -1),
+        lambda x: [x[..., i : i + 4] for i in range(0, x.shape[-1], 4)],
+        lambda x: x.tensor_split(x.shape[-1] // 4, -1),
+    ],
+    ids=["split", "slices", "tensor_split"],
+)
+def test_a_growing_number_of_equal_heads_is_no_mixture(heads: Callable[[torch.Tensor], list[torch.Tensor]]) -> None:
+    def apply(net: Any, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([torch.cat([-part[..., 2:], part[..., :2]], -1).tanh() for part in heads(net.up(x))], -1)
+
+    assert not any(spec.mixed for spec in seen(lambda n: {"up": nn.Linear(n, n)}, apply).specs.values())
+
+
+def test_one_head_of_fixed_size_cut_off_is_a_mixture() -> None:
+    found = seen(lambda n: {"up": nn.Linear(n, n)}, lambda net, x: x * net.up(x)[..., :4].mean(-1, keepdim=True))
+    assert {name for name, spec in found.specs.items() if spec.mixed} == {"up.weight", "up.bias"}
+
+
+def test_one_matrix_both_ways_round() -> None:
+    """While both axes grow alike it has one ratio; where they do not, what is m_in in one use is m_out in the other."""
+
+    def build(scale: Scale) -> nn.Module:
+        n, inner = scale.width, 2 * scale.width if scale.width < 64 else 4 * scale.width
+        return Net(n, {"w": parameter(n, inner)}, lambda net, x: (x @ net.w).relu() @ net.w.T)  # type: ignore[attr-defined]
+
+    of = Family(build, torch.zeros(3, 7, FEATURES), lambda model, x: model(x).square().mean(), Scale(16))
+    row = next(row for row in mt.plan(of, Scale(32)).rows if row.name == "w")
+    assert (row.role, row.m_in, row.m_out) == ("hidden", 2, 2)
+    with pytest.raises(RequestError, match=r"w is used both ways round, .* grow by 4 and 8"):
+        mt.plan(of, Scale(64))
+
+
 def test_fused_projections_that_grow_alike() -> None:
     def apply(net: Any, x: torch.Tensor) -> torch.Tensor:
         gate, up = net.gate_up(x).chunk(2, -1)
@@ -344,6 +400,26 @@ def test_a_mask_embedding_that_the_batch_does_not_use() -> None:
     found = seen(lambda n: {"masked": parameter(1, 1, n), "flag": parameter(1)}, lambda net, x: x)
     assert roles(found) == {"masked": "vector", "flag": "finite"}
     assert [note.partition(" is not used")[0] for note in found.notes] == ["masked", "flag"]
+
+
+@pytest.mark.parametrize("part", [lambda n: nn.Linear(n, 1, bias=False), lambda n: nn.Conv1d(n, 1, 1, bias=False)])
+def test_an_unused_layer_with_one_output_is_refused(part: Callable[[int], nn.Module]) -> None:
+    """Of its shape (1, n) are masks as well, and those are inputs: 1/m on one of the two would be wrong."""
+    with pytest.raises(RequestError, match=r"head\.weight \[1, 16(, 1)?\] is never used in the forward pass"):
+        seen(lambda n: {"head": part(n)}, lambda net, x: x)
+    assert roles(seen(lambda n: {"mask": parameter(1, n)}, lambda net, x: x)) == {"mask": "vector"}
+
+
+@pytest.mark.parametrize("out", [lambda n: n, lambda n: 1, lambda n: 4])
+def test_a_bilinear_form_is_refused_without_a_wrong_advice(out: Callable[[int], int]) -> None:
+    with pytest.raises(
+        RequestError, match=r"bilinear\.weight .* is a bilinear form, which sums over two axes"
+    ) as refused:
+        seen(
+            lambda n: {"bilinear": nn.Bilinear(n, n, out(n))},
+            lambda net, x: x * net.bilinear(x, x).mean(-1, keepdim=True),
+        )
+    assert "roles=" not in str(refused.value)
 
 
 def test_a_learned_bias_inside_fused_attention() -> None:

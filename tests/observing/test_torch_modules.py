@@ -107,3 +107,20 @@ def test_a_copy_keeps_ties_and_what_hangs_on_its_parameters() -> None:
 
     specs = observe(family(make, lambda m, x: m[1](m[0](x)))).specs
     assert {name for name in specs if name.startswith("middle")} == {"middle.1.weight", "middle.1.bias"}
+
+
+def test_an_encoder_that_is_evaluated() -> None:
+    """Without gradients it would run as one kernel; and the kernel's switch is left as it was."""
+    assert by_shape(family(lambda n: nn.TransformerEncoder(layer(n), 2).eval())) == TRANSFORMER
+    assert torch.backends.mha.get_fastpath_enabled()
+    assert torch.backends.mkldnn.enabled
+    weights = {"in_proj_weight": {(2, "hidden")}, "in_proj_bias": {(1, "vector")}}
+    attention = family(lambda n: nn.MultiheadAttention(n, n // 4, batch_first=True).eval(), lambda m, x: m(x, x, x)[0])
+    assert by_shape(attention) == weights | {"weight": {(2, "hidden")}, "bias": {(1, "vector")}}
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrences(kind: Callable[..., nn.Module]) -> None:
+    of = family(lambda n: kind(n, n, batch_first=True), lambda m, x: m(x)[0])
+    matrix, bias = {(2, "hidden")}, {(1, "vector")}
+    assert by_shape(of) == {"weight_ih_l0": matrix, "weight_hh_l0": matrix, "bias_ih_l0": bias, "bias_hh_l0": bias}

@@ -1,7 +1,9 @@
-"""Powers of the depth in the numbers that the forward pass multiplies with, such as a model's own 1/√layers on its branches."""
+"""What is read with the target in view: its head dim, and powers of the depth in the numbers of the forward pass."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Sequence
 from dataclasses import replace
 
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -11,17 +13,19 @@ from ..family import Family
 from ..inits import InitWatcher
 from ..scale import Scale
 from .constants import common, constants, loose
-from .observe import LAYERS, _forward, build
+from .heads import Heads, compared
+from .noted import Attention
+from .running import LAYERS, build, forward
 from .specs import Observation
 from .uses import UseWatcher
 
-__all__ = ["with_depth_constants"]
+__all__ = ["at_target", "with_depth_constants"]
 
 DEEPER = 2
 
 
 def with_depth_constants(family: Family, seen: Observation) -> Observation:
-    """Return ``seen`` with the power of the depth in what multiplies each parameter's result.
+    """Return ``seen`` with the power of the depth in what multiplies each parameter's result, such as 1/√layers.
 
     Raises:
         RequestError: the layers of one stack multiply with different powers of their number.
@@ -57,11 +61,31 @@ def with_depth_constants(family: Family, seen: Observation) -> Observation:
     return replace(seen, specs=specs, notes=(*seen.notes, *notes), depths_compared=True)
 
 
+def at_target(family: Family, seen: Observation, scale: Scale) -> Observation:
+    """Return ``seen`` with the heads of the model at ``scale``, of which as many layers are watched as of the base.
+
+    Raises:
+        RequestError: as in `compared`.
+    """
+    if not seen.attentions:
+        return seen
+    if scale.width == family.base.width:
+        return replace(seen, heads=Heads(seen.heads.dim))
+    target: Sequence[Attention] = ()
+    for depth in sorted({min(family.base.depth, LAYERS), family.base.depth}):  # some models have a least depth
+        few = family.base.with_(width=scale.width, depth=depth)
+        with contextlib.suppress(RequestError):
+            target = _watched(family, few).attentions
+        if len(target) == len(seen.attentions):
+            break
+    return replace(seen, heads=compared(seen.attentions, target))
+
+
 def _watched(family: Family, scale: Scale) -> UseWatcher:
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         with InitWatcher() as inits:
             model = build(family, scale)
-        return _forward(family, model, mode, scale, inits)
+        return forward(family, model, mode, scale, inits)
 
 
 def _template(name: str) -> str:
