@@ -140,7 +140,11 @@ def _fold_branches(draft: Draft) -> None:
     if size == 1 and alpha == 1:
         return
     if not ends or draft.seen.open_branches:
-        found = "no residual branch was seen" if not ends else "a residual branch ends in no parameter"
+        found = (
+            f"no parameter carries it into the branch of {draft.seen.open_branches[0]}"
+            if draft.seen.open_branches
+            else "no residual branch was seen"
+        )
         raise RequestError(
             f"residual branches ask for a factor {size * alpha:.4g}, and {found}: end every branch in a linear layer or a gain."
         )

@@ -20,7 +20,7 @@ def carried(name: str, flows: Sequence[Flow], rooted: Sequence[bool]) -> int:
     """
     own = [each.carries for each, is_root in zip(flows, rooted, strict=True) if is_root]
     if name in ops.CONTRACTIONS or name in ops.AFFINE_NORMS:
-        return union(own)
+        return union(own) if all(own) else 0  # a bias alone does not carry what a weight of fixed size makes
     if name in ops.PRODUCTS and flows:
         return _product(name, flows, own)
     if name in ops.WRITES:  # into a blank tensor, what is written

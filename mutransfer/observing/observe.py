@@ -121,7 +121,7 @@ def _watch(family: Family) -> Observation:
         | seen.busy_queries(),
         heads=compared(seen.attentions, seen_wider.attentions),
         attentions=tuple(seen.attentions),
-        open_branches=sum(not branch.ends for branch in branches) + len(apart),
+        open_branches=(*(min(branch.inside) for branch in branches if not branch.ends), *(name for name, _ in apart)),
         notes=tuple(dict.fromkeys(notes)),
     )
 

@@ -99,7 +99,7 @@ class Observation:
 
     ``queries`` carry a factor into the attention logits, ``shared_queries`` of them also into something else.
     ``heads`` compares the head dim with the model of twice the width or, after `at_target`, with the target's, from the
-    base's ``attentions``. ``open_branches`` counts the residual branches into which no parameter carries a factor;
+    base's ``attentions``. ``open_branches`` names a parameter of every residual branch into which none carries a factor;
     ``depths_compared`` says that `with_depth_constants` has looked; ``notes`` says what was seen and could not be written on
     any parameter.
     """
@@ -109,6 +109,6 @@ class Observation:
     shared_queries: frozenset[str]
     heads: Heads
     attentions: tuple[Attention, ...] = field(default=(), compare=False)  # of as many layers as were watched
-    open_branches: int = 0
+    open_branches: tuple[str, ...] = ()
     depths_compared: bool = False
     notes: tuple[str, ...] = ()

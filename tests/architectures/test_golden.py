@@ -91,7 +91,7 @@ def test_attention_keeps_its_head_dim() -> None:
 def test_a_last_state_that_nobody_reads_is_no_branch() -> None:
     """RWKV's recurrence makes a state for a next token that does not come; CompleteP would refuse a branch without an end."""
     of, observation = seen("rwkv")
-    assert observation.open_branches == 0
+    assert not observation.open_branches
     mt.plan(of, Scale(of.base.width, 2 * of.base.depth), "completep", observation=observation)
 
 

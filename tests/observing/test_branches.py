@@ -14,6 +14,8 @@ import mutransfer as mt
 from mutransfer.observing.observe import observe
 from mutransfer.scale import Scale
 
+from .. import families
+
 Way = Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -182,7 +184,7 @@ def test_layers_in_one_list_with_the_first_and_the_last() -> None:
         "layers.1.weight",
         "layers.2.weight",
     ]
-    assert found.open_branches == 0
+    assert not found.open_branches
     assert not found.notes
 
 
@@ -202,4 +204,19 @@ def test_a_recurrence_is_no_residual_branch(kind: type[nn.Module]) -> None:
     """h' = tanh(W x + V h) adds to its input at every step; the steps are no layers."""
     found = observe(family(lambda s: Recurrent(s.width, kind)))
     assert not [name for name, spec in found.specs.items() if spec.ends_branch or spec.inside]
-    assert found.open_branches == 0
+    assert not found.open_branches
+
+
+def test_a_branch_that_nothing_carries_is_refused_by_name() -> None:
+    """A spectral norm has no size to scale, and the bias behind it is not all that the branch adds."""
+
+    def build(scale: mt.Scale) -> nn.Module:
+        model = families.transformer().build(scale)
+        for block in model.blocks:  # type: ignore[union-attr]
+            block.ffn.down.bias = nn.Parameter(torch.zeros(block.ffn.down.out_features))
+            nn.utils.parametrizations.spectral_norm(block.ffn.down)
+        return model
+
+    of = mt.Family(build, families.token_batch(), families.loss, mt.Scale(32, 2), "normal")
+    with pytest.raises(mt.RequestError, match=r"no parameter carries it into the branch of blocks\.\d\.ffn"):
+        mt.plan(of, mt.Scale(32, 8), "completep")
