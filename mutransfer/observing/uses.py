@@ -41,7 +41,7 @@ class UseWatcher(TorchDispatchMode):
         self._flows: dict[int, Flow] = {}
         self._kept: list[torch.Tensor] = []  # a freed storage's address would be given to the next one
         self._seen: list[tuple[int, Use]] = []
-        self._features = self._logits = self._claimed = 0
+        self._features = self._logits = self._gates = self._claimed = 0
         self._constants: list[tuple[float, int, str]] = []
         self._modules: list[str] = [""]
         self._products = Products()
@@ -155,13 +155,16 @@ class UseWatcher(TorchDispatchMode):
         self._note_attention(name, args, kwargs)
         result = Flow(union(each.depends for each in flows), uses=union(each.uses for each in flows) | noted, node=node)
         result.carries = self._carried(name, floating, flows)
-        if name in {"_softmax", "_safe_softmax", "_log_softmax", "topk", "sort", "sigmoid"}:
+        if name in {"_softmax", "_safe_softmax", "_log_softmax", "topk", "sort"}:
             self._logits |= union(each.direct for each in flows)
-            result.direct = union(each.direct for each in flows) if name == "sigmoid" else 0
         elif noted and contracts:
             result.direct = noted
         elif not contracts and name not in ops.AFFINE_NORMS:
             result.direct = union(each.direct for each in flows)
+        if name == "sigmoid":
+            self._gates |= result.direct
+        if name in ops.WEIGHTINGS:
+            self._note_gates([each for each in others if each.depends])
         # Not on the way to a softmax: a bias that all layers add to their attention is no stream.
         if name in ops.SUMS and len(others) == 2 and all(each.depends and not each.product for each in others):
             a, b = others
@@ -207,6 +210,14 @@ class UseWatcher(TorchDispatchMode):
             use = Use(name, axes, self.decode(carried), on_data, node, operands, shift, alone=alone, summed=summed)
             self._seen.append((root.index, use))
         return noted
+
+    def _note_gates(self, live: list[Flow]) -> None:
+        """Tell of activations that meet: a sigmoid that weights what is not its own is a gate, otherwise a nonlinearity."""
+        for each in live:
+            gates = each.direct & self._gates
+            own = self.used_by(gates)
+            if any(not own & self.used_by(other.direct) for other in live if other is not each):
+                self._logits |= gates
 
     def _meets_only_parameters(self, inputs: list[torch.Tensor], tensor: torch.Tensor) -> bool:
         met = [each for each in inputs if each is not tensor and each.is_floating_point() and each.dim() > 1]
