@@ -15,11 +15,12 @@ class Use:
     them by c multiplies that operand by c. It is where a multiplier before a shared matrix can be folded.
     ``on_data`` says that the other operand depends on no parameter at all: this is where data enters the model.
     ``feature`` says that the result meets another contracted parameter downstream, ``logit`` that it is first normalized
-    over its entries (softmax, topk), as a router's is. ``alone`` says that it acts on a parameter, not on
-    activations. ``shift`` is s for a gain used as s + w. ``summed`` is how many entries of each axis are summed over: of
-    an axis labelled "in", perhaps only a part (see `settled`). ``node`` and ``operands`` are the result's and the
-    other operands' places in the graph. ``taken`` are the numbers (and residuals, `factors`) that the result has been
-    multiplied with where the nodes ``takers`` take it in, ``inner`` what the parameter's own module multiplied in.
+    over its entries (softmax, topk), as a router's is, or weights other values through a sigmoid, as a gate's does.
+    ``alone`` says that it acts on a parameter, not on activations. ``shift`` is s for a gain used as s + w. ``summed`` is
+    how many entries of each axis are summed over: of an axis labelled "in", perhaps only a part (see `settled`). ``node``
+    and ``operands`` are the result's and the other operands' places in the graph. ``taken`` are the numbers (and residuals,
+    `factors`) that the result has been multiplied with where the nodes ``takers`` take it in, ``inner`` what the
+    parameter's own module multiplied in.
     """
 
     op: str

@@ -14,6 +14,7 @@ __all__ = [
     "SUMS",
     "TRANSPOSED_CONVOLUTION",
     "UNARY",
+    "WEIGHTINGS",
     "WRITES",
 ]
 
@@ -71,6 +72,8 @@ UNARY |= {
 UNARY |= {"clamp_min", "clamp_max", "mish", "hardsigmoid", "hardswish", "relu_", "silu_", "exp_", "log_sigmoid_forward"}
 
 PRODUCTS = {"mul", "mul_", "div", "div_"}
+# Where one activation may say how much of another is taken.
+WEIGHTINGS = PRODUCTS | {"mm", "bmm", "baddbmm", "lerp", "addcmul", "addcmul_"}
 SUMS = {"add", "add_", "sub", "sub_"}
 ENTRYWISE = (
     PRODUCTS | SUMS | UNARY | {"rsub", "where", "expand", "cat", "stack", "maximum", "minimum", "lerp", "addcmul"}

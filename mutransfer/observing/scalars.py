@@ -37,6 +37,15 @@ class Scalars:
         key = storage_key(each)
         return self._known[key] if key in self._known else self._read(each)
 
+    def factor(self, args: Any, depends: Callable[[torch.Tensor], bool]) -> float | None:
+        """Return the number that a product has as one of its two factors, if it does; ``depends`` says what is none."""
+        for each in args[:2]:
+            if isinstance(each, torch.Tensor) and depends(each):
+                continue
+            if (value := self.value(each)) is not None:
+                return value
+        return None
+
     def see(self, name: str, func: Any, args: Any, kwargs: dict[str, Any], outputs: list[torch.Tensor]) -> None:
         """Follow an operation that makes a number of numbers."""
         if not outputs or not outputs[0].is_floating_point():

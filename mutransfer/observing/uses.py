@@ -50,7 +50,7 @@ class UseWatcher(TorchDispatchMode):
         self._flows: dict[int, Flow] = {}
         self._kept: list[torch.Tensor] = []  # a freed storage's address would be given to the next one
         self._seen: list[tuple[int, Use]] = []
-        self._features = self._logits = 0
+        self._features = self._logits = self._gates = 0
         self._scalars = Scalars(read or (lambda _: None))
         self._modules: list[str] = [""]
         self._products = Products()
@@ -187,13 +187,16 @@ class UseWatcher(TorchDispatchMode):
         result = Flow(union(each.depends for each in flows), uses=union(each.uses for each in flows) | noted, node=node)
         rooted = [self._roots.get(each) is not None for each in floating]
         result.carries = carried(name, flows, rooted)
-        if name in {"_softmax", "_safe_softmax", "_log_softmax", "topk", "sort", "sigmoid"}:
+        if name in {"_softmax", "_safe_softmax", "_log_softmax", "topk", "sort"}:
             self._logits |= union(each.direct for each in flows)
-            result.direct = union(each.direct for each in flows) if name == "sigmoid" else 0
         elif noted and contracts:
             result.direct = noted
         elif not contracts and name not in ops.AFFINE_NORMS:
             result.direct = union(each.direct for each in flows)
+        if name == "sigmoid":
+            self._gates |= result.direct
+        if name in ops.WEIGHTINGS:
+            self._note_gates([each for each in others if each.depends])
         # Not on the way to a softmax: a bias that all layers add to their attention is no stream.
         if adds(name, args) and len(others) == 2 and all(each.depends and not each.product for each in others):
             a, b = others
@@ -254,6 +257,14 @@ class UseWatcher(TorchDispatchMode):
             self._seen.append((root.index, use))
         return noted
 
+    def _note_gates(self, live: list[Flow]) -> None:
+        """Tell of activations that meet: a sigmoid that weights what is not its own is a gate, otherwise a nonlinearity."""
+        for each in live:
+            gates = each.direct & self._gates
+            own = self.used_by(gates)
+            if any(not own & self.used_by(other.direct) for other in live if other is not each):
+                self._logits |= gates
+
     def _meets_only_parameters(self, inputs: list[torch.Tensor], tensor: torch.Tensor) -> bool:
         met = [each for each in inputs if each is not tensor and each.is_floating_point() and each.dim() > 1]
         return bool(met) and all(self._roots.get(each) is not None for each in met)
@@ -277,13 +288,7 @@ class UseWatcher(TorchDispatchMode):
             self.parts.add(whole, pieces, self.decode(1 << root.index if root else 0), direct)
 
     def _number(self, args: Any) -> float | None:
-        """Return the number that a product has as one of its two factors, if it does and its value is known."""
-        for each in args[:2]:
-            if isinstance(each, torch.Tensor) and self._flow(each).depends:
-                continue
-            if (value := self._scalars.value(each)) is not None:
-                return value
-        return None
+        return self._scalars.factor(args, lambda each: bool(self._flow(each).depends))
 
     def _flow(self, tensor: torch.Tensor) -> Flow:
         root = self._roots.get(tensor)
