@@ -114,10 +114,17 @@ def _names(key: str, value: Any) -> list[str]:
     return value
 
 
+def _constant(name: str) -> float:
+    """Mamba-2's time steps go to Infinity, and nothing to NaN."""
+    if name == "NaN":
+        raise ValueError("a number is NaN")
+    return float(name)
+
+
 def _read(path: Path) -> dict[str, Any]:
     file = path / "config.json" if path.is_dir() else path
     try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
+        raw = json.loads(file.read_text(encoding="utf-8"), parse_constant=_constant)
     except FileNotFoundError:
         raise RequestError(
             f"there is no file {file}: give the config.json of a transformers model as hf:PATH."

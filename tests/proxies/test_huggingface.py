@@ -329,6 +329,8 @@ def test_a_file_that_is_none(tmp_path: Path) -> None:
     assert "there is no file" in refusal(f"hf:{tmp_path}")
     (tmp_path / "config.json").write_text("{")
     assert "is no JSON" in refusal(f"hf:{tmp_path}/config.json")
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "rms_norm_eps": NaN}', encoding="utf-8")
+    assert "a number is NaN" in refusal(f"hf:{tmp_path}/config.json")
 
 
 def test_without_transformers(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
