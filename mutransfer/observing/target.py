@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Sequence
 from dataclasses import replace
 
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -14,7 +12,6 @@ from ..inits import InitWatcher
 from ..scale import Scale
 from .constants import common, constants, loose
 from .heads import Heads, compared
-from .noted import Attention
 from .running import LAYERS, build, forward
 from .specs import Observation
 from .uses import UseWatcher
@@ -71,13 +68,13 @@ def at_target(family: Family, seen: Observation, scale: Scale) -> Observation:
         return seen
     if scale.width == family.base.width:
         return replace(seen, heads=Heads(seen.heads.dim))
-    target: Sequence[Attention] = ()
-    for depth in sorted({min(family.base.depth, LAYERS), family.base.depth}):  # some models have a least depth
-        few = family.base.with_(width=scale.width, depth=depth)
-        with contextlib.suppress(RequestError):
-            target = _watched(family, few).attentions
-        if len(target) == len(seen.attentions):
-            break
+    few = family.base.with_(width=scale.width, depth=min(family.base.depth, LAYERS))
+    try:
+        target = _watched(family, few).attentions
+    except RequestError:  # some models have a least depth
+        target = []
+    if len(target) != len(seen.attentions):
+        target = _watched(family, few.with_(depth=family.base.depth)).attentions
     return replace(seen, heads=compared(seen.attentions, target))
 
 
