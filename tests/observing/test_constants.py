@@ -171,3 +171,12 @@ def test_the_models_own_depth_multiplier_is_not_counted_twice(base: int) -> None
 def test_layers_that_shrink_differently_with_the_depth_are_refused() -> None:
     with pytest.raises(mt.RequestError, match="different powers of the depth"):
         mt.plan(deep(lambda i, depth: depth**-0.5 if i else 1.0), mt.Scale(32, 8), "completep")
+
+
+@pytest.mark.parametrize(
+    "way", [pytest.param(way, marks=[] if way == "a norm that is undone" else pytest.mark.slow) for way in SEEN]
+)
+def test_what_is_planned_so_passes_the_check(way: str) -> None:
+    family = mt.Family(lambda s: Net(s.width, SEEN[way][0]), families.token_batch(), families.loss, mt.Scale(64, 1))
+    found = mt.verdict(mt.record(family, [64, 128, 256, 512], seeds=range(4)))
+    assert found.status == "pass", found.cause
