@@ -6,7 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Collection
 
-__all__ = ["plain_name", "planned_names"]
+__all__ = ["plain_name", "planned_names", "pattern_of"]
 
 # What torch.compile, DDP and DataParallel, activation checkpoints and the first FSDP put into a parameter's path.
 WRAPPERS = frozenset({"_orig_mod", "module", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
@@ -40,3 +40,8 @@ def planned_names(found: Collection[str], planned: Collection[str]) -> dict[str,
         else:
             owners |= {name: name if name in there or len(here) > 1 else plain for name in here}
     return owners
+
+
+def pattern_of(name: str) -> str:
+    """Return the name with a star for every layer number, which all layers of a stack share."""
+    return ".".join("*" if part.isdecimal() else part for part in name.split("."))

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from ..names import pattern_of
 from ..optimizers.registry import OPTIMIZERS, OptimizerRule
 from ..plans import ParameterPlan
 from ..transfer import TargetConfig
@@ -50,7 +51,7 @@ def patterns(rows: Sequence[ParameterPlan], rule: OptimizerRule) -> list[dict[st
     """
     families: dict[str, list[ParameterPlan]] = {}
     for row in rows:
-        families.setdefault(_template(row.name), []).append(row)
+        families.setdefault(pattern_of(row.name), []).append(row)
     found = []
     for template, members in families.items():
         agree = len(members) > 1 and all(_settings(row, rule) == _settings(members[0], rule) for row in members)
@@ -62,10 +63,6 @@ def patterns(rows: Sequence[ParameterPlan], rule: OptimizerRule) -> list[dict[st
 def matches(pattern: str, name: str) -> bool:
     """Return whether ``name`` is ``pattern`` with a layer number for every ``*``."""
     return re.fullmatch(re.escape(pattern).replace(r"\*", r"\d+"), name) is not None
-
-
-def _template(name: str) -> str:
-    return ".".join("*" if part.isdecimal() else part for part in name.split("."))
 
 
 def _plain(init: dict[str, Any]) -> dict[str, Any]:

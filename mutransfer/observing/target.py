@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ..errors import RequestError
 from ..family import Family
 from ..inits import InitWatcher
+from ..names import pattern_of
 from ..scale import Scale
 from .constants import common, constants, loose
 from .heads import Heads, compared
@@ -39,7 +40,7 @@ def with_depth_constants(family: Family, seen: Observation) -> Observation:
     powers: dict[str, set[float]] = {}
     for name, each in uses.items():
         if name in more:
-            powers.setdefault(_template(name), set()).add(common(constants(each, more[name], DEEPER)).power)
+            powers.setdefault(pattern_of(name), set()).add(common(constants(each, more[name], DEEPER)).power)
     torn = sorted(template for template, found in powers.items() if len(found) > 1)
     if torn:
         raise RequestError(
@@ -47,7 +48,7 @@ def with_depth_constants(family: Family, seen: Observation) -> Observation:
             "layers, and a rule for the depth needs one: multiply all layers alike."
         )
     specs = {
-        name: replace(spec, depth_constant=next(iter(powers.get(_template(name), {0.0}))))
+        name: replace(spec, depth_constant=next(iter(powers.get(pattern_of(name), {0.0}))))
         for name, spec in seen.specs.items()
     }
     notes = [
@@ -83,7 +84,3 @@ def _watched(family: Family, scale: Scale) -> UseWatcher:
         with InitWatcher() as inits:
             model = build(family, scale)
         return forward(family, model, mode, scale, inits)
-
-
-def _template(name: str) -> str:
-    return ".".join("*" if part.isdecimal() else part for part in name.split("."))
