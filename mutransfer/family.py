@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map_only
 
+from .errors import RequestError, describe
 from .scale import Scale
 
 __all__ = ["Family"]
@@ -43,3 +44,23 @@ class Family:
     def batch_on(self, device: torch.device | str) -> Any:
         """Return the example batch with every tensor on ``device``."""
         return tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), self.batch)
+
+    def loss_on(self, model: torch.nn.Module, batch: Any, of: str = "its example batch") -> torch.Tensor:
+        """Return the loss on ``batch``; ``of`` says whose the batch is.
+
+        Raises:
+            RequestError: the model or the loss raised, or there is no gradient where one is wanted.
+        """
+        try:
+            loss = self.loss(model, batch)
+        except RequestError:
+            raise
+        except Exception as error:
+            raise RequestError(
+                f"the loss of {self.name} raised on {of} ({describe(error)}): check that model, batch and loss fit together."
+            ) from error
+        if torch.is_grad_enabled() and not loss.requires_grad:
+            raise RequestError(
+                f"the loss of {self.name} has no gradient: return it as computed, not detached nor under torch.no_grad()."
+            )
+        return loss

@@ -13,7 +13,6 @@ from torch.utils._pytree import tree_map_only
 
 from mutransfer.family import Family
 from mutransfer.plans import Plan
-from mutransfer.watching import loss_of
 
 from .data.base import Data
 from .schedules import scheduler
@@ -116,7 +115,7 @@ class Training:
         self.step = int(state["step"])
 
     def _loss(self, batch: Any) -> torch.Tensor:
-        return loss_of(self.family, self.model, batch, f"a batch (inputs, targets) of {self.data.name}")
+        return self.family.loss_on(self.model, batch, f"a batch (inputs, targets) of {self.data.name}")
 
     def _on_device(self, batch: Any) -> Any:
         return tree_map_only(torch.Tensor, lambda tensor: tensor.to(self.device), batch)

@@ -13,11 +13,12 @@ import torch
 from torch import nn
 
 import mutransfer as mt
-from mutransfer.coordinates import module_roles, record
+from mutransfer.coordinates import record
+from mutransfer.coordinates.verdicts import MARGIN, verdict
+from mutransfer.coordinates.watching import module_roles
 from mutransfer.errors import RequestError
 from mutransfer.frames import COORDINATES, SLOPES
 from mutransfer.scale import Scale
-from mutransfer.verdicts import MARGIN, verdict
 
 from . import families
 

@@ -9,10 +9,10 @@ import pytest
 
 from mutransfer.cli import run
 from mutransfer.coordinates import record
+from mutransfer.coordinates.verdicts import verdict
+from mutransfer.coordinates.watching import places
 from mutransfer.frames import varying
 from mutransfer.reports.coordinates import CoordinateFigure
-from mutransfer.verdicts import verdict
-from mutransfer.watching import places
 
 from . import families
 

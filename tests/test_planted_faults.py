@@ -22,12 +22,12 @@ import mutransfer as mt
 from mutransfer import folding
 from mutransfer.audit import audit, live
 from mutransfer.coordinates import record
+from mutransfer.coordinates.verdicts import Verdict, verdict
 from mutransfer.drafts import Draft
 from mutransfer.observing.observe import observe
 from mutransfer.observing.specs import Observation
 from mutransfer.plans import ParameterPlan, Plan
 from mutransfer.scale import Scale
-from mutransfer.verdicts import Verdict, verdict
 
 from . import families, test_fold, test_oracle_mup
 

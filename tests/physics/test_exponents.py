@@ -21,11 +21,11 @@ from torch import nn
 import mutransfer as mt
 from mutransfer import coordinates
 from mutransfer.coordinates import record
+from mutransfer.coordinates.verdicts import MARGIN, verdict
 from mutransfer.optimizers.updates import Muon, OptimizerRule
 from mutransfer.proxies.models import MLP
 from mutransfer.scale import Scale
 from mutransfer.tables import MUP, TABLES
-from mutransfer.verdicts import MARGIN, verdict
 
 from .. import families
 

@@ -1,8 +1,4 @@
-"""The coordinate check: how the size of every module's output, and of its change, moves with width.
-
-`record` measures, `verdict` judges. The measure is the same for every parametrization: the slopes of width-stable
-feature learning (`tables.HEALTHY`), so the standard parametrization fails it, as it should.
-"""
+"""A family trained for a few steps at several sizes, with the size of every module's output written down."""
 
 from __future__ import annotations
 
@@ -15,25 +11,22 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
-from .errors import RequestError
-from .family import Family
-from .frames import COORDINATES
-from .observing.observe import observe
-from .observing.running import build
-from .observing.specs import Observation
-from .observing.target import with_depth_constants
-from .optimizers.registry import OPTIMIZERS
-from .planning import plan
-from .plans import Plan
-from .recipe import Recipe
-from .scale import Scale
-from .tables import table
-from .verdicts import MARGIN as MARGIN
-from .verdicts import Verdict as Verdict
-from .verdicts import verdict as verdict
+from ..errors import RequestError
+from ..family import Family
+from ..frames import COORDINATES
+from ..observing.observe import observe
+from ..observing.running import build
+from ..observing.specs import Observation
+from ..observing.target import with_depth_constants
+from ..optimizers.registry import OPTIMIZERS
+from ..planning import plan
+from ..plans import Plan
+from ..recipe import Recipe
+from ..scale import Scale
+from ..tables import table
 from .watching import module_roles, one_run, places
 
-__all__ = ["MARGIN", "Verdict", "record", "verdict"]
+__all__ = ["record"]
 
 CHECK_LR = {"adam": 2**-8, "sgd": 2**-3}
 STEP = 2**-4  # of a weight's initial size that one step of an Adam-like optimizer may move it: beyond, slopes bend

@@ -10,10 +10,10 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from .errors import RequestError
-from .frames import SLOPES, varying
-from .optimizers.registry import OPTIMIZERS
-from .tables import HEALTHY, HEALTHY_DEPTH, TABLES, Band
+from ..errors import RequestError
+from ..frames import SLOPES, varying
+from ..optimizers.registry import OPTIMIZERS
+from ..tables import HEALTHY, HEALTHY_DEPTH, TABLES, Band
 
 __all__ = ["MARGIN", "Verdict", "verdict"]
 

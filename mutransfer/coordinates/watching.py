@@ -9,35 +9,13 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
-from .errors import RequestError, describe
-from .family import Family
-from .observing.flows import storage_key
-from .plans import Plan
+from ..family import Family
+from ..observing.flows import storage_key
+from ..plans import Plan
 
-__all__ = ["loss_of", "module_roles", "one_run", "places"]
+__all__ = ["module_roles", "one_run", "places"]
 
 ROOT = "(model)"  # what a module without a name, the whole model, is recorded under
-
-
-def loss_of(family: Family, model: torch.nn.Module, batch: Any, of: str = "its example batch") -> torch.Tensor:
-    """Return the loss on ``batch``; ``of`` says whose the batch is.
-
-    Raises:
-        RequestError: the model or the loss raised, or there is no gradient where one is wanted.
-    """
-    try:
-        loss = family.loss(model, batch)
-    except RequestError:
-        raise
-    except Exception as error:
-        raise RequestError(
-            f"the loss of {family.name} raised on {of} ({describe(error)}): check that model, batch and loss fit together."
-        ) from error
-    if torch.is_grad_enabled() and not loss.requires_grad:
-        raise RequestError(
-            f"the loss of {family.name} has no gradient: return it as computed, not detached nor under torch.no_grad()."
-        )
-    return loss
 
 
 def one_run(
@@ -59,7 +37,7 @@ def one_run(
     initial: dict[str, torch.Tensor] = {}
     with _outputs(model, roles, shown) as outputs:
         for step in range(steps + 1):
-            loss = loss_of(family, model, batch)
+            loss = family.loss_on(model, batch)
             if step == 0:
                 initial = {name: output.clone() for name, output in outputs.items()}
             sizes = outputs if step == 0 else {name: output - initial[name] for name, output in outputs.items()}
