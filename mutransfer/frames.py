@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 
 from .errors import RequestError
-from .files import write_text
+from .files import write_bytes, write_text
 
 __all__ = ["BASINS", "COORDINATES", "OPTIMA", "PARAMETERS", "SLOPES", "TRIALS", "Schema", "varying"]
+
+PARQUET = ".parquet"
 
 
 @dataclass(frozen=True)
@@ -45,24 +49,50 @@ class Schema:
         return given[[*self.columns, *extra]].astype(types)
 
     def write(self, frame: pd.DataFrame, path: str | os.PathLike[str]) -> Path:
-        """Write ``frame`` as CSV, whole or not at all; floats keep every digit."""
-        return write_text(path, self.frame(frame).to_csv(index=False))
-
-    def read(self, path: str | os.PathLike[str]) -> pd.DataFrame:
-        """Read a CSV that `write` made.
+        """Write ``frame`` as CSV, or as Parquet where ``path`` ends so, whole or not at all; floats keep every digit.
 
         Raises:
-            RequestError: the file is missing, is not CSV, or lacks a column.
+            RequestError: Parquet is asked for and pyarrow not installed, or the file cannot be written.
         """
+        whole = self.frame(frame)
+        if Path(path).suffix == PARQUET:
+            with _needing_pyarrow(path):
+                return write_bytes(path, whole.to_parquet(None, index=False))
+        return write_text(path, whole.to_csv(index=False))
+
+    def read(self, path: str | os.PathLike[str]) -> pd.DataFrame:
+        """Read a CSV or Parquet file that `write` made.
+
+        Raises:
+            RequestError: the file is missing, is not of its kind, or lacks a column.
+        """
+        parquet = Path(path).suffix == PARQUET
         try:
-            text = Path(path).read_text(encoding="utf-8")
-            # "NA" and "null" may be a module's name: only the empty cell is missing.
-            given = pd.read_csv(io.StringIO(text), keep_default_na=False, na_values=[""])
+            if parquet:
+                with _needing_pyarrow(path):
+                    given = pd.read_parquet(path)
+            else:
+                text = Path(path).read_text(encoding="utf-8")
+                # "NA" and "null" may be a module's name: only the empty cell is missing.
+                given = pd.read_csv(io.StringIO(text), keep_default_na=False, na_values=[""])
         except FileNotFoundError:
-            raise RequestError(f"there is no {path}: expected the {self.name} frame as CSV.") from None
-        except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-            raise RequestError(f"{path} is not a CSV of the {self.name} frame ({str(error).strip()}).") from None
+            raise RequestError(
+                f"there is no {path}: expected the {self.name} frame as {'Parquet' if parquet else 'CSV'}."
+            ) from None
+        except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError, OSError, ValueError) as error:
+            kind = "Parquet file" if parquet else "CSV"
+            raise RequestError(f"{path} is not a {kind} of the {self.name} frame ({str(error).strip()}).") from None
         return self.frame(given)
+
+
+@contextlib.contextmanager
+def _needing_pyarrow(path: str | os.PathLike[str]) -> Iterator[None]:
+    try:
+        yield
+    except ImportError:
+        raise RequestError(
+            f"{path} needs pyarrow: pip install 'mutransfer[parquet]', or give a name that ends in .csv."
+        ) from None
 
 
 COORDINATES = Schema(
@@ -70,14 +100,24 @@ COORDINATES = Schema(
     {
         "parametrization": ("string", "name of the table in force"),
         "optimizer": ("string", "name of the optimizer"),
-        "module": ("string", "module's qualified name; parameters named by themselves for raw ones"),
-        "role": ("string", "feature, or output when its result is a logit"),
-        "statistic": ("string", "activation: mean |x|; change: mean |x_t − x_0| on the same batch"),
-        "step": ("int64", "optimizer steps done before this forward pass"),
+        "module": ("string", "module's qualified name, or a parameter's for gradient, decay and weight"),
+        "role": (
+            "string",
+            "role of its weight: input, hidden, …; output when its result is a logit; stream without a weight",
+        ),
+        "statistic": (
+            "string",
+            "activation: mean |x|; change: mean |x_t − x_0|; input: mean |x| of what enters; update: mean |ΔW·x|; gradient: "
+            "mean |g| / epsilon; decay: lr · weight decay; weight: root mean square, in units of µP's own initial size",
+        ),
+        "step": ("int64", "optimizer steps done before this was measured"),
         "seed": ("int64", "seed of the initial weights"),
         "width": ("int64", "width of the model"),
         "depth": ("int64", "depth of the model"),
-        "value": ("float64", "size of the entries, in the module output's own units"),
+        "value": (
+            "float64",
+            "the statistic: a size of entries, in the module output's own units where no other is given",
+        ),
     },
 )
 
@@ -85,9 +125,9 @@ SLOPES = Schema(
     "slopes",
     {
         "parametrization": ("string", "name of the table in force"),
-        "module": ("string", "module's qualified name"),
-        "role": ("string", "feature or output"),
-        "statistic": ("string", "activation or change"),
+        "module": ("string", "module's qualified name, or a parameter's for gradient, decay and weight"),
+        "role": ("string", "as in the coordinates frame"),
+        "statistic": ("string", "activation, change, update, gradient, decay or weight"),
         "step": ("int64", "optimizer steps done"),
         "slope": ("float64", "d log2(value) / d log2(width)"),
         "low": ("float64", "lower end of the 95% interval over seeds"),

@@ -12,7 +12,7 @@ from fractions import Fraction
 from .errors import RequestError, nearest
 from .tableau import HALF, IN, ONE, OUT, Band, Depth, Power, Row, Table
 
-__all__ = ["HEALTHY", "HEALTHY_DEPTH", "TABLES", "Band", "Power", "Row", "Table", "table"]
+__all__ = ["HEALTHY", "HEALTHY_DECAY", "HEALTHY_DEPTH", "TABLES", "Band", "Power", "Row", "Table", "table"]
 
 SQRT_IN, SQRT_OUT = IN**HALF, OUT**HALF
 
@@ -141,7 +141,20 @@ HEALTHY: dict[tuple[str, str], Band] = {
     ("activation", "output"): (float("-inf"), 0),
     ("change", "feature"): (0, 0),
     ("change", "output"): (-0.5, 0),
+    # Queries and keys whose head dim grows start uncorrelated, and a gradient that passes their product fades until they are not:
+    # −1 (queries) and −½ (keys) in the first steps of SGD (docs/coordinate-check.md).
+    ("change", "attention"): (-1, 0),
+    # ΔW·x of the readout alone: 0 once its update and the features are aligned, less in narrow models' first steps.
+    ("update", "output"): (-0.5, 0),
+    # Of parameters: no row, no health. A readout may start as small as it likes, at zero too.
+    ("weight", "feature"): (0, 0),
+    ("weight", "output"): (float("-inf"), 0),
+    ("gradient", "feature"): (0, 0),
+    ("gradient", "output"): (0, 0),
 }
+
+# lr · weight decay, what a step takes off a weight, by the policy that was chosen (docs/rules.md).
+HEALTHY_DECAY: dict[str, Band] = {"independent": (0, 0), "coupled": (-1, 1), "sqrt": (-0.5, 0.5)}
 
 # And over depth (CompleteP 2505.01618, Desiderata 1 and 2). The branches are 1/L large each: their incoherent part, all of
 # it at the start, sums to 1/√L, the coherent part of their change to 1; behind the first layer there is only one of them.

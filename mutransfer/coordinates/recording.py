@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -24,11 +25,13 @@ from ..plans import Plan
 from ..recipe import Recipe
 from ..scale import Scale
 from ..tables import table
-from .watching import module_roles, one_run, places
+from .runs import layers, run
+from .setups import OWN, as_built, as_planned
 
 __all__ = ["record"]
 
 CHECK_LR = {"adam": 2**-8, "sgd": 2**-3}
+DECAY = 1e-6  # too little to be felt in a few steps; lr · decay is compared all the same
 STEP = 2**-4  # of a weight's initial size that one step of an Adam-like optimizer may move it: beyond, slopes bend
 
 
@@ -46,6 +49,7 @@ def record(
     device: str = "cpu",
     progress: Callable[[int, int], None] = lambda done, total: None,
     planner: Callable[..., Plan] | None = None,
+    observation: Observation | None = None,
 ) -> pd.DataFrame:
     """Train ``family`` a few steps at each width and record the size of every module's output.
 
@@ -54,7 +58,8 @@ def record(
     Args:
         family: what to check; its base anchors the plan.
         widths: at least two, in any order; empty or one for a check over ``depths``.
-        parametrization: name of the table that sets init and learning rates.
+        parametrization: name of the table that sets init and learning rates, or "own" for the model as its builder leaves
+            it, with mup's optimizer if mup has annotated it.
         optimizer: name of a torch optimizer.
         lr: base learning rate; by default one at which the built-in models learn, or less where initial weights are small.
         depth: layers; the base's by default.
@@ -64,6 +69,7 @@ def record(
         device: where to train.
         progress: called with (runs done, runs in all).
         planner: plans in place of `plan`, called with the same arguments: to measure a plan that was changed.
+        observation: what `observe` returned for this family, to save doing it again.
 
     Returns:
         A frame with the columns of `frames.COORDINATES`.
@@ -85,24 +91,25 @@ def record(
     scales = [base.with_(depth=each) if depths else base.with_(width=each) for each in sizes]
     if depths and len(set(widths)) == 1:
         scales = [scale.with_(width=widths[0]) for scale in scales]
-    seen = observe(family)
-    if depths and table(parametrization).depth is not None:
+    seen = observation or observe(family)
+    if depths and parametrization != OWN and table(parametrization).depth is not None:
         seen = with_depth_constants(family, seen)  # once, not in every plan
-    recipe = Recipe(lr=lr or _check_lr(column, seen), schedule="constant", warmup=0)
+    decay = 0.0 if optimizer in OPTIMIZERS and OPTIMIZERS[optimizer].l2 else DECAY
+    recipe = Recipe(lr=lr or _check_lr(column, seen), weight_decay=decay, schedule="constant", warmup=0)
     growing = _stacks(family, scales) if depths else None
+    make = planner or plan
     rows: list[dict[str, Any]] = []
     for i, scale in enumerate(scales):
-        planned = (planner or plan)(family, scale, parametrization, optimizer, recipe, observation=seen)
-        divide = _scales(planned, seen, scale.width / family.base.width)
-        for j, seed in enumerate(seeds):
-            progress(i * len(seeds) + j, len(scales) * len(seeds))
-            model = family.build(planned.scale).to(device)
-            planned.initialize(model, seed)
-            stacks = None if growing is None else {name: n for name, n in _layers(model).items() if name in growing}
-            shown = places(model, set(module_roles(model, planned)), stacks)
-            common = {"parametrization": parametrization, "optimizer": optimizer, "seed": seed}
-            common |= {"width": scale.width, "depth": scale.depth}
-            rows += [row | common for row in one_run(family, planned, model, divide, shown, steps, device)]
+        if parametrization == OWN:
+            setup = as_built(family, scale, seen, optimizer, recipe.lr, device)
+        else:
+            setup = as_planned(
+                family, make(family, scale, parametrization, optimizer, recipe, observation=seen), seen, device
+            )
+        common: dict[str, Any] = {"parametrization": parametrization, "optimizer": optimizer}
+        common |= {"width": scale.width, "depth": scale.depth}
+        done = partial(lambda i, n: progress(i * len(seeds) + n, len(scales) * len(seeds)), i)
+        rows += [row | common for row in run(family, setup, seeds, steps, device, growing, done)]
     progress(len(scales) * len(seeds), len(scales) * len(seeds))
     return COORDINATES.frame(rows)
 
@@ -113,33 +120,10 @@ def _check_lr(column: str, seen: Observation) -> float:
     return min(CHECK_LR[column], STEP * median(stds)) if column == "adam" and stds else CHECK_LR[column]
 
 
-def _scales(planned: Plan, seen: Observation, wider: float) -> dict[str, float]:
-    """By what each module's features are divided: the multipliers folded into it.
-
-    A number with which the module itself multiplies its parameter's result belongs to the features.
-    """
-    scales, rules = {}, table(planned.parametrization).rows
-    for row in planned.rows:
-        spec = seen.specs.get(row.name)
-        own = wider**spec.constant if spec is not None and spec.constant_inside else 1.0
-        # A multiplier that the table itself folds is part of the function.
-        scales[row.name.removesuffix(".weight")] = row.gauge * own / rules[row.role].gauge(row.m_in, row.m_out)
-    return scales
-
-
 def _stacks(family: Family, scales: Sequence[Scale]) -> dict[str, int]:
     """Return the stacks of layers, by name, that the greatest depth has more of than the least; with no count yet."""
     counts = []
     for scale in (scales[0], scales[-1]):
         with FakeTensorMode(allow_non_fake_inputs=True):
-            counts.append(_layers(build(family, scale)))
+            counts.append(layers(build(family, scale)))
     return {name: count for name, count in counts[1].items() if counts[0].get(name) != count}
-
-
-def _layers(model: torch.nn.Module) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for name, _ in model.named_modules():
-        stack, _, last = name.rpartition(".")
-        if last.isdigit():
-            counts[stack] = max(counts.get(stack, 0), int(last) + 1)
-    return counts

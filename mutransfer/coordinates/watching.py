@@ -1,132 +1,139 @@
-"""One short training run with every module's output measured: its size at the start and the size of its change."""
+"""One forward pass with the sizes of what every module takes in, gives out, and owes to its own update.
+
+Sizes are means of |x| (mup's "l1"). Nothing here keeps a tensor alive longer than the caller does, and everything is made of
+tensor operations, so that the same pass runs under `torch.vmap` over several seeds.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves
+from torch.func import functional_call
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from ..family import Family
 from ..observing.flows import storage_key
-from ..plans import Plan
 
-__all__ = ["module_roles", "one_run", "places"]
+__all__ = ["Pass", "Watched", "watch"]
 
-ROOT = "(model)"  # what a module without a name, the whole model, is recorded under
+Tensors = dict[str, torch.Tensor]
 
 
-def one_run(
-    family: Family,
-    planned: Plan,
-    model: torch.nn.Module,
-    scales: dict[str, float],
-    shown: dict[str, str],
-    steps: int,
-    device: str,
-) -> Iterator[dict[str, Any]]:  # fmt: skip
-    """Train ``model`` on the family's example batch and yield a row per module and step (`frames.COORDINATES`).
+@dataclass(frozen=True)
+class Watched:
+    """Which modules of a model to look at.
 
-    ``scales`` says by what a module's features are to be divided, ``shown`` under which name they are recorded.
+    Args:
+        shown: module → the name that it is recorded under.
+        roles: module → role (`roles.module_roles`), "output" where its result is a logit.
+        own: module → {local name: name in the model} of its own parameters but matrices, for modules whose update is measured.
     """
-    batch = family.batch_on(device)
-    optimizer = planned.make_optimizer(model)
-    roles = module_roles(model, planned)
-    initial: dict[str, torch.Tensor] = {}
-    with _outputs(model, roles, shown) as outputs:
-        for step in range(steps + 1):
-            loss = family.loss_on(model, batch)
-            if step == 0:
-                initial = {name: output.clone() for name, output in outputs.items()}
-            sizes = outputs if step == 0 else {name: output - initial[name] for name, output in outputs.items()}
-            values = torch.stack([size.abs().mean().double() for size in sizes.values()]).tolist()
-            for name, value in zip(sizes, values, strict=True):
-                yield {
-                    "module": shown[name],
-                    "role": roles[name],
-                    "statistic": "activation" if step == 0 else "change",
-                    "step": step,
-                    # A feature that carries a folded multiplier (queries, a final norm before a tied readout) is compared as
-                    # it is without it; a logit is what it is.
-                    "value": value / scales.get(name, 1.0) if roles[name] == "feature" else value,
-                }
-            if step < steps:
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
+
+    shown: Mapping[str, str]
+    roles: dict[str, str]
+    own: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What one forward pass showed: ``sizes`` by (module, statistic), and of a first pass what went in and came out."""
+
+    sizes: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict)
+    outputs: Tensors = field(default_factory=dict)
+    inputs: Tensors = field(default_factory=dict)
 
 
 @contextmanager
-def _outputs(model: torch.nn.Module, roles: dict[str, str], shown: dict[str, str]) -> Iterator[dict[str, torch.Tensor]]:
-    """Keep the output of every module in ``shown``, and set the roles that only a forward pass can tell."""
-    names = {module: name for name, module in model.named_modules()}
-    outputs: dict[str, torch.Tensor] = {}
+def watch(
+    model: torch.nn.Module, watched: Watched, start: Pass | None, first: Tensors | None, *, survey: bool = False
+) -> Iterator[Pass]:
+    """Measure the forward passes of ``model`` inside of the context.
+
+    Args:
+        model: looked at through forward hooks, which are gone afterwards.
+        watched: what to look at.
+        start: the first pass, to measure the "change" against; None for the first itself, which has an "activation".
+        first: initial parameters by name, to measure the "update" ΔW·x as well: what a module's matrices of today make of the
+            first pass's input, less what they made of it then. It is the module's own, whatever came to it has changed.
+        survey: also correct the roles in ``watched`` by what only a pass can tell; not possible under `torch.vmap`.
+    """
+    names = {module: name for name, module in model.named_modules() if name in watched.shown}
+    seen = Pass()
     logits: dict[str, torch.Tensor] = {}  # kept, as a freed storage's address would be given to the next tensor
+    inside = False
 
-    def keep(module: torch.nn.Module, args: Any, output: Any) -> None:
-        name = names[module]
-        tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
-        if not tensors:
+    def keep(module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        nonlocal inside
+        if inside or (result := first_floating(output)) is None:
             return
-        given = [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
-        if given and not given[0].is_floating_point() and roles.get(name) == "output" and name:
-            roles[name] = "feature"  # a matrix that is embedding and readout is here the embedding
-        # What hands a readout's result on is a readout too.
-        if any(storage_key(tensors[0]) == storage_key(each) for each in logits.values()):
-            roles[name] = "output"
-        outputs[name] = tensors[0].detach()
-        if roles.setdefault(name, "feature") == "output":
-            logits[name] = outputs[name]
+        name, detached = names[module], result.detach()
+        if survey:
+            _tell_role(watched.roles, logits, name, (args, kwargs), detached)
+        given = first_floating((args, kwargs))
+        if given is not None:
+            seen.sizes[name, "input"] = size(given.detach())
+        if start is None:
+            seen.sizes[name, "activation"] = size(detached)
+            seen.outputs[name] = detached
+            if given is not None:
+                seen.inputs[name] = given.detach()
+            return
+        before = start.outputs.get(name)
+        if before is None or before.shape != detached.shape:
+            return
+        seen.sizes[name, "change"] = size(detached - before)
+        if first is not None and name in watched.own:
+            inside = True  # this is no pass of the model's
+            try:
+                own = {local: first[parameter] for local, parameter in watched.own[name].items()}
+                again = _again(module, own, start.inputs.get(name), args, kwargs)
+            finally:
+                inside = False
+            seen.sizes[name, "update"] = size(again - before)
 
-    handles = [module.register_forward_hook(keep) for name, module in model.named_modules() if name in shown]
+    handles = [module.register_forward_hook(keep, with_kwargs=True) for module in names]
     try:
-        yield outputs
+        yield seen
     finally:
         for handle in handles:
             handle.remove()
 
 
-def module_roles(model: torch.nn.Module, planned: Plan) -> dict[str, str]:
-    """Return, for every module that owns parameters, whether its output is a "feature" or an "output" (a logit)."""
-    roles: dict[str, str] = {}
-    planned_roles = {row.name: row.role for row in planned.rows}
-    frozen = {name for name, each in model.named_parameters(remove_duplicate=False) if not each.requires_grad}
-    for name, _ in model.named_parameters(remove_duplicate=False):
-        if name in frozen:
-            continue
-        # What makes a parametrized weight hands on the weight, no features: its owner does.
-        module = name.partition(".parametrizations.")[0] if ".parametrizations." in name else name.rpartition(".")[0]
-        # A second name for a tied matrix is the readout's.
-        is_output = planned_roles.get(name, "output") == "output"
-        # The whole model's output is a logit, also where the model owns a parameter of its own.
-        roles[module] = "output" if is_output or not module else roles.get(module, "feature")
-    return roles
+def size(tensor: torch.Tensor) -> torch.Tensor:
+    """Return mean |x|."""
+    return tensor.abs().mean(dtype=torch.float64 if tensor.dtype == torch.float64 else torch.float32)
 
 
-def places(model: torch.nn.Module, owners: set[str], stacks: dict[str, int] | None) -> dict[str, str]:
-    """Return which modules to record, and under which name.
+def first_floating(values: Any) -> torch.Tensor | None:
+    """Return the first floating tensor of a tensor, tuple or dictionary, however nested."""
+    leaves = tree_leaves(values)
+    return next((leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()), None)
 
-    For a check over widths those that own parameters. For one over depths (``stacks``: name of a stack of layers →
-    number of layers) what the first and the last layer of every stack hand on, which is the residual stream, and the
-    modules inside of the first layer and of the middle one, under these names. What enters the middle layer has seen half
-    of the branches at every even depth; what enters the last one (L−1)/L of them, which alone reads as a slope of +0.2 over
-    depths 2 to 32.
-    """
-    if stacks is None:
-        return {name: name or ROOT for name, _ in model.named_modules() if name in owners}
-    shown = {}
-    for name, _ in model.named_modules():
-        parts, kept, is_layer = name.split("."), True, False
-        for i, part in enumerate(parts):
-            count = stacks.get(".".join(name.split(".")[:i])) if part.isdigit() else None
-            if count is not None:
-                is_layer = i == len(parts) - 1
-                other = {count - 1: "last"} if is_layer else {count // 2: "middle"}
-                called = ({**other, 0: "first"}).get(int(part))
-                kept = kept and called is not None
-                parts[i] = called or part
-        if kept and (name in owners or is_layer):
-            shown[name] = ".".join(parts) or ROOT
-    return shown
+
+@torch.no_grad()
+def _again(module: torch.nn.Module, own: Tensors, given: torch.Tensor | None, args: Any, kwargs: Any) -> torch.Tensor:
+    """Return what ``module`` makes of ``given`` in place of its first floating argument, with the parameters in ``own``."""
+    leaves, structure = tree_flatten((args, kwargs))
+    replaced = first_floating((args, kwargs))
+    if given is not None:
+        leaves = [given if leaf is replaced else leaf for leaf in leaves]
+    args, kwargs = tree_unflatten(leaves, structure)
+    # A batch norm moves its running averages in every pass.
+    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    result = first_floating(functional_call(module, {**buffers, **own}, args, kwargs))
+    assert result is not None  # as in the pass that it repeats
+    return result.detach()
+
+
+def _tell_role(roles: dict[str, str], logits: Tensors, name: str, given: Any, output: torch.Tensor) -> None:
+    leaves = [leaf for leaf in tree_leaves(given) if isinstance(leaf, torch.Tensor)]
+    if leaves and not leaves[0].is_floating_point() and roles.get(name) == "output" and name:
+        roles[name] = "input"  # a matrix that is embedding and readout is here the embedding
+    # What hands a readout's result on is a readout too.
+    if any(storage_key(output) == storage_key(each) for each in logits.values()):
+        roles[name] = "output"
+    if roles.setdefault(name, "stream") == "output":
+        logits[name] = output

@@ -44,7 +44,7 @@ class Attention:
     """One softmax over scaled dot products: head dim, scale, and the parameters that carry a factor into the queries.
 
     ``others`` are the parameters that the keys and, where the operation is fused, the values depend on through them alone;
-    ``uses`` those whose results the queries are.
+    ``uses`` those whose results the queries are; ``keys`` carry a factor into the keys.
     """
 
     head_dim: int
@@ -52,3 +52,4 @@ class Attention:
     others: frozenset[str]
     queries: frozenset[str]
     uses: frozenset[int]
+    keys: frozenset[str] = frozenset()

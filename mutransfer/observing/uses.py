@@ -280,7 +280,8 @@ class UseWatcher(TorchDispatchMode):
             return
         scale *= queries.number * keys.number
         uses = frozenset(queries.factors)
-        self.attentions.append(Attention(head_dim, scale, self.decode(others), self.decode(queries.carries), uses))
+        names = self.decode(others), self.decode(queries.carries)
+        self.attentions.append(Attention(head_dim, scale, *names, uses, self.decode(keys.carries)))
 
     def _note_parts(self, whole: torch.Tensor, pieces: list[torch.Tensor]) -> None:
         root, direct = self._roots.get(whole), self._flow(whole).direct

@@ -20,7 +20,7 @@ L2 = "is L2 regularization, which adaptive steps do not transfer: use adamw, who
 CAPPED = (
     "torch.optim.Adafactor caps every lr at 1/√step: the plan's factors hold until step 1/lr², with the largest lr."
 )
-MUON = {
+MUON: dict[str, Any] = {
     "home": "mutransfer.optimizers.muon",
     "about": "hidden matrices follow Muon, all other parameters AdamW at lr · adamw_lr_ratio.",
 }
@@ -57,6 +57,7 @@ OPTIMIZERS: dict[str, OptimizerRule] = {
             False,
             lambda _: {"scale_parameter": False, "relative_step": False},
             home="transformers",
+            entrywise=False,
         ),
         Muon("muon", "MuonWithAdamW", "adam", "muon", True, momentum, **MUON),
         Muon("muon-match-rms-adamw", "MuonWithAdamW", "adam", "muon", True, momentum, **MUON, adjust="match_rms_adamw"),

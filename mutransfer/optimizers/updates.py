@@ -48,6 +48,7 @@ class OptimizerRule:
     ``has_eps``: whether it adds an epsilon to the gradient's size (outside the root in all of torch's classes).
     ``keywords``: the settings that do not depend on the parameter.
     ``l2``: why its weight decay does not transfer; empty where it does. ``about``: what a reader of the plan should know.
+    ``entrywise``: whether each entry of a parameter is updated by itself, so that stacked parameters step as separate ones.
     """
 
     name: str
@@ -59,6 +60,7 @@ class OptimizerRule:
     home: str | None = "torch.optim"
     l2: str = ""
     about: str = ""
+    entrywise: bool = True
 
     @property
     def eps_of_gradient(self) -> bool:
@@ -135,6 +137,7 @@ class Adafactor(OptimizerRule):
     """Steps relative to the parameter's own size, or to the smallest size that its second epsilon sets."""
 
     gradient_eps: float = TINY
+    entrywise: bool = False
 
     def lr(self, row: Row, growth: Growth) -> float:
         """Where Adam's rate is one for all (SP), so is this one; otherwise the size takes over what it already holds."""
@@ -184,6 +187,7 @@ class Muon(OptimizerRule):
     """
 
     adjust: str = "original"
+    entrywise: bool = False
 
     def of(self, parameter: Parameter) -> OptimizerRule:
         """Matrices with two growing sides; expert stacks and convolutions have more axes than the class takes."""
