@@ -93,23 +93,24 @@ def _healthy_mlp() -> Verdict:
     ("fault", "module", "cause"),
     [
         pytest.param(
-            rows(role("hidden"), lambda row: {"lr": row.lr * row.m_in}), "hidden.0", "does not shrink with width",
+            rows(role("hidden"), lambda row: {"lr": row.lr * row.m_in}), "hidden.0", "hidden lr not divided by the width",
             id="hidden lr not scaled",
         ),
         pytest.param(
-            rows(matrix("input.weight"), lambda row: {"lr": row.lr / row.m_out}), "input", "fade with width",
+            rows(matrix("input.weight"), lambda row: {"lr": row.lr / row.m_out}), "input", "input lr divided by the width",
             id="first layer's lr scaled",
         ),
         pytest.param(
             rows(role("output"), lambda row: {"init": row.init.scaled(row.m_in**0.5)}), "readout",
-            "or initial weights do not shrink", id="readout std as SP has it",
+            "readout's initial weights shrink as width^-1/2", id="readout std as SP has it",
         ),
         pytest.param(
-            rows(role("output"), lambda row: {"lr": row.lr * row.m_in}), "readout", "learning rate or initial",
+            rows(role("output"), lambda row: {"lr": row.lr * row.m_in}), "readout", "readout lr not divided by the width",
             id="readout lr not scaled",
         ),
         pytest.param(
-            rows(role("hidden"), lambda row: {"init": row.init.scaled(row.m_in**0.5)}), "hidden.0", "initial weights are not",
+            rows(role("hidden"), lambda row: {"init": row.init.scaled(row.m_in**0.5)}), "hidden.0",
+            "hidden initial weights do not shrink",
             id="hidden std not scaled",
         ),
     ],
@@ -123,14 +124,14 @@ def test_the_check_names_an_embedding_lr_that_is_scaled() -> None:
     family = families.transformer(width=32, depth=1, head_dim=8)
     assert checked(family).status == "pass"
     found = checked(family, rows(matrix("embedding.weight"), lambda row: {"lr": row.lr / row.m_out}))
-    names_and_cause(found, "embedding", "fade with width")
+    names_and_cause(found, "embedding", "input lr divided by the width")
 
 
 def test_the_check_names_an_epsilon_that_is_not_scaled() -> None:
     """With an epsilon that is felt: at 1e-8 nothing here would be."""
     assert checked(families.mlp(width=32), eps=1e-2).status == "pass"
     found = checked(families.mlp(width=32), rows(lambda row: True, lambda row: {"eps": 1e-2}), eps=1e-2)
-    names_and_cause(found, "hidden.0", "fade with width")
+    names_and_cause(found, "hidden.0", "epsilon is not scaled")
 
 
 def test_the_check_names_a_bottleneck_taken_for_an_output() -> None:
