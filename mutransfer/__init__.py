@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .coordinates import record as record
     from .coordinates import verdict as verdict
+    from .coordinates.recorder import Recorder as Recorder
     from .errors import RequestError as RequestError
     from .family import Family as Family
     from .optimizers.muon import MuonWithAdamW as MuonWithAdamW
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from .plans import Plan as Plan
     from .recipe import Recipe as Recipe
     from .scale import Scale as Scale
+    from .testing import assert_coordinates_hold as assert_coordinates_hold
     from .transfer import TargetConfig as TargetConfig
 
 __version__ = "0.1.0"
@@ -27,9 +29,11 @@ _HOMES = {
     "MuonWithAdamW": "optimizers.muon",
     "Plan": "plans",
     "Recipe": "recipe",
+    "Recorder": "coordinates.recorder",
     "RequestError": "errors",
     "Scale": "scale",
     "TargetConfig": "transfer",
+    "assert_coordinates_hold": "testing",
     "plan": "planning",
     "record": "coordinates",
     "verdict": "coordinates",
@@ -40,9 +44,11 @@ __all__ = [
     "MuonWithAdamW",
     "Plan",
     "Recipe",
+    "Recorder",
     "RequestError",
     "Scale",
     "TargetConfig",
+    "assert_coordinates_hold",
     "plan",
     "record",
     "verdict",

@@ -9,7 +9,7 @@ import typer
 
 from ..errors import RequestError
 from .console import AsJson, Device, Progress, device_of, emit, numbers, records, say, table
-from .models import DepthField, Optimizer, Parametrization, Roles, WidthField
+from .models import DepthField, Optimizer, Roles, WidthField
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..family import Family
 
 WIDTHS = "64,128,256,512"
-PATIENCE = 4  # an undecided check adds seeds up to this many times the first ones
+BATCH, LENGTH = 4, 16  # a mean over few examples is as telling: it is taken over features as well (docs/log.md)
 
 
 def add_to(app: typer.Typer) -> None:
@@ -33,7 +33,13 @@ def check(
     widths: Annotated[
         str, typer.Option(help="Widths to compare; with --depths the one width, the base's if left.")
     ] = WIDTHS,
-    parametrization: Parametrization = "mup",
+    parametrization: Annotated[
+        str,
+        typer.Option(
+            help="mup, sp, completep (with --depths), depth-mup, umup, spectral, ntk, or own: the model as its builder leaves "
+            "it, under mup's optimizer if mup has annotated it."
+        ),
+    ] = "mup",
     optimizer: Optimizer = "adamw",
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 4,
     seeds: Annotated[
@@ -58,6 +64,7 @@ def check(
     as_json: AsJson = False,
 ) -> int:
     """Say whether activations and their changes keep their size as the width, or the depth, grows (exit 1 if not)."""
+    from ..coordinates import OWN
     from ..proxies.hf_fields import told
     from ..recipe import Recipe
     from ..tables import table as parametrization_table
@@ -66,7 +73,10 @@ def check(
     sizes, layers = _sizes(widths, depths)
     options = fields_asked_for(model, width_field, depth_field)
     smallest = min(sizes, default=int(WIDTHS.split(",")[0]))
-    family, source = family_for(model, data, base_width, depth, default_width=smallest, options=options, roles=role)
+    family, source = family_for(
+        model, data, base_width, depth,
+        default_width=smallest, batch_size=BATCH, sequence_length=LENGTH, options=options, roles=role,
+    )  # fmt: skip
     if layers and depth is None and family.base.depth > min(layers):
         family = family.with_base(
             family.base.with_(depth=min(layers))
@@ -79,8 +89,9 @@ def check(
         say(f"{family.name} {told(grown)}")
     if lr is not None:
         Recipe.read({"lr": lr}, "--lr")
-    if control:
-        parametrization_table(control)
+    for name in (parametrization, control):
+        if name and name != OWN:
+            parametrization_table(name)
     if out is not None:
         from ..runs import RunFolder
 
@@ -129,38 +140,28 @@ def _sizes(widths: str, depths: str | None) -> tuple[list[int], list[int]]:
 
 def judge(
     family: Family, widths: list[int], parametrization: str, optimizer: str, device: str, steps: int, seeds: int,
-    lr: float | None, first: int = 0, patience: int = PATIENCE, depths: list[int] | None = None,
+    lr: float | None, first: int = 0, patience: int | None = None, depths: list[int] | None = None,
 ) -> tuple[Verdict, pd.DataFrame]:  # fmt: skip
-    """Record and judge; while the evidence does not tell, add as many seeds again."""
-    import pandas as pd
+    """Record and judge with a bar, and what cannot be measured said on stderr."""
+    import warnings
 
-    from ..coordinates import record, verdict
+    from ..coordinates import PATIENCE
+    from ..coordinates import judge as reach
 
-    frames: list[pd.DataFrame] = []
-    for repeat in range(patience):
-        chosen = range(first + repeat * seeds, first + (repeat + 1) * seeds)
-        with Progress(f"coordinate check of {family.name} under {parametrization}") as progress:
-            frames.append(
-                record(
-                    family,
-                    widths,
-                    parametrization,
-                    optimizer,
-                    lr=lr,
-                    depths=depths or (),
-                    steps=steps,
-                    seeds=chosen,
-                    device=device,
-                    progress=progress,
-                )
-            )
-        frame = pd.concat(frames, ignore_index=True)
-        judged = verdict(frame)
-        if judged.status != "undecided":
-            break
-        if repeat + 1 < patience:
-            say(f"not decided with {(repeat + 1) * seeds} seeds: adding {seeds}.")
-    return judged, frame
+    with warnings.catch_warnings(record=True) as caught, Progress(_title(family, parametrization)) as progress:
+        warnings.simplefilter("always", UserWarning)
+        check = reach(
+            family, widths, parametrization, optimizer, seeds=seeds, first=first, patience=patience or PATIENCE,
+            more=lambda done, adding: say(f"not decided with {done} seeds: adding {adding}."),
+            lr=lr, depths=depths or (), steps=steps, device=device, progress=progress,
+        )  # fmt: skip
+    for text in dict.fromkeys(str(each.message) for each in caught):
+        say(text)
+    return check.verdict, check.coordinates
+
+
+def _title(family: Family, parametrization: str) -> str:
+    return f"coordinate check of {family.name} under {parametrization}"
 
 
 def summary(judged: Verdict, name: str, second: Verdict | None, control: str | None) -> dict[str, Any]:

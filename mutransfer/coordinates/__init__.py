@@ -4,9 +4,13 @@
 feature learning (`tables.HEALTHY`), so the standard parametrization fails it, as it should.
 """
 
+from .checking import PATIENCE as PATIENCE
+from .checking import Check as Check
+from .checking import judge as judge
 from .recording import record as record
+from .setups import OWN as OWN
 from .verdicts import MARGIN as MARGIN
 from .verdicts import Verdict as Verdict
 from .verdicts import verdict as verdict
 
-__all__ = ["MARGIN", "Verdict", "record", "verdict"]
+__all__ = ["MARGIN", "OWN", "PATIENCE", "Check", "Verdict", "judge", "record", "verdict"]

@@ -1,0 +1,198 @@
+"""A recorder for any training loop: the same frame as `record` makes, of a run that somebody else drives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from types import TracebackType
+from typing import Any
+
+import pandas as pd
+import torch
+
+from ..errors import RequestError, nearest
+from ..frames import COORDINATES
+from ..matching import matched
+from ..optimizers.registry import OPTIMIZERS
+from ..plans import Plan
+from .parameters import Owned, decays, owned, sizes_of_gradients, sizes_of_weights
+from .places import module_roles, own_parameters, places
+from .setups import OWN, divisors
+from .watching import Pass, Tensors, Watched, watch
+
+__all__ = ["Recorder"]
+
+
+class Recorder:
+    """Record the sizes of a model's outputs, updates, gradients and weights while a loop trains it.
+
+    ::
+
+        with Recorder(model, optimizer, probe=lambda m: m(tokens), plan=plan, seed=0) as recorder:
+            train(model, optimizer)  # any loop
+        frames.append(recorder.frame())  # of this width; `verdict(pd.concat(frames))` judges several
+
+    It rides on the optimizer's step hooks. A probe is a forward pass without gradients, after which buffers and random numbers
+    are as they were: the training does not change by a bit.
+
+    Args:
+        model: under whatever wrapper.
+        optimizer: that steps it.
+        probe: runs ``model`` on a batch that stays the same; what it returns is not looked at.
+        plan: what the model was planned with; tells the roles and the size.
+        width: of the model, where there is no plan.
+        depth: of the model, where there is no plan.
+        seed: of its initial weights.
+        steps: after which optimizer steps to probe besides the start; by default 1, 2, 4, 8 and so on.
+        outputs: names or patterns of the modules whose results are logits, where there is no plan; by default the last one to
+            run that owns parameters.
+        name: the optimizer's name in `OPTIMIZERS`, where its class does not tell.
+
+    Raises:
+        RequestError: neither a plan nor a width, an optimizer whose column is not known, or a plan of another model.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        probe: Callable[[torch.nn.Module], Any],
+        *,
+        plan: Plan | None = None,
+        width: int | None = None,
+        depth: int = 1,
+        seed: int = 0,
+        steps: Collection[int] | None = None,
+        outputs: Collection[str] = (),
+        name: str | None = None,
+    ) -> None:
+        if plan is None and width is None:
+            raise RequestError("a recorder needs the model's size to compare it with others: pass plan=…, or width=….")
+        name = name or (plan.optimizer if plan else type(optimizer).__name__.lower())
+        if name not in OPTIMIZERS:
+            raise RequestError(
+                f"it is not known whether {name!r} steps like Adam or like SGD: pass name=…; {nearest(name, OPTIMIZERS)}"
+            )
+        self.model = getattr(model, "_orig_mod", model)  # a compiled forward pass runs no hooks
+        self.optimizer, self.probe, self.plan, self.steps, self.outputs = optimizer, probe, plan, steps, outputs
+        self.step = 0
+        scale = (plan.scale.width, plan.scale.depth) if plan else (width, depth)
+        self.common = {"parametrization": plan.parametrization if plan else OWN, "optimizer": name, "seed": seed}
+        self.common |= dict(zip(("width", "depth"), scale, strict=True))
+        self.parameters: Tensors = dict(matched(plan, self.model)) if plan else _trainable(self.model)
+        self.known = owned(plan) if plan else {each: Owned("feature", None) for each in self.parameters}
+        self._divisors = divisors(plan, {}) if plan else {}
+        self._start: Pass | None = None
+        self._first: Tensors = {}
+        self._watched = Watched({}, {})
+        self._rows: list[dict[str, Any]] = []
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> Recorder:
+        self._handles = [
+            self.optimizer.register_step_pre_hook(self._before_step),
+            self.optimizer.register_step_post_hook(self._after_step),
+        ]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._start, self._first = [], None, {}
+
+    def frame(self) -> pd.DataFrame:
+        """Return what was recorded (schema COORDINATES).
+
+        Raises:
+            RequestError: the optimizer has not stepped inside of the context.
+        """
+        if not self._rows:
+            raise RequestError(
+                "nothing was recorded: train inside of `with recorder:`, with the optimizer it was given."
+            )
+        return COORDINATES.frame([row | self.common for row in self._rows])
+
+    def _due(self, step: int) -> bool:
+        return step & (step - 1) == 0 if self.steps is None else step in self.steps
+
+    # The start is measured just before the first step, when the model is in the mode that it is trained in.
+    def _before_step(self, *_: Any) -> None:
+        if self.step == 0:
+            self._watched = self._survey()
+            self._first = {
+                name: each.detach().clone() for name, each in _trainable(self.model).items() if each.dim() < 2
+            }
+            self._look()
+            for name, taken in decays(self.parameters, self.known, self.optimizer):
+                self._note(name, self.known[name].role, "decay", taken)
+        if self.step == 0 or self._due(self.step + 1):
+            for name, value in sizes_of_gradients(self.parameters, self.known, self.optimizer, False):
+                self._note(name, self.known[name].role, "gradient", value)
+
+    def _after_step(self, *_: Any) -> None:
+        self.step += 1
+        if self._due(self.step):
+            self._look()
+
+    def _look(self) -> None:
+        first = self._first if self._start is not None else None
+        with self._aside(), watch(self.model, self._watched, self._start, first) as seen:
+            self.probe(self.model)
+        for (name, statistic), value in seen.sizes.items():
+            role = self._watched.roles.get(name, "stream")
+            folded = self._divisors.get(name, 1.0) if role != "output" and statistic != "input" else 1.0
+            self._note(self._watched.shown[name], role, statistic, value / folded)
+        for name, value in sizes_of_weights(self.parameters, self.known, False):
+            self._note(name, self.known[name].role, "weight", value)
+        self._start = self._start or seen
+
+    def _note(self, name: str, role: str, statistic: str, value: torch.Tensor | float) -> None:
+        row = {"module": name, "role": role, "statistic": statistic, "step": self.step, "value": float(value)}
+        self._rows.append(row)
+
+    def _survey(self) -> Watched:
+        """Return what to watch: every module with parameters, and which results are logits."""
+        roles = module_roles(self.model, self.plan) if self.plan else dict.fromkeys(_owners(self.model), "feature")
+        watched = Watched(places(self.model, set(roles), None), roles)
+        with self._aside(), watch(self.model, watched, None, None, survey=self.plan is not None) as seen:
+            self.probe(self.model)
+        if self.plan is None:
+            ran = list(seen.outputs)
+            chosen = [name for name in ran if any(fnmatchcase(name, each) for each in self.outputs)]
+            if self.outputs and not chosen:
+                raise RequestError(
+                    f"no module that ran is called {', '.join(self.outputs)}: it is one of {', '.join(ran)}."
+                )
+            # The whole model's result comes last, and is the logits as well.
+            last = [name for name in ran if name][-1:]
+            roles |= dict.fromkeys(chosen or [*last, *(name for name in ran if not name)], "output")
+        own = {name: own for name, own in own_parameters(self.model).items() if name in watched.shown}
+        sharded = {
+            name for name in own if any(hasattr(p, "placements") for p in self.model.get_submodule(name).parameters())
+        }
+        return Watched(watched.shown, roles, {name: each for name, each in own.items() if name not in sharded})
+
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        """Leave buffers and random numbers as they were."""
+        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        devices = sorted({each.get_device() for each in self.parameters.values() if each.is_cuda})
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices):
+                torch.manual_seed(0)  # the same dropout masks in every probe
+                yield
+        finally:
+            with torch.no_grad():
+                for name, buffer in self.model.named_buffers():
+                    buffer.copy_(buffers[name])
+
+
+def _trainable(model: torch.nn.Module) -> Tensors:
+    return {name: each for name, each in model.named_parameters() if each.requires_grad}
+
+
+def _owners(model: torch.nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if any(True for _ in module.parameters(recurse=False))]

@@ -1,0 +1,36 @@
+"""Models that somebody wired by hand, checked as they stand: mup's examples pass, and without mup they fail."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mutransfer.cli import run
+
+MODELS = Path(__file__).with_name("mup_models.py")
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd"])
+@pytest.mark.parametrize(
+    ("model", "code"),
+    [("mlp", 0), ("plain_mlp", 1), pytest.param("transformer", 0), pytest.param("plain_transformer", 1)],
+)
+def test_mups_own_models_pass_and_fail_without_it(
+    model: str, code: int, optimizer: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = run(["check", f"{MODELS}:{model}", "--parametrization", "own", "--optimizer", optimizer, "--json"])
+    said = json.loads(capsys.readouterr().out)
+    assert found == code, said["cause"]
+    assert said["verdict"] == ("fail" if code else "pass")
+
+
+def test_the_plan_of_an_annotated_model_is_checked_too(capsys: pytest.CaptureFixture[str]) -> None:
+    """Rebuilt in µP as any other model, mup's forward multiplier seen and divided out."""
+    assert run(["check", f"{MODELS}:transformer", "--json"]) == 0, capsys.readouterr()
+
+
+def test_own_has_three_optimizers(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["check", f"{MODELS}:mlp", "--parametrization", "own", "--optimizer", "muon"]) == 2
+    assert "checked under adam, adamw or sgd, not 'muon'" in capsys.readouterr().err
