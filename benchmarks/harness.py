@@ -56,6 +56,12 @@ def at_most(name: str, values: list[float], bar: float) -> Claim:
     return Claim(name, median, min(values), max(values), bar, median <= bar)
 
 
+def at_least(name: str, values: list[float], bar: float) -> Claim:
+    """Return the claim that the median of ``values`` is at least ``bar``; low and high are their range."""
+    median = statistics.median(values)
+    return Claim(name, median, min(values), max(values), bar, median >= bar)
+
+
 def publish(claims: list[Claim], as_json: bool) -> None:
     """Print the claims as a table, or as JSON."""
     about = environment()
@@ -64,6 +70,7 @@ def publish(claims: list[Claim], as_json: bool) -> None:
         print(json.dumps({"claims": [asdict(c) for c in claims], "machine": machine, "versions": about["versions"]}))
         return
     print(f"{about['processor']}, {about['cores']} cores, torch {about['versions']['torch']}\n")
-    print(f"{'claim':<52}{'median':>8}{'min':>8}{'max':>8}{'bar':>8}")
+    wide = max(len(c.name) for c in claims) + 2
+    print(f"{'claim':<{wide}}{'median':>8}{'min':>8}{'max':>8}{'bar':>8}")
     for c in claims:
-        print(f"{c.name:<52}{c.value:>8.3f}{c.low:>8.3f}{c.high:>8.3f}{c.bar:>8.3f}  {'ok' if c.ok else 'MISSED'}")
+        print(f"{c.name:<{wide}}{c.value:>8.3f}{c.low:>8.3f}{c.high:>8.3f}{c.bar:>8.3f}  {'ok' if c.ok else 'MISSED'}")
