@@ -9,8 +9,8 @@ import pytest
 
 from mutransfer.cli import run
 from mutransfer.coordinates import record
+from mutransfer.coordinates.places import places
 from mutransfer.coordinates.verdicts import verdict
-from mutransfer.coordinates.watching import places
 from mutransfer.frames import varying
 from mutransfer.reports.coordinates import CoordinateFigure
 

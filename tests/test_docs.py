@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 import mutransfer as mt
 from mutransfer.cli import run
@@ -51,3 +52,19 @@ def test_the_readmes_model_file_is_planned_by_the_command_above_it(
     assert command
     assert run(command[1].split()) == 0
     assert "width 64 → 1024" in capsys.readouterr().out
+
+
+def test_the_github_action_runs_the_check_and_keeps_its_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (ROOT / "docs/coordinate-check.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    steps = yaml.safe_load(block)["jobs"]["check"]["steps"]
+    (command,) = [step["run"] for step in steps if step.get("run", "").startswith("mutransfer ")]
+    (kept,) = [step["with"]["path"] for step in steps if "upload-artifact" in step.get("uses", "")]
+    source = (ROOT / "tests/coordinates/mup_models.py").read_text(encoding="utf-8")
+    (tmp_path / "my_model.py").write_text(source + "\nfamily = plain_mlp\n", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    assert run(command.split()[1:]) == 0, capsys.readouterr().out
+    assert "control sp: fail" in capsys.readouterr().out
+    assert (tmp_path / kept).is_file()
