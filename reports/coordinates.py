@@ -20,6 +20,8 @@ from mutransfer.reports.words import label, ordered, plain
 
 __all__ = ["CoordinateFigure"]
 
+# What a panel shows of a module; a readout's update is drawn where it fails, and the parameters' own rows are in the table.
+SHOWN = ("activation", "change")
 MOST_MODULES = 12
 MOST_COLUMNS = 4
 
@@ -43,6 +45,8 @@ class CoordinateFigure(ReportFigure):
 
     def __post_init__(self) -> None:
         slopes = SLOPES.frame(self.slopes)
+        fails = slopes["ok"].eq(False).fillna(False)
+        slopes = slopes[slopes["statistic"].isin(SHOWN) | slopes["statistic"].eq("update") & fails]
         object.__setattr__(self, "coordinates", COORDINATES.frame(self.coordinates))
         object.__setattr__(self, "slopes", slopes)
         if slopes.empty or slopes["parametrization"].iloc[0] not in set(self.coordinates["parametrization"]):
