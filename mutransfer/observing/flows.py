@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-__all__ = ["Flow", "Graph", "Scores", "Sum", "storage_key", "union"]
+__all__ = ["Flow", "Graph", "Scores", "Sum", "numeric", "storage_key", "strides", "union"]
 
 
 @dataclass
@@ -84,3 +84,13 @@ def union(bits: Iterable[int]) -> int:
 def storage_key(tensor: torch.Tensor) -> int:
     """Return what all views of one tensor share."""
     return tensor.untyped_storage()._cdata
+
+
+def numeric(tensor: torch.Tensor) -> bool:
+    """Say whether a tensor holds real or complex numbers; others are indices and masks."""
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def strides(tensor: torch.Tensor) -> tuple[int, ...]:
+    """Return the strides in real numbers, so that a tensor and its view as complex numbers count alike."""
+    return tuple((2 if tensor.is_complex() else 1) * each for each in tensor.stride())

@@ -110,4 +110,5 @@ LINEAR |= {
     "repeat",
     "masked_scatter",
 }
+LINEAR |= {"complex", "real", "imag", "conj_physical", "_fft_r2c", "_fft_c2c", "_fft_c2r"}
 LINEAR |= {"upsample_bilinear2d", "upsample_bicubic2d", "pixel_shuffle", "masked_fill_", "im2col", "col2im"}

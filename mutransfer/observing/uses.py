@@ -19,7 +19,7 @@ from . import operations as ops
 from .carrying import carried
 from .cuts import Cuts
 from .factors import Factors, rounded
-from .flows import Flow, Graph, Scores, Sum, storage_key, union
+from .flows import Flow, Graph, Scores, Sum, numeric, storage_key, union
 from .noted import Attention, Use
 from .products import Products
 from .roots import Roots
@@ -154,11 +154,11 @@ class UseWatcher(TorchDispatchMode):
             self._note_uses("weight_norm" if any(args[2:]) else "mul", args, [args[1]], 0)
             sizes, inputs = self._roots.get(args[1]), inputs[:1]
         rooted = [(each, root) for each in inputs if (root := self._roots.get(each)) is not None]
-        if not rooted or not out.is_floating_point():
+        if not rooted or not numeric(out):
             return False
         tensor, root = rooted[0]
         # An index says which entries, not what they are: the experts that a router chooses are still the parameter.
-        if union(self._flow(each).depends for each in inputs if each.is_floating_point()) != 1 << root.index:
+        if union(self._flow(each).depends for each in inputs if numeric(each)) != 1 << root.index:
             return False
         number = self._number(args) if name in ops.PRODUCTS else None
         made = self._roots.derive(name, args, tensor, out, number, alone=len(inputs) == 1)
@@ -173,7 +173,7 @@ class UseWatcher(TorchDispatchMode):
         self, name: str, args: Any, kwargs: dict[str, Any], inputs: list[torch.Tensor], out: torch.Tensor
     ) -> Flow:
         """Return what the operation's result depends on, and note on the way what it tells about its inputs."""
-        floating = [each for each in inputs if each.is_floating_point()]
+        floating = [each for each in inputs if numeric(each)]
         flows = [self._flow(each) for each in floating]
         others = [flow for each, flow in zip(floating, flows, strict=True) if self._roots.get(each) is None]
         contracts = name in ops.CONTRACTIONS
@@ -266,7 +266,7 @@ class UseWatcher(TorchDispatchMode):
                 self._logits |= gates
 
     def _meets_only_parameters(self, inputs: list[torch.Tensor], tensor: torch.Tensor) -> bool:
-        met = [each for each in inputs if each is not tensor and each.is_floating_point() and each.dim() > 1]
+        met = [each for each in inputs if each is not tensor and numeric(each) and each.dim() > 1]
         return bool(met) and all(self._roots.get(each) is not None for each in met)
 
     def _note_attention(self, name: str, args: Any, kwargs: dict[str, Any]) -> None:
