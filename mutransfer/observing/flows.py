@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -61,11 +62,15 @@ class Sum:
 
 @dataclass
 class Graph:
-    """The order of values in a forward pass. Node 0 is everything that depends on no parameter; ``result`` is the loss."""
+    """The order of values in a forward pass. Node 0 is everything that depends on no parameter; ``result`` is the loss.
+
+    ``pieces`` are the nodes that are a part of another: of which one, and which part.
+    """
 
     parents: list[tuple[int, ...]] = field(default_factory=lambda: [()])
     result: int = 0
     sums: list[Sum] = field(default_factory=list)
+    pieces: dict[int, tuple[int, Any]] = field(default_factory=dict)
 
     def add(self, parents: Iterable[int]) -> int:
         """Append a node and return its number."""

@@ -21,6 +21,7 @@ from .cuts import Cuts
 from .factors import Factors, rounded
 from .flows import Flow, Graph, Scores, Sum, numeric, storage_key, union
 from .noted import Attention, Use
+from .pieces import Pieces
 from .products import Products
 from .roots import Roots
 from .scalars import Scalars
@@ -60,6 +61,7 @@ class UseWatcher(TorchDispatchMode):
         self.factors = Factors()
         self.sizes: dict[str, str] = {}
         self.graph = Graph()
+        self._pieces = Pieces(self.graph)
         self._spellings = Spellings()
         self.parts = Cuts()
 
@@ -294,4 +296,6 @@ class UseWatcher(TorchDispatchMode):
         root = self._roots.get(tensor)
         if root is not None:
             return Flow(1 << root.index, 1 << root.carrier if root.linear else 0)
-        return self._flows.get(storage_key(tensor)) or Flow()
+        flow = self._flows.get(storage_key(tensor)) or Flow()
+        node = self._pieces.node(tensor, flow.node)
+        return flow if node == flow.node else replace(flow, node=node)
