@@ -17,7 +17,9 @@ class Flow:
 
     ``carries`` are the parameters that jointly carry a factor into the tensor; ``direct`` the uses whose result it still
     is, up to functions of single entries. ``factors`` are the numbers multiplied in since each use that carries, and
-    ``residual`` those that are on no parameter's result (`factors`). ``product`` is set on the product of two activations.
+    ``residual`` those that are on no parameter's result (`factors`). ``product`` is set on the product of two activations,
+    and ``dots`` are all dot products that the tensor still is a function of, each with the number multiplied in since
+    (`dots`); after a nonlinearity (``bent``) a number is no factor of theirs.
     """
 
     depends: int = 0
@@ -27,6 +29,8 @@ class Flow:
     factors: dict[int, float] = field(default_factory=dict)
     residual: float = 1.0
     product: Scores | None = None
+    dots: dict[Scores, float] = field(default_factory=dict)
+    bent: bool = False
     node: int = 0
 
     @property
@@ -37,11 +41,16 @@ class Flow:
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """A product of two activations that may become attention: the size summed over, and its two sides."""
+    """A product of two activations that may become attention: the size summed over, and its two sides.
+
+    ``nodes`` are where it was made and what it went through; ``distance`` says that it is one instead.
+    """
 
     size: int
     left: Flow
     right: Flow
+    nodes: set[int] = field(default_factory=set)
+    distance: bool = False
 
     @property
     def sides(self) -> tuple[Flow, Flow]:

@@ -69,7 +69,20 @@ UNARY |= {
     "sin",
     "cos",
 }
-UNARY |= {"clamp_min", "clamp_max", "mish", "hardsigmoid", "hardswish", "relu_", "silu_", "exp_", "log_sigmoid_forward"}
+UNARY |= {
+    "clamp_",
+    "clamp_min_",
+    "clamp_max_",
+    "clamp_min",
+    "clamp_max",
+    "mish",
+    "hardsigmoid",
+    "hardswish",
+    "relu_",
+    "silu_",
+    "exp_",
+    "log_sigmoid_forward",
+}
 
 PRODUCTS = {"mul", "mul_", "div", "div_"}
 # Where one activation may say how much of another is taken.

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from ..errors import RequestError
 from ..inits import Init
+from .contracted import Contraction
 from .heads import Heads
 from .noted import Attention
 
@@ -99,9 +100,9 @@ class Observation:
 
     ``queries`` carry a factor into the attention logits, ``shared_queries`` of them also into something else.
     ``heads`` compares the head dim with the model of twice the width or, after `at_target`, with the target's, from the
-    base's ``attentions``. ``open_branches`` names a parameter of every residual branch into which none carries a factor;
-    ``depths_compared`` says that `with_depth_constants` has looked; ``notes`` says what was seen and could not be written on
-    any parameter.
+    base's ``attentions``, and ``dots`` likewise other dot products. ``open_branches`` names a parameter of every residual
+    branch into which none carries a factor; ``depths_compared`` says that `with_depth_constants` has looked; ``notes`` says
+    what was seen and could not be written on any parameter.
     """
 
     specs: dict[str, ParamSpec]
@@ -109,6 +110,7 @@ class Observation:
     shared_queries: frozenset[str]
     heads: Heads
     attentions: tuple[Attention, ...] = field(default=(), compare=False)  # of as many layers as were watched
+    dots: tuple[Contraction, ...] = ()
     open_branches: tuple[str, ...] = ()
     depths_compared: bool = False
     notes: tuple[str, ...] = ()

@@ -53,7 +53,10 @@ def stretched(
         specs[name] = replace(
             spec, name=name, init=inits[name], carriers=carriers, meets=meets, busy_carriers=busy, sizes=sizes
         )
-    return replace(seen, specs=specs, queries=all_of(seen.queries), shared_queries=all_of(seen.shared_queries))
+    dots = tuple(replace(each, carriers=all_of(each.carriers)) for each in seen.dots)
+    return replace(
+        seen, specs=specs, queries=all_of(seen.queries), shared_queries=all_of(seen.shared_queries), dots=dots
+    )
 
 
 def _siblings(a: str, b: str) -> bool:

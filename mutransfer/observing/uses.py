@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_leaves
 from . import operations as ops
 from .carrying import carried
 from .cuts import Cuts
-from .factors import Factors, rounded
+from .dots import Dots
+from .factors import Factors
 from .flows import Flow, Graph, Scores, Sum, numeric, storage_key, union
 from .noted import Attention, Use
 from .pieces import Pieces
@@ -59,6 +60,8 @@ class UseWatcher(TorchDispatchMode):
         self._hooks: list[Any] = []
         self.attentions: list[Attention] = []
         self.factors = Factors()
+        self.dots = Dots()
+        self._attended: list[Scores] = []
         self.sizes: dict[str, str] = {}
         self.graph = Graph()
         self._pieces = Pieces(self.graph)
@@ -83,6 +86,10 @@ class UseWatcher(TorchDispatchMode):
         """Say what the pass was for; values that do not lead there are not read."""
         self.graph.result = self._flow(loss).node
         self.factors.take(self._flow(loss), self.graph.result, "")
+        for scores, scale in self._flow(loss).dots.items():
+            self.dots.end(scores, scale, "")
+        for scores in self._attended:  # numbers on the sides are in the attention's scale
+            self.factors.forget({use for side in scores.sides for use in side.factors}, scores.nodes)
 
     def uses(self) -> dict[str, list[Use]]:
         """Return every parameter's uses in the order seen; a tied matrix has two, an unused parameter none."""
@@ -94,7 +101,8 @@ class UseWatcher(TorchDispatchMode):
                 axes, counts = zip(*summed[i].axes, strict=True)
                 use = replace(use, axes=axes, summed=counts)
             feature, logit = bool(features >> i & 1), bool(self._logits >> i & 1)
-            taken, takers = frozenset(self.factors.taken[i]), frozenset(self.factors.takers[i])
+            taken = frozenset().union(*self.factors.taken[i].values())
+            takers = frozenset(self.factors.taken[i])
             found[self._names[index]].append(
                 replace(use, feature=feature, logit=logit, taken=taken, takers=takers, inner=self.factors.inner[i])
             )
@@ -111,6 +119,11 @@ class UseWatcher(TorchDispatchMode):
 
     def _owner(self, use: int) -> str:
         return self._names[self._seen[use][0]].rpartition(".")[0]
+
+    def used_only(self, bits: int, uses: set[int], nodes: set[int]) -> bool:
+        """Say whether a set of parameters has no other ``uses``, and nothing but ``nodes`` takes these in."""
+        all_of = {use for use, (index, _) in enumerate(self._seen) if bits >> index & 1}
+        return all_of <= uses and not any(set(self.factors.taken[use]) - nodes for use in all_of)
 
     def decode(self, bits: int) -> frozenset[str]:
         """Return the names of a set of parameters."""
@@ -168,7 +181,7 @@ class UseWatcher(TorchDispatchMode):
             self._roots.sized(out, (sizes.index, len(self._seen) - 1))
             self.sizes[self._names[sizes.index]] = self._names[made.index]
         if made is not None and number is not None and not made.linear:
-            self.factors.loose[self._modules[-1]].add(rounded(number))
+            self.factors.leave(number, 0, self._modules[-1])
         return made is not None
 
     def _through(
@@ -181,6 +194,7 @@ class UseWatcher(TorchDispatchMode):
         contracts = name in ops.CONTRACTIONS
         live = [flow for flow in flows if flow.depends]
         if name in ops.COPIES and len(others) == 1:
+            self.dots.copy(floating[0], out)
             return others[0]
         node = self.graph.add(dict.fromkeys(flow.node for flow in others if flow.node)) if live else 0
         first = len(self._seen)
@@ -211,16 +225,19 @@ class UseWatcher(TorchDispatchMode):
                 self._seen[root.sizes[1]] = index, replace(sizes, node=place.node, operands=place.operands)
         for use, factor in own.items():
             self.factors.inner[use] *= factor if self._owner(use) == self._modules[-1] else 1.0
-        self._follow(result, name, args, kwargs, others, own, inputs[0].numel() / max(1, out.numel()))
+        by = self._follow(result, name, args, kwargs, others, own, inputs[0].numel() / max(1, out.numel()))
+        met = [(each, flow) for each, flow in zip(floating, flows, strict=True) if flow.depends]
+        met = [(each, flow) for each, flow in met if self._roots.get(each) is None]
+        self.dots.follow(name, args, kwargs, met, result, out, by, self._modules[-1])
         return result
 
     def _follow(
         self, result: Flow, name: str, args: Any, kwargs: dict[str, Any], others: list[Flow], own: dict[int, float], count: float
-    ) -> None:  # fmt: skip
-        """Keep track of numbers multiplied in, and of dot products of activations on their way to a softmax."""
+    ) -> float:  # fmt: skip
+        """Keep track of numbers multiplied in, and return this operation's."""
         live, module = [each for each in others if each.depends], self._modules[-1]
         if name in {"mm", "bmm", "baddbmm"} and len(live) >= 2:
-            result.product = Scores(int(args[-2].shape[-1]), *live[-2:])
+            result.product = Scores(int(args[-2].shape[-1]), live[-2], live[-1])
         elif name in ops.LINEAR or name in ops.PRODUCTS or name in ops.UNARY or name == "where":
             result.product = next((each.product for each in live if each.product), None)
         second = kwargs.get("alpha", 1) if name in ops.SUMS else 1
@@ -232,9 +249,13 @@ class UseWatcher(TorchDispatchMode):
             self.factors.spill(live, result, module)
         scaled = name in {"addmm", "addmv", "addbmm", "baddbmm"}
         number = self._number(args) if name in ops.PRODUCTS else kwargs.get("alpha") if scaled else None
-        if number is not None and result.depends:
-            by = (1 / number if number else float("nan")) if name.startswith("div") else float(number)
-            self.factors.multiply(result, by, module, self._owner)
+        if name in SOFTMAX:  # of n entries that sum up to 1, each is 1/n
+            result.residual = 1 / max(1, int(args[0].shape[args[1]]))
+        if number is None or not result.depends:
+            return 1.0
+        by = (1 / number if number else float("nan")) if name.startswith("div") else float(number)
+        self.factors.multiply(result, by, module, self._owner)
+        return by
 
     def _note_uses(self, name: str, args: Any, inputs: list[torch.Tensor], node: int) -> int:
         others = [self._flow(other) for other in inputs if self._roots.get(other) is None]
@@ -275,11 +296,17 @@ class UseWatcher(TorchDispatchMode):
         if name.startswith("_scaled_dot_product"):
             head_dim, queries, keys = int(args[0].shape[-1]), self._flow(args[0]), self._flow(args[1])
             scale, others = kwargs.get("scale") or head_dim**-0.5, keys.carries | self._flow(args[2]).carries
-        elif name in SOFTMAX and (product := self._flow(args[0]).product) is not None:
-            head_dim, (queries, keys) = product.size, product.sides
-            scale, others = self._flow(args[0]).residual, keys.carries
-        else:
-            return
+            self._attention(head_dim, scale, queries, keys, others)
+        elif name in SOFTMAX:
+            for scores, scale in self._flow(args[0]).dots.items():
+                if scores.distance:
+                    self.dots.end(scores, scale, self._modules[-1])
+                    continue
+                queries, keys = scores.sides
+                self._attended.append(scores)
+                self._attention(scores.size, scale, queries, keys, keys.carries)
+
+    def _attention(self, head_dim: int, scale: float, queries: Flow, keys: Flow, others: int) -> None:
         scale *= queries.number * keys.number
         uses = frozenset(queries.factors)
         self.attentions.append(Attention(head_dim, scale, self.decode(others), self.decode(queries.carries), uses))
