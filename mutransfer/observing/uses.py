@@ -62,6 +62,7 @@ class UseWatcher(TorchDispatchMode):
         self.factors = Factors()
         self.dots = Dots()
         self._attended: list[Scores] = []
+        self._sums: list[tuple[Sum, set[Scores]]] = []
         self.sizes: dict[str, str] = {}
         self.graph = Graph()
         self._pieces = Pieces(self.graph)
@@ -88,6 +89,8 @@ class UseWatcher(TorchDispatchMode):
         self.factors.take(self._flow(loss), self.graph.result, "")
         for scores, scale in self._flow(loss).dots.items():
             self.dots.end(scores, scale, "")
+        # Not on the way to a softmax: a bias that all layers add to their attention is no stream.
+        self.graph.sums = [each for each, dots in self._sums if not dots & {*self._attended}]
         for scores in self._attended:  # numbers on the sides are in the attention's scale
             self.factors.forget({use for side in scores.sides for use in side.factors}, scores.nodes)
 
@@ -216,7 +219,7 @@ class UseWatcher(TorchDispatchMode):
         # Not on the way to a softmax: a bias that all layers add to their attention is no stream.
         if adds(name, args) and len(others) == 2 and all(each.depends and not each.product for each in others):
             a, b = others
-            self.graph.sums.append(Sum(node, a.node, b.node, a.carries, b.carries))
+            self._sums.append((Sum(node, a.node, b.node, a.carries, b.carries), {*a.dots, *b.dots}))
         roots = [root for each in inputs if (root := self._roots.get(each)) is not None]
         own = {root.sizes[1] if root.sizes else first + i: root.factor for i, root in enumerate(roots) if root.linear}
         for i, root in enumerate(roots):
