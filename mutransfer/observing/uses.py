@@ -215,9 +215,9 @@ class UseWatcher(TorchDispatchMode):
         if name == "sigmoid":
             self._gates |= result.direct
         if name in ops.WEIGHTINGS:
-            self._note_gates([each for each in others if each.depends])
-        # Not on the way to a softmax: a bias that all layers add to their attention is no stream.
-        if adds(name, args) and len(others) == 2 and all(each.depends and not each.product for each in others):
+            met = [(each, flow) for each, flow in zip(floating, flows, strict=True) if flow.depends]
+            self._note_gates(name, [(each, flow) for each, flow in met if self._roots.get(each) is None])
+        if adds(name, args) and len(others) == 2 and all(each.depends for each in others):
             a, b = others
             self._sums.append((Sum(node, a.node, b.node, a.carries, b.carries), {*a.dots, *b.dots}))
         roots = [root for each in inputs if (root := self._roots.get(each)) is not None]
@@ -283,12 +283,16 @@ class UseWatcher(TorchDispatchMode):
             self._seen.append((root.index, use))
         return noted
 
-    def _note_gates(self, live: list[Flow]) -> None:
-        """Tell of activations that meet: a sigmoid that weights what is not its own is a gate, otherwise a nonlinearity."""
-        for each in live:
-            gates = each.direct & self._gates
+    def _note_gates(self, name: str, live: list[tuple[torch.Tensor, Flow]]) -> None:
+        """Tell of activations that meet: what weights others than its own is a gate, otherwise a nonlinearity.
+
+        That is a sigmoid, or one number for many entries of the other.
+        """
+        for tensor, each in live:
+            wide = [other for other, _ in live if name in ops.PRODUCTS and _spread(tensor, other)]
+            gates = each.direct if wide else each.direct & self._gates
             own = self.used_by(gates)
-            if any(not own & self.used_by(other.direct) for other in live if other is not each):
+            if any(not own & self.used_by(other.direct) for _, other in live if other is not each):
                 self._logits |= gates
 
     def _meets_only_parameters(self, inputs: list[torch.Tensor], tensor: torch.Tensor) -> bool:
@@ -329,3 +333,11 @@ class UseWatcher(TorchDispatchMode):
         flow = self._flows.get(storage_key(tensor)) or Flow()
         node = self._pieces.node(tensor, flow.node)
         return flow if node == flow.node else replace(flow, node=node)
+
+
+def _spread(one: torch.Tensor, many: torch.Tensor) -> bool:
+    """Say whether every entry of ``one`` meets several of ``many``, and none of ``many`` several of ``one``."""
+    if one.dim() > many.dim():
+        return False
+    sizes = zip(reversed(one.shape), reversed(many.shape), strict=False)
+    return one.numel() < many.numel() and all(size in (1, other) for size, other in sizes)
