@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from ..errors import RequestError
@@ -10,7 +11,7 @@ from .contracted import Contraction
 from .heads import Heads
 from .noted import Attention
 
-__all__ = ["Observation", "ParamSpec"]
+__all__ = ["Observation", "ParamSpec", "fits", "kinds"]
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,22 @@ class ParamSpec:
                 f"{m_out:g} from the base to {list(shape)}: let both grow alike, or give each use its own parameter."
             )
         return m_in, m_out
+
+
+def fits(shapes: Mapping[str, tuple[int, ...]], specs: Mapping[str, ParamSpec]) -> Callable[[str, str], bool]:
+    """Return what says whether a parameter with one of ``shapes`` can be one of the base's at another width."""
+
+    def fit(name: str, origin: str) -> bool:
+        spec = specs[origin]
+        sizes = zip(shapes[name], spec.shape, spec.grows, strict=True)
+        return all(grows or size == base for size, base, grows in sizes)
+
+    return fit
+
+
+def kinds(specs: Mapping[str, ParamSpec]) -> dict[str, tuple[tuple[int, ...], tuple[bool, ...]]]:
+    """Return what tells layers apart that are named alike."""
+    return {name: (spec.shape, spec.grows) for name, spec in specs.items()}
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dataclasses import replace
 from ..errors import RequestError
 from ..inits import Init
 from .layers import match_layers
-from .specs import Observation
+from .specs import Observation, kinds
 
 __all__ = ["stretched"]
 
@@ -28,6 +28,8 @@ def stretched(
         origin = match_layers(
             {name: len(shape) for name, shape in shapes.items()},
             {name: len(spec.shape) for name, spec in seen.specs.items()},
+            lambda name, origin: shapes[name] == seen.specs[origin].shape,
+            kinds(seen.specs),
         )
     except RequestError:
         return None
