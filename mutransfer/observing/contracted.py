@@ -46,11 +46,11 @@ class Contraction:
         left, right = (", ".join(each[:2]) or "the data" for each in self.key[1:])
         named = (self.key[2] or self.key[1])[0]
         pattern = f"{named.rpartition('.')[0]}.*" if "." in named else named
-        role = f", or name the role of what makes one side, roles={{{pattern!r}: 'output'}}"
+        role = f"roles={{{pattern!r}: 'output'}} if what makes one side shall carry it, or its role now if nothing is missing"
         return (
             f"activations made by {left} and by {right} are multiplied and summed over {self.size} entries at the base and "
             f"{self.ratio:g} times as many here, which asks for a factor {factor:.4g} that nothing carries alone: multiply the "
-            f"sum with base width / width in the forward pass{role if self.key[1] != self.key[2] else ''}."
+            f"sum with base width / width in the forward pass, or name {role}."
         )
 
 
@@ -89,13 +89,17 @@ def _paired(seen: UseWatcher, larger: UseWatcher) -> Iterator[tuple[Key, list[tu
 def _keyed(watcher: UseWatcher) -> dict[Key, list[Ended]]:
     found: dict[Key, list[Ended]] = defaultdict(list)
     for each in watcher.dots.ended:
-        left, right = (tuple(sorted(watcher.used_by(side.direct or side.uses))) for side in each.scores.sides)
+        left, right = (tuple(sorted(_made_by(watcher, side))) for side in each.scores.sides)
         found[each.module, left, right].append(each)
     return found
 
 
 def _makers(seen: UseWatcher, each: Ended) -> frozenset[str]:
-    return frozenset().union(*(seen.used_by(side.direct) | seen.decode(side.carries) for side in each.scores.sides))
+    return frozenset().union(*(_made_by(seen, side) | seen.decode(side.carries) for side in each.scores.sides))
+
+
+def _made_by(seen: UseWatcher, side: Flow) -> frozenset[str]:
+    return seen.used_by(side.direct) or seen.decode(side.carries) or seen.used_by(side.uses)
 
 
 def _carried(found: Sequence[tuple[Contraction, Ended]], seen: UseWatcher) -> Iterator[Contraction]:
