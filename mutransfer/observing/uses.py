@@ -337,7 +337,7 @@ class UseWatcher(TorchDispatchMode):
 
 def _spread(one: torch.Tensor, many: torch.Tensor) -> bool:
     """Say whether every entry of ``one`` meets several of ``many``, and none of ``many`` several of ``one``."""
-    if one.dim() > many.dim():
+    if not 0 < one.dim() <= many.dim():  # a sum over everything is no gate
         return False
     sizes = zip(reversed(one.shape), reversed(many.shape), strict=False)
     return one.numel() < many.numel() and all(size in (1, other) for size, other in sizes)
