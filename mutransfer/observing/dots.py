@@ -12,7 +12,7 @@ import torch
 from . import operations as ops
 from .flows import Flow, Scores, storage_key
 
-__all__ = ["Dots", "Ended"]
+__all__ = ["SOFTMAX", "Dots", "Ended"]
 
 Live = Sequence[tuple[torch.Tensor, Flow]]
 MATMULS = {"mm": 0, "bmm": 0, "mv": 0, "dot": 0, "addmm": 1, "addmv": 1, "baddbmm": 1}  # the place of the left side

@@ -16,12 +16,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from . import operations as ops
+from .attending import Attentions
 from .carrying import carried
 from .cuts import Cuts
-from .dots import Dots
+from .dots import SOFTMAX, Dots
 from .factors import Factors
 from .flows import Flow, Graph, Scores, Sum, numeric, storage_key, union
-from .noted import Attention, Use
+from .gates import NORMALIZED, Gates
+from .noted import Use
 from .pieces import Pieces
 from .products import Products
 from .roots import Roots
@@ -30,7 +32,6 @@ from .spellings import Spellings, adds
 
 __all__ = ["UseWatcher"]
 
-SOFTMAX = {"_softmax", "_safe_softmax"}
 POWERS = {"pow", "linalg_vector_norm", "norm"}
 
 
@@ -52,16 +53,17 @@ class UseWatcher(TorchDispatchMode):
         self._flows: dict[int, Flow] = {}
         self._kept: list[torch.Tensor] = []  # a freed storage's address would be given to the next one
         self._seen: list[tuple[int, Use]] = []
-        self._features = self._logits = self._gates = 0
+        self._features = 0
+        self._gates = Gates()
         self._scalars = Scalars(read or (lambda _: None))
         self._modules: list[str] = [""]
         self._products = Products()
         self._model = model
         self._hooks: list[Any] = []
-        self.attentions: list[Attention] = []
         self.factors = Factors()
         self.dots = Dots()
-        self._attended: list[Scores] = []
+        self._attentions = Attentions(self.decode)
+        self.attentions = self._attentions.found
         self._sums: list[tuple[Sum, set[Scores]]] = []
         self.sizes: dict[str, str] = {}
         self.graph = Graph()
@@ -90,8 +92,8 @@ class UseWatcher(TorchDispatchMode):
         for scores, scale in self._flow(loss).dots.items():
             self.dots.end(scores, scale, "")
         # Not on the way to a softmax: a bias that all layers add to their attention is no stream.
-        self.graph.sums = [each for each, dots in self._sums if not dots & {*self._attended}]
-        for scores in self._attended:  # numbers on the sides are in the attention's scale
+        self.graph.sums = [each for each, dots in self._sums if not dots & {*self._attentions.attended}]
+        for scores in self._attentions.attended:  # numbers on the sides are in the attention's scale
             self.factors.forget({use for side in scores.sides for use in side.factors}, scores.nodes)
 
     def uses(self) -> dict[str, list[Use]]:
@@ -103,7 +105,7 @@ class UseWatcher(TorchDispatchMode):
             if i in summed:
                 axes, counts = zip(*summed[i].axes, strict=True)
                 use = replace(use, axes=axes, summed=counts)
-            feature, logit = bool(features >> i & 1), bool(self._logits >> i & 1)
+            feature, logit = bool(features >> i & 1), bool(self._gates.logits >> i & 1)
             taken = frozenset().union(*self.factors.taken[i].values())
             takers = frozenset(self.factors.taken[i])
             found[self._names[index]].append(
@@ -202,21 +204,17 @@ class UseWatcher(TorchDispatchMode):
         node = self.graph.add(dict.fromkeys(flow.node for flow in others if flow.node)) if live else 0
         first = len(self._seen)
         noted = self._note_uses(name, args, inputs, node)
-        self._note_attention(name, args, kwargs)
+        self._attentions.see(name, args, kwargs, self._flow, self.dots, self._modules[-1])
         result = Flow(union(each.depends for each in flows), uses=union(each.uses for each in flows) | noted, node=node)
         rooted = [self._roots.get(each) is not None for each in floating]
         result.carries = carried(name, flows, rooted)
-        if name in {"_softmax", "_safe_softmax", "_log_softmax", "topk", "sort"}:
-            self._logits |= union(each.direct for each in flows)
-        elif noted and contracts:
+        if noted and contracts:
             result.direct = noted
-        elif not contracts and name not in ops.AFFINE_NORMS:
+        elif not contracts and name not in ops.AFFINE_NORMS and name not in NORMALIZED:
             result.direct = union(each.direct for each in flows)
-        if name == "sigmoid":
-            self._gates |= result.direct
-        if name in ops.WEIGHTINGS:
-            met = [(each, flow) for each, flow in zip(floating, flows, strict=True) if flow.depends]
-            self._note_gates(name, [(each, flow) for each, flow in met if self._roots.get(each) is None])
+        met = [(each, flow) for each, flow in zip(floating, flows, strict=True) if flow.depends]
+        met = [(each, flow) for each, flow in met if self._roots.get(each) is None]
+        self._gates.see(name, flows, result, met, self.used_by)
         if adds(name, args) and len(others) == 2 and all(each.depends for each in others):
             a, b = others
             self._sums.append((Sum(node, a.node, b.node, a.carries, b.carries), {*a.dots, *b.dots}))
@@ -229,8 +227,6 @@ class UseWatcher(TorchDispatchMode):
         for use, factor in own.items():
             self.factors.inner[use] *= factor if self._owner(use) == self._modules[-1] else 1.0
         by = self._follow(result, name, args, kwargs, others, own, inputs[0].numel() / max(1, out.numel()))
-        met = [(each, flow) for each, flow in zip(floating, flows, strict=True) if flow.depends]
-        met = [(each, flow) for each, flow in met if self._roots.get(each) is None]
         self.dots.follow(name, args, kwargs, met, result, out, by, self._modules[-1])
         return result
 
@@ -283,40 +279,9 @@ class UseWatcher(TorchDispatchMode):
             self._seen.append((root.index, use))
         return noted
 
-    def _note_gates(self, name: str, live: list[tuple[torch.Tensor, Flow]]) -> None:
-        """Tell of activations that meet: what weights others than its own is a gate, otherwise a nonlinearity.
-
-        That is a sigmoid, or one number for many entries of the other.
-        """
-        for tensor, each in live:
-            wide = [other for other, _ in live if name in ops.PRODUCTS and _spread(tensor, other)]
-            gates = each.direct if wide else each.direct & self._gates
-            own = self.used_by(gates)
-            if any(not own & self.used_by(other.direct) for _, other in live if other is not each):
-                self._logits |= gates
-
     def _meets_only_parameters(self, inputs: list[torch.Tensor], tensor: torch.Tensor) -> bool:
         met = [each for each in inputs if each is not tensor and numeric(each) and each.dim() > 1]
         return bool(met) and all(self._roots.get(each) is not None for each in met)
-
-    def _note_attention(self, name: str, args: Any, kwargs: dict[str, Any]) -> None:
-        if name.startswith("_scaled_dot_product"):
-            head_dim, queries, keys = int(args[0].shape[-1]), self._flow(args[0]), self._flow(args[1])
-            scale, others = kwargs.get("scale") or head_dim**-0.5, keys.carries | self._flow(args[2]).carries
-            self._attention(head_dim, scale, queries, keys, others)
-        elif name in SOFTMAX:
-            for scores, scale in self._flow(args[0]).dots.items():
-                if scores.distance:
-                    self.dots.end(scores, scale, self._modules[-1])
-                    continue
-                queries, keys = scores.sides
-                self._attended.append(scores)
-                self._attention(scores.size, scale, queries, keys, keys.carries)
-
-    def _attention(self, head_dim: int, scale: float, queries: Flow, keys: Flow, others: int) -> None:
-        scale *= queries.number * keys.number
-        uses = frozenset(queries.factors)
-        self.attentions.append(Attention(head_dim, scale, self.decode(others), self.decode(queries.carries), uses))
 
     def _note_parts(self, whole: torch.Tensor, pieces: list[torch.Tensor]) -> None:
         root, direct = self._roots.get(whole), self._flow(whole).direct
@@ -333,11 +298,3 @@ class UseWatcher(TorchDispatchMode):
         flow = self._flows.get(storage_key(tensor)) or Flow()
         node = self._pieces.node(tensor, flow.node)
         return flow if node == flow.node else replace(flow, node=node)
-
-
-def _spread(one: torch.Tensor, many: torch.Tensor) -> bool:
-    """Say whether every entry of ``one`` meets several of ``many``, and none of ``many`` several of ``one``."""
-    if not 0 < one.dim() <= many.dim():  # a sum over everything is no gate
-        return False
-    sizes = zip(reversed(one.shape), reversed(many.shape), strict=False)
-    return one.numel() < many.numel() and all(size in (1, other) for size, other in sizes)
