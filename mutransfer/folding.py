@@ -20,6 +20,7 @@ def fold_all(draft: Draft) -> None:
     _fold_sizes(draft)
     _fold_ties(draft)
     _fold_attention(draft)
+    _fold_dots(draft)
     _fold_branches(draft)
 
 
@@ -122,6 +123,21 @@ def _fold_attention(draft: Draft) -> None:
     draft.fold(seen.queries, size=c, alpha=alpha)
     if c != 1:
         draft.notes.append(f"head dim grows {m_h:g}x: 1/d attention is folded into the queries ({c:.4g}).")
+
+
+def _fold_dots(draft: Draft) -> None:
+    """Give every other dot product of activations that grew m times the 1/m that attention's logits get."""
+    for each in draft.seen.dots:
+        c = draft.rules.attention(each.ratio, 1.0) ** (2 * (1 + each.power))
+        if c == 1:
+            continue
+        if not each.carriers or any(draft.seen.specs[name].mixed for name in each.carriers):
+            raise RequestError(each.refusal(c))
+        draft.fold(each.carriers, size=c**0.5 if each.both else c)
+        draft.notes.append(
+            f"the result of {', '.join(sorted(each.carriers))} is multiplied with other activations and summed over "
+            f"{each.ratio:g} times as many entries: a factor {c:.4g} is folded into {'both sides' if each.both else 'it'}."
+        )
 
 
 def _fold_branches(draft: Draft) -> None:

@@ -18,7 +18,7 @@ from .inits import Init, InitWatcher
 from .observing.layers import match_layers
 from .observing.observe import observe, shapes_of
 from .observing.running import build
-from .observing.specs import Observation
+from .observing.specs import Observation, fits, kinds
 from .observing.target import at_target, with_depth_constants
 from .optimizers.registry import optimizer_rule
 from .plans import ParameterPlan, Plan
@@ -69,7 +69,8 @@ def plan(
             f"{odd} is there at width {scale.width} or at the base, not at both: build the same modules."
         )
     base_axes = {name: len(spec.shape) for name, spec in seen.specs.items()}
-    origin = match_layers({name: len(shape) for name, shape in shapes.items()}, base_axes)
+    axes = {name: len(shape) for name, shape in shapes.items()}
+    origin = match_layers(axes, base_axes, fits(shapes, seen.specs), kinds(seen.specs))
     draft = Draft(rules, rule, recipe, seen, scale, family.base, shapes, origin, densities or {})
     planned = finished(draft, optimizer, inits)
     grown = sum(map(math.prod, shapes.values())) / sum(math.prod(spec.shape) for spec in seen.specs.values())

@@ -6,9 +6,9 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from .branches import ancestors
 from .flows import Graph
 from .noted import Use
+from .streams import ancestors
 
 __all__ = ["beside"]
 

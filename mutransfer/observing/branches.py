@@ -1,13 +1,15 @@
-"""Residual branches, found in the order of values: x + f(x) is a sum of which one side was made from the other."""
+"""Residual branches: what is used on the way from a stream to the sum that adds to it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
-from .flows import Graph, Sum
+from .flows import Graph, union
 from .noted import Use
+from .streams import Residual, ancestors, coupled, descendants, residual_sums, within
 
-__all__ = ["Branch", "ancestors", "residual_branches"]
+__all__ = ["Branch", "residual_branches"]
 
 
 @dataclass(frozen=True)
@@ -23,37 +25,67 @@ def residual_branches(graph: Graph, uses: dict[str, list[Use]]) -> list[Branch]:
 
     A branch within a branch (a gated unit written as x + …, a token shift) does not grow in number with the depth.
     A parameter is inside a branch when it is used on the way from the stream to the sum; what feeds several branches
-    without coming from their stream (an encoder's final norm, a table of positions that all layers share) is not.
+    without coming from their stream (an encoder's final norm, a table of positions that all layers share) is not, unless they
+    are all of its own layer (a modulation of attention and FFN).
     """
     above = ancestors(graph, frozenset())
     read = above[graph.result] if graph.result else -1  # a recurrence's last state is made and not read
-    found = []
-    before: dict[int, int] = {}  # what a stream was before a branch was added to it
-    for each in graph.sums:
-        stream, branch, carries = _sides(each, above, before)
-        if stream and branch != stream and read >> each.node & 1 and not _recurs(stream, branch, graph, above, uses):
-            found.append((each.node, stream, branch, carries))
-            before[each.node] = each.left + each.right - branch
+    after = descendants(graph, read)
+
+    def layers(sums: Iterable[Residual]) -> list[Residual]:
+        return [each for each in sums if read >> each.node & 1 and not _recurs(each, graph, above, uses)]
+
+    second = layers(coupled(graph, layers(residual_sums(graph, above)), above, after))
+    found = layers(residual_sums(graph, above, second)) + second
+    # A branch in another one ends there: what goes on beside it is a second stream.
     outer = [
-        (node, stream, branch, carries)
-        for node, stream, branch, carries in found
-        if not any(above[b] >> node & 1 and above[node] >> s & 1 and not above[s] >> node & 1 for _, s, b, _ in found)
+        each
+        for each in found
+        if not any(within(each.node, other, above) and after[each.node] >> other.node & 1 for other in found)
     ]
-    near = ancestors(graph, frozenset(node for node, *_ in outer))
-    reach = [near[branch] for _, _, branch, _ in outer]
+    sums = frozenset(each.node for each in outer)
+    near = ancestors(graph, sums)
+    reach = [near[each.branch] for each in outer]
     homes = {name: {_home(use.node, reach) for use in each} for name, each in uses.items()}
-    branches = []
-    for (_, stream, _, carries), all_near in zip(outer, reach, strict=True):
-        here = all_near & ~above[stream]
+    branches: list[Branch] = []
+    for each, all_near in zip(outer, reach, strict=True):
+        here = all_near & ~(above[each.stream] | above[each.source])
         inside = {
             name
-            for name, each in uses.items()
-            for use in each
-            if here >> use.node & 1 and (any(above[n] >> stream & 1 for n in use.operands) or homes[name] == {all_near})
+            for name, its in uses.items()
+            for use in its
+            if here >> use.node & 1
+            and (any(above[n] >> each.source & 1 for n in use.operands) or homes[name] == {all_near})
         }
-        if inside:
-            branches.append(Branch(frozenset(inside), carries))
+        branches.append(Branch(frozenset(inside), each.carries))
+    on_streams = union(near[each.stream] for each in outer if each.stream not in sums)
+    branches = [
+        _with_own(branch, all_near & ~on_streams, uses, reach, branches)
+        for branch, all_near in zip(branches, reach, strict=True)
+    ]
+    branches = [branch for branch in branches if branch.inside]
     return [branch for branch in branches if branch.ends or _repeats(branch, branches)]
+
+
+def _with_own(
+    branch: Branch, near: int, uses: dict[str, list[Use]], reach: list[int], branches: list[Branch]
+) -> Branch:
+    """Return the branch with what feeds several branches, if all of these are of the layer whose own it is."""
+    layers = [{_layer(name) for name in each.inside} for each in branches]
+    own = {
+        name
+        for name in uses
+        if (layer := _layer(name)) and name not in branch.inside
+        for node in [use.node for use in uses[name] if near >> use.node & 1]
+        if all(its == {layer} for its, fed in zip(layers, reach, strict=True) if fed >> node & 1)
+    }
+    return replace(branch, inside=branch.inside | own)
+
+
+def _layer(name: str) -> tuple[str, ...]:
+    """Return the parts of a name up to its first number, or nothing."""
+    parts = name.split(".")
+    return next((tuple(parts[: i + 1]) for i, part in enumerate(parts) if part.isdigit()), ())
 
 
 def _home(node: int, reach: list[int]) -> int:
@@ -62,55 +94,29 @@ def _home(node: int, reach: list[int]) -> int:
     return fed[0] if len(fed) == 1 else 0
 
 
-def _recurs(stream: int, branch: int, graph: Graph, above: list[int], uses: dict[str, list[Use]]) -> bool:
-    """Say whether a recurrence adds to its input what the same parameters made of an earlier sum with that input."""
-    for each in graph.sums:
-        if stream in (each.left, each.right) and above[branch] >> each.node & 1:
-            before = (above[each.left] | above[each.right]) & ~above[stream]
-            since = above[branch] & ~above[each.node]
-            for use in uses.values():
-                if any(before >> u.node & 1 for u in use) and any(since >> u.node & 1 for u in use):
-                    return True
-    return False
+def _recurs(found: Residual, graph: Graph, above: list[int], uses: dict[str, list[Use]]) -> bool:
+    """Say whether this is a step of a recurrence, and no layer: the same parameters made its stream from an earlier input.
+
+    Either it adds to its input what they made of an earlier sum with that input, or every step takes in a piece of one value.
+    """
+    earlier, all_since = above[found.source], above[found.branch] & ~above[found.source]
+    steps = [
+        (before & ~above[found.stream], above[found.branch] & ~above[each.node])
+        for each in graph.sums
+        if found.stream in (each.left, each.right) and above[found.branch] >> each.node & 1
+        for before in [above[each.left] | above[each.right]]
+    ]
+    wholes = {whole for node, (whole, _) in graph.pieces.items() if earlier >> node & 1}
+    if any(all_since >> node & 1 and whole in wholes for node, (whole, _) in graph.pieces.items()):
+        steps.append((earlier, all_since))
+    return any(
+        any(before >> use.node & 1 for use in each) and any(since >> use.node & 1 for use in each)
+        for before, since in steps
+        for each in uses.values()
+    )
 
 
 def _repeats(branch: Branch, branches: list[Branch]) -> bool:
     """Say whether there may be more of it in a deeper model: a numbered layer's, or of parameters used again."""
     numbered = any(part.isdigit() for name in branch.inside for part in name.split("."))
     return numbered or sum(bool(branch.inside & other.inside) for other in branches) > 1
-
-
-def _sides(each: Sum, above: list[int], before: dict[int, int]) -> tuple[int, int, int]:
-    """Return (stream, branch, what carries the branch); a stream of 0 where neither side was made from the other.
-
-    In x + f(x) + g(x) the second branch was made from what the stream was before the first.
-    """
-    ways = (each.left, each.right, each.right_carries), (each.right, each.left, each.left_carries)
-    for stream, branch, carries in ways:
-        if above[branch] >> stream & 1:
-            return stream, branch, carries
-    for stream, branch, carries in ways:
-        own = _line(branch, before)
-        for earlier in _line(stream, before):
-            if above[branch] >> earlier & 1 and earlier not in own:
-                return earlier, branch, carries
-    return 0, 0, 0
-
-
-def _line(node: int, before: dict[int, int]) -> list[int]:
-    """Return a stream and what it was before, the latest first."""
-    line = [node]
-    while line[-1] in before:
-        line.append(before[line[-1]])
-    return line
-
-
-def ancestors(graph: Graph, stops: frozenset[int]) -> list[int]:
-    """Return for every node the set (as bits) of nodes it was made from, itself included, not looking past ``stops``."""
-    above = [0]
-    for node, parents in enumerate(graph.parents[1:], 1):
-        bits = 1 << node
-        for parent in parents:
-            bits |= 1 << parent if parent in stops else above[parent]
-        above.append(bits)
-    return above

@@ -19,6 +19,8 @@ def carried(name: str, flows: Sequence[Flow], rooted: Sequence[bool]) -> int:
         rooted: which of them are parameters.
     """
     own = [each.carries for each, is_root in zip(flows, rooted, strict=True) if is_root]
+    if name in ops.CONTRACTIONS and len(flows) > 1 and not any(rooted):  # weights and the values that they weight
+        return _product(name, flows[-2:][::-1], [])
     if name in ops.CONTRACTIONS or name in ops.AFFINE_NORMS:
         return union(own) if all(own) else 0  # a bias alone does not carry what a weight of fixed size makes
     if name in ops.PRODUCTS and flows:

@@ -45,8 +45,9 @@ def common(found: Sequence[Constant]) -> Constant:
 def loose(seen: Factors, larger: Factors, ratio: float) -> list[float]:
     """Return the powers of numbers that are on no parameter's result."""
     found = set()
-    for module in seen.loose:
-        a, b = seen.loose[module], larger.loose.get(module, set())
+    before, after = seen.loose, larger.loose
+    for module, a in before.items():
+        b = after.get(module, set())
         if a != b and len(a) == len(b):
             found |= {_power(x, y, ratio) for x, y in zip(sorted(a), sorted(b), strict=True)}
     return sorted(found - {0.0})

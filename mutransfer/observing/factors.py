@@ -19,6 +19,7 @@ __all__ = ["Factors", "rounded"]
 # Functions that turn a factor c > 0 on their input into c to this power.
 HOMOGENEOUS = {
     **dict.fromkeys(("abs", "relu", "relu_", "leaky_relu", "clamp", "clamp_min", "clamp_max"), 1.0),
+    **dict.fromkeys(("clamp_", "clamp_min_", "clamp_max_"), 1.0),
     **dict.fromkeys(("amax", "max", "maximum", "minimum", "std", "linalg_vector_norm", "norm", "where"), 1.0),
     **{"var": 2.0, "square": 2.0, "sqrt": 0.5, "rsqrt": -0.5, "reciprocal": -1.0},
 }
@@ -28,25 +29,38 @@ class Factors:
     """What every use's result has been multiplied with where it is taken in.
 
     Attributes:
-        taken: use → pairs of (numbers multiplied in, residual).
-        takers: use → nodes that took it in.
+        taken: use → nodes that took it in → pairs of (numbers multiplied in, residual).
         inner: use → the numbers that the module which owns the parameter multiplied in itself.
-        loose: module → numbers that were on no parameter's result.
     """
 
     def __init__(self) -> None:
-        self.taken: dict[int, set[tuple[float, float]]] = defaultdict(set)
-        self.takers: dict[int, set[int]] = defaultdict(set)
+        self.taken: dict[int, dict[int, set[tuple[float, float]]]] = defaultdict(lambda: defaultdict(set))
         self.inner: dict[int, float] = defaultdict(lambda: 1.0)
-        self.loose: dict[str, set[float]] = defaultdict(set)
+        self._loose: dict[str, set[tuple[float, int]]] = defaultdict(set)
+
+    @property
+    def loose(self) -> dict[str, set[float]]:
+        """Numbers that were on no parameter's result, by module."""
+        return {module: {number for number, _ in found} for module, found in self._loose.items()}
+
+    def leave(self, number: float, node: int, module: str) -> None:
+        """Note a number that is on no parameter's result at ``node``."""
+        self._loose[module].add((rounded(number), node))
+
+    def forget(self, uses: Iterable[int], nodes: set[int]) -> None:
+        """Forget that ``nodes`` have taken in these uses, and numbers there: what becomes of them is told elsewhere."""
+        for use in uses:
+            for node in nodes:
+                self.taken[use].pop(node, None)
+        for module, found in self._loose.items():
+            self._loose[module] = {each for each in found if each[1] not in nodes}
 
     def take(self, flow: Flow, node: int, module: str) -> None:
         """Note that ``node``, made in ``module``, has taken ``flow`` in."""
         for use, factor in flow.factors.items():
-            self.taken[use].add((rounded(factor), rounded(flow.residual)))
-            self.takers[use].add(node)
+            self.taken[use][node].add((rounded(factor), rounded(flow.residual)))
         if not flow.factors and flow.product is None:
-            self.loose[module].add(rounded(flow.residual))
+            self.leave(flow.residual, node, module)
 
     def spill(self, flows: Iterable[Flow], result: Flow, module: str) -> None:
         """Take in the sides of a product of activations that did not become attention."""
@@ -54,7 +68,7 @@ class Factors:
             if flow.product is not None and flow.product is not result.product:
                 for side in flow.product.sides:
                     self.take(side, result.node, module)
-                self.loose[module].add(rounded(flow.residual))
+                self.leave(flow.residual, result.node, module)
 
     def multiply(self, result: Flow, number: float, module: str, owner: Callable[[int], str]) -> None:
         """Multiply ``result`` with a number."""

@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
+from .flows import strides
+
 __all__ = ["Axis", "carried_to", "label_of", "layout_of"]
 
 Axis = tuple[tuple[int, int], ...]  # (stride, size) of every part of one axis of a parameter; empty once it is lost
@@ -17,7 +19,7 @@ Axis = tuple[tuple[int, int], ...]  # (stride, size) of every part of one axis o
 
 def layout_of(tensor: torch.Tensor) -> tuple[Axis, ...]:
     """Return the axes of a tensor in its own storage."""
-    return tuple(((stride, size),) for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+    return tuple(((stride, size),) for stride, size in zip(strides(tensor), tensor.shape, strict=True))
 
 
 def carried_to(
@@ -27,7 +29,7 @@ def carried_to(
     axes = []
     for axis in layout:
         found = [(dims[dim], multiple, size) for dim, multiple, size in _parts(axis, tensor)]
-        moved = [(out.stride(to) * multiple, size) for to, multiple, size in found if to is not None]
+        moved = [(strides(out)[to] * multiple, size) for to, multiple, size in found if to is not None]
         axes.append(tuple(moved) if len(moved) == len(found) else ())
     return tuple(axes)
 
@@ -42,7 +44,7 @@ def label_of(
     if size == 1:  # no telling stride; it cannot be the one that grows either, unless nothing else says
         return "each", 1
     found = [
-        (tensor.stride(dim), seen[dim], part, groups.get(dim, 1))
+        (strides(tensor)[dim], seen[dim], part, groups.get(dim, 1))
         for dim, _, part in _parts(axis, tensor)
         if dim < len(seen)
     ]
@@ -56,7 +58,7 @@ def label_of(
 def _parts(axis: Axis, tensor: torch.Tensor) -> Iterator[tuple[int, int, int]]:
     """Dims of a view that hold entries of the axis: (dim, steps along it for one along the axis, number of entries)."""
     for stride, size in axis:
-        for dim, (at, length) in enumerate(zip(tensor.stride(), tensor.shape, strict=True)):
+        for dim, (at, length) in enumerate(zip(strides(tensor), tensor.shape, strict=True)):
             if size == 1 or length == 1 or at < 1:
                 continue
             if stride <= at < stride * size and at % stride == 0:

@@ -13,6 +13,7 @@ from ..inits import Init, InitWatcher
 from .beside import beside
 from .branches import residual_branches
 from .constants import Constant, common, constants, loose
+from .contracted import contractions
 from .heads import compared, in_attention
 from .noted import Use
 from .overrides import check_patterns, check_roles, role_given
@@ -63,6 +64,8 @@ def _watch(family: Family) -> Observation:
             f"{odd} is there at one width and not at the other: one family must have the same parameters."
         )
     check_patterns(check_roles(family.roles, f"roles of {family.name}"), shapes, family.name)
+    dots = contractions(seen, seen_wider, family.roles)
+    dotted = frozenset().union(*(seen.used_by(each.uses) for each in seen.dots.sides()))
     uses = seen.uses()
     branches = residual_branches(seen.graph, uses)
     inside = frozenset().union(*(branch.inside for branch in branches))
@@ -97,7 +100,7 @@ def _watch(family: Family) -> Observation:
         spec = _spec(
             family, name, shapes[name], grows, uses[name], own_inits[name], inside=name in inside, ends_branch=name in ends,
             layer=_is_layer(model, name),
-            constants=found[name], in_attention=scaled.get(name, 0.0), mixed=name in mixed,
+            constants=found[name], dotted=name in dotted, in_attention=scaled.get(name, 0.0), mixed=name in mixed,
         )  # fmt: skip
         specs[name] = replace(spec, sizes=seen.sizes.get(name, ""))
         if (
@@ -121,6 +124,7 @@ def _watch(family: Family) -> Observation:
         | seen.busy_queries(),
         heads=compared(seen.attentions, seen_wider.attentions),
         attentions=tuple(seen.attentions),
+        dots=dots,
         open_branches=(*(min(branch.inside) for branch in branches if not branch.ends), *(name for name, _ in apart)),
         notes=tuple(dict.fromkeys(notes)),
     )
@@ -133,7 +137,7 @@ def shapes_of(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
 
 def _spec(
     family: Family, name: str, shape: tuple[int, ...], grows: tuple[bool, ...], uses: list[Use], init: Init, *,
-    inside: bool, ends_branch: bool, constants: list[Constant], in_attention: float, mixed: bool, layer: bool,
+    inside: bool, ends_branch: bool, constants: list[Constant], in_attention: float, mixed: bool, layer: bool, dotted: bool,
 ) -> ParamSpec:  # fmt: skip
     roles: list[str] = []
     given = role_given(family.roles, name)
@@ -147,7 +151,7 @@ def _spec(
         axes, role = (readout if not tied else uses[roles.index("input")]).axes, "input" if tied else roles[0]
         carriers = readout.carriers if tied else frozenset()
     else:
-        axes, role, tied, carriers = _axes_for(given, name, grows, uses), given, False, frozenset()
+        axes, role, tied, carriers = _axes_for(given, name, grows, uses, dotted), given, False, frozenset()
         first = uses[0] if uses else None
     into = [i for i in range(len(uses)) if not tied or roles[i] == "input"]
     own = common([constants[i] for i in into])
@@ -173,8 +177,11 @@ def _is_layer(model: torch.nn.Module, name: str) -> bool:
     return hasattr(owner, "in_features") or hasattr(owner, "in_channels")
 
 
-def _axes_for(role: str, name: str, grows: tuple[bool, ...], uses: list[Use]) -> tuple[str, ...]:
-    """Axes of a parameter whose role was given: as seen where that fits, else as `nn.Linear` stores them."""
+def _axes_for(role: str, name: str, grows: tuple[bool, ...], uses: list[Use], dotted: bool) -> tuple[str, ...]:
+    """Axes of a parameter whose role was given: as seen where that fits, else as `nn.Linear` stores them.
+
+    If its result is a side of a dot product (``dotted``) and it is called a readout, both its axes are summed over.
+    """
     seen = {label for grow, label in zip(grows, uses[0].axes, strict=True) if grow} if uses else {"unknown"}
     summed = role in ("hidden", "output", "bottleneck")
     if (
@@ -185,7 +192,7 @@ def _axes_for(role: str, name: str, grows: tuple[bool, ...], uses: list[Use]) ->
         return uses[0].axes
     growing = [axis for axis, grow in enumerate(grows) if grow]
     fitting = ["hidden"] if len(growing) > 1 and "in" in seen else possible(len(growing))
-    if role not in fitting:
+    if role not in fitting and not (dotted and role == "output"):
         raise RequestError(
             f"{name} is called {role}, and {len(growing)} of its axes grow with the width: it can be {' or '.join(fitting)}."
         )

@@ -69,7 +69,20 @@ UNARY |= {
     "sin",
     "cos",
 }
-UNARY |= {"clamp_min", "clamp_max", "mish", "hardsigmoid", "hardswish", "relu_", "silu_", "exp_", "log_sigmoid_forward"}
+UNARY |= {
+    "clamp_",
+    "clamp_min_",
+    "clamp_max_",
+    "clamp_min",
+    "clamp_max",
+    "mish",
+    "hardsigmoid",
+    "hardswish",
+    "relu_",
+    "silu_",
+    "exp_",
+    "log_sigmoid_forward",
+}
 
 PRODUCTS = {"mul", "mul_", "div", "div_"}
 # Where one activation may say how much of another is taken.
@@ -110,4 +123,5 @@ LINEAR |= {
     "repeat",
     "masked_scatter",
 }
+LINEAR |= {"complex", "real", "imag", "conj_physical", "_fft_r2c", "_fft_c2c", "_fft_c2r"}
 LINEAR |= {"upsample_bilinear2d", "upsample_bicubic2d", "pixel_shuffle", "masked_fill_", "im2col", "col2im"}

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from ..errors import RequestError
 from ..inits import Init
+from .contracted import Contraction
 from .heads import Heads
 from .noted import Attention
 
-__all__ = ["Observation", "ParamSpec"]
+__all__ = ["Observation", "ParamSpec", "fits", "kinds"]
 
 
 @dataclass(frozen=True)
@@ -93,15 +95,31 @@ class ParamSpec:
         return m_in, m_out
 
 
+def fits(shapes: Mapping[str, tuple[int, ...]], specs: Mapping[str, ParamSpec]) -> Callable[[str, str], bool]:
+    """Return what says whether a parameter with one of ``shapes`` can be one of the base's at another width."""
+
+    def fit(name: str, origin: str) -> bool:
+        spec = specs[origin]
+        sizes = zip(shapes[name], spec.shape, spec.grows, strict=True)
+        return all(grows or size == base for size, base, grows in sizes)
+
+    return fit
+
+
+def kinds(specs: Mapping[str, ParamSpec]) -> dict[str, tuple[tuple[int, ...], tuple[bool, ...]]]:
+    """Return what tells layers apart that are named alike."""
+    return {name: (spec.shape, spec.grows) for name, spec in specs.items()}
+
+
 @dataclass(frozen=True)
 class Observation:
     """All parameters of a family at base size, and its attention.
 
     ``queries`` carry a factor into the attention logits, ``shared_queries`` of them also into something else.
     ``heads`` compares the head dim with the model of twice the width or, after `at_target`, with the target's, from the
-    base's ``attentions``. ``open_branches`` names a parameter of every residual branch into which none carries a factor;
-    ``depths_compared`` says that `with_depth_constants` has looked; ``notes`` says what was seen and could not be written on
-    any parameter.
+    base's ``attentions``, and ``dots`` likewise other dot products. ``open_branches`` names a parameter of every residual
+    branch into which none carries a factor; ``depths_compared`` says that `with_depth_constants` has looked; ``notes`` says
+    what was seen and could not be written on any parameter.
     """
 
     specs: dict[str, ParamSpec]
@@ -109,6 +127,7 @@ class Observation:
     shared_queries: frozenset[str]
     heads: Heads
     attentions: tuple[Attention, ...] = field(default=(), compare=False)  # of as many layers as were watched
+    dots: tuple[Contraction, ...] = ()
     open_branches: tuple[str, ...] = ()
     depths_compared: bool = False
     notes: tuple[str, ...] = ()

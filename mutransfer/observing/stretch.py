@@ -9,7 +9,7 @@ from dataclasses import replace
 from ..errors import RequestError
 from ..inits import Init
 from .layers import match_layers
-from .specs import Observation
+from .specs import Observation, kinds
 
 __all__ = ["stretched"]
 
@@ -28,6 +28,8 @@ def stretched(
         origin = match_layers(
             {name: len(shape) for name, shape in shapes.items()},
             {name: len(spec.shape) for name, spec in seen.specs.items()},
+            lambda name, origin: shapes[name] == seen.specs[origin].shape,
+            kinds(seen.specs),
         )
     except RequestError:
         return None
@@ -53,7 +55,10 @@ def stretched(
         specs[name] = replace(
             spec, name=name, init=inits[name], carriers=carriers, meets=meets, busy_carriers=busy, sizes=sizes
         )
-    return replace(seen, specs=specs, queries=all_of(seen.queries), shared_queries=all_of(seen.shared_queries))
+    dots = tuple(replace(each, carriers=all_of(each.carriers)) for each in seen.dots)
+    return replace(
+        seen, specs=specs, queries=all_of(seen.queries), shared_queries=all_of(seen.shared_queries), dots=dots
+    )
 
 
 def _siblings(a: str, b: str) -> bool:

@@ -12,6 +12,7 @@ from ..inits import InitWatcher
 from ..names import pattern_of
 from ..scale import Scale
 from .constants import common, constants, loose
+from .contracted import at_sizes
 from .heads import Heads, compared
 from .running import LAYERS, build, forward
 from .specs import Observation
@@ -65,18 +66,21 @@ def at_target(family: Family, seen: Observation, scale: Scale) -> Observation:
     Raises:
         RequestError: as in `compared`.
     """
-    if not seen.attentions:
+    if not seen.attentions and not seen.dots:
         return seen
     if scale.width == family.base.width:
-        return replace(seen, heads=Heads(seen.heads.dim))
+        return replace(seen, heads=Heads(seen.heads.dim), dots=tuple(replace(each, ratio=1.0) for each in seen.dots))
     few = family.base.with_(width=scale.width, depth=min(family.base.depth, LAYERS))
     try:
-        target = _watched(family, few).attentions
+        target = _watched(family, few)
     except RequestError:  # some models have a least depth
-        target = []
-    if len(target) != len(seen.attentions):
-        target = _watched(family, few.with_(depth=family.base.depth)).attentions
-    return replace(seen, heads=compared(seen.attentions, target))
+        few = few.with_(depth=family.base.depth)
+        target = _watched(family, few)
+    if len(target.attentions) != len(seen.attentions):
+        few = few.with_(depth=family.base.depth)
+        target = _watched(family, few)
+    dots = at_sizes(seen.dots, _watched(family, few.with_(width=family.base.width)), target) if seen.dots else ()
+    return replace(seen, heads=compared(seen.attentions, target.attentions), dots=dots)
 
 
 def _watched(family: Family, scale: Scale) -> UseWatcher:

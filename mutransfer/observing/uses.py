@@ -16,11 +16,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from . import operations as ops
+from .attending import Attentions
 from .carrying import carried
 from .cuts import Cuts
-from .factors import Factors, rounded
-from .flows import Flow, Graph, Scores, Sum, storage_key, union
-from .noted import Attention, Use
+from .dots import SOFTMAX, Dots
+from .factors import Factors
+from .flows import Flow, Graph, Scores, Sum, numeric, storage_key, union
+from .gates import NORMALIZED, Gates
+from .noted import Use
+from .pieces import Pieces
 from .products import Products
 from .roots import Roots
 from .scalars import Scalars
@@ -28,7 +32,6 @@ from .spellings import Spellings, adds
 
 __all__ = ["UseWatcher"]
 
-SOFTMAX = {"_softmax", "_safe_softmax"}
 POWERS = {"pow", "linalg_vector_norm", "norm"}
 
 
@@ -50,16 +53,21 @@ class UseWatcher(TorchDispatchMode):
         self._flows: dict[int, Flow] = {}
         self._kept: list[torch.Tensor] = []  # a freed storage's address would be given to the next one
         self._seen: list[tuple[int, Use]] = []
-        self._features = self._logits = self._gates = 0
+        self._features = 0
+        self._gates = Gates()
         self._scalars = Scalars(read or (lambda _: None))
         self._modules: list[str] = [""]
         self._products = Products()
         self._model = model
         self._hooks: list[Any] = []
-        self.attentions: list[Attention] = []
         self.factors = Factors()
+        self.dots = Dots()
+        self._attentions = Attentions(self.decode)
+        self.attentions = self._attentions.found
+        self._sums: list[tuple[Sum, set[Scores]]] = []
         self.sizes: dict[str, str] = {}
         self.graph = Graph()
+        self._pieces = Pieces(self.graph)
         self._spellings = Spellings()
         self.parts = Cuts()
 
@@ -81,6 +89,12 @@ class UseWatcher(TorchDispatchMode):
         """Say what the pass was for; values that do not lead there are not read."""
         self.graph.result = self._flow(loss).node
         self.factors.take(self._flow(loss), self.graph.result, "")
+        for scores, scale in self._flow(loss).dots.items():
+            self.dots.end(scores, scale, "")
+        # Not on the way to a softmax: a bias that all layers add to their attention is no stream.
+        self.graph.sums = [each for each, dots in self._sums if not dots & {*self._attentions.attended}]
+        for scores in self._attentions.attended:  # numbers on the sides are in the attention's scale
+            self.factors.forget({use for side in scores.sides for use in side.factors}, scores.nodes)
 
     def uses(self) -> dict[str, list[Use]]:
         """Return every parameter's uses in the order seen; a tied matrix has two, an unused parameter none."""
@@ -91,8 +105,9 @@ class UseWatcher(TorchDispatchMode):
             if i in summed:
                 axes, counts = zip(*summed[i].axes, strict=True)
                 use = replace(use, axes=axes, summed=counts)
-            feature, logit = bool(features >> i & 1), bool(self._logits >> i & 1)
-            taken, takers = frozenset(self.factors.taken[i]), frozenset(self.factors.takers[i])
+            feature, logit = bool(features >> i & 1), bool(self._gates.logits >> i & 1)
+            taken = frozenset().union(*self.factors.taken[i].values())
+            takers = frozenset(self.factors.taken[i])
             found[self._names[index]].append(
                 replace(use, feature=feature, logit=logit, taken=taken, takers=takers, inner=self.factors.inner[i])
             )
@@ -109,6 +124,11 @@ class UseWatcher(TorchDispatchMode):
 
     def _owner(self, use: int) -> str:
         return self._names[self._seen[use][0]].rpartition(".")[0]
+
+    def used_only(self, bits: int, uses: set[int], nodes: set[int]) -> bool:
+        """Say whether a set of parameters has no other ``uses``, and nothing but ``nodes`` takes these in."""
+        all_of = {use for use, (index, _) in enumerate(self._seen) if bits >> index & 1}
+        return all_of <= uses and not any(set(self.factors.taken[use]) - nodes for use in all_of)
 
     def decode(self, bits: int) -> frozenset[str]:
         """Return the names of a set of parameters."""
@@ -154,11 +174,11 @@ class UseWatcher(TorchDispatchMode):
             self._note_uses("weight_norm" if any(args[2:]) else "mul", args, [args[1]], 0)
             sizes, inputs = self._roots.get(args[1]), inputs[:1]
         rooted = [(each, root) for each in inputs if (root := self._roots.get(each)) is not None]
-        if not rooted or not out.is_floating_point():
+        if not rooted or not numeric(out):
             return False
         tensor, root = rooted[0]
         # An index says which entries, not what they are: the experts that a router chooses are still the parameter.
-        if union(self._flow(each).depends for each in inputs if each.is_floating_point()) != 1 << root.index:
+        if union(self._flow(each).depends for each in inputs if numeric(each)) != 1 << root.index:
             return False
         number = self._number(args) if name in ops.PRODUCTS else None
         made = self._roots.derive(name, args, tensor, out, number, alone=len(inputs) == 1)
@@ -166,41 +186,38 @@ class UseWatcher(TorchDispatchMode):
             self._roots.sized(out, (sizes.index, len(self._seen) - 1))
             self.sizes[self._names[sizes.index]] = self._names[made.index]
         if made is not None and number is not None and not made.linear:
-            self.factors.loose[self._modules[-1]].add(rounded(number))
+            self.factors.leave(number, 0, self._modules[-1])
         return made is not None
 
     def _through(
         self, name: str, args: Any, kwargs: dict[str, Any], inputs: list[torch.Tensor], out: torch.Tensor
     ) -> Flow:
         """Return what the operation's result depends on, and note on the way what it tells about its inputs."""
-        floating = [each for each in inputs if each.is_floating_point()]
+        floating = [each for each in inputs if numeric(each)]
         flows = [self._flow(each) for each in floating]
         others = [flow for each, flow in zip(floating, flows, strict=True) if self._roots.get(each) is None]
         contracts = name in ops.CONTRACTIONS
         live = [flow for flow in flows if flow.depends]
         if name in ops.COPIES and len(others) == 1:
+            self.dots.copy(floating[0], out)
             return others[0]
         node = self.graph.add(dict.fromkeys(flow.node for flow in others if flow.node)) if live else 0
         first = len(self._seen)
         noted = self._note_uses(name, args, inputs, node)
-        self._note_attention(name, args, kwargs)
+        self._attentions.see(name, args, kwargs, self._flow, self.dots, self._modules[-1])
         result = Flow(union(each.depends for each in flows), uses=union(each.uses for each in flows) | noted, node=node)
         rooted = [self._roots.get(each) is not None for each in floating]
         result.carries = carried(name, flows, rooted)
-        if name in {"_softmax", "_safe_softmax", "_log_softmax", "topk", "sort"}:
-            self._logits |= union(each.direct for each in flows)
-        elif noted and contracts:
+        if noted and contracts:
             result.direct = noted
-        elif not contracts and name not in ops.AFFINE_NORMS:
+        elif not contracts and name not in ops.AFFINE_NORMS and name not in NORMALIZED:
             result.direct = union(each.direct for each in flows)
-        if name == "sigmoid":
-            self._gates |= result.direct
-        if name in ops.WEIGHTINGS:
-            self._note_gates([each for each in others if each.depends])
-        # Not on the way to a softmax: a bias that all layers add to their attention is no stream.
-        if adds(name, args) and len(others) == 2 and all(each.depends and not each.product for each in others):
+        met = [(each, flow) for each, flow in zip(floating, flows, strict=True) if flow.depends]
+        met = [(each, flow) for each, flow in met if self._roots.get(each) is None]
+        self._gates.see(name, flows, result, met, self.used_by)
+        if adds(name, args) and len(others) == 2 and all(each.depends for each in others):
             a, b = others
-            self.graph.sums.append(Sum(node, a.node, b.node, a.carries, b.carries))
+            self._sums.append((Sum(node, a.node, b.node, a.carries, b.carries), {*a.dots, *b.dots}))
         roots = [root for each in inputs if (root := self._roots.get(each)) is not None]
         own = {root.sizes[1] if root.sizes else first + i: root.factor for i, root in enumerate(roots) if root.linear}
         for i, root in enumerate(roots):
@@ -209,16 +226,17 @@ class UseWatcher(TorchDispatchMode):
                 self._seen[root.sizes[1]] = index, replace(sizes, node=place.node, operands=place.operands)
         for use, factor in own.items():
             self.factors.inner[use] *= factor if self._owner(use) == self._modules[-1] else 1.0
-        self._follow(result, name, args, kwargs, others, own, inputs[0].numel() / max(1, out.numel()))
+        by = self._follow(result, name, args, kwargs, others, own, inputs[0].numel() / max(1, out.numel()))
+        self.dots.follow(name, args, kwargs, met, result, out, by, self._modules[-1])
         return result
 
     def _follow(
         self, result: Flow, name: str, args: Any, kwargs: dict[str, Any], others: list[Flow], own: dict[int, float], count: float
-    ) -> None:  # fmt: skip
-        """Keep track of numbers multiplied in, and of dot products of activations on their way to a softmax."""
+    ) -> float:  # fmt: skip
+        """Keep track of numbers multiplied in, and return this operation's."""
         live, module = [each for each in others if each.depends], self._modules[-1]
         if name in {"mm", "bmm", "baddbmm"} and len(live) >= 2:
-            result.product = Scores(int(args[-2].shape[-1]), *live[-2:])
+            result.product = Scores(int(args[-2].shape[-1]), live[-2], live[-1])
         elif name in ops.LINEAR or name in ops.PRODUCTS or name in ops.UNARY or name == "where":
             result.product = next((each.product for each in live if each.product), None)
         second = kwargs.get("alpha", 1) if name in ops.SUMS else 1
@@ -230,9 +248,13 @@ class UseWatcher(TorchDispatchMode):
             self.factors.spill(live, result, module)
         scaled = name in {"addmm", "addmv", "addbmm", "baddbmm"}
         number = self._number(args) if name in ops.PRODUCTS else kwargs.get("alpha") if scaled else None
-        if number is not None and result.depends:
-            by = (1 / number if number else float("nan")) if name.startswith("div") else float(number)
-            self.factors.multiply(result, by, module, self._owner)
+        if name in SOFTMAX:  # of n entries that sum up to 1, each is 1/n
+            result.residual = 1 / max(1, int(args[0].shape[args[1]]))
+        if number is None or not result.depends:
+            return 1.0
+        by = (1 / number if number else float("nan")) if name.startswith("div") else float(number)
+        self.factors.multiply(result, by, module, self._owner)
+        return by
 
     def _note_uses(self, name: str, args: Any, inputs: list[torch.Tensor], node: int) -> int:
         others = [self._flow(other) for other in inputs if self._roots.get(other) is None]
@@ -257,31 +279,9 @@ class UseWatcher(TorchDispatchMode):
             self._seen.append((root.index, use))
         return noted
 
-    def _note_gates(self, live: list[Flow]) -> None:
-        """Tell of activations that meet: a sigmoid that weights what is not its own is a gate, otherwise a nonlinearity."""
-        for each in live:
-            gates = each.direct & self._gates
-            own = self.used_by(gates)
-            if any(not own & self.used_by(other.direct) for other in live if other is not each):
-                self._logits |= gates
-
     def _meets_only_parameters(self, inputs: list[torch.Tensor], tensor: torch.Tensor) -> bool:
-        met = [each for each in inputs if each is not tensor and each.is_floating_point() and each.dim() > 1]
+        met = [each for each in inputs if each is not tensor and numeric(each) and each.dim() > 1]
         return bool(met) and all(self._roots.get(each) is not None for each in met)
-
-    def _note_attention(self, name: str, args: Any, kwargs: dict[str, Any]) -> None:
-        if name.startswith("_scaled_dot_product"):
-            head_dim, queries, keys = int(args[0].shape[-1]), self._flow(args[0]), self._flow(args[1])
-            scale, others = kwargs.get("scale") or head_dim**-0.5, keys.carries | self._flow(args[2]).carries
-        elif name in SOFTMAX and (product := self._flow(args[0]).product) is not None:
-            head_dim, (queries, keys) = product.size, product.sides
-            scale, others = self._flow(args[0]).residual, keys.carries
-        else:
-            return
-        scale *= queries.number * keys.number
-        uses = frozenset(queries.factors)
-        names = self.decode(others), self.decode(queries.carries)
-        self.attentions.append(Attention(head_dim, scale, *names, uses, self.decode(keys.carries)))
 
     def _note_parts(self, whole: torch.Tensor, pieces: list[torch.Tensor]) -> None:
         root, direct = self._roots.get(whole), self._flow(whole).direct
@@ -295,4 +295,6 @@ class UseWatcher(TorchDispatchMode):
         root = self._roots.get(tensor)
         if root is not None:
             return Flow(1 << root.index, 1 << root.carrier if root.linear else 0)
-        return self._flows.get(storage_key(tensor)) or Flow()
+        flow = self._flows.get(storage_key(tensor)) or Flow()
+        node = self._pieces.node(tensor, flow.node)
+        return flow if node == flow.node else replace(flow, node=node)

@@ -220,3 +220,35 @@ def test_a_branch_that_nothing_carries_is_refused_by_name() -> None:
     of = mt.Family(build, families.token_batch(), families.loss, mt.Scale(32, 2), "normal")
     with pytest.raises(mt.RequestError, match=r"no parameter carries it into the branch of blocks\.\d\.ffn"):
         mt.plan(of, mt.Scale(32, 8), "completep")
+
+
+class Mixture(nn.Module):
+    """Experts whose results are weighted and added up in one einsum, or values that are weighted by attention alone."""
+
+    def __init__(self, width: int, attention: bool) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        if attention:
+            self.q, self.k, self.v = (nn.Linear(width, width, bias=False) for _ in range(3))
+        else:
+            self.gate = nn.Linear(width, 4, bias=False)
+            self.up, self.down = (nn.Parameter(torch.randn(4, width, width) / width**0.5) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.norm(x)
+        if hasattr(self, "q"):
+            return x + (self.q(h) @ self.k(h).mT / h.shape[-1] ** 0.5).softmax(-1) @ self.v(h)
+        each = torch.einsum("btd,edf->btef", h, self.up).relu()
+        each = torch.einsum("btef,efd->bted", each, self.down)
+        return x + torch.einsum("bted,bte->btd", each, self.gate(h).softmax(-1))
+
+
+@pytest.mark.parametrize("attention", [False, True])
+def test_a_branch_that_ends_in_weighted_values(attention: bool) -> None:
+    of = family(lambda s: nn.Sequential(nn.Linear(5, s.width), *(Mixture(s.width, attention) for _ in range(s.depth))))
+    found = observe(of).specs
+    end = "v.weight" if attention else "down"
+    assert {name for name, spec in found.items() if spec.ends_branch} == {f"{i}.{end}" for i in (1, 2)}
+    assert {name for name, spec in found.items() if spec.inside} == {n for n in found if not n.startswith("0.")}
+    planned = {row.name: row for row in mt.plan(of, Scale(16, depth=8), "completep").rows}
+    assert planned[f"5.{end}"].gauge == 0.25

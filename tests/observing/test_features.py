@@ -91,3 +91,23 @@ def test_a_recurrence_by_hand_of_fixed_size() -> None:
         lambda n: {"enter": linear(n, 16), "again": linear(4, 16), "up": linear(4, n), "readout": linear(n, 3)}, apply
     )
     assert (found["enter.weight"], found["again.weight"]) == ("bottleneck", "finite")
+
+
+def test_a_gate_without_a_sigmoid_is_one_number_for_many_entries() -> None:
+    """Experts weighted by relu (ReMoE), against an outer product of two fixed ranks."""
+    experts = {
+        "mul": lambda net, x: net.readout(
+            (net.experts(x).unflatten(-1, (4, -1)) * net.gate(x).relu()[..., None]).sum(-2)
+        ),
+        "tanh": lambda net, x: net.readout(
+            (net.experts(x).unflatten(-1, (4, -1)) * net.gate(x).tanh()[..., None]).mean(-2)
+        ),
+    }
+    for apply in experts.values():
+        found = roles(lambda n: {"gate": linear(n, 4), "experts": linear(n, 4 * n), "readout": linear(n, 3)}, apply)
+        assert found == {"gate.weight": "output", "experts.weight": "hidden", "readout.weight": "output"}
+    found = roles(
+        lambda n: {"a": linear(n, 4), "b": linear(n, 3), "up": linear(12, n), "readout": linear(n, 3)},
+        lambda net, x: net.readout(net.up((net.a(x)[..., None] * net.b(x)[..., None, :]).flatten(-2))),
+    )
+    assert (found["a.weight"], found["b.weight"]) == ("bottleneck", "bottleneck")

@@ -96,12 +96,13 @@ class Different(nn.Module):
         return x
 
 
-def test_layers_unlike_the_first_are_watched_themselves() -> None:
+def test_layers_unlike_the_first_are_not_taken_for_them() -> None:
     family = mt.Family(
         lambda s: Different(s.width, s.depth), torch.zeros(2, 8), lambda m, x: m(x).mean(), Scale(16, LAYERS + 2)
     )
-    seen = observe(family)
-    assert seen == _watch(family)
+    seen, whole = observe(family), _watch(family)
+    for name, spec in whole.specs.items():
+        assert replace(spec, meets=frozenset()) == replace(seen.specs[name], meets=frozenset())
     assert seen.specs[f"ups.{LAYERS + 1}.weight"].shape == (48, 16)
 
 
@@ -119,3 +120,23 @@ def test_a_models_own_depth_dependent_init_is_taken_at_the_base() -> None:
         plan = mt.plan(family, Scale(16, 4 * base_depth), "completep")
         at_base = 0.02 / (2 * base_depth) ** 0.5
         assert {row.name: row.init.std for row in plan.rows}["downs.0.weight"] == pytest.approx(at_base / 4)
+
+
+def flat(width: int, depth: int, last: int) -> nn.Module:
+    hidden = [layer for _ in range(depth) for layer in (nn.Linear(width, width), nn.ReLU())]
+    return nn.Sequential(nn.Linear(8, width), nn.ReLU(), *hidden, nn.Linear(width, last))
+
+
+@pytest.mark.parametrize("base", [1, 2, 3])
+@pytest.mark.parametrize(("width", "depth"), [(64, 4), (16, 5), (16, LAYERS + 6)])
+@pytest.mark.parametrize("last", [5, 16])
+def test_one_list_of_layers_with_the_input_and_the_readout(base: int, width: int, depth: int, last: int) -> None:
+    """At another depth the readout has another number; where it is as wide as the base nothing else would tell."""
+    family = mt.Family(
+        lambda s: flat(s.width, s.depth, last), torch.zeros(2, 8), lambda m, x: m(x).square().mean(), Scale(16, base)
+    )
+    roles = [row.role for row in mt.plan(family, Scale(width, depth)).rows if row.name.endswith("weight")]
+    assert roles == ["input", *["hidden"] * depth, "output"]
+    deep = mt.Family(family.build, family.batch, family.loss, Scale(16, LAYERS + 3))
+    found = [spec.role for name, spec in observe(deep).specs.items() if name.endswith("weight")]
+    assert found == ["input", *["hidden"] * (LAYERS + 3), "output"]
