@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -138,6 +139,36 @@ def made_trials() -> pd.DataFrame:
         rows.append([number, state, value, diverged, 200.0, flops, 1.5, 2.0 ** generator.uniform(-10, -5)])
     rows[-1][1:3] = ["RUNNING", math.nan]
     return TRIALS.frame(pd.DataFrame(rows, columns=[*TRIALS.columns, "lr"]))
+
+
+def made_search(count: int) -> pd.DataFrame:
+    """Return a search of five hyperparameters in which lr matters; high ones diverge, and trial 7 ends at a loss of 30."""
+    g = np.random.default_rng(3)
+    lr, weight_decay = 2.0 ** g.uniform(-12, -3, count), 10 ** g.uniform(-3, -0.5, count)
+    init, beta1 = 2 ** g.uniform(-1, 1, count), g.uniform(0.9, 0.99, count)
+    schedule = g.choice(["cosine", "linear", "wsd"], count)
+    value = 1.2 + 0.03 * (np.log2(lr) + 7) ** 2 + 0.1 * np.log2(init) ** 2 + g.gamma(2, 0.03, count)
+    diverged = (np.log2(lr) > -4.3) & (g.random(count) < 0.7)
+    pruned = (g.random(count) < 0.3) & (np.arange(count) > 7) & ~diverged
+    value[7], diverged[7] = 30.0, False
+    columns = {
+        "number": range(count),
+        "state": np.where(pruned, "PRUNED", "COMPLETE"),
+        "value": np.where(diverged, np.nan, value + 0.3 * pruned),
+        "diverged": diverged,
+        "steps": np.where(pruned, 80.0, 200.0),
+        "flops": np.where(pruned, 4e11, 1e12),
+        "seconds": np.where(pruned, 0.8, 2.0),
+    }
+    searched = {"beta1": beta1, "init_scale": init, "lr": lr, "schedule": schedule, "weight_decay": weight_decay}
+    frame = pd.DataFrame(columns | searched)
+    frame.loc[9, ["state", "value", "flops", "seconds"]] = ["FAIL", np.nan, np.nan, np.nan]
+    return TRIALS.frame(frame.assign(diverged=frame["diverged"] & (frame.index != 9)))
+
+
+@pytest.fixture
+def many_trials() -> Callable[[int], pd.DataFrame]:
+    return made_search
 
 
 @pytest.fixture
