@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from mutransfer.reports.importances import ImportanceFigure as ImportanceFigure
     from mutransfer.reports.page import write_report as write_report
     from mutransfer.reports.parallel import ParallelFigure as ParallelFigure
+    from mutransfer.reports.planned import PlanFigure as PlanFigure
     from mutransfer.reports.slices import SliceFigure as SliceFigure
     from mutransfer.reports.wider import WiderFigure as WiderFigure
 
@@ -21,6 +22,7 @@ __all__ = [
     "HistoryFigure",
     "ImportanceFigure",
     "ParallelFigure",
+    "PlanFigure",
     "SliceFigure",
     "WiderFigure",
     "write_report",
@@ -32,6 +34,7 @@ _HOMES = {
     "HistoryFigure": "history",
     "ImportanceFigure": "importances",
     "ParallelFigure": "parallel",
+    "PlanFigure": "planned",
     "SliceFigure": "slices",
     "WiderFigure": "wider",
     "write_report": "page",

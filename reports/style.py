@@ -28,6 +28,7 @@ from matplotlib.ticker import (
 from mutransfer.reports.words import number
 
 __all__ = [
+    "DIVERGING",
     "GREY",
     "INK",
     "ORDER",
@@ -50,6 +51,8 @@ OTHERS = ("#a6761d", "#5e3c99", "#44616b")
 
 # Viridis without its yellow end, light to dark: what is ordered stays ordered in grey.
 ORDER = LinearSegmentedColormap.from_list("order", matplotlib.colormaps["viridis"]([0.84, 0.6, 0.4, 0.22, 0.05]))
+# Blue below, orange above, both darker with the distance: in grey the distance is left, and the sign has to be written.
+DIVERGING = LinearSegmentedColormap.from_list("diverging", ["#084c7c", "#6aa9d6", "#f7f7f7", "#eda268", "#8a3a00"])
 
 
 def styled() -> AbstractContextManager[None]:
