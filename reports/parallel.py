@@ -17,7 +17,7 @@ from mutransfer.reports.figure import ReportFigure
 from mutransfer.reports.optuna_plots import plotted
 from mutransfer.reports.study import drawable, fence_of, hyperparameters, is_lost, search_space, study_of
 from mutransfer.reports.style import ORDER, colour, literal, styled, value_axis
-from mutransfer.reports.words import number, plain
+from mutransfer.reports.words import counted, number, plain
 
 __all__ = ["ParallelFigure"]
 
@@ -71,11 +71,11 @@ class ParallelFigure(ReportFigure):
             "lines cross an axis in a bundle, that value matters; where they spread over all of it, it does not."
         )
         if beyond:
-            text += f" {beyond} trials with a loss above {number(fence)} are drawn at that height."
+            text += f" Drawn at the height of {number(fence)}: {counted(beyond, 'trial')} with a larger loss."
         if is_lost(self.trials).any():
             text += " Dashed lines from the top are trials that diverged or failed."
         hidden = len(hyperparameters(self.trials)) - len(self.names)
-        return text + (f" {hidden} more hyperparameters are in the CSV." if hidden else "")
+        return text + (f" In the CSV only: {counted(hidden, 'more hyperparameter')}." if hidden else "")
 
     def draw(self) -> Figure:
         """Return the drawing."""

@@ -16,7 +16,7 @@ from mutransfer.reports.figure import ReportFigure
 from mutransfer.reports.optuna_plots import plotted
 from mutransfer.reports.study import drawable, fence_of, hyperparameters, is_lost, search_space, study_of
 from mutransfer.reports.style import INK, ORDER, colour, literal, log_loss, styled, value_axis
-from mutransfer.reports.words import plain
+from mutransfer.reports.words import counted, plain
 
 __all__ = ["SliceFigure"]
 
@@ -57,9 +57,9 @@ class SliceFigure(ReportFigure):
             "hyperparameters vary as well, so what counts is the lower edge of the cloud: a bottom inside the range is an "
             "optimum, one at its end asks for a wider range."
         )
-        text += f" Not drawn: {pruned} pruned trials." if pruned else ""
+        text += f" Not drawn: {counted(pruned, 'pruned trial')}." if pruned else ""
         hidden = len(hyperparameters(self.trials)) - len(self.names)
-        return text + (f" {hidden} more hyperparameters are in the CSV." if hidden else "")
+        return text + (f" In the CSV only: {counted(hidden, 'more hyperparameter')}." if hidden else "")
 
     def draw(self) -> Figure:
         """Return the drawing."""

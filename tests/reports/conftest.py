@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 
 from mutransfer.files import write_json
-from mutransfer.frames import BASINS, COORDINATES, OPTIMA, PARAMETERS, SLOPES, TRIALS
+from mutransfer.frames import BASINS, COORDINATES, OPTIMA, PARAMETERS, SLOPES, TRIALS, varying
 from mutransfer.recipe import Recipe
 from mutransfer.reports import write_report
 
@@ -93,7 +93,7 @@ def slope_frame(coordinates: pd.DataFrame) -> pd.DataFrame:
     rows = []
     keys = ["parametrization", "module", "role", "statistic", "step"]
     for key, group in coordinates[coordinates["parametrization"] == "mup"].groupby(keys, sort=False):
-        slope = float(np.polyfit(np.log2(group["width"]), np.log2(group["value"]), 1)[0])
+        slope = float(np.polyfit(np.log2(group[varying(coordinates)]), np.log2(group["value"]), 1)[0])
         low, high = (-0.5, 0.0) if key[2] == "output" else (0.0, 0.0)
         ok = low - 0.15 < slope < high + 0.15
         expected = f"{low:g}..{high:g}"
@@ -231,7 +231,7 @@ def run_folder(parent: Path) -> Path:
     folder = parent / "a run & <b>"
     folder.mkdir()
     BASINS.write(made_basins(), folder / "basins.csv")
-    TRIALS.write(made_trials(), folder / "trials.csv")
+    TRIALS.write(made_search(60), folder / "trials.csv")
     COORDINATES.write(
         coordinate_frame({"head": (-0.5, 1.2), HOSTILE: (0.0, 1.0), "$x_{": (0.0, 1.0)}), folder / "coordinates.csv"
     )
@@ -239,8 +239,13 @@ def run_folder(parent: Path) -> Path:
     numbers = dict.fromkeys([c for c, (dtype, _) in PARAMETERS.columns.items() if dtype == "float64"], 0.25)
     rows = [{"name": name, "shape": "64x64", "role": "hidden", **numbers} for name in ("w", HOSTILE, "</table>")]
     rows[0]["eps"] = None
-    write_json(folder / "target.json", {"parameters": rows, "warnings": [f"decay was tuned {HOSTILE}: see `--decay`."]})
-    write_json(folder / "environment.json", {"command": f"mutransfer tune '{HOSTILE}'", "versions": {"torch": "2.13"}})
+    target = {"parameters": rows, "warnings": [f"decay was tuned {HOSTILE}: see `--decay`."], "parametrization": "mup"}
+    target |= {"scale": {"width": 4096, "depth": 4}, "batch_size": 16, "steps": 200, "seed": 3}
+    write_json(folder / "target.json", target | {"provenance": {"proxy": {"batch": 16, "steps": 200}}})
+    commands = [f"mutransfer tune '{HOSTILE}'", "mutransfer verify 'a run & <b>'"]
+    environment = {"commands": commands, "versions": {"torch": "2.13"}, "data_sha256": "2dd84a", "seed": 11}
+    write_json(folder / "environment.json", environment)
+    (folder / "experiment.yaml").write_text(f"model: mlp\ndata: '{HOSTILE}'\n", encoding="utf-8")
     compared = [
         {"label": "µP at the transferred lr", "log2_lr": -7.0, "loss": 0.24, "low": 0.23, "high": 0.25},
         {"label": "SP at the transferred lr", "log2_lr": -7.0, "loss": None, "low": None, "high": None},

@@ -102,7 +102,7 @@ def test_one_diverged_trial_does_not_squash_the_parallel_coordinates(searched):
     assert (starts == starts.max()).sum() == lost_of(searched)
     solid = sum(dashes is None for _, dashes in lines.get_linestyle())
     assert solid == len(complete)
-    assert f"{(complete > fence_of(complete)).sum()} trials with a loss above" in ParallelFigure(searched).caption
+    assert f"{(complete > fence_of(complete)).sum()} trials with a larger loss" in ParallelFigure(searched).caption
 
 
 def test_importance_is_that_of_what_matters(searched):
