@@ -174,8 +174,8 @@ def many_trials() -> Callable[[int], pd.DataFrame]:
 @pytest.fixture
 def broken() -> tuple[pd.DataFrame, pd.DataFrame]:
     """Coordinates of 20 modules and µP's slopes; one module grows with width as if its lr were not scaled."""
-    many = {f"blocks.{i}.ffn": (0.0, 1.0) for i in range(20)}
-    coordinates = coordinate_frame(many, broken="blocks.7.ffn")
+    many = {f"{letter}.ffn": (0.0, 1.0) for letter in "abcdefghijklmnopqrst"}
+    coordinates = coordinate_frame(many, broken="h.ffn")
     return coordinates, slope_frame(coordinates)
 
 
