@@ -43,7 +43,7 @@ class RunContents:
     environment: dict[str, Any]
     verify: dict[str, Any]
     check: dict[str, Any]
-    experiment: str = ""
+    experiment: str
 
     @classmethod
     def read(cls, path: Path) -> RunContents:
@@ -74,8 +74,11 @@ class RunContents:
             frame("basins.csv", BASINS.read),
             frame("trials.csv", TRIALS.read),
             recipe,
-            *(_object(path / f"{name}.json") for name in ("target", "environment", "verify", "check")),
-            experiment=_text(path / "experiment.yaml"),
+            _object(path / "target.json"),
+            _object(path / "environment.json"),
+            _object(path / "verify.json"),
+            _object(path / "check.json"),
+            _text(path / "experiment.yaml"),
         )
 
     @property

@@ -115,7 +115,8 @@ class CoordinateFigure(ReportFigure):
                         _blank(axes)
                         continue
                     size_axis(axes, self.coordinates[along])
-                    axes.tick_params(labelbottom=row == shape[0] - 1)
+                    below = list(self.groups)[row + 1 :]
+                    axes.tick_params(labelbottom=not any((name, statistic, step) in self.panels for name in below))
                     key = self.slopes[["module", "statistic", "step"]].eq([module, statistic, step]).all(axis=1)
                     coordinate_panel(axes, rows, self.slopes[key], names, span, along)
                     if "*" in group:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -72,15 +73,17 @@ class ImportanceFigure(ReportFigure):
             figure.set_size_inches(6.4, 0.9 + 0.3 * len(axes.patches))
             axes.set(title="", xlabel="share of the importance", ylabel="")
             axes.set_title("", loc="left")
-            axes.get_legend().remove()
+            if legend := axes.get_legend():
+                legend.remove()
             axes.grid(visible=False, axis="y")
             axes.tick_params(axis="y", length=0)
-            for bar in axes.patches:
+            bars: list[Any] = list(axes.patches)
+            for bar in bars:
                 bar.set(color=colour("mup"), height=0.62)
             for label in axes.texts:
                 _beside(label)
             axes.xaxis.set_major_formatter(PercentFormatter(1.0))
-            axes.set_xlim(0, 1.12 * max(bar.get_width() for bar in axes.patches))
+            axes.set_xlim(0, 1.12 * max(bar.get_width() for bar in bars))
             axes.set_yticks(axes.get_yticks(), [plain(label.get_text()) for label in axes.get_yticklabels()])
             literal(axes.get_yticklabels())
         return figure

@@ -105,7 +105,7 @@ def _figures(
     if run.coordinates is not None and slopes is not None and len(slopes):
         wanted["coordinates"] = functools.partial(CoordinateFigure, run.coordinates, slopes)
     if run.trials is not None:
-        searched = {
+        searched: dict[str, Callable[..., ReportFigure]] = {
             "history": HistoryFigure,
             "slices": SliceFigure,
             "importances": ImportanceFigure,

@@ -107,8 +107,8 @@ class ParallelFigure(ReportFigure):
             for axes, name in zip(others, self.names, strict=True):
                 axes.grid(visible=False)
                 axes.spines["right"].set_visible(True)
-                if isinstance(space[name], FloatDistribution):
-                    value_axis(axes.yaxis, space[name].low, space[name].high, powers=name == "lr")
+                if isinstance(values := space[name], FloatDistribution):
+                    value_axis(axes.yaxis, values.low, values.high, powers=name == "lr")
                 else:
                     choices = [plain(label.get_text(), 14) for label in axes.get_yticklabels()]
                     axes.set_yticks(axes.get_yticks(), choices)
@@ -132,6 +132,6 @@ def _restyle(lines: LineCollection, fence: float) -> None:
     crowd = min(1.0, 60 / len(starts))  # many lines have to be faint, or they hide each other
     shades = ORDER.reversed().with_extremes(over=colour("sp"))
     lines.set(cmap=shades, clim=(float(starts.min()), fence), gid="trials")
-    lines.set_alpha(np.where(best, 0.6 + 0.3 * crowd, 0.25 + 0.5 * crowd))
-    lines.set_linewidth(np.where(best, 1.4, 0.9))
+    lines.set_alpha(np.where(best, 0.6 + 0.3 * crowd, 0.25 + 0.5 * crowd).tolist())
+    lines.set_linewidth(np.where(best, 1.4, 0.9).tolist())
     lines.set_linestyle([(0, (3, 2)) if gone else "-" for gone in lost])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -104,14 +105,15 @@ def _cell(axes: Axes, column: int, row: int, low: float, high: float, cell: pd.S
     """Draw one cell: colour and hatch by the middle of log2 of the factor, the factor itself in words."""
     x, y, edge = [column + 0.03, column + 0.97], [row + 0.06] * 2, [row + 0.94] * 2
     middle = (low + high) / 2
-    shade, hatch = "#f3f4f6", None
+    shade: Any = "#f3f4f6"
+    hatch: str | None = None
     if not math.isnan(middle):
         shade = DIVERGING(TwoSlopeNorm(0.0, -reach, reach)(middle))
         hatch = "///" if middle < -0.01 else "\\\\\\" if middle > 0.01 else None
     axes.fill_between(x, y, edge, facecolor=shade, hatch=hatch, edgecolor="#ffffff59", linewidth=0, gid="cell")
     dark = abs(middle) > 0.55 * reach
     paper = {"facecolor": shade, "linewidth": 0, "pad": 1.5}  # the hatch does not run through the exponent
-    style = {"ha": "center", "va": "center", "color": "white" if dark else INK, "bbox": paper}
+    style: dict[str, Any] = {"ha": "center", "va": "center", "color": "white" if dark else INK, "bbox": paper}
     if math.isnan(cell["low"]):
         axes.text(column + 0.5, row + 0.5, "–", **{**style, "color": GREY})
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import optuna
 import pandas as pd
@@ -77,8 +78,10 @@ def search_space(trials: pd.DataFrame) -> dict[str, BaseDistribution]:
 def study_of(trials: pd.DataFrame, values: pd.Series) -> optuna.Study:
     """Return a study in memory with every trial under its own number; those without a value in ``values`` have failed."""
     space = search_space(trials)
-    columns = {name: _numbers(trials[name]) for name in space}
-    columns = {name: trials[name].astype("string") if column is None else column for name, column in columns.items()}
+    columns: dict[str, Any] = {}
+    for name in space:
+        numbers = _numbers(trials[name])
+        columns[name] = trials[name].astype("string") if numbers is None else numbers
     made = []
     for index in trials.sort_values("number").index:
         there = {name: column[index] for name, column in columns.items() if not pd.isna(column[index])}

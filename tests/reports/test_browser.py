@@ -116,6 +116,9 @@ def test_tables_sort_by_number_and_by_name(opened: Seen):
     assert heading.get_attribute("aria-sort") == "ascending"
     heading.get_by_role("button").click()
     assert column(page, table, 2) == ["1024", "1024", "256", "256", "64", "64"]
+    drift = page.locator(f'[aria-label="{table}"] th', has_text="drift")
+    drift.get_by_role("button").click()
+    assert [cell[:5] for cell in column(page, table, 4)] == ["−1.94", "−0.97", "refer", "refer", "+0.03", "+0.06"]
     names = page.locator('[aria-label="Settings per parameter"] th', has_text="name")
     names.get_by_role("button").click()
     assert column(page, "Settings per parameter", 1) == ["</table>", HOSTILE, "w"]

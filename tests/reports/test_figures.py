@@ -216,6 +216,12 @@ def test_a_range_without_a_lower_end_is_not_furthest_from_it(broken):
     assert "h.ffn" in figure.groups
 
 
+def test_a_module_without_a_slope_that_fails_is_shown(broken):
+    coordinates, slopes = broken
+    slopes.loc[slopes["module"] == "t.ffn", ["slope", "low", "high", "ok"]] = [np.nan, np.nan, np.nan, False]
+    assert "t.ffn" in CoordinateFigure(coordinates, slopes).groups
+
+
 def test_blocks_are_one_row_that_shows_the_worst_of_them():
     coordinates = coordinate_frame({f"blocks.{i}.ffn": (0.0, 1.0) for i in range(20)}, broken="blocks.7.ffn")
     figure = CoordinateFigure(coordinates, slope_frame(coordinates))
