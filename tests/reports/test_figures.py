@@ -160,6 +160,9 @@ def test_every_finished_trial_is_drawn_once(trials):
 
 def test_history_against_compute_or_else_trial_number(trials):
     assert "floating point operations" in HistoryFigure(trials).draw().axes[0].get_xlabel()
+    interrupted = trials.assign(state=trials["state"].where(trials["number"] != 9, "FAIL"))
+    interrupted.loc[interrupted["number"] == 9, ["value", "flops"]] = np.nan
+    assert "floating point operations" in HistoryFigure(interrupted).draw().axes[0].get_xlabel()
     assert HistoryFigure(trials.assign(flops=np.nan)).draw().axes[0].get_xlabel() == "trial"
 
 
