@@ -9,15 +9,33 @@ if TYPE_CHECKING:
     from mutransfer.reports.basins import BasinFigure as BasinFigure
     from mutransfer.reports.coordinates import CoordinateFigure as CoordinateFigure
     from mutransfer.reports.history import HistoryFigure as HistoryFigure
+    from mutransfer.reports.importances import ImportanceFigure as ImportanceFigure
     from mutransfer.reports.page import write_report as write_report
+    from mutransfer.reports.parallel import ParallelFigure as ParallelFigure
+    from mutransfer.reports.planned import PlanFigure as PlanFigure
+    from mutransfer.reports.slices import SliceFigure as SliceFigure
     from mutransfer.reports.wider import WiderFigure as WiderFigure
 
-__all__ = ["BasinFigure", "CoordinateFigure", "HistoryFigure", "WiderFigure", "write_report"]
+__all__ = [
+    "BasinFigure",
+    "CoordinateFigure",
+    "HistoryFigure",
+    "ImportanceFigure",
+    "ParallelFigure",
+    "PlanFigure",
+    "SliceFigure",
+    "WiderFigure",
+    "write_report",
+]
 
 _HOMES = {
     "BasinFigure": "basins",
     "CoordinateFigure": "coordinates",
     "HistoryFigure": "history",
+    "ImportanceFigure": "importances",
+    "ParallelFigure": "parallel",
+    "PlanFigure": "planned",
+    "SliceFigure": "slices",
     "WiderFigure": "wider",
     "write_report": "page",
 }

@@ -15,6 +15,7 @@ from mutransfer.reports.words import interval, label, number, percent, power_of_
 
 __all__ = [
     "Table",
+    "cell",
     "comparison_table",
     "environment_table",
     "optimum_table",
@@ -35,7 +36,8 @@ class Table:
     left_out: int = 0
 
 
-def _cell(text: str, key: object = None) -> tuple[str, str]:
+def cell(text: str, key: object = None) -> tuple[str, str]:
+    """Return a cell: what it says, and what it is sorted by (its text unless ``key`` is given; a missing one last)."""
     return text, text if key is None else "" if key is pd.NA or key != key else str(key)
 
 
@@ -56,13 +58,13 @@ def optimum_table(optima: pd.DataFrame) -> Table:
         reference = row.drift == row.drift_low == row.drift_high == 0
         lost = "diverged" if row.transferred_loss != row.transferred_loss else number(row.transferred_loss)
         cells = [
-            _cell(label(row.parametrization)),
-            _cell(str(row.width)),
-            _cell(power_of_two(row.log2_lr) + (" (edge of the grid)" if row.at_edge else ""), row.log2_lr),
-            _cell("reference" if reference else interval(row.drift, row.drift_low, row.drift_high), row.drift),
-            _cell(number(row.best_loss)),
-            _cell(lost, row.transferred_loss),
-            _cell(percent(row.regret, row.regret_low, row.regret_high), row.regret),
+            cell(label(row.parametrization)),
+            cell(str(row.width)),
+            cell(power_of_two(row.log2_lr) + (" (edge of the grid)" if row.at_edge else ""), row.log2_lr),
+            cell("reference" if reference else interval(row.drift, row.drift_low, row.drift_high), row.drift),
+            cell(number(row.best_loss)),
+            cell(lost, row.transferred_loss),
+            cell(percent(row.regret, row.regret_low, row.regret_high), row.regret),
         ]
         rows.append(cells)
     return Table(header, rows)
@@ -83,11 +85,11 @@ def comparison_table(rows: list[dict[str, Any]]) -> Table:
         loss, low, high = (_float(row.get(key)) for key in ("loss", "low", "high"))
         table.append(
             [
-                _cell(str(row.get("label", ""))),
-                _cell(power_of_two(_float(row.get("log2_lr"))), row.get("log2_lr")),
-                _cell("diverged" if math.isnan(loss) else number(loss), loss),
-                _cell("–" if math.isnan(low) or math.isnan(high) else f"{number(low)} to {number(high)}", low),
-                _cell("–" if row is rows[0] else percent(loss / first - 1) if first else "–"),
+                cell(str(row.get("label", ""))),
+                cell(power_of_two(_float(row.get("log2_lr"))), row.get("log2_lr")),
+                cell("diverged" if math.isnan(loss) else number(loss), loss),
+                cell("–" if math.isnan(low) or math.isnan(high) else f"{number(low)} to {number(high)}", low),
+                cell("–" if row is rows[0] else percent(loss / first - 1) if first else "–"),
             ]
         )
     return Table(header, table)
@@ -106,10 +108,10 @@ def slope_table(slopes: pd.DataFrame) -> Table:
         .itertuples()
     ):
         outcome = said[None if row.ok is pd.NA else bool(row.ok)]
-        cells = [_cell(str(getattr(row, name))) for name in columns]
-        cells[4] = _cell(interval(row.slope, row.low, row.high), row.slope)
-        cells[5:7] = [_cell(_range(text), text) for text in (row.expected, row.declared)]
-        cells[7] = _cell(outcome)
+        cells = [cell(str(getattr(row, name))) for name in columns]
+        cells[4] = cell(interval(row.slope, row.low, row.high), row.slope)
+        cells[5:7] = [cell(_range(text), text) for text in (row.expected, row.declared)]
+        cells[7] = cell(outcome)
         rows.append(cells)
     return Table(header, rows[:MOST_ROWS], max(len(rows) - MOST_ROWS, 0))
 
@@ -118,7 +120,7 @@ def parameter_table(parameters: pd.DataFrame) -> Table:
     """Return the settings per parameter (schema PARAMETERS)."""
     header = [(name.replace("_", " "), meaning) for name, (_, meaning) in PARAMETERS.columns.items()]
     shown = parameters.head(MOST_ROWS)
-    rows = [[_cell(number(value), value) for value in row] for row in shown[list(PARAMETERS.columns)].values.tolist()]
+    rows = [[cell(number(value), value) for value in row] for row in shown[list(PARAMETERS.columns)].values.tolist()]
     return Table(header, rows, len(parameters) - len(shown))
 
 
@@ -128,7 +130,7 @@ def recipe_table(recipe: Recipe) -> Table:
     rows = []
     for key, value in recipe.model_dump(mode="json").items():
         text = f"{_value(value)} ({power_of_two(math.log2(value))})" if key == "lr" else _value(value)
-        rows.append([_cell(key), _cell(text), _cell("same" if value == default[key] else _value(default[key]))])
+        rows.append([cell(key), cell(text), cell("same" if value == default[key] else _value(default[key]))])
     return Table([("setting", "at base scale"), ("value", "as tuned"), ("default", "before tuning")], rows)
 
 
@@ -139,7 +141,7 @@ def environment_table(content: dict[str, Any], prefix: str = "") -> Table:
         if isinstance(value, dict) and value:
             rows += environment_table(value, f"{prefix}{key}.").rows
         else:
-            rows.append([_cell(f"{prefix}{key}"), _cell(value if isinstance(value, str) else _value(value))])
+            rows.append([cell(f"{prefix}{key}"), cell(value if isinstance(value, str) else _value(value))])
     return Table([("what", ""), ("value", "")], rows)
 
 

@@ -43,6 +43,7 @@ class RunContents:
     environment: dict[str, Any]
     verify: dict[str, Any]
     check: dict[str, Any]
+    experiment: str
 
     @classmethod
     def read(cls, path: Path) -> RunContents:
@@ -73,7 +74,11 @@ class RunContents:
             frame("basins.csv", BASINS.read),
             frame("trials.csv", TRIALS.read),
             recipe,
-            *(_object(path / f"{name}.json") for name in ("target", "environment", "verify", "check")),
+            _object(path / "target.json"),
+            _object(path / "environment.json"),
+            _object(path / "verify.json"),
+            _object(path / "check.json"),
+            _text(path / "experiment.yaml"),
         )
 
     @property
@@ -98,6 +103,33 @@ class RunContents:
         return PARAMETERS.frame(known) if known else None
 
     @property
+    def judged_basins(self) -> pd.DataFrame | None:
+        """The basins that verify.json judged: the file may hold runs of other seeds and widths as well."""
+        widths, seeds = self.verify.get("widths"), self.verify.get("seeds")
+        if self.basins is None or widths is None or seeds is None:
+            return self.basins
+        return self.basins[self.basins["width"].isin(widths) & (self.basins["seed"] < seeds)]
+
+    @property
+    def commands(self) -> list[str]:
+        """The commands that made the run, as they were typed; a folder of an earlier version noted only the last one."""
+        said = self.environment.get("commands") or [self.environment.get("command")]
+        return [str(command) for command in said if command]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What environment.json says of machine, versions and data, and the seeds that the frames hold."""
+        elsewhere = {"commands", "command", "seed", "basins"}  # "basins" is the recipe once more
+        found = {key: value for key, value in self.environment.items() if key not in elsewhere}
+        seeds: dict[str, Any] = {"tune": self.environment.get("seed")}
+        for name, frame in (("verify", self.basins), ("check", self.coordinates)):
+            if frame is not None:
+                seeds[name] = sorted(map(int, frame["seed"].unique()))
+        if self.target:
+            seeds["target run"] = self.target.get("seed")
+        return {**found, "seeds": {name: seed for name, seed in seeds.items() if seed is not None}}
+
+    @property
     def checked(self) -> str | None:
         """The parametrization that the coordinate check is about; the others in the frame are its control."""
         if self.coordinates is None:
@@ -114,3 +146,12 @@ def _object(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise RequestError(f"{path} holds a {type(content).__name__}: expected a JSON object; make it again.")
     return content
+
+
+def _text(path: Path) -> str:
+    if not path.is_file():
+        return ""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RequestError(f"{path} is no text ({error}): make it again with `mutransfer tune`.") from None

@@ -118,6 +118,6 @@ def inline(svg: str, prefix: str, title: str) -> str:
         "role": "img",
         "aria-label": title,
         # The first two are what matplotlib's style sheet says for every element.
-        "style": f"stroke-linejoin: round; stroke-linecap: butt; min-width: {0.8 * size:.0f}px; max-width: {1.35 * size:.0f}px",
+        "style": f"stroke-linejoin: round; stroke-linecap: butt; min-width: {0.72 * size:.0f}px; max-width: {1.35 * size:.0f}px",
     }
     return ET.tostring(root, encoding="unicode")

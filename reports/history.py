@@ -56,6 +56,8 @@ class HistoryFigure(ReportFigure):
     def draw(self) -> Figure:
         """Return the drawing."""
         rows = self.trials[self.trials["state"].isin(FINISHED)].sort_values("number")
+        # An interrupted trial has failed and noted no compute; the others' places do not depend on it.
+        rows = rows.assign(flops=rows["flops"].where(rows["state"].ne("FAIL"), rows["flops"].fillna(0.0)))
         compute = rows["flops"].notna().all() and rows["flops"].sum() > 0
         power = math.floor(math.log10(rows["flops"].sum())) if compute else 0
         rows = rows.assign(x=rows["flops"].cumsum() / 10**power if compute else rows["number"])

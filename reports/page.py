@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import base64
-import gzip
+import functools
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from markupsafe import Markup
 
 from mutransfer.errors import RequestError
 from mutransfer.files import write_text
+from mutransfer.frames import varying
 from mutransfer.reports.basins import BasinFigure
 from mutransfer.reports.cells import (
     comparison_table,
@@ -26,22 +28,27 @@ from mutransfer.reports.cells import (
 )
 from mutransfer.reports.contents import RunContents
 from mutransfer.reports.coordinates import CoordinateFigure
+from mutransfer.reports.downloads import downloads
 from mutransfer.reports.figure import ReportFigure
 from mutransfer.reports.history import HistoryFigure
-from mutransfer.reports.summary import facts, findings, overall
+from mutransfer.reports.importances import ImportanceFigure
+from mutransfer.reports.parallel import ParallelFigure
+from mutransfer.reports.planned import PlanFigure
+from mutransfer.reports.slices import SliceFigure
+from mutransfer.reports.summary import answers, facts, findings, overall
+from mutransfer.reports.throughput import throughput_table
 from mutransfer.reports.wider import WiderFigure
 
-__all__ = ["download", "write_report"]
+__all__ = ["write_report"]
 
 HERE = Path(__file__).parent
-LARGEST_PLAIN = 200_000
 
 
 def write_report(folder: str | os.PathLike[str]) -> Path:
     """Write ``report.html`` and ``plots/*.png`` into a run folder from what is there; return the page's path.
 
-    Read are coordinates.csv, basins.csv, trials.csv, best.json, target.json, environment.json, verify.json and
-    check.json. The page says in one line what is missing and which command makes it.
+    Read are coordinates.csv, basins.csv, trials.csv, experiment.yaml, best.json, target.json, environment.json, verify.json
+    and check.json. The page says in one line what is missing and which command makes it.
 
     Raises:
         RequestError: no such folder, none of these files in it, a file that does not hold what its name says, or a
@@ -49,22 +56,15 @@ def write_report(folder: str | os.PathLike[str]) -> Path:
     """
     run = RunContents.read(Path(folder))
     verdict, optima, notes = _analysed(run)
-    figures = _figures(run, None if verdict is None else verdict.slopes, optima)
+    slopes = None if verdict is None else verdict.slopes
+    figures = _figures(run, slopes, optima, notes)
     for name, figure in figures.items():
         figure.save(run.path / "plots" / f"{name}.png")
-    for name, rows in (("slopes", None if verdict is None else verdict.slopes), ("optima", optima)):
+    made = {"slopes": slopes, "optima": optima, "parameters": run.parameters}
+    for name, rows in made.items():
         if rows is not None:
             write_text(run.path / f"{name}.csv", rows.to_csv(index=False))
     return write_text(run.path / "report.html", _render(run, verdict, optima, figures, notes))
-
-
-def download(name: str, content: str) -> tuple[str, str]:
-    """Return a file name and a ``data:`` URI that holds ``content``; a long one is compressed, and its name says so."""
-    raw = content.encode()
-    kind = "text/csv;charset=utf-8" if name.endswith(".csv") else "application/json"
-    if len(raw) > LARGEST_PLAIN:
-        raw, name, kind = gzip.compress(raw, mtime=0), f"{name}.gz", "application/gzip"
-    return name, f"data:{kind};base64,{base64.b64encode(raw).decode()}"
 
 
 def _analysed(run: RunContents) -> tuple[Any | None, pd.DataFrame | None, dict[str, str]]:
@@ -84,7 +84,8 @@ def _analysed(run: RunContents) -> tuple[Any | None, pd.DataFrame | None, dict[s
         from mutransfer.basins import optima as fit
 
         transferred = run.verify.get("transferred_log2_lr")
-        rows = judged_basins(run)
+        rows = run.judged_basins
+        assert rows is not None
         try:
             optima = fit(rows, None if transferred is None else float(transferred))
         except RequestError as error:
@@ -92,25 +93,33 @@ def _analysed(run: RunContents) -> tuple[Any | None, pd.DataFrame | None, dict[s
     return verdict, optima, notes
 
 
-def judged_basins(run: RunContents) -> pd.DataFrame:
-    """Return the basins that verify.json judged: the file may hold runs of other seeds and widths as well."""
-    assert run.basins is not None
-    rows, widths, seeds = run.basins, run.verify.get("widths"), run.verify.get("seeds")
-    if widths is None or seeds is None:
-        return rows
-    return rows[rows["width"].isin(widths) & (rows["seed"] < seeds)]
-
-
-def _figures(run: RunContents, slopes: pd.DataFrame | None, optima: pd.DataFrame | None) -> dict[str, ReportFigure]:
-    figures: dict[str, ReportFigure] = {}
-    if run.basins is not None and optima is not None:
-        figures["basins"] = BasinFigure(judged_basins(run), optima)
-        if len(optima):
-            figures["wider"] = WiderFigure(judged_basins(run), optima)
+def _figures(
+    run: RunContents, slopes: pd.DataFrame | None, optima: pd.DataFrame | None, notes: dict[str, str]
+) -> dict[str, ReportFigure]:
+    """Return the figures that can be drawn; ``notes`` gets a sentence for each that cannot though its file is there."""
+    wanted: dict[str, Callable[[], ReportFigure]] = {}
+    basins = run.judged_basins
+    if basins is not None and optima is not None:
+        wanted["basins"] = functools.partial(BasinFigure, basins, optima)
+        wanted["wider"] = functools.partial(WiderFigure, basins, optima)
     if run.coordinates is not None and slopes is not None and len(slopes):
-        figures["coordinates"] = CoordinateFigure(run.coordinates, slopes)
-    if run.trials is not None and run.trials["state"].isin(["COMPLETE", "PRUNED", "FAIL"]).any():
-        figures["history"] = HistoryFigure(run.trials)
+        wanted["coordinates"] = functools.partial(CoordinateFigure, run.coordinates, slopes)
+    if run.trials is not None:
+        searched: dict[str, Callable[..., ReportFigure]] = {
+            "history": HistoryFigure,
+            "slices": SliceFigure,
+            "importances": ImportanceFigure,
+            "parallel": ParallelFigure,
+        }
+        wanted |= {name: functools.partial(figure, run.trials) for name, figure in searched.items()}
+    if run.parameters is not None:
+        wanted["planned"] = functools.partial(PlanFigure, run.parameters)
+    figures = {}
+    for name, make in wanted.items():
+        try:
+            figures[name] = make()
+        except RequestError as error:
+            notes.setdefault(name, f"Not drawn: {error}")
     return figures
 
 
@@ -122,12 +131,7 @@ def _render(
     notes: dict[str, str],
 ) -> str:
     slopes = None if verdict is None else verdict.slopes
-    found = findings(run, verdict)
-    frames = {"coordinates": run.coordinates, "slopes": slopes, "basins": run.basins, "optima": optima}
-    frames |= {"trials": run.trials, "parameters": run.parameters}
-    files = [download(f"{name}.csv", rows.to_csv(index=False)) for name, rows in frames.items() if rows is not None]
-    if run.recipe is not None:
-        files.append(download("best.json", run.recipe.model_dump_json(indent=2)))
+    found, warnings = findings(run, verdict), [str(warning) for warning in run.target.get("warnings") or []]
     script = (HERE / "report.js").read_text(encoding="utf-8")
     compared = run.verify.get("comparison") or []
     environment = Environment(
@@ -135,20 +139,33 @@ def _render(
     )
     return environment.get_template("report.html").render(
         run=run,
-        overall=overall(found),
+        overall=overall(found, warnings),
         findings=found,
+        answers=answers(run, run.judged_basins),
         facts=facts(run, optima),
         notes=notes,
+        along=None if run.coordinates is None else varying(run.coordinates),
         comparison=comparison_table(compared) if compared else None,
         recipe=recipe_table(run.recipe) if run.recipe else None,
         optima=optimum_table(optima) if optima is not None else None,
         figures={name: (figure.title, Markup(figure.svg(name)), figure.caption) for name, figure in figures.items()},
         slopes=slope_table(slopes) if slopes is not None else None,
         parameters=parameter_table(run.parameters) if run.parameters is not None else None,
-        warnings=[str(warning) for warning in run.target.get("warnings") or []],
-        environment=environment_table(run.environment) if run.environment else None,
-        files=files,
+        throughput=throughput_table(run.trials, run.basins),
+        warnings=warnings,
+        environment=environment_table(run.facts) if run.environment else None,
+        files=downloads(_files(run, slopes, optima)),
         style=Markup((HERE / "report.css").read_text(encoding="utf-8")),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
+
+
+def _files(run: RunContents, slopes: pd.DataFrame | None, optima: pd.DataFrame | None) -> dict[str, str]:
+    """Return what the page offers for download: every frame as CSV, and the run's own files."""
+    frames = {"coordinates": run.coordinates, "slopes": slopes, "basins": run.basins, "optima": optima}
+    frames |= {"trials": run.trials, "parameters": run.parameters}
+    files = {f"{name}.csv": rows.to_csv(index=False) for name, rows in frames.items() if rows is not None}
+    own = ["experiment.yaml", *(f"{name}.json" for name in ("best", "target", "verify", "check", "environment"))]
+    present = [name for name in own if (run.path / name).is_file()]
+    return files | {name: (run.path / name).read_text(encoding="utf-8") for name in present}

@@ -2,18 +2,45 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 import matplotlib
 import matplotlib.style
+import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import to_hex
+from matplotlib.axis import Axis
+from matplotlib.colors import LinearSegmentedColormap, to_hex
 from matplotlib.legend import Legend
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MultipleLocator, NullFormatter, NullLocator
+from matplotlib.text import Text
+from matplotlib.ticker import (
+    FixedLocator,
+    FuncFormatter,
+    LogLocator,
+    MaxNLocator,
+    MultipleLocator,
+    NullFormatter,
+    NullLocator,
+)
 
-__all__ = ["GREY", "INK", "colour", "literal", "log_loss", "lr_axis", "size_axis", "styled", "width_colours"]
+from mutransfer.reports.words import number
+
+__all__ = [
+    "DIVERGING",
+    "GREY",
+    "INK",
+    "ORDER",
+    "colour",
+    "literal",
+    "log_loss",
+    "lr_axis",
+    "size_axis",
+    "styled",
+    "value_axis",
+    "width_colours",
+]
 
 INK = "#1f2430"
 GREY = "#7d8390"
@@ -21,6 +48,11 @@ GREY = "#7d8390"
 # Okabe and Ito's palette: told apart under every common colour vision, and of different lightness where it matters.
 FIXED = {"mup": "#0072b2", "sp": "#d55e00", "completep": "#009e73", "ntk": "#cc79a7", "umup": "#56b4e9"}
 OTHERS = ("#a6761d", "#5e3c99", "#44616b")
+
+# Viridis without its yellow end, light to dark: what is ordered stays ordered in grey.
+ORDER = LinearSegmentedColormap.from_list("order", matplotlib.colormaps["viridis"]([0.84, 0.6, 0.4, 0.22, 0.05]))
+# Blue below, orange above, both darker with the distance: in grey the distance is left, and the sign has to be written.
+DIVERGING = LinearSegmentedColormap.from_list("diverging", ["#084c7c", "#6aa9d6", "#f7f7f7", "#eda268", "#8a3a00"])
 
 
 def styled() -> AbstractContextManager[None]:
@@ -58,9 +90,29 @@ def size_axis(axes: Axes, sizes: Iterable[int]) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))
 
 
-def literal(legend: Legend) -> None:
-    """Keep dollar signs in a legend's labels from being read as formulas: a name may hold them."""
-    for text in legend.get_texts():
+def value_axis(axis: Axis, low: float, high: float, powers: bool = False) -> None:
+    """Label an axis of hyperparameter values; a logarithmic one with a few round numbers, or with ``powers`` of two."""
+    if axis.get_scale() != "log":
+        axis.set_major_locator(MaxNLocator(4))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: number(float(f"{value:.10g}"))))
+        return
+    octaves = math.log2(high / low)
+    axis.set_minor_locator(NullLocator())
+    if powers:
+        exponents = np.arange(math.ceil(math.log2(low)), math.floor(math.log2(high)) + 1)[:: max(1, round(octaves / 4))]
+        axis.set_major_locator(FixedLocator([2.0**exponent for exponent in exponents]))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"$2^{{{math.log2(value):.0f}}}$"))
+        return
+    steps = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0) if octaves < 3 else (1.0, 2.0, 5.0) if octaves < 7 else (1.0,)
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks = [step * 10.0**decade for decade in decades for step in steps if low <= step * 10.0**decade <= high]
+    axis.set_major_locator(FixedLocator(ticks[:: max(1, -(-len(ticks) // 4))]))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: number(float(f"{value:.10g}"))))
+
+
+def literal(labels: Legend | Iterable[Text]) -> None:
+    """Keep dollar signs in a legend's or an axis' labels from being read as formulas: a name may hold them."""
+    for text in labels.get_texts() if isinstance(labels, Legend) else labels:
         text.set_parse_math(False)
 
 

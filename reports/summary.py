@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 
+from mutransfer.recipe import Recipe
 from mutransfer.reports.contents import RunContents
-from mutransfer.reports.words import across, label, number, octaves, ordered, percent
+from mutransfer.reports.expected import expected_loss
+from mutransfer.reports.words import across, label, number, octaves, ordered, percent, power_of_two
 
-__all__ = ["Fact", "Finding", "facts", "findings", "overall"]
+__all__ = ["Fact", "Finding", "answers", "facts", "findings", "overall"]
 
-SIGNS = {"pass": "✓", "fail": "✗", "undecided": "?"}
+SIGNS = {"pass": "✓", "fail": "✗", "undecided": "?", "warn": "!"}
 DEFAULT = {
     ("check", "pass"): "Every module's size moves with the model's as stable feature learning needs.",
     ("check", "fail"): "At least one module's size does not move with the model's as it should; see the slopes below.",
@@ -60,15 +63,62 @@ def findings(run: RunContents, verdict: Any | None) -> list[Finding]:
     ]
 
 
-def overall(found: list[Finding]) -> str:
-    """Return the worst of the verdicts there are; "none" without any."""
+def overall(found: list[Finding], warnings: list[str]) -> str:
+    """Return the verdict on the run: "fail" if any fails, "warn" if any is undecided or the target has warnings, else "pass".
+
+    "none" without any verdict.
+    """
     there = {finding.status for finding in found}
-    return next((status for status in ("fail", "undecided", "pass") if status in there), "none")
+    if "fail" in there:
+        return "fail"
+    if "undecided" in there or ("pass" in there and warnings):
+        return "warn"
+    return "pass" if "pass" in there else "none"
+
+
+def answers(run: RunContents, basins: pd.DataFrame | None) -> list[Fact]:
+    """Return what the run was made for: the recipe, the loss to expect of the target, and the price."""
+    found = []
+    if run.recipe is not None:
+        found.append(Fact("Recipe", _recipe(run.recipe), "what differs from the defaults; at base scale"))
+    if run.target:
+        found.append(_expected(run, basins))
+    said = run.verify.get("price")
+    if isinstance(said, dict) and isinstance(said.get("ratio"), int | float):
+        sides = f"{number(said.get('tuning_flops'))} against {number(said.get('target_flops'))} FLOPs"
+        widest = max(run.verify.get("widths") or [0])
+        whole = f"one run at width {widest}, the widest verified" if widest else "one run at the widest width"
+        found.append(Fact("Price of tuning", f"{number(100.0 * said['ratio'])}\u00a0% of {whole}", sides))
+    return found
+
+
+def _recipe(recipe: Recipe) -> str:
+    default = Recipe().model_dump()
+    changed = {key: value for key, value in recipe.model_dump().items() if value != default[key] and key != "lr"}
+    said = [f"{key} {number(value) if isinstance(value, float) else value}" for key, value in changed.items()]
+    return ", ".join([f"lr {number(recipe.lr)} ({power_of_two(math.log2(recipe.lr))})", *said])
+
+
+def _expected(run: RunContents, basins: pd.DataFrame | None) -> Fact:
+    """The loss to expect at the target's size, or in one line why it is not told."""
+    size = run.target.get("scale")
+    transferred = run.verify.get("transferred_log2_lr")
+    if not isinstance(size, dict) or not isinstance(size.get("width"), int) or "parametrization" not in run.target:
+        return Fact(
+            "Expected target loss", "not told", "target.json holds no size: make it again with mutransfer transfer"
+        )
+    name = f"Expected loss at width {size['width']}"
+    if basins is None or not isinstance(transferred, int | float):
+        return Fact(name, "not told", run.missing("verify.json"))
+    told = expected_loss(basins, float(transferred), run.target)
+    if not told.known:
+        return Fact(name, "not told", told.words)
+    return Fact(name, f"{number(told.loss)} [{number(told.low)}, {number(told.high)}]", told.words)
 
 
 def facts(run: RunContents, optima: pd.DataFrame | None) -> list[Fact]:
-    """Return the key numbers: drift and regret per parametrization at the widest width, the price, the best trial."""
-    drifts, regrets, price = [], [], []
+    """Return the key numbers: drift and regret per parametrization at the widest width, the best trial."""
+    drifts, regrets = [], []
     names = [] if optima is None else ordered(list(optima["parametrization"]))[::-1]
     for name in names:
         assert optima is not None
@@ -80,11 +130,7 @@ def facts(run: RunContents, optima: pd.DataFrame | None) -> list[Fact]:
         regret = "diverged" if pd.isna(last["transferred_loss"]) else regret
         note = f"loss above its own best, width {last['width']}"
         regrets.append(Fact(f"{label(name)}: regret of the transferred lr", regret, note))
-    said = run.verify.get("price")
-    if isinstance(said, dict) and isinstance(said.get("ratio"), int | float):
-        sides = f"{number(said.get('tuning_flops'))} against {number(said.get('target_flops'))} FLOPs"
-        price.append(Fact("price of tuning", f"{number(100.0 * said['ratio'])}\u00a0% of the target run", sides))
-    found = [*drifts, *price, *regrets]
+    found = [*drifts, *regrets]
     if run.trials is not None and run.trials["value"].notna().any():
         rows = run.trials[run.trials["state"].eq("COMPLETE")].dropna(subset="value")
         if len(rows):

@@ -9,6 +9,7 @@ __all__ = [
     "interval",
     "label",
     "long_label",
+    "counted",
     "number",
     "octaves",
     "ordered",
@@ -75,6 +76,11 @@ def number(value: object) -> str:
         mantissa, exponent = f"{value:.2e}".split("e")
         return f"{mantissa}\u00a0×\u00a0{power_of_ten(int(exponent))}".replace("-", "−")
     return f"{value:.4g}".replace("-", "−") if isinstance(value, float) else str(value)
+
+
+def counted(count: int, what: str) -> str:
+    """Return "1 trial" or "3 trials"."""
+    return f"{count} {what}" + ("" if count == 1 else "s")
 
 
 def power_of_ten(exponent: int) -> str:

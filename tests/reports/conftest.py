@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ import pandas as pd
 import pytest
 
 from mutransfer.files import write_json
-from mutransfer.frames import BASINS, COORDINATES, OPTIMA, PARAMETERS, SLOPES, TRIALS
+from mutransfer.frames import BASINS, COORDINATES, OPTIMA, PARAMETERS, SLOPES, TRIALS, varying
 from mutransfer.recipe import Recipe
 from mutransfer.reports import write_report
 
@@ -92,7 +93,7 @@ def slope_frame(coordinates: pd.DataFrame) -> pd.DataFrame:
     rows = []
     keys = ["parametrization", "module", "role", "statistic", "step"]
     for key, group in coordinates[coordinates["parametrization"] == "mup"].groupby(keys, sort=False):
-        slope = float(np.polyfit(np.log2(group["width"]), np.log2(group["value"]), 1)[0])
+        slope = float(np.polyfit(np.log2(group[varying(coordinates)]), np.log2(group["value"]), 1)[0])
         low, high = (-0.5, 0.0) if key[2] == "output" else (0.0, 0.0)
         ok = low - 0.15 < slope < high + 0.15
         expected = f"{low:g}..{high:g}"
@@ -140,11 +141,41 @@ def made_trials() -> pd.DataFrame:
     return TRIALS.frame(pd.DataFrame(rows, columns=[*TRIALS.columns, "lr"]))
 
 
+def made_search(count: int) -> pd.DataFrame:
+    """Return a search of five hyperparameters in which lr matters; high ones diverge, and trial 7 ends at a loss of 30."""
+    g = np.random.default_rng(3)
+    lr, weight_decay = 2.0 ** g.uniform(-12, -3, count), 10 ** g.uniform(-3, -0.5, count)
+    init, beta1 = 2 ** g.uniform(-1, 1, count), g.uniform(0.9, 0.99, count)
+    schedule = g.choice(["cosine", "linear", "wsd"], count)
+    value = 1.2 + 0.03 * (np.log2(lr) + 7) ** 2 + 0.1 * np.log2(init) ** 2 + g.gamma(2, 0.03, count)
+    diverged = (np.log2(lr) > -4.3) & (g.random(count) < 0.7)
+    pruned = (g.random(count) < 0.3) & (np.arange(count) > 7) & ~diverged
+    value[7], diverged[7] = 30.0, False
+    columns = {
+        "number": range(count),
+        "state": np.where(pruned, "PRUNED", "COMPLETE"),
+        "value": np.where(diverged, np.nan, value + 0.3 * pruned),
+        "diverged": diverged,
+        "steps": np.where(pruned, 80.0, 200.0),
+        "flops": np.where(pruned, 4e11, 1e12),
+        "seconds": np.where(pruned, 0.8, 2.0),
+    }
+    searched = {"beta1": beta1, "init_scale": init, "lr": lr, "schedule": schedule, "weight_decay": weight_decay}
+    frame = pd.DataFrame(columns | searched)
+    frame.loc[9, ["state", "value", "flops", "seconds"]] = ["FAIL", np.nan, np.nan, np.nan]
+    return TRIALS.frame(frame.assign(diverged=frame["diverged"] & (frame.index != 9)))
+
+
+@pytest.fixture
+def many_trials() -> Callable[[int], pd.DataFrame]:
+    return made_search
+
+
 @pytest.fixture
 def broken() -> tuple[pd.DataFrame, pd.DataFrame]:
     """Coordinates of 20 modules and µP's slopes; one module grows with width as if its lr were not scaled."""
-    many = {f"blocks.{i}.ffn": (0.0, 1.0) for i in range(20)}
-    coordinates = coordinate_frame(many, broken="blocks.7.ffn")
+    many = {f"{letter}.ffn": (0.0, 1.0) for letter in "abcdefghijklmnopqrst"}
+    coordinates = coordinate_frame(many, broken="h.ffn")
     return coordinates, slope_frame(coordinates)
 
 
@@ -200,7 +231,7 @@ def run_folder(parent: Path) -> Path:
     folder = parent / "a run & <b>"
     folder.mkdir()
     BASINS.write(made_basins(), folder / "basins.csv")
-    TRIALS.write(made_trials(), folder / "trials.csv")
+    TRIALS.write(made_search(60), folder / "trials.csv")
     COORDINATES.write(
         coordinate_frame({"head": (-0.5, 1.2), HOSTILE: (0.0, 1.0), "$x_{": (0.0, 1.0)}), folder / "coordinates.csv"
     )
@@ -208,8 +239,13 @@ def run_folder(parent: Path) -> Path:
     numbers = dict.fromkeys([c for c, (dtype, _) in PARAMETERS.columns.items() if dtype == "float64"], 0.25)
     rows = [{"name": name, "shape": "64x64", "role": "hidden", **numbers} for name in ("w", HOSTILE, "</table>")]
     rows[0]["eps"] = None
-    write_json(folder / "target.json", {"parameters": rows, "warnings": [f"decay was tuned {HOSTILE}: see `--decay`."]})
-    write_json(folder / "environment.json", {"command": f"mutransfer tune '{HOSTILE}'", "versions": {"torch": "2.13"}})
+    target = {"parameters": rows, "warnings": [f"decay was tuned {HOSTILE}: see `--decay`."], "parametrization": "mup"}
+    target |= {"scale": {"width": 4096, "depth": 4}, "batch_size": 16, "steps": 200, "seed": 3}
+    write_json(folder / "target.json", target | {"provenance": {"proxy": {"batch": 16, "steps": 200}}})
+    commands = [f"mutransfer tune '{HOSTILE}'", "mutransfer verify 'a run & <b>'"]
+    environment = {"commands": commands, "versions": {"torch": "2.13"}, "data_sha256": "2dd84a", "seed": 11}
+    write_json(folder / "environment.json", environment)
+    (folder / "experiment.yaml").write_text(f"model: mlp\ndata: '{HOSTILE}'\n", encoding="utf-8")
     compared = [
         {"label": "µP at the transferred lr", "log2_lr": -7.0, "loss": 0.24, "low": 0.23, "high": 0.25},
         {"label": "SP at the transferred lr", "log2_lr": -7.0, "loss": None, "low": None, "high": None},

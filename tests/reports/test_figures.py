@@ -15,6 +15,8 @@ from mutransfer.errors import RequestError
 from mutransfer.frames import BASINS, COORDINATES, OPTIMA, SLOPES, TRIALS
 from mutransfer.reports import BasinFigure, CoordinateFigure, HistoryFigure, WiderFigure
 
+from .conftest import coordinate_frame, slope_frame
+
 
 def lines(figure: Figure, gid: str) -> list:
     return [line for axes in figure.axes for line in axes.lines if line.get_gid() == gid]
@@ -120,8 +122,8 @@ def test_wider_frame_has_both_rates(basins, optima):
 def test_failing_module_is_shown_and_marked(broken):
     coordinates, slopes = broken
     figure = CoordinateFigure(coordinates, slopes)
-    assert "blocks.7.ffn" in figure.modules
-    assert len(figure.modules) == 12
+    assert "h.ffn" in figure.groups
+    assert len(figure.groups) == 12
     assert "8 more" in figure.caption
     text = words(figure.draw())
     assert text.count("✗") == (~slopes["ok"]).sum() == 3
@@ -158,6 +160,9 @@ def test_every_finished_trial_is_drawn_once(trials):
 
 def test_history_against_compute_or_else_trial_number(trials):
     assert "floating point operations" in HistoryFigure(trials).draw().axes[0].get_xlabel()
+    interrupted = trials.assign(state=trials["state"].where(trials["number"] != 9, "FAIL"))
+    interrupted.loc[interrupted["number"] == 9, ["value", "flops"]] = np.nan
+    assert "floating point operations" in HistoryFigure(interrupted).draw().axes[0].get_xlabel()
     assert HistoryFigure(trials.assign(flops=np.nan)).draw().axes[0].get_xlabel() == "trial"
 
 
@@ -207,8 +212,39 @@ def test_package_data_is_beside_the_modules():
 
 def test_a_range_without_a_lower_end_is_not_furthest_from_it(broken):
     coordinates, slopes = broken
-    calm = slopes["module"] == "blocks.19.ffn"
+    calm = slopes["module"] == "t.ffn"
     slopes.loc[calm, ["slope", "expected"]] = [-0.3, "-inf..0"]
     figure = CoordinateFigure(coordinates, slopes)
-    assert "blocks.19.ffn" not in figure.modules
-    assert "blocks.7.ffn" in figure.modules
+    assert "t.ffn" not in figure.groups
+    assert "h.ffn" in figure.groups
+
+
+def test_a_module_without_a_slope_that_fails_is_shown(broken):
+    coordinates, slopes = broken
+    slopes.loc[slopes["module"] == "t.ffn", ["slope", "low", "high", "ok"]] = [np.nan, np.nan, np.nan, False]
+    assert "t.ffn" in CoordinateFigure(coordinates, slopes).groups
+
+
+def test_blocks_are_one_row_that_shows_the_worst_of_them():
+    coordinates = coordinate_frame({f"blocks.{i}.ffn": (0.0, 1.0) for i in range(20)}, broken="blocks.7.ffn")
+    figure = CoordinateFigure(coordinates, slope_frame(coordinates))
+    assert list(figure.groups) == ["blocks.*.ffn"]
+    assert {module for (_, statistic, _), module in figure.panels.items() if statistic == "change"} == {"blocks.7.ffn"}
+    assert words(figure.draw()).count("✗") == 3
+    assert "blocks.7.ffn" in words(figure.draw())
+    assert "more modules" not in figure.caption
+
+
+def test_a_failing_statistic_of_a_weight_gets_a_column_in_its_modules_row(coordinates, slopes):
+    here = coordinates[(coordinates["module"] == "embed") & (coordinates["step"] == 0)]
+    row = slopes[(slopes["module"] == "embed") & (slopes["step"] == 0)]
+    for name in ("decay", "weight"):
+        coordinates = pd.concat([coordinates, here.assign(module="embed.weight", statistic=name)])
+        slopes = pd.concat([slopes, row.assign(module="embed.weight", statistic=name, ok=name == "decay")])
+    figure = CoordinateFigure(coordinates.reset_index(drop=True), slopes.reset_index(drop=True))
+    assert ("weight", 0) in figure.columns
+    assert ("decay", 0) not in figure.columns  # it holds: the table has it
+    assert figure.groups["embed"] == {"embed", "embed.weight"}
+    assert figure.panels["embed", "weight", 0] == "embed.weight"
+    assert words(figure.draw()).count("✗") == 1
+    assert "weight size at initialization" in words(figure.draw())

@@ -17,9 +17,10 @@ from mutransfer.errors import RequestError
 from mutransfer.files import write_json
 from mutransfer.frames import BASINS, COORDINATES, PARAMETERS, TRIALS
 from mutransfer.reports import write_report
-from mutransfer.reports.page import download
+from mutransfer.reports.downloads import download, downloads
 
 HOSTILE = "<script>alert(1)</script>"
+FIGURES = {"basins", "coordinates", "history", "importances", "parallel", "planned", "slices", "wider"}
 
 
 class Page(HTMLParser):
@@ -58,11 +59,13 @@ def page(report):
 
 def test_verdict_stands_first(page):
     body = page.text[page.text.index("µTransfer report ·") :]
-    order = ["Pass", "drift of the best lr", "At the widest width", "Recipe", "Learning rate across widths", "Slopes"]
-    order += ["Settings per parameter", "Warnings", "Provenance", "Data"]
+    order = ["! Warning", "Learning-rate transfer: pass", "Recipe", "Expected loss at width 4096", "Price of tuning"]
+    order += ["drift of the best lr", "At the widest width", "Learning rate across widths", "Search", "Slopes"]
+    order += ["Settings per parameter", "Throughput", "Warnings", "Provenance", "Commands", "Data"]
     places = [body.index(words) for words in order]
     assert places == sorted(places)
-    assert "1 % of the target run" in page.text
+    assert "1 % of one run at the widest width" in page.text.replace("\u00a0", " ")
+    assert "lr 0.007812 (2⁻⁷), weight_decay 0.1" in page.text
 
 
 def test_page_is_self_contained(page):
@@ -93,8 +96,8 @@ def test_hostile_names_are_text(page):
 
 def test_ids_are_unique_over_all_figures(page):
     ids = [value for _, _, value in page.attributes("id")]
-    assert len([tag for tag, _ in page.tags if tag == "svg"]) == 4
-    assert len(ids) == len(set(ids)) > 4
+    assert len([tag for tag, _ in page.tags if tag == "svg"]) == len(FIGURES)
+    assert len(ids) == len(set(ids)) > len(FIGURES)
     for _, _, value in page.attributes("href"):
         assert not value.startswith("#") or value[1:] in ids
 
@@ -111,10 +114,19 @@ def test_downloads_give_the_frames_back(page, report):
 
 
 def test_long_downloads_are_compressed():
-    name, content = download("trials.csv", "1,2,3\n" * 100_000)
-    assert name == "trials.csv.gz"
-    assert len(content) < 10_000
-    assert gzip.decompress(base64.b64decode(content.partition(";base64,")[2])) == b"1,2,3\n" * 100_000
+    made = download("trials.csv", "1,2,3\n" * 100_000)
+    assert made.name == "trials.csv.gz"
+    assert len(made.uri) < 10_000
+    assert gzip.decompress(base64.b64decode(made.uri.partition(";base64,")[2])) == b"1,2,3\n" * 100_000
+
+
+def test_what_does_not_fit_into_the_page_is_left_in_the_folder(run, core, monkeypatch):
+    made = downloads({"large.csv": "x" * 1000, "small.csv": "x"}, budget=500)
+    assert [bool(file.uri) for file in made] == [False, True]
+    monkeypatch.setattr(downloads, "__defaults__", (500,))
+    page = Page(write_report(run))
+    assert "coordinates.csv (too large for this page: in the run folder)" in page.text
+    assert "coordinates.csv" not in page.files()
 
 
 def test_comparison_says_what_diverged(page):
@@ -124,12 +136,7 @@ def test_comparison_says_what_diverged(page):
 
 
 def test_plots_are_written(report):
-    assert {path.name for path in (report.parent / "plots").iterdir()} == {
-        "basins.png",
-        "wider.png",
-        "coordinates.png",
-        "history.png",
-    }
+    assert {path.name for path in (report.parent / "plots").iterdir()} == {f"{name}.png" for name in FIGURES}
 
 
 def test_same_frames_same_bytes(report, run, core):
@@ -146,7 +153,7 @@ def test_failing_verdict_leads_with_its_cause(run, core):
     cause = "hidden lr not divided by the width: change of `blocks.*.ffn.up` grows as width^0.98"
     write_json(run / "check.json", {"verdict": "fail", "cause": cause, "parametrization": "mup", "control": None})
     page = Page(write_report(run))
-    assert "✗ Fail" in page.text
+    assert "✗ Fail" in page.text  # although the target has warnings as well
     assert "hidden lr not divided by the width" in page.text
     assert "Learning-rate transfer: pass." in page.text
 
@@ -156,7 +163,8 @@ def test_reasons_of_verify_are_given(run, core):
         run / "verify.json", {"verdict": "undecided", "reasons": ["two seeds only.", "the interval is an octave."]}
     )
     text = Page(write_report(run)).text
-    assert "? Undecided" in text
+    assert "! Warning" in text
+    assert "? Learning-rate transfer: undecided." in text
     assert "two seeds only. the interval is an octave." in text
 
 
@@ -168,7 +176,8 @@ def test_trials_alone(tmp_path, trials):
     for command in ("mutransfer verify", "mutransfer check MODEL --out", "mutransfer transfer"):
         assert command in page.text
     assert "No learning-rate basins yet: run mutransfer verify" in page.text.replace(" mutransfer", " mutransfer")
-    assert len([tag for tag, _ in page.tags if tag == "svg"]) == 1
+    assert len([tag for tag, _ in page.tags if tag == "svg"]) == 2  # history and slices: one hyperparameter varies
+    assert "Not drawn: one hyperparameter took more than one value" in page.text
 
 
 @pytest.mark.parametrize(
@@ -203,9 +212,8 @@ def test_broken_json_is_named(run, core, content):
         write_report(run)
 
 
-def test_large_run_stays_small(run, core, trials):
-    many = pd.concat([trials.assign(number=trials["number"] + 60 * i) for i in range(9)]).head(500)
-    TRIALS.write(many, run / "trials.csv")
+def test_large_run_stays_small(run, core, many_trials):
+    TRIALS.write(many_trials(500), run / "trials.csv")
     numbers = dict.fromkeys([c for c, (dtype, _) in PARAMETERS.columns.items() if dtype == "float64"], 1.234567e-5)
     rows = [{"name": f"model.layers.{i}.w", "shape": "4096x4096", "role": "hidden", **numbers} for i in range(3000)]
     write_json(run / "target.json", {"parameters": rows, "warnings": []})
@@ -215,11 +223,48 @@ def test_large_run_stays_small(run, core, trials):
     assert page.files()["parameters.csv"].count("\n") == 3001
 
 
+def test_passing_without_a_warning_is_a_pass(run, core):
+    content = json.loads((run / "target.json").read_text())
+    write_json(run / "target.json", content | {"warnings": []})
+    assert "✓ Pass" in Page(write_report(run)).text
+
+
+def test_an_undecided_check_is_a_warning(run, core):
+    write_json(run / "check.json", {"verdict": "undecided", "cause": "not enough evidence", "parametrization": "mup"})
+    assert "! Warning" in Page(write_report(run)).text
+
+
+def test_provenance_has_commands_seeds_and_the_experiment(page):
+    text = page.text
+    assert f"mutransfer tune '{HOSTILE}' mutransfer verify 'a run & <b>'" in text
+    assert f"data: '{HOSTILE}'" in text
+    for words in ("seeds.tune 11", "seeds.verify 0, 1, 2, 3, 4", "seeds.target run 3", "data_sha256 2dd84a"):
+        assert words in text
+    assert {"experiment.yaml", "target.json", "verify.json", "check.json", "environment.json"} <= set(page.files())
+
+
+def test_throughput_is_that_of_the_frames(page, many_trials):
+    trials = many_trials(60)
+    ended = trials[trials["state"].isin(["COMPLETE", "PRUNED"])]
+    row = page.text[page.text.index("tuning, the proxy") :].split()[3:8]
+    seconds = ended["seconds"].sum()
+    assert int(row[0]) == len(ended)
+    assert float(row[1]) == pytest.approx(seconds / len(ended), rel=1e-3)
+    assert float(row[2]) == pytest.approx(60 * len(ended) / seconds, rel=1e-3)
+    assert "verify, SP, width 1024 45 1 60 6.29 × 10¹¹ 45" in page.text.replace("\u00a0", " ")
+
+
+def test_depths_are_called_depths(run, core):
+    frame = COORDINATES.read(run / "coordinates.csv")
+    COORDINATES.write(frame.assign(depth=frame["width"] // 32, width=64), run / "coordinates.csv")
+    assert "Depth check: coordinates across depths" in Page(write_report(run)).text
+
+
 def test_what_the_core_computes_can_be_drawn(run):
     pytest.importorskip("mutransfer.basins")
     pytest.importorskip("mutransfer.coordinates")
     page = Page(write_report(run))
-    assert len([tag for tag, _ in page.tags if tag == "svg"]) == 4
+    assert len([tag for tag, _ in page.tags if tag == "svg"]) == len(FIGURES)
     assert "optima.csv" in page.files()
 
 
