@@ -21,6 +21,7 @@ __all__ = ["MARGIN", "Verdict", "verdict"]
 
 MARGIN = 0.15  # finite width bends every slope a little; healthy and broken are 0.3 and more apart
 FELT = 100.0  # mean |gradient| / epsilon below which epsilon takes part in a step, by 1% and more
+ROUNDING = 1e-4  # of the median gradient: below, a gradient is none
 Status = Literal["pass", "fail", "undecided"]
 
 
@@ -71,8 +72,10 @@ def verdict(coordinates: pd.DataFrame, margin: float = MARGIN, *, decay_policy: 
     column, rules = OPTIMIZERS[str(coordinates["optimizer"].iloc[0])].column, TABLES.get(names[0])
     rows = []
     judged = coordinates[_judged(coordinates, last, axis, rules)]
+    rounding = ROUNDING * judged[judged["statistic"] == "gradient"]["value"].median()
     for (module, role, statistic, step), group in judged.groupby(["module", "role", "statistic", "step"], sort=False):
-        if statistic == "gradient" and not (group["value"] < FELT).any():
+        # A key's bias has no gradient but for rounding.
+        if statistic == "gradient" and not rounding < group["value"].min() < FELT:
             continue
         value, low, high = slope(group, axis)
         expected = _healthy(axis, str(module), str(statistic), str(role), decay_policy)

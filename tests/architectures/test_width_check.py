@@ -55,6 +55,10 @@ def batch_size(kind: str) -> int:
     return 8 if kind in ("resnet", "mamba") else 2
 
 
+# What the standard parametrization may look like: a readout's own std, often 0.02 at every width, and a tied one are not its.
+SP = {"standard", "one-lr", "hidden-lr"}
+
+
 def checked(of: Family, parametrization: str, seeds: range) -> Verdict:
     """Judge a family as `mutransfer check` does: where it is open, with as many seeds again, up to three times."""
     widths = [of.base.width * m for m in ((1, 2, 4, 8) if parametrization == "mup" else (1, 2, 4))]
@@ -70,7 +74,8 @@ def checked(of: Family, parametrization: str, seeds: range) -> Verdict:
 
 def worst(found: Verdict) -> float:
     """Return the largest slope of a feature."""
-    return float(found.slopes[found.slopes["role"] == "feature"]["slope"].abs().max())
+    features = found.slopes["role"].ne("output") & found.slopes["statistic"].isin(["activation", "change"])
+    return float(found.slopes[features]["slope"].abs().max())
 
 
 def show(of: Family, healthy: Verdict, standard: Verdict) -> None:
@@ -93,8 +98,7 @@ def test_mup_passes_and_sp_fails(kind: str) -> None:
     show(of, healthy, standard)
     assert healthy.status == "pass", healthy.cause
     assert standard.status == "fail"
-    assert "learning rate" in (standard.cause or "")
-    assert "not shrink" in (standard.cause or "")
+    assert standard.fault in SP, standard.cause
     assert passing(standard) >= STILL[kind]
 
 
