@@ -50,8 +50,6 @@ def planted(family: mt.Family, seen: Observation, fault: str, optimizer: str) ->
         recipe = args[4]
         if fault == "epsilon":
             recipe = recipe.with_(eps=FELT_EPS)
-        if fault == "decay":
-            recipe = recipe.with_(decay_policy="coupled")
         plan = mt.plan(family, *args[1:4], recipe, observation=seen)
         if fault == "epsilon":
             plan = replace(plan, rows=tuple(replace(row, eps=FELT_EPS) for row in plan.rows))
@@ -84,9 +82,7 @@ def missing(done: pd.DataFrame, given: argparse.Namespace) -> Iterator[tuple[str
     for group in range(max(given.groups, given.healthy)):
         for model in given.models:
             for optimizer in KINDS:
-                kinds = (
-                    [*FAULTS, "decay", *(["epsilon"] if optimizer == "adamw" else [])] if group < given.groups else []
-                )
+                kinds = [*FAULTS, *(["epsilon"] if optimizer == "adamw" else [])] if group < given.groups else []
                 for fault in [HEALTHY, *kinds] if group < given.healthy else kinds:
                     if (model, optimizer, fault, group) not in have:
                         yield model, optimizer, fault, group

@@ -36,7 +36,7 @@ def nearest_fault(coordinates: pd.DataFrame) -> Fault | None:
 def local_slopes(coordinates: pd.DataFrame) -> Signature:
     """Return, by role, the median slope beyond µP's of what a module adds by itself (`faults.Fault.signature`)."""
     statistic, step = coordinates["statistic"], coordinates["step"]
-    wanted = statistic.isin(["weight", "activation", "input"]) & step.eq(0)
+    wanted = statistic.isin(["weight", "activation", "input", "decay"]) & step.eq(0)
     wanted |= statistic.eq("update") & step.isin([1, coordinates["step"].max()])
     keys = ["module", "role", "statistic", "step"]
     groups = coordinates[coordinates["role"].isin(ROLES) & wanted].groupby(keys, sort=False)
@@ -45,8 +45,8 @@ def local_slopes(coordinates: pd.DataFrame) -> Signature:
     for (module, role, statistic, step), value in slopes.items():
         # What enters an embedding is not floating and has no size.
         given = slopes.get((module, role, "input", 0), 0.0)
-        if statistic == "weight":
-            found.setdefault(("weight", role), []).append(value)
+        if statistic in ("weight", "decay"):
+            found.setdefault((statistic, role), []).append(value)
         elif statistic == "activation":
             found.setdefault(("gain", role), []).append(value - given)
         elif statistic == "update":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from .causes import column_of, nearest_fault, pattern
+from .faults import FAULTS
 
 __all__ = ["cause", "missing"]
 
@@ -24,7 +25,10 @@ def cause(slopes: pd.DataFrame, coordinates: pd.DataFrame, axis: str) -> tuple[s
         return f"{gone['module'].iloc[0]} is not finite at some {axis}: lower --lr ({listed})", None
     settings = failed["statistic"].isin(["decay", "gradient"])
     fault = nearest_fault(coordinates) if axis == "width" else None
-    if (fault is None and settings.all()) or (failed["statistic"] == "gradient").any():
+    epsilon = failed["statistic"].eq("gradient").any()
+    if fault is FAULTS["decay"] and not settings.any():
+        fault = None
+    if epsilon or fault is FAULTS["decay"] or (fault is None and settings.all()):
         return _of_settings(failed[settings]) + f"; {listed}", _kind(failed[settings])
     rows = failed[~settings] if (~settings).any() else failed
     # What is wrong at the start was not learned: it comes first.

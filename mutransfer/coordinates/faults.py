@@ -33,6 +33,7 @@ class Fault:
         adam: of the learning rate, for Adam-like optimizers.
         sgd: of the learning rate, for SGD-like ones.
         forward: of a number in the forward pass, by the role of the module that it stands behind.
+        decay: column → powers of the weight decay.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Fault:
     adam: Powers = field(default_factory=dict)
     sgd: Powers = field(default_factory=dict)
     forward: Powers = field(default_factory=dict)
+    decay: Mapping[str, Powers] = field(default_factory=dict)
 
     def lr(self, column: str) -> Powers:
         """Return the learning rate's powers in an optimizer's column."""
@@ -50,12 +52,16 @@ class Fault:
         """Return the slopes beyond µP's of what a module adds by itself; NaN where the fault does not tell.
 
         ("weight", role): of the initial weights. ("gain", role): of a module's output against its input. ("update", role): of
-        ΔW·x against its input after one step, which under SGD follows the gradient, and so the readout's weights.
+        ΔW·x against its input after one step, which under SGD follows the gradient, and so the readout's weights. ("decay",
+        role): of lr · weight decay.
         """
         found: Signature = {}
         for role in ROLES:
             init, forward = float(self.init.get(role, 0)), float(self.forward.get(role, 0))
             found["weight", role] = init
+            # A wrong rate comes with its own decay or without: a plan's is made for the right rate, a script's for one rate.
+            wrong_lr = bool(self.lr(column).get(role, 0))
+            found["decay", role] = math.nan if wrong_lr else float(self.decay.get(column, {}).get(role, 0))
             # Biases, which do not shrink, hide how fast small logits do, or a layer whose weights are too small.
             found["gain", role] = math.nan if role == "output" or init else forward
             found["update", role] = float(self.lr(column).get(role, 0)) + forward
@@ -119,6 +125,11 @@ FAULTS = {
             adam={"hidden": 1, "output": 1},
             sgd={"input": -1, "output": 1},
         ),
+        Fault(
+            "decay",
+            both("lr · weight decay is not constant, the weight decay does not make up for the learning rate's factor"),
+            decay={"adam": {"hidden": -1, "output": -1}, "sgd": {"input": 1, "output": -1}},
+        ),
         Fault("forward", both("a number behind the input layer grows with the width"), forward={"input": HALF}),
     )
 }  # fmt: skip
@@ -134,7 +145,9 @@ def plant(fault: Fault, planner: Callable[..., Plan], column: str) -> Callable[.
         def wrong(row: ParameterPlan) -> ParameterPlan:
             role = row.role if len(row.shape) > 1 else ""
             lr = row.lr * wider ** float(fault.lr(column).get(role, 0))
-            return replace(row, init=row.init.scaled(wider ** float(fault.init.get(role, 0))), lr=lr)
+            decay = row.weight_decay * wider ** float(fault.decay.get(column, {}).get(role, 0))
+            init = row.init.scaled(wider ** float(fault.init.get(role, 0)))
+            return replace(row, init=init, lr=lr, weight_decay=decay)
 
         return replace(plan, rows=tuple(map(wrong, plan.rows)))
 

@@ -30,7 +30,7 @@ class Verdict:
     """What a coordinate check found.
 
     ``slopes`` has the columns of `frames.SLOPES`; ``cause`` says in a sentence what failed, or what is missing; ``fault`` is
-    the key of the fault in `faults.FAULTS` that the slopes look like, or "decay" or "epsilon", or None.
+    the key of the fault in `faults.FAULTS` that the slopes look like, or "epsilon", or None.
     """
 
     status: Status
