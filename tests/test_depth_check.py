@@ -6,7 +6,10 @@ import json
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
+import mutransfer as mt
 from mutransfer.cli import run
 from mutransfer.coordinates import record
 from mutransfer.coordinates.places import places
@@ -32,6 +35,31 @@ def test_inside_of_layers_the_first_and_the_middle_are_compared() -> None:
             "blocks.0": "blocks.first", "blocks.0.norm1": "blocks.first.norm1", f"blocks.{depth - 1}": "blocks.last",
             f"blocks.{depth // 2}.norm1": "blocks.middle.norm1", "norm": "norm",
         }  # fmt: skip
+
+
+class Numbered(nn.Module):
+    """Residual layers whose inside is numbered as well."""
+
+    def __init__(self, width: int, depth: int) -> None:
+        super().__init__()
+        self.input, self.readout = nn.Linear(64, width), nn.Linear(width, 10)
+        inside = lambda: nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width))  # noqa: E731
+        self.blocks = nn.ModuleList(inside() for _ in range(depth))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.input(x.flatten(1))
+        for block in self.blocks:
+            x = x + block(x)
+        return self.readout(x)
+
+
+def test_what_is_numbered_inside_of_a_layer_keeps_its_number() -> None:
+    build = lambda s: Numbered(s.width, s.depth)  # noqa: E731
+    family = mt.Family(build, families.image_batch(), families.loss, mt.Scale(16, 2), "numbered")
+    frame = record(family, [], "completep", depths=[2, 4, 8], seeds=[0], steps=1)
+    found = frame[frame["statistic"] == "activation"].groupby("module")["depth"].apply(set)
+    assert {"blocks.first.0", "blocks.first.2", "blocks.middle.0", "blocks.middle.2", "blocks.last"} <= set(found.index)
+    assert found.map(lambda depths: depths == {2, 4, 8}).all()
 
 
 def test_the_figure_has_the_depth_on_its_axis() -> None:
