@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import RequestError
+from ..errors import RequestError, nearest
 from .console import AsJson, Device, Progress, device_of, emit, numbers, records, say, table
 from .models import DepthField, Optimizer, Roles, WidthField
 
@@ -67,7 +67,7 @@ def check(
     from ..coordinates import OWN
     from ..proxies.hf_fields import told
     from ..recipe import Recipe
-    from ..tables import table as parametrization_table
+    from ..tables import TABLES
     from .models import family_for, fields_asked_for, fields_between
 
     sizes, layers = _sizes(widths, depths)
@@ -90,8 +90,8 @@ def check(
     if lr is not None:
         Recipe.read({"lr": lr}, "--lr")
     for name in (parametrization, control):
-        if name and name != OWN:
-            parametrization_table(name)
+        if name and name not in (known := [*TABLES, OWN]):
+            raise RequestError(f"unknown parametrization {name!r}: {nearest(name, known)}")
     if out is not None:
         from ..runs import RunFolder
 
