@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
@@ -52,14 +53,18 @@ class Job:
 
 
 class Executor(Protocol):
-    """Does jobs. ``capacity`` is how many it wants at a time."""
+    """Does jobs. ``capacity`` is how many it may have begun at a time."""
 
     capacity: int
 
     def run(
-        self, experiment: Experiment, jobs: Sequence[Job], report: Report | None = None
+        self, experiment: Experiment, jobs: Iterable[Job], report: Report | None = None
     ) -> Iterator[tuple[Job, Outcome]]:
-        """Yield every job with its outcome as it ends; ``report(job, step, loss)`` at its rungs may stop it with True."""
+        """Draw a job whenever there is room for one, and yield it with its outcome when it ends.
+
+        ``jobs`` may decide what comes next by what has been yielded; it is not asked again once it has ended.
+        ``report(job, step, loss)`` at a job's rungs may stop it with True.
+        """
         ...
 
 
@@ -72,7 +77,7 @@ class OneByOne:
         self.device = device
 
     def run(
-        self, experiment: Experiment, jobs: Sequence[Job], report: Report | None = None
+        self, experiment: Experiment, jobs: Iterable[Job], report: Report | None = None
     ) -> Iterator[tuple[Job, Outcome]]:
         """See `Executor.run`."""
         for job in jobs:
@@ -99,17 +104,18 @@ class Processes:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def run(
-        self, experiment: Experiment, jobs: Sequence[Job], report: Report | None = None
+        self, experiment: Experiment, jobs: Iterable[Job], report: Report | None = None
     ) -> Iterator[tuple[Job, Outcome]]:
         """See `Executor.run`; reports do not cross processes, so jobs run to their end."""
         assert self._pool is not None, "use as a context manager"
-        # The longest first, so that none is left running alone at the end.
-        queue = sorted(jobs, key=lambda job: -job.scale.width)
-        with _interrupts_held():
-            running: dict[Future[Outcome], Job] = {
-                self._pool.submit(_do, experiment, job, "cpu", None): job for job in queue
-            }
-        while running:
+        source = iter(jobs)
+        running: dict[Future[Outcome], Job] = {}
+        while True:
+            with _interrupts_held():
+                for job in itertools.islice(source, self.capacity - len(running)):
+                    running[self._pool.submit(_do, experiment, job, "cpu", None)] = job
+            if not running:
+                return
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
                 yield running.pop(future), future.result()

@@ -6,7 +6,7 @@ import contextlib
 import math
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from optuna.trial import Trial, TrialState
 from mutransfer.errors import RequestError
 from mutransfer.files import naming_the_disk
 from mutransfer.frames import TRIALS
+from mutransfer.proxies.training import Outcome
 from mutransfer.recipe import Recipe
 from mutransfer.runs import RunFolder
 
@@ -89,9 +90,9 @@ def tune(
             study.enqueue_trial(first)
         while (missing := experiment.trials - _finished(study)) > 0:
             progress(experiment.trials - missing, experiment.trials, _best_so_far(study))
-            _round(experiment, study, space, executor, min(missing, executor.capacity), flops)
-            TRIALS.write(trials_frame(study.get_trials(deepcopy=False)), folder.trials)
-        progress(experiment.trials, experiment.trials, _best_so_far(study))
+            for _ in _told(experiment, study, space, executor, flops):
+                TRIALS.write(trials_frame(study.get_trials(deepcopy=False)), folder.trials)
+                progress(min(_finished(study), experiment.trials), experiment.trials, _best_so_far(study))
         frame = trials_frame(study.get_trials(deepcopy=False))
         TRIALS.write(frame, folder.trials)
         tuned = _summary(experiment, study, frame, time.perf_counter() - begun)
@@ -99,48 +100,57 @@ def tune(
     return tuned
 
 
-def _round(
-    experiment: Experiment, study: optuna.Study, space: dict[str, Any], executor: Executor, count: int, flops: float
-) -> None:
-    """Ask for ``count`` trials, train them, tell their outcomes; an interruption returns what is unfinished to the queue."""
-    open_trials: dict[int, Trial] = {}
-    try:
-        jobs = []
-        for _ in range(count):
+def _told(
+    experiment: Experiment, study: optuna.Study, space: dict[str, Any], executor: Executor, flops: float
+) -> Iterator[Trial]:
+    """Ask for trials as the executor has room, until those finished and begun are enough; yield each after it is told.
+
+    An interruption returns what is unfinished to the queue.
+    """
+    begun: dict[int, Trial] = {}
+
+    def asked() -> Iterator[Job]:
+        while _finished(study) + len(begun) < experiment.trials:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
                 trial = study.ask(fixed_distributions=space)
-            open_trials[trial.number] = trial
-            jobs.append(_job(experiment, trial))
+            begun[trial.number] = trial
+            yield _job(experiment, trial)
 
-        def report(job: Job, step: int, loss: float) -> bool:
-            open_trials[job.key].report(loss, step)
-            return open_trials[job.key].should_prune()
+    def report(job: Job, step: int, loss: float) -> bool:
+        begun[job.key].report(loss, step)
+        return begun[job.key].should_prune()
 
-        for job, outcome in executor.run(experiment, jobs, report):
-            trial = open_trials[job.key]
-            finite = outcome.loss if math.isfinite(outcome.loss) else None
-            trial.set_user_attr(
-                "outcome",
-                {
-                    "loss": finite,
-                    "start": outcome.start if math.isfinite(outcome.start) else None,
-                    "diverged": outcome.diverged,
-                    "steps": outcome.steps,
-                    "flops": flops * outcome.steps,
-                    "seconds": outcome.seconds,
-                },
-            )
-            if outcome.stopped:
-                study.tell(trial, state=TrialState.PRUNED)
-            else:
-                study.tell(trial, _penalty(outcome.start) if outcome.diverged else outcome.loss)
-            del open_trials[job.key]
+    try:
+        for job, outcome in executor.run(experiment, asked(), report):
+            trial = begun[job.key]
+            _tell(study, trial, outcome, flops)
+            del begun[job.key]
+            yield trial
     except BaseException:
         # What cannot be told now (a full disk, an interruption inside the storage) is reaped when the run resumes.
         with contextlib.suppress(Exception):
-            _give_back(study, open_trials)
+            _give_back(study, begun)
         raise
+
+
+def _tell(study: optuna.Study, trial: Trial, outcome: Outcome, flops: float) -> None:
+    finite = outcome.loss if math.isfinite(outcome.loss) else None
+    trial.set_user_attr(
+        "outcome",
+        {
+            "loss": finite,
+            "start": outcome.start if math.isfinite(outcome.start) else None,
+            "diverged": outcome.diverged,
+            "steps": outcome.steps,
+            "flops": flops * outcome.steps,
+            "seconds": outcome.seconds,
+        },
+    )
+    if outcome.stopped:
+        study.tell(trial, state=TrialState.PRUNED)
+    else:
+        study.tell(trial, _penalty(outcome.start) if outcome.diverged else outcome.loss)
 
 
 def _penalty(start: float) -> float:

@@ -85,7 +85,8 @@ def basins(
         progress(count, len(wanted), "")
         if not missing:
             break
-        for job, outcome in executor.run(experiment, missing):
+        # The longest first, so that none is left running alone at the end.
+        for job, outcome in executor.run(experiment, sorted(missing, key=lambda job: -job.scale.width)):
             name, width, seed, k = job.key
             done[job.key] = {
                 "parametrization": name, "width": width, "depth": job.scale.depth, "seed": seed, "log2_lr": center + k * step,

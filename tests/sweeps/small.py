@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ class Counting:
         self.jobs: list[Job] = []
 
     def run(
-        self, experiment: Experiment, jobs: Sequence[Job], report: Report | None = None
+        self, experiment: Experiment, jobs: Iterable[Job], report: Report | None = None
     ) -> Iterator[tuple[Job, Outcome]]:
         for job, outcome in self.inner.run(experiment, jobs, report):
             self.jobs.append(job)
@@ -62,7 +62,7 @@ class Planted:
         self.loss = loss
 
     def run(
-        self, experiment: Experiment, jobs: Sequence[Job], report: Report | None = None
+        self, experiment: Experiment, jobs: Iterable[Job], report: Report | None = None
     ) -> Iterator[tuple[Job, Outcome]]:
         for job in jobs:
             loss = self.loss(job)
@@ -79,7 +79,7 @@ class Failing:
         self.at, self.error, self.inner, self.done = at, error, inner or OneByOne(), 0
 
     def run(
-        self, experiment: Experiment, jobs: Sequence[Job], report: Report | None = None
+        self, experiment: Experiment, jobs: Iterable[Job], report: Report | None = None
     ) -> Iterator[tuple[Job, Outcome]]:
         for job, outcome in self.inner.run(experiment, jobs, report):
             self.done += 1
