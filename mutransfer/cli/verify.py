@@ -63,7 +63,8 @@ def verify(
 @contextlib.contextmanager
 def executor_for(device: str) -> Any:
     """Yield how runs are done: a process per core on the CPU, one by one on a GPU."""
-    from ..sweeps.jobs import OneByOne, Processes
+    from ..sweeps.jobs import OneByOne
+    from ..sweeps.processes import Processes
 
     if device != "cpu":
         yield OneByOne(device)

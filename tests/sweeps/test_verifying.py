@@ -15,7 +15,8 @@ from mutransfer.errors import RequestError
 from mutransfer.frames import BASINS
 from mutransfer.recipe import Recipe
 from mutransfer.runs import RunFolder
-from mutransfer.sweeps.jobs import Job, OneByOne, Processes
+from mutransfer.sweeps.jobs import Job, OneByOne
+from mutransfer.sweeps.processes import Processes
 from mutransfer.sweeps.verifying import LIMIT, REACH, basins
 
 from .small import Counting, Failing, Planted, contents, experiment, octaves
