@@ -82,7 +82,7 @@ def _survey(
         family.loss_on(model, batch)
     for name, buffer in model.named_buffers():
         buffer.copy_(buffers[name])
-    if idle := [shown[name] for name in shown if name in roles and name not in seen.outputs]:
+    if idle := [shown[name] for name in _silent(family, model, batch, [n for n in shown if n in roles], seen)]:
         warnings.warn(
             f"{', '.join(idle[:6])}{f' and {len(idle) - 6} more' if idle[6:] else ''} of {family.name} gave no floating output "
             "on the example batch, so the check says nothing about it: give a batch that uses it.",
@@ -90,6 +90,27 @@ def _survey(
         )
     own = {} if growing is not None else {name: own for name, own in own_parameters(model).items() if name in shown}
     return replace(watched, own=own)
+
+
+def _silent(family: Family, model: torch.nn.Module, batch: Any, names: list[str], seen: Pass) -> list[str]:
+    """Return the modules that take no part: no output, and no weight that the loss reaches.
+
+    A layer whose weight is used by another's forward (Mamba's fused projections, a tied head) gives no output itself and
+    is at work all the same.
+    """
+    quiet = [name for name in names if name not in seen.outputs]
+    if not quiet:
+        return []
+    # A pass of its own, without hooks: a model that changes its features in place cannot be followed backward with them.
+    parameters = {name: list(model.get_submodule(name).parameters()) for name in quiet}
+    wanted = [each for own in parameters.values() for each in own if each.requires_grad]
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with torch.enable_grad(), torch.random.fork_rng([]):
+        found = torch.autograd.grad(family.loss_on(model, batch), wanted, allow_unused=True) if wanted else ()
+    for name, buffer in model.named_buffers():
+        buffer.data.copy_(buffers[name])
+    reached = {id(each) for each, gradient in zip(wanted, found, strict=True) if gradient is not None}
+    return [name for name, own in parameters.items() if not any(id(each) in reached for each in own)]
 
 
 def _measure(lane: Lane, setup: Setup, watched: Watched, steps: int, parameters: bool) -> Iterator[Measured]:

@@ -39,6 +39,19 @@ def test_a_module_that_never_runs_is_named() -> None:
     assert "unused" not in set(frame["module"])
 
 
+class Borrowed(Idle):
+    """A layer that is never called: its weight is used by the forward of the whole, as in Mamba's fused projections."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.readout(nn.functional.linear(torch.relu(self.input(x.flatten(1))), self.unused.weight))
+
+
+def test_a_module_whose_weight_is_used_elsewhere_is_not_called_idle() -> None:
+    # warnings are errors here
+    frame = record(family(Borrowed, roles={"unused.bias": "vector"}), WIDTHS, seeds=[0], steps=1)
+    assert "unused.weight" in set(frame["module"])
+
+
 class Boxed(nn.Module):
     """Modules that return a dictionary and a tuple; the sizes are those of the first floating tensor in it."""
 
