@@ -19,7 +19,7 @@ __all__ = ["Owned", "decays", "owned", "sizes_of_gradients", "sizes_of_weights"]
 class Owned:
     """A parameter's role, and the unit of its size: µP's own initial size there, relative to the base model's.
 
-    The unit is None for constants and structured weights, whose size is not scaled.
+    The unit is None for constants and structured weights, and for the finite ones, whose size is not scaled.
     """
 
     role: str
@@ -33,7 +33,7 @@ def owned(planned: Plan) -> dict[str, Owned]:
     for row in planned.rows:
         m = row.m_in, row.m_out
         unit = healthy[row.role].init(*m) * row.gauge / rules[row.role].gauge(*m)
-        random = row.init_factor is not None and row.init.std > 0
+        random = row.role != "finite" and row.init_factor is not None and row.init.std > 0
         found[row.name] = Owned(row.role, unit if random else None)
     return found
 

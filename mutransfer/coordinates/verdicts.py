@@ -79,6 +79,9 @@ def verdict(coordinates: pd.DataFrame, margin: float = MARGIN, *, decay_policy: 
             continue
         value, low, high = slope(group, axis)
         expected = _healthy(axis, str(module), str(statistic), str(role), decay_policy)
+        ok = _judge(group, value, low, high, expected, margin, may_rest=step < last)
+        if statistic == "gradient" and ok is None and _bend(group, low, high) < margin:
+            continue
         rows.append(
             {
                 "parametrization": names[0],
@@ -91,7 +94,7 @@ def verdict(coordinates: pd.DataFrame, margin: float = MARGIN, *, decay_policy: 
                 "high": high,
                 "expected": _words(expected),
                 "declared": _words(_declared(rules, axis, column, str(statistic), str(role), expected)),
-                "ok": _judge(group, value, low, high, expected, margin, may_rest=step < last),
+                "ok": ok,
             }
         )
     slopes = SLOPES.frame(rows)
@@ -151,6 +154,11 @@ def _judge(
     if band[0] - margin <= low and high <= band[1] + margin:
         return True
     return False if high < band[0] - margin or low > band[1] + margin else None
+
+
+def _bend(group: pd.DataFrame, low: float, high: float) -> float:
+    """Return how far epsilon can bend the slope of a step: a step is r / (1 + r) of its size, r = |gradient| / epsilon."""
+    return max(-low, high) / (1 + group["value"].min())
 
 
 def _words(band: Band) -> str:

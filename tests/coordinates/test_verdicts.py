@@ -341,3 +341,13 @@ def test_modules_that_return_tuples_are_measured() -> None:
 
     family = mt.Family(lambda s: Recurrent(s.width), torch.ones(2, 8), lambda m, x: m(x).square().mean(), Scale(16))
     assert {"first", "readout"} <= set(record(family, [16, 32], seeds=[0], steps=1)["module"])
+
+
+@pytest.mark.parametrize(("ratio", "judged"), [(0.5, True), (30.0, False)])
+def test_epsilon_is_judged_where_it_is_felt(ratio: float, judged: bool) -> None:
+    """A wide interval of |gradient| / epsilon is a question where epsilon is as large, and none where it cannot bend a step."""
+    rows = frame({("blocks.weight", "hidden"): (0, 0)}, noise=2.5, statistic="gradient", step=0)
+    rows["value"] *= ratio / rows["value"].min()
+    found = verdict(pd.concat([frame(), rows], ignore_index=True))
+    assert ("gradient" in set(found.slopes["statistic"])) == judged
+    assert found.status == ("undecided" if judged else "pass")
