@@ -16,7 +16,7 @@ POINT = "mutransfer:point"
 
 
 class Independent(optuna.samplers.BaseSampler):
-    """Line searches in turn (u-µP, 2407.17465, "independent search"): as good as a joint one where couplings are weak.
+    """Line searches in turn (u-µP, 2407.17465, Figure 1a): as good as a joint search where couplings are weak.
 
     Of ``trials`` points the first is the recipe itself, the next a line over the learning rate, then a line over each other
     hyperparameter at the best learning rate, and the last the best value of each. A line is evenly spaced in its range's own
