@@ -12,6 +12,7 @@ from typing import Any
 
 from .errors import RequestError
 from .files import naming_the_disk, read_json, write_json
+from .masking import masked
 
 __all__ = ["RunFolder", "environment"]
 
@@ -72,7 +73,8 @@ class RunFolder:
                 f"{self.path} holds results on data with SHA-256 {known[:12]}…, and the data is now {now[:12]}… (another "
                 "corpus or Python version): losses are not comparable, so use another --out."
             )
-        commands = [*before.get("commands", ()), " ".join(sys.argv[:1] and ["mutransfer", *sys.argv[1:]])]
+        command = " ".join(["mutransfer", *map(masked, sys.argv[1:])]) if sys.argv[:1] else ""
+        commands = [*before.get("commands", ()), command]
         commands = list(dict.fromkeys(commands))
         write_json(self.environment, {**before, **environment(), **facts, "commands": commands})
 
