@@ -1,0 +1,1 @@
+"""Fused sweeps: trials of equal shape as one program, because their hyperparameters change no shape."""
