@@ -1,0 +1,166 @@
+"""K trainings of equal shape side by side: each is what `proxies.training.Training` would be by itself."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from mutransfer.family import Family
+from mutransfer.plans import Plan
+from mutransfer.proxies.data import Data
+from mutransfer.proxies.schedules import multiplier
+from mutransfer.proxies.training import FINITE_EVERY
+
+from .program import Moving, Program, losses_of
+from .stack import Stack, moving_parts
+from .updates import Clock, Kind, blank_state, kind_of, numbers_of
+
+__all__ = ["FusedTraining", "Place"]
+
+BATCHES = 256  # kept: trials of one seed see the same batches, a little apart
+
+
+@dataclass
+class Place:
+    """One training: ``marks`` are the steps at which it is looked at; it goes no further once it is not ``finite``."""
+
+    plan: Plan
+    seed: int
+    marks: frozenset[int] = frozenset()
+    step: int = 0
+    finite: bool = True
+
+
+class FusedTraining:
+    """Trainings that can be advanced together, validated, taken out, put in and compacted.
+
+    Args:
+        family: the model at any size and its loss.
+        places: one training each, all at one scale and under one optimizer.
+        data: training and validation batches.
+        steps: length of every run, which the schedules are laid over.
+        batch_size: examples per step and training.
+        device: where to train.
+        precision: of matrix products, under `torch.autocast`; the tensors' own if None.
+        clips: whether any training, also one that begins later, may clip its gradients.
+
+    Raises:
+        RequestError: the model or its loss raised.
+    """
+
+    def __init__(
+        self, family: Family, places: Sequence[Place], data: Data, *, steps: int, batch_size: int, device: str = "cpu",
+        precision: torch.dtype | None = None, clips: bool = True,
+    ) -> None:  # fmt: skip
+        self.family, self.data, self.steps, self.batch_size, self.device = family, data, steps, batch_size, device
+        self.places, self.precision = list(places), precision
+        first = places[0].plan
+        model = family.build(first.scale).to(device)
+        self._batch = functools.lru_cache(maxsize=BATCHES)(lambda step, seed: data.batch(step, batch_size, seed))
+        self._held_out = [tree_map(lambda each: each.to(device), batch) for batch in data.validation()]
+        trained, moving = moving_parts(family, model, self._to_device(self._batch(0, places[0].seed)))
+        self.stack = Stack(family, model, len(places), trained, moving)
+        self.kinds: dict[str, Kind] = {row.name: kind_of(first, row) for row in first.rows if row.name in trained}
+        states = {name: blank_state(kind, self.stack.trained[name]) for name, kind in self.kinds.items()}
+        self.now = Moving(self.stack.trained, self.stack.buffers, states)
+        self.settings = {
+            row.name: {key: self._column(row.shape) for key in numbers_of(first, row)}
+            for row in first.rows
+            if row.name in trained
+        }
+        self.limit = torch.full((len(places),), math.inf, dtype=torch.float64, device=device)
+        self.program = Program(self.stack, self.kinds, clips, precision)
+        for index, place in enumerate(places):
+            self.begin(index, place)
+
+    @torch.no_grad()
+    def begin(self, index: int, place: Place) -> None:
+        """Begin a training in a place, over whatever was there."""
+        model = self.family.build(place.plan.scale).to(self.device)
+        place.plan.initialize(model, place.seed)
+        self.stack.trained, self.stack.buffers = self.now.trained, self.now.buffers
+        self.stack.put(index, model)
+        for state in self.now.states.values():
+            for each in state:
+                each[index].zero_()
+        for row in place.plan.rows:
+            for key, value in numbers_of(place.plan, row).items():
+                if row.name in self.settings:
+                    self.settings[row.name][key][index] = value
+        clip = place.plan.recipe.clip
+        self.limit[index] = math.inf if clip is None else clip
+        self.places[index] = place
+
+    def keep(self, indices: Sequence[int]) -> None:
+        """Go on with some of the trainings only, in this order."""
+        chosen = torch.tensor(list(indices), device=self.device)
+        pick = lambda part: tree_map(lambda each: each[chosen], part)  # noqa: E731
+        self.now = Moving(pick(self.now.trained), pick(self.now.buffers), pick(self.now.states))
+        self.stack.resting = pick(self.stack.resting)
+        self.settings, self.limit = pick(self.settings), self.limit[chosen]
+        self.places = [self.places[index] for index in indices]
+
+    def advance(self, count: int) -> None:
+        """Train ``count`` steps, then note where a loss was not finite when its own training would have looked."""
+        self.stack.model.train()
+        begun = [place.step for place in self.places]
+        losses = []
+        for step in range(count):
+            found, self.now = self.program(
+                self.now,
+                self.stack.resting,
+                self.settings,
+                self.limit,
+                self._clock(begun, step),
+                self._batches(begun, step),
+            )
+            losses.append(found)
+        for index, history in enumerate(torch.stack(losses, 1).tolist()):
+            place = self.places[index]
+            for step, loss in enumerate(history, begun[index] + 1):
+                if not place.finite or step > self.steps:
+                    break
+                place.step = step
+                if step % FINITE_EVERY == 0 or step in place.marks or step == self.steps:
+                    place.finite = math.isfinite(loss)
+
+    @torch.no_grad()
+    def validate(self, indices: Sequence[int]) -> list[float]:
+        """Return the mean losses of some trainings over the held-out batches, in nats."""
+        self.stack.model.eval()
+        chosen = torch.tensor(list(indices), device=self.device)
+        whole = len(chosen) == len(self.places)
+        pick = lambda part: {name: each if whole else each[chosen] for name, each in part.items()}  # noqa: E731
+        tensors, buffers = pick({**self.stack.resting, **self.now.trained}), pick(self.now.buffers)
+        sizes = [len(targets) for _, targets in self._held_out]
+        losses = [
+            losses_of(self.stack, tensors, buffers, batch, self.precision, False)[0] * size
+            for batch, size in zip(self._held_out, sizes, strict=True)
+        ]
+        means = (sum(losses) / sum(sizes)).tolist()  # type: ignore[union-attr]
+        return [mean if self.places[index].finite else math.nan for index, mean in zip(indices, means, strict=True)]
+
+    def _clock(self, begun: list[int], step: int) -> Clock:
+        at = [min(each + step, self.steps - 1) for each in begun]
+        factors = [multiplier(place.plan.recipe, k, self.steps) for place, k in zip(self.places, at, strict=True)]
+        both = torch.tensor([factors, [k + 1 for k in at]], dtype=torch.float64).to(self.device)
+        return Clock(both[0], both[1])
+
+    def _batches(self, begun: list[int], step: int) -> Any:
+        """Every training's own batch, side by side; one that has ended repeats its last."""
+        at = [min(each + step, self.steps - 1) for each in begun]
+        batches = [self._batch(k, place.seed) for k, place in zip(at, self.places, strict=True)]
+        return self._to_device(tree_map(lambda *each: torch.stack(each), *batches))
+
+    def _to_device(self, batch: Any) -> Any:
+        return tree_map(lambda each: each.to(self.device, non_blocking=True), batch)
+
+    def _column(self, shape: tuple[int, ...]) -> Tensor:
+        return torch.zeros((len(self.places), *[1] * len(shape)), dtype=torch.float64, device=self.device)

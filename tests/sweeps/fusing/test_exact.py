@@ -1,0 +1,100 @@
+"""K fused trainings are K separate ones in float64, whatever K, order and neighbours."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+
+import mutransfer as mt
+from mutransfer.sweeps.fusing.training import FusedTraining, Place
+
+from .apart import apart, distance, plans, together
+
+MODELS = ["mlp", "transformer", "grouped", "resnet", "normed", "llama"]
+
+
+@pytest.fixture(autouse=True)
+def _float64() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+PAIRS = [(name, optimizer) for name in MODELS for optimizer in ("adamw", "sgd", "muon")]
+
+
+@pytest.mark.parametrize(("name", "optimizer"), [*PAIRS, ("mlp", "adam"), ("mlp", "muon-match-rms-adamw")])
+def test_fused_trainings_are_separate_trainings(name: str, optimizer: str) -> None:
+    own = plans(name, optimizer)
+    fused = together(name, [Place(plan, seed) for seed, plan in enumerate(own)])
+    fused.advance(20)
+    losses = fused.validate(range(len(own)))
+    for seed, plan in enumerate(own):
+        training, loss = apart(name, plan, seed)
+        assert losses[seed] == pytest.approx(loss, rel=1e-10)
+        assert distance(training, fused, seed) < 1e-10
+
+
+def bits(fused: FusedTraining, index: int) -> list[bytes]:
+    return [each[index].numpy().tobytes() for part in (fused.now.trained, fused.now.buffers) for each in part.values()]
+
+
+@pytest.mark.parametrize("name", ["mlp", "transformer", "normed"])
+def test_any_number_in_any_order(name: str) -> None:
+    own = plans(name)
+    for chosen in ([3], [4, 1], [2, 0, 4, 1, 3], [1, 1, 1]):
+        fused = together(name, [Place(own[k], seed=k) for k in chosen])
+        fused.advance(20)
+        for index, k in enumerate(chosen):
+            assert distance(apart(name, own[k], k)[0], fused, index) < 1e-10
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_those_that_are_kept_go_on_and_new_ones_begin_at_the_beginning(name: str) -> None:
+    own = plans(name)
+    fused = together(name, [Place(plan, seed=0) for plan in own])
+    fused.advance(7)
+    fused.keep([4, 2, 0])
+    fused.begin(1, Place(own[3], seed=5))  # over 2, seven steps behind the others
+    fused.advance(13)
+    assert [place.step for place in fused.places] == [20, 13, 20]
+    assert distance(apart(name, own[4], 0)[0], fused, 0) < 1e-10
+    assert distance(apart(name, own[3], 5, 13)[0], fused, 1) < 1e-10
+    assert distance(apart(name, own[0], 0)[0], fused, 2) < 1e-10
+    losses = fused.validate([1, 0])
+    assert losses == pytest.approx([apart(name, own[3], 5, 13)[1], apart(name, own[4], 0)[1]], rel=1e-10)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_neighbours_do_not_matter_to_the_bit(name: str) -> None:
+    own = plans(name)
+
+    def run(spoil: float) -> FusedTraining:
+        fused = together(name, [Place(plan, seed=0) for plan in own[:3]])
+        fused.advance(3)
+        for each in fused.now.trained.values():
+            each[1] *= spoil
+        fused.advance(17)
+        return fused
+
+    calm, perturbed, lost = run(1.0), run(1.5), run(math.nan)
+    assert bits(calm, 1) != bits(perturbed, 1)
+    assert [place.finite for place in lost.places] == [True, False, True]
+    assert math.isnan(lost.validate([0, 1])[1])
+    for index in (0, 2):
+        assert bits(calm, index) == bits(perturbed, index) == bits(lost, index)
+
+
+def test_a_lost_training_ends_where_it_would_by_itself() -> None:
+    own = plans("mlp", "sgd")
+    wild = mt.Plan(**{**vars(own[0]), "recipe": own[0].recipe.with_(clip=None)})
+    wild = mt.Plan(**{**vars(wild), "rows": tuple(replace(row, lr=1e150) for row in wild.rows)})
+    fused = together("mlp", [Place(own[1], 0), Place(wild, 0), Place(wild, 1, frozenset({4}))])
+    fused.advance(20)
+    training, loss = apart("mlp", wild, 0)
+    assert math.isnan(loss)
+    assert [place.step for place in fused.places] == [20, training.step, 4]
