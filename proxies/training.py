@@ -32,6 +32,8 @@ class Outcome:
         steps: optimizer steps done.
         stopped: whether the caller's report asked to stop early.
         seconds: wall-clock time of training and validation.
+        failed: why it was broken off without a loss, as the end of a sentence about it ("its process was killed by …");
+            None for a run that came to its end, or diverged.
     """
 
     loss: float
@@ -39,11 +41,12 @@ class Outcome:
     steps: int
     stopped: bool
     seconds: float
+    failed: str | None = None
 
     @property
     def diverged(self) -> bool:
         """The loss is not finite, or training made it worse than it began."""
-        return not math.isfinite(self.loss) or self.loss > self.start
+        return self.failed is None and (not math.isfinite(self.loss) or self.loss > self.start)
 
 
 class Training:

@@ -22,6 +22,7 @@ from mutransfer.recipe import Recipe
 from mutransfer.runs import RunFolder
 
 from .experiment import Experiment, with_values
+from .failures import Failures
 from .jobs import Executor, Job, OneByOne, family_of, flops_of, plan_of
 from .study import FINISHED, baseline, distributions, only_one, open_study, reach, trials_frame
 
@@ -68,7 +69,8 @@ def tune(
         progress: called with (finished, total, what was found).
 
     Raises:
-        RequestError: another experiment or another data hash is in the folder, the disk is full, or every trial diverged.
+        RequestError: another experiment or another data hash is in the folder, the disk is full, every trial diverged, or
+            too many in a row failed.
     """
     begun = time.perf_counter()
     executor = executor or OneByOne(device)
@@ -108,6 +110,7 @@ def _told(
     An interruption returns what is unfinished to the queue.
     """
     begun: dict[int, Trial] = {}
+    failures = Failures(executor.capacity)
 
     def asked() -> Iterator[Job]:
         while _finished(study) + len(begun) < experiment.trials:
@@ -124,6 +127,7 @@ def _told(
     try:
         for job, outcome in executor.run(experiment, asked(), report):
             trial = begun[job.key]
+            failures.note(job.key, outcome, _finished(study))
             _tell(study, trial, outcome, flops)
             del begun[job.key]
             yield trial
@@ -145,9 +149,12 @@ def _tell(study: optuna.Study, trial: Trial, outcome: Outcome, flops: float) -> 
             "steps": outcome.steps,
             "flops": flops * outcome.steps,
             "seconds": outcome.seconds,
+            **({"failed": outcome.failed} if outcome.failed else {}),
         },
     )
-    if outcome.stopped:
+    if outcome.failed:
+        study.tell(trial, state=TrialState.FAIL)
+    elif outcome.stopped:
         study.tell(trial, state=TrialState.PRUNED)
     else:
         study.tell(trial, _penalty(outcome.start) if outcome.diverged else outcome.loss)
@@ -196,8 +203,16 @@ def _summary(experiment: Experiment, study: optuna.Study, frame: pd.DataFrame, s
     default = None if first is None else float(frame.loc[frame["number"] == first, "value"].iloc[0])
     return Tuned(
         frame, with_values(experiment.recipe, best.params), best.value, best.params, default, seconds,
-        _at_edges(experiment, best.params),
+        [*_failed(study), *_at_edges(experiment, best.params)],
     )  # fmt: skip
+
+
+def _failed(study: optuna.Study) -> list[str]:
+    """Say how many trials gave no loss, and why the last did not."""
+    outcomes = {trial.number: trial.user_attrs.get("outcome", {}) for trial in study.get_trials(deepcopy=False)}
+    failed = [number for number, outcome in outcomes.items() if outcome.get("failed")]
+    many = f"{len(failed)} trials" if len(failed) > 1 else "one trial"
+    return [f"{many} failed, and others were done instead; trial {n}: {outcomes[n]['failed']}." for n in failed[-1:]]
 
 
 def _at_edges(experiment: Experiment, params: dict[str, Any]) -> list[str]:

@@ -57,7 +57,8 @@ def basins(
         progress: called with (runs done, runs known to be needed, what runs).
 
     Raises:
-        RequestError: fewer than two widths, one that the model cannot have, or another data hash than the folder's.
+        RequestError: fewer than two widths, one that the model cannot have, another data hash than the folder's, or a run
+            that failed.
     """
     widths = sorted(set(widths))
     if len(widths) < 2:
@@ -88,6 +89,11 @@ def basins(
         # The longest first, so that none is left running alone at the end.
         for job, outcome in executor.run(experiment, sorted(missing, key=lambda job: -job.scale.width)):
             name, width, seed, k = job.key
+            if outcome.failed:  # a grid with a hole gives no optimum
+                raise RequestError(
+                    f"the run of {name} at width {width} with lr {job.recipe.lr:.3g} and seed {seed} failed because "
+                    f"{outcome.failed}: mend that and run the same command again; what was finished is kept."
+                )
             done[job.key] = {
                 "parametrization": name, "width": width, "depth": job.scale.depth, "seed": seed, "log2_lr": center + k * step,
                 "loss": outcome.loss if math.isfinite(outcome.loss) else None, "diverged": outcome.diverged,
