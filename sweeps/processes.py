@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
+import math
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
-from collections.abc import Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from multiprocessing import resource_tracker
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from multiprocessing import connection, resource_tracker
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
+from typing import Any
 
 import torch
 
@@ -19,44 +27,133 @@ from mutransfer.proxies.training import Outcome
 from .experiment import Experiment
 from .jobs import Job, Report, do
 
-__all__ = ["Processes"]
+__all__ = ["Processes", "ending"]
+
+PATIENCE = 5.0  # seconds between asking a process to end and killing it
+
+
+@dataclass
+class _Worker:
+    """A process, the parent's end of its pipe, and the job it is at since ``begun``."""
+
+    process: SpawnProcess
+    pipe: Connection
+    job: Job | None = None
+    begun: float = 0.0
 
 
 class Processes:
-    """Jobs side by side in ``count`` single-threaded processes on the CPU: small models do not use two cores well."""
+    """Jobs side by side in ``count`` single-threaded processes on the CPU; use it as a context manager.
+
+    A process that dies (out of memory, a crash inside a library) takes only its job with it, whose outcome is then
+    ``failed``; another one is started for the next.
+    """
 
     def __init__(self, count: int) -> None:
         self.capacity = count
-        self._pool: ProcessPoolExecutor | None = None
+        self._workers: list[_Worker] = []
+        self._open = False
 
     def __enter__(self) -> Processes:
-        # A forked torch may deadlock in its thread pool, so the processes start afresh.
-        context = multiprocessing.get_context("spawn")
-        self._pool = ProcessPoolExecutor(self.capacity, mp_context=context, initializer=_quiet)
+        self._open = True
         return self
 
     def __exit__(self, *_: object) -> None:
-        assert self._pool is not None
-        for process in list((self._pool._processes or {}).values()):
-            process.terminate()  # nothing that is still running is wanted any more
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._open = False
+        self._end(list(self._workers))
 
     def run(
         self, experiment: Experiment, jobs: Iterable[Job], report: Report | None = None
     ) -> Iterator[tuple[Job, Outcome]]:
-        """See `Executor.run`; reports do not cross processes, so jobs run to their end."""
-        assert self._pool is not None, "use as a context manager"
+        """See `Executor.run`; ``report`` is called in this process."""
+        assert self._open, "use as a context manager"
         source = iter(jobs)
-        running: dict[Future[Outcome], Job] = {}
-        while True:
-            with _interrupts_held():
-                for job in itertools.islice(source, self.capacity - len(running)):
-                    running[self._pool.submit(do, experiment, job, "cpu", None)] = job
-            if not running:
+        try:
+            while True:
+                for job in itertools.islice(source, self.capacity - len(self._busy())):
+                    self._begin(experiment, job, report is not None)
+                if not (busy := self._busy()):
+                    return
+                # Also the processes: one that dies may leave its end of the pipe open in a child of its own.
+                ready = set(connection.wait([end for w in busy for end in (w.pipe, w.process.sentinel)]))
+                for worker in busy:
+                    if ready & {worker.pipe, worker.process.sentinel}:
+                        yield from self._heard(worker, report)
+        finally:
+            self._end(self._busy())  # nobody waits for them any more
+
+    def _busy(self) -> list[_Worker]:
+        return [worker for worker in self._workers if worker.job is not None]
+
+    def _begin(self, experiment: Experiment, job: Job, reports: bool) -> None:
+        for worker in [worker for worker in self._workers if worker.job is None]:
+            with contextlib.suppress(OSError):  # died while it had nothing to do
+                worker.pipe.send((experiment, job, reports))
+                worker.job, worker.begun = job, time.perf_counter()
                 return
-            done, _ = wait(running, return_when=FIRST_COMPLETED)
-            for future in done:
-                yield running.pop(future), future.result()
+            self._end([worker])
+        worker = self._started()
+        worker.job, worker.begun = job, time.perf_counter()
+        with contextlib.suppress(OSError):  # died at its start: heard when it is waited for
+            worker.pipe.send((experiment, job, reports))
+
+    def _started(self) -> _Worker:
+        # A forked torch may deadlock in its thread pool, so the processes start afresh.
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_serve, args=(theirs,))
+        with _interrupts_held():
+            process.start()
+            self._workers.append(worker := _Worker(process, ours))
+        theirs.close()
+        return worker
+
+    def _heard(self, worker: _Worker, report: Report | None) -> Iterator[tuple[Job, Outcome]]:
+        """Answer one message of a worker, which may be that it is dead."""
+        job = worker.job
+        assert job is not None
+        message: tuple[str, Any] = "died", None
+        with contextlib.suppress(EOFError, OSError, pickle.UnpicklingError):  # killed in the middle of a message
+            if worker.pipe.poll():
+                message = worker.pipe.recv()
+        match message:
+            case ("report", content):
+                assert report is not None
+                answer = report(job, *content)
+                with contextlib.suppress(OSError):
+                    worker.pipe.send(answer)
+            case ("done", content):
+                worker.job = None
+                yield job, content
+            case ("raised", content):
+                worker.job = None
+                raise content
+            case _:
+                seconds = time.perf_counter() - worker.begun
+                self._end([worker])
+                reason = f"its process {ending(worker.process.exitcode or 0)}"
+                yield job, Outcome(math.nan, math.nan, 0, False, seconds, reason)
+
+    def _end(self, workers: list[_Worker]) -> None:
+        for worker in workers:
+            worker.process.terminate()
+        for worker in workers:
+            worker.process.join(PATIENCE)
+            if worker.process.exitcode is None:
+                worker.process.kill()
+                worker.process.join()
+            worker.pipe.close()
+            self._workers.remove(worker)
+
+
+def ending(code: int) -> str:
+    """Say how a process ended, from its exit code: negative, or above 128 as in a shell, for a signal."""
+    number = -code if code < 0 else code - 128
+    names = {member.value: member.name for member in signal.Signals}
+    if number not in names:
+        return f"ended with code {code}"
+    hint = " (often: the machine is out of memory)" if number == signal.SIGKILL else ""
+    return f"was killed by {names[number]}{hint}"
 
 
 @contextlib.contextmanager
@@ -70,6 +167,38 @@ def _interrupts_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def _serve(pipe: Connection) -> None:
+    """Do the jobs that come through ``pipe`` until it is closed: what the processes run."""
+    _quiet()
+    while True:
+        try:
+            experiment, job, reports = pipe.recv()
+        except EOFError:
+            return
+        ask: Callable[[Job, int, float], bool] | None = functools.partial(_ask, pipe) if reports else None
+        told: tuple[str, Any]
+        try:
+            told = "done", do(experiment, job, "cpu", ask)
+        except Exception as error:
+            told = "raised", _portable(error)
+        pipe.send(told)
+
+
+def _ask(pipe: Connection, job: Job, step: int, loss: float) -> bool:
+    pipe.send(("report", (step, loss)))
+    return pipe.recv()
+
+
+def _portable(error: Exception) -> Exception:
+    """``error`` with its traceback as a note, or its text where it cannot travel."""
+    error.add_note("".join(traceback.format_exception(error)))
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError("".join(traceback.format_exception(error)))
+    return error
+
+
 def _quiet() -> None:
     """Leave Ctrl-C to the parent, end with it, and leave the other cores to the other processes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -78,7 +207,7 @@ def _quiet() -> None:
 
 
 def _end_with_parent() -> None:
-    """A killed parent closes no queue: its processes would wait for work for ever."""
+    """A killed parent leaves its processes training for nobody."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+import psutil
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
@@ -101,6 +102,12 @@ def journal(folder: RunFolder) -> optuna.Study:
 def contents(path: Path) -> dict[str, bytes]:
     """All files below ``path`` by name."""
     return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
+
+
+def children() -> list[int]:
+    """Processes that do jobs (not multiprocessing's own tracker)."""
+    living = (child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE)
+    return [child.pid for child in living if any("spawn_main" in word for word in child.cmdline())]
 
 
 @contextlib.contextmanager

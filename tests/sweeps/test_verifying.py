@@ -19,7 +19,7 @@ from mutransfer.sweeps.jobs import Job, OneByOne
 from mutransfer.sweeps.processes import Processes
 from mutransfer.sweeps.verifying import LIMIT, REACH, basins
 
-from .small import Counting, Failing, Planted, contents, experiment, octaves
+from .small import Counting, Failing, Planted, children, contents, experiment, octaves
 
 RECIPE = Recipe(lr=2**-6, warmup=0.0)
 PER_WIDTH = 2 * REACH + 1
@@ -139,6 +139,7 @@ def test_processes_and_one_by_one_train_the_same(tmp_path: Path) -> None:
         for seed in (0, 1)
     ]
     alone = {job.key: outcome for job, outcome in OneByOne().run(given, jobs)}
+    before = children()
     with Processes(2) as executor:
         beside = {job.key: outcome for job, outcome in executor.run(given, jobs)}
         with pytest.raises(RequestError, match="unknown parametrization"):
@@ -148,8 +149,7 @@ def test_processes_and_one_by_one_train_the_same(tmp_path: Path) -> None:
         assert beside[key].loss == pytest.approx(outcome.loss, rel=1e-6)
         assert beside[key].start == pytest.approx(outcome.start, rel=1e-6)
     assert len({outcome.loss for outcome in alone.values()}) >= 6  # else nothing is compared
-    processes = list((executor._pool._processes or {}).values()) if executor._pool else []
-    assert not any(process.is_alive() for process in processes)
+    assert children() == before
 
 
 @pytest.mark.parametrize(
