@@ -47,18 +47,19 @@ def demo(
     from ..frames import COORDINATES
     from ..reports import write_report
     from ..runs import RunFolder
+    from ..sweeps.executors import executor_for
     from ..sweeps.experiment import Experiment
     from ..sweeps.jobs import family_of
     from ..sweeps.tuning import tune
     from .check import judge, summary
     from .console import Progress
     from .transfer import target_of
-    from .verify import executor_for, text_of, verify_run
+    from .verify import text_of, verify_run
 
     begun = time.perf_counter()
     experiment, where = Experiment.read({**EXPERIMENT, "seed": seed}, "demo"), device_of(device)
     folder = RunFolder(out).make()
-    with executor_for(where) as executor:
+    with executor_for(experiment, "processes" if where == "cpu" else "one", device=where) as executor:
         with Progress("tuning the proxy, width 16") as progress:
             found = tune(experiment, folder, device=where, progress=progress)
         gain = f", the default recipe's is {found.default:.3f}" if found.default is not None else ""

@@ -23,6 +23,12 @@ def tune(
     trials: Annotated[int | None, typer.Option(min=1, help="Finished trials in all, earlier ones included.")] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; runs/NAME of the experiment by default.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of everything random.")] = None,
+    executor: Annotated[
+        str, typer.Option(help="one: trials one after the other; processes: side by side on the CPU.")
+    ] = "one",
+    at_once: Annotated[
+        int | None, typer.Option(min=1, help="How many side by side; by default one per core, at most 8.")
+    ] = None,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> int:
@@ -30,6 +36,7 @@ def tune(
     import torch
 
     from ..runs import RunFolder
+    from ..sweeps.executors import executor_for
     from ..sweeps.experiment import Experiment
     from ..sweeps.tuning import tune as run
 
@@ -43,8 +50,12 @@ def tune(
         / (experiment.parent.name if experiment.stem == "experiment" and experiment.parent.name else experiment.stem)
     )
     torch.set_num_threads(min(torch.get_num_threads(), 2))  # a proxy is too small for more
-    with Progress(f"tuning {wanted.model} at width {wanted.proxy.width}") as progress:
-        found = run(wanted, folder, storage=storage, name=study, device=device_of(device), progress=progress)
+    where = device_of(device)
+    with (
+        executor_for(wanted, executor, at_once, where) as doing,
+        Progress(f"tuning {wanted.model} at width {wanted.proxy.width}") as progress,
+    ):
+        found = run(wanted, folder, storage=storage, name=study, executor=doing, device=where, progress=progress)
     frame = found.trials
     result = {
         "trials": len(frame),

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -46,31 +44,21 @@ def verify(
     """Say whether the best learning rate stays where the proxy found it (exit 1 if not), and what the proxy's one costs."""
     from ..recipe import Recipe
     from ..runs import RunFolder
+    from ..sweeps.executors import executor_for
     from ..sweeps.experiment import Experiment
 
     folder = RunFolder(run).existing()
     experiment, recipe = Experiment.load(folder.experiment), Recipe.load(folder.best)
     proxy = experiment.proxy.width
     sizes = numbers(widths, "--widths") if widths is not None else [proxy, 2 * proxy, 4 * proxy]
-    with executor_for(device_of(device)) as executor:
+    where = device_of(device)
+    # A process per core on the CPU, where a small model does not use two of them well.
+    with executor_for(experiment, "processes" if where == "cpu" else "one", device=where) as executor:
         result, optima = verify_run(
             experiment, recipe, folder, sizes, executor, seeds=seeds, control=control, step=step
         )
     emit(result, as_json, text_of(result, optima))
     return 0 if result["verdict"] == "pass" else 1
-
-
-@contextlib.contextmanager
-def executor_for(device: str) -> Any:
-    """Yield how runs are done: a process per core on the CPU, one by one on a GPU."""
-    from ..sweeps.jobs import OneByOne
-    from ..sweeps.processes import Processes
-
-    if device != "cpu":
-        yield OneByOne(device)
-        return
-    with Processes(max(1, min(len(os.sched_getaffinity(0)), 8))) as executor:
-        yield executor
 
 
 def verify_run(

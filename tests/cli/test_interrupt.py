@@ -74,6 +74,23 @@ def test_tuning_is_interrupted_and_goes_on(finished: int, shop: Path, commands: 
 
 
 @pytest.mark.parametrize("stop", [Started.interrupt, Started.kill], ids=["interrupt", "kill"])
+def test_tuning_in_processes_is_stopped_and_goes_on(stop: Any, shop: Path, commands: Processes) -> None:
+    """The processes end with the command, and what they were at is done again."""
+    run, beside = shop / "new", (*TUNE, "--executor", "processes", "--at-once", "2")
+    started = commands.start(*beside, cwd=shop)
+    until(lambda: rows(run / "trials.csv") >= 2)
+    assert len(group_of(started.pid)) > 2
+    stop(started)
+    ended = started.wait()
+    if stop is Started.interrupt:
+        assert_interrupted(ended, started)
+    else:
+        assert ended.code == -signal.SIGKILL
+        until(lambda: not group_of(started.pid), 10)
+    assert_complete(commands.run(*beside, "--json", cwd=shop), run)
+
+
+@pytest.mark.parametrize("stop", [Started.interrupt, Started.kill], ids=["interrupt", "kill"])
 def test_tuning_survives_five_of_them_in_a_row(stop: Any, shop: Path, commands: Processes) -> None:
     """Each comes a little later after the study is opened: while asking, training, telling, writing."""
     run, stopped = shop / "new", 0

@@ -142,6 +142,8 @@ WRONG = [
     (("tune", "experiment.yaml", "--out", "new", "--device", "gpu"), ["--device 'gpu'", "auto, cpu or cuda"]),
     (("tune", "experiment.yaml", "--out", "new", "--storage", "sqlite:////none/at/all.db"), ["sqlite:////none/at/all.db"]),
     (("tune", "experiment.yaml", "--out", "new", "--storage", "nosuch://x"), ["nosuch://x"]),
+    (("tune", "experiment.yaml", "--executor", "process"), ["--executor 'process'", "did you mean 'processes'?"]),
+    (("tune", "experiment.yaml", "--at-once", "4"), ["--at-once 4 needs --executor processes"]),
     (("tune", "experiment.yaml", "--set", "steps"), ["--set 'steps'", "key=value"]),
     (("plan", "mlp"), ["Missing option '--width'"]),
     (("plan", "mlp", "--width", "wide"), ["'--width'", "valid integer"]),
