@@ -14,7 +14,7 @@ import pandas as pd
 from .errors import RequestError
 from .files import write_bytes, write_text
 
-__all__ = ["BASINS", "COORDINATES", "OPTIMA", "PARAMETERS", "SLOPES", "TRIALS", "Schema", "varying"]
+__all__ = ["BASINS", "COORDINATES", "OPTIMA", "PARAMETERS", "REPEATS", "SLOPES", "TRIALS", "Schema", "varying"]
 
 PARQUET = ".parquet"
 
@@ -185,6 +185,18 @@ TRIALS = Schema(
         "seconds": ("float64", "wall-clock time of the run"),
     },
     open=True,
+)
+
+REPEATS = Schema(
+    "repeats",
+    {
+        "number": ("int64", "number of the trial in the study"),
+        "seed": ("int64", "seed of weights and data order"),
+        "loss": ("float64", "validation loss at the end; missing when it was not finite"),
+        "diverged": ("boolean", "the loss was not finite, or ended above its start"),
+        "flops": ("float64", "floating point operations of the run"),
+        "seconds": ("float64", "wall-clock time of the run"),
+    },
 )
 
 PARAMETERS = Schema(

@@ -28,6 +28,7 @@ class RunFolder:
     experiment = property(lambda self: self.path / "experiment.yaml")
     journal = property(lambda self: self.path / "study.journal")
     trials = property(lambda self: self.path / "trials.csv")
+    repeats = property(lambda self: self.path / "repeats.csv")
     best = property(lambda self: self.path / "best.json")
     coordinates = property(lambda self: self.path / "coordinates.csv")
     check = property(lambda self: self.path / "check.json")

@@ -18,9 +18,12 @@ from mutransfer.scale import Scale
 from mutransfer.settings import Settings
 from mutransfer.tables import table
 
-__all__ = ["Experiment", "Range", "Size"]
+from .halving import geometric_rungs
+
+__all__ = ["Budget", "Experiment", "Range", "Repeats", "Size"]
 
 Count = Annotated[int, Field(ge=1)]
+Cost = Annotated[float, Field(gt=0)]
 # Adam's betas are searched one by one, as the distance from 1 is what matters.
 BETAS = ("beta1", "beta2")
 
@@ -57,6 +60,24 @@ class Range(Settings):
         return list(self.choices) if self.choices is not None else [self.low, self.high]
 
 
+class Budget(Settings):
+    """What a sweep may cost besides its number of trials; no trial is begun that could go beyond.
+
+    ``flops`` are floating point operations, ``seconds`` those of the trials themselves, added up over processes and machines;
+    the first trials, of which it is not known how long they take, are begun all the same.
+    """
+
+    flops: Cost | None = None
+    seconds: Cost | None = None
+
+
+class Repeats(Settings):
+    """The ``top`` trials are trained with ``seeds`` seeds in all, so that the best is not the luckiest."""
+
+    top: Count = 4
+    seeds: Annotated[int, Field(ge=2)] = 3
+
+
 class Experiment(Settings):
     """Everything `mutransfer tune` needs, as read from YAML.
 
@@ -78,10 +99,12 @@ class Experiment(Settings):
     batch_size: Count = 16
     recipe: Recipe = Recipe()
     search: dict[str, Range] = Field(default_factory=lambda: {"lr": Range(low=2**-12, high=2**-3, log=True)})
-    sampler: Literal["tpe", "gp", "random", "qmc"] = "tpe"
-    pruner: Literal["median", "halving", "none"] = "median"
+    sampler: Literal["tpe", "gp", "random", "qmc", "independent"] = "tpe"
+    pruner: Literal["median", "halving", "hyperband", "none"] = "median"
     rungs: Annotated[int, Field(ge=1, le=32)] = 4
     trials: Count = 24
+    budget: Budget = Budget()
+    repeats: Repeats | None = None
     seed: Annotated[int, Field(ge=0)] = 0
 
     @model_validator(mode="after")
@@ -112,6 +135,13 @@ class Experiment(Settings):
         if "wsd" not in schedules:
             idle["cooldown"] = "only the schedule wsd has one"
         return idle
+
+    @property
+    def rung_steps(self) -> tuple[int, ...]:
+        """The steps at which a trial reports: evenly spaced, or for halving each a factor from the next."""
+        if self.pruner in ("halving", "hyperband"):
+            return geometric_rungs(self.steps, self.rungs)
+        return tuple(round(self.steps * k / (self.rungs + 1)) for k in range(1, self.rungs + 1))
 
     @property
     def proxy_scale(self) -> Scale:
