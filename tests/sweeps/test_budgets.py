@@ -8,6 +8,7 @@ import optuna
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from mutransfer.sweeps.budgets import Spent
 from mutransfer.sweeps.experiment import Budget
 
