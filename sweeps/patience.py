@@ -1,0 +1,202 @@
+"""A storage whose server may be away for a while: what was asked of it is asked again until it answers."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+import time
+from collections.abc import Callable, Container, Sequence
+from typing import Any
+
+from optuna.distributions import BaseDistribution
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.storages import BaseStorage
+from optuna.study._frozen import FrozenStudy
+from optuna.study._study_direction import StudyDirection
+from optuna.trial import FrozenTrial, TrialState
+
+from mutransfer.errors import RequestError
+from mutransfer.masking import masked
+
+from .outages import outage
+
+__all__ = ["Patient"]
+
+LONGEST = 600.0  # seconds that a server may be away
+SLEEPS = (0.1, 0.3, 1.0, 2.0)  # seconds between attempts; the last one goes on
+SAY_EVERY = 15.0
+
+
+class Patient(BaseStorage):
+    """An Optuna storage that waits for its server where it is gone, restarting or full of connections.
+
+    An answer may be lost after the server has done what was asked, so asking again must do no harm. Attributes, parameters
+    and reports are set to what they are already; a trial that is told twice is told once; of trials that are made twice, one
+    is nobody's, and `claims` gives it back.
+
+    Args:
+        open_: opens the storage.
+        where: its address, for messages.
+        reopen: open it again in an outage. A gRPC channel would wait up to two minutes to look again; a database's
+            connections come back by themselves, and its cache is to be kept.
+        longest: seconds after which waiting ends with a `RequestError`.
+    """
+
+    def __init__(
+        self, open_: Callable[[], BaseStorage], where: str, *, reopen: bool = False, longest: float = LONGEST
+    ) -> None:
+        self._open, self._where, self._reopens, self._longest = open_, where, reopen, longest
+        self._storage = open_()
+        self._lock = threading.Lock()
+        self._away_since: float | None = None
+        self._said = 0.0
+
+    def _ask(self, name: str, *arguments: Any, **named: Any) -> Any:
+        begun = time.monotonic()
+        attempt = 0
+        while True:
+            storage = self._storage
+            try:
+                answer = getattr(storage, name)(*arguments, **named)
+            except UpdateFinishedTrialError:
+                if name == "set_trial_state_values" and attempt and self._is_told(*arguments, **named):
+                    return True
+                raise
+            except Exception as error:
+                reason = outage(error)
+                if reason is None:
+                    raise
+                if time.monotonic() - begun > self._longest:
+                    raise RequestError(
+                        f"the storage {masked(self._where)} has not answered for {self._longest:.0f} s ({masked(reason)}): "
+                        "start it and run the same command again; what was finished is kept."
+                    ) from error
+                self._say_away(reason)
+                time.sleep(SLEEPS[min(attempt, len(SLEEPS) - 1)])
+                attempt += 1
+                self._reopen(storage)
+            else:
+                self._say_back()
+                return answer
+
+    def _is_told(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
+        """Whether the trial is what it was to become: then this worker itself made it so."""
+        trial = self.get_trial(trial_id)
+        return trial.state is state and (values is None or trial.values == list(values))
+
+    def _reopen(self, failed: BaseStorage) -> None:
+        with self._lock:
+            if self._reopens and self._storage is failed:  # no other thread has
+                with contextlib.suppress(Exception):
+                    self._storage = self._open()
+
+    def _say_away(self, reason: str) -> None:
+        with self._lock:
+            now = time.monotonic()
+            if self._away_since is None:
+                self._away_since, self._said = now, now - SAY_EVERY
+            if now - self._said >= SAY_EVERY:
+                self._said = now
+                waited = now - self._away_since
+                print(
+                    f"waiting for the storage {masked(self._where)} ({masked(reason)}), {waited:.0f} of at most "
+                    f"{self._longest:.0f} s …",
+                    file=sys.stderr,
+                    flush=True,
+                )
+
+    def _say_back(self) -> None:
+        if self._away_since is None:
+            return
+        with self._lock:
+            if self._away_since is not None:
+                waited = time.monotonic() - self._away_since
+                self._away_since = None
+                print(f"the storage answers again, after {waited:.0f} s", file=sys.stderr, flush=True)
+
+    # What Optuna calls; see its BaseStorage.
+
+    def create_new_study(self, directions: Sequence[StudyDirection], study_name: str | None = None) -> int:
+        """See BaseStorage."""
+        return self._ask("create_new_study", directions, study_name)
+
+    def delete_study(self, study_id: int) -> None:
+        """See BaseStorage."""
+        self._ask("delete_study", study_id)
+
+    def set_study_user_attr(self, study_id: int, key: str, value: Any) -> None:
+        """See BaseStorage."""
+        self._ask("set_study_user_attr", study_id, key, value)
+
+    def set_study_system_attr(self, study_id: int, key: str, value: Any) -> None:
+        """See BaseStorage."""
+        self._ask("set_study_system_attr", study_id, key, value)
+
+    def get_study_id_from_name(self, study_name: str) -> int:
+        """See BaseStorage."""
+        return self._ask("get_study_id_from_name", study_name)
+
+    def get_study_name_from_id(self, study_id: int) -> str:
+        """See BaseStorage."""
+        return self._ask("get_study_name_from_id", study_id)
+
+    def get_study_directions(self, study_id: int) -> list[StudyDirection]:
+        """See BaseStorage."""
+        return self._ask("get_study_directions", study_id)
+
+    def get_study_user_attrs(self, study_id: int) -> dict[str, Any]:
+        """See BaseStorage."""
+        return self._ask("get_study_user_attrs", study_id)
+
+    def get_study_system_attrs(self, study_id: int) -> dict[str, Any]:
+        """See BaseStorage."""
+        return self._ask("get_study_system_attrs", study_id)
+
+    def get_all_studies(self) -> list[FrozenStudy]:
+        """See BaseStorage."""
+        return self._ask("get_all_studies")
+
+    def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
+        """See BaseStorage."""
+        return self._ask("create_new_trial", study_id, template_trial)
+
+    def set_trial_param(
+        self, trial_id: int, param_name: str, param_value_internal: float, distribution: BaseDistribution
+    ) -> None:
+        """See BaseStorage."""
+        self._ask("set_trial_param", trial_id, param_name, param_value_internal, distribution)
+
+    def get_trial_id_from_study_id_trial_number(self, study_id: int, trial_number: int) -> int:
+        """See BaseStorage."""
+        return self._ask("get_trial_id_from_study_id_trial_number", study_id, trial_number)
+
+    def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
+        """See BaseStorage."""
+        return self._ask("set_trial_state_values", trial_id, state, values)
+
+    def set_trial_intermediate_value(self, trial_id: int, step: int, intermediate_value: float) -> None:
+        """See BaseStorage."""
+        self._ask("set_trial_intermediate_value", trial_id, step, intermediate_value)
+
+    def set_trial_user_attr(self, trial_id: int, key: str, value: Any) -> None:
+        """See BaseStorage."""
+        self._ask("set_trial_user_attr", trial_id, key, value)
+
+    def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
+        """See BaseStorage."""
+        self._ask("set_trial_system_attr", trial_id, key, value)
+
+    def get_trial(self, trial_id: int) -> FrozenTrial:
+        """See BaseStorage."""
+        return self._ask("get_trial", trial_id)
+
+    def get_all_trials(
+        self, study_id: int, deepcopy: bool = True, states: Container[TrialState] | None = None
+    ) -> list[FrozenTrial]:
+        """See BaseStorage."""
+        return self._ask("get_all_trials", study_id, deepcopy, states)
+
+    def remove_session(self) -> None:
+        """See BaseStorage."""
+        self._storage.remove_session()

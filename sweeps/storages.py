@@ -1,0 +1,168 @@
+"""Opening the storage of a study by its address: a database, a gRPC proxy, Redis, or one journal file."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import optuna
+from optuna.storages import BaseStorage, GrpcStorageProxy, JournalStorage, RDBStorage
+from optuna.storages.journal import JournalRedisBackend
+
+from mutransfer.errors import RequestError, describe
+from mutransfer.masking import masked
+from mutransfer.runs import RunFolder
+
+from .journal import Journal
+from .locks import only_worker
+from .patience import Patient
+
+__all__ = ["Opened", "opened", "own_journal"]
+
+KNOWN = (
+    "postgresql://USER@HOST/DATABASE, mysql://…, grpc://HOST:PORT, redis://HOST:PORT/0, journal:FILE, or sqlite:///FILE"
+)
+DATABASES = ("postgresql", "postgres", "mysql", "mariadb")
+ANSWER_WITHIN = 10  # seconds for a connection to be made
+DRIVERS = {
+    "psycopg2": "pip install psycopg2-binary, or write postgresql+psycopg://…",
+    "psycopg": "pip install 'psycopg[binary]'",
+    "MySQLdb": "pip install mysqlclient",
+    "pymysql": "pip install pymysql",
+    "grpc": "pip install grpcio protobuf",
+    "redis": "pip install redis",
+}
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A storage that is open.
+
+    Args:
+        backend: the storage.
+        where: its address, for messages.
+        shared: other workers may be at work in it.
+        own: it is the run folder's journal, which holds one study.
+    """
+
+    backend: BaseStorage
+    where: str
+    shared: bool
+    own: bool = False
+
+
+def own_journal(folder: RunFolder) -> Opened:
+    """Open the journal in a run folder that this process holds.
+
+    Raises:
+        RequestError: it is no journal, or cannot be read.
+    """
+    try:
+        backend = JournalStorage(Journal(folder.journal))
+    except (KeyError, AssertionError, json.JSONDecodeError) as error:
+        raise RequestError(f"cannot read the study in {folder.journal} ({error}): name another --out.") from None
+    return Opened(backend, str(folder.journal), False, own=True)
+
+
+@contextlib.contextmanager
+def opened(address: str) -> Iterator[Opened]:
+    """Open the storage at ``address``; a SQLite file is held for this process, as it serves one worker at a time.
+
+    Raises:
+        RequestError: it cannot be reached, its driver is missing, the address is none, or another worker holds the file.
+    """
+    scheme = address.partition(":")[0].partition("+")[0].lower()
+    if scheme != "sqlite":
+        yield Opened(_reached(address), masked(address), True)
+        return
+    with only_worker(address):
+        yield Opened(_reached(address), address, False)
+
+
+def _reached(address: str) -> BaseStorage:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        try:
+            return _opener(address)()
+        except RequestError:
+            raise
+        except ImportError as error:
+            missing = _missing(error)
+            raise RequestError(
+                f"the storage {masked(address)} needs the Python package {missing}: {DRIVERS.get(missing, 'install it')}."
+            ) from None
+        except Exception as error:  # whatever its driver raises
+            reason = masked(describe(_innermost(error)))
+            raise RequestError(
+                f"cannot open the storage {masked(address)} ({reason}): check that it runs and its address."
+            ) from None
+
+
+def _opener(address: str) -> Callable[[], BaseStorage]:
+    scheme, colon, rest = address.partition(":")
+    kind, server = scheme.partition("+")[0].lower(), rest.startswith("//")
+    if colon and kind == "journal" and rest:
+        return lambda: JournalStorage(Journal(Path(rest.removeprefix("//"))))
+    if not colon and address.endswith(".journal"):
+        return lambda: JournalStorage(Journal(Path(address)))
+    if kind == "sqlite":
+        return lambda: optuna.storages.get_storage(address)
+    if kind in DATABASES and server:
+        return lambda: Patient(lambda: _database(address), address)
+    if kind in ("redis", "rediss") and server:
+        return lambda: Patient(lambda: JournalStorage(JournalRedisBackend(address, prefix="mutransfer")), address)
+    if kind == "grpc" and server:
+        return lambda: Patient(lambda: _proxy(address), address, reopen=True)
+    raise RequestError(f"the storage {masked(address)!r} is of no known kind: write {KNOWN}.")
+
+
+def _database(address: str) -> BaseStorage:
+    # A connection that a restart has cut is noticed before it is used; a host that swallows packets is not waited for.
+    within = {} if "connect_timeout" in address else {"connect_timeout": ANSWER_WITHIN}
+    options = {"pool_pre_ping": True, "connect_args": within}
+    return optuna.storages.get_storage(RDBStorage(_with_driver(address), engine_kwargs=options))
+
+
+def _with_driver(address: str) -> str:
+    """Name psycopg where it is installed and no driver is named: SQLAlchemy's own default differs between its versions."""
+    scheme, _, rest = address.partition("://")
+    if scheme in ("postgresql", "postgres"):
+        installed = importlib.util.find_spec("psycopg") is not None
+        return f"postgresql{'+psycopg' if installed else ''}://{rest}"
+    return address
+
+
+def _proxy(address: str) -> BaseStorage:
+    try:
+        found = urlsplit(address)
+        host, port = found.hostname, found.port
+    except ValueError:
+        host = port = None
+    if not host or not port:
+        raise RequestError(f"the storage {masked(address)!r} has no host and port: write grpc://HOST:PORT.")
+    proxy = GrpcStorageProxy(host=host, port=port)
+    proxy.wait_server_ready(timeout=ANSWER_WITHIN)
+    return proxy
+
+
+def _missing(error: ImportError) -> str:
+    """The package that a driver's import asked for; Optuna says it only in the cause of its own error."""
+    seen: BaseException | None = error
+    name = None
+    while seen is not None:
+        name = getattr(seen, "name", None) or name
+        seen = seen.__cause__ or seen.__context__
+    return (name or str(error)).partition(".")[0]
+
+
+def _innermost(error: BaseException) -> BaseException:
+    """The database driver's own error, which says more than what is wrapped around it."""
+    if isinstance(error, optuna.exceptions.StorageInternalError) and error.__cause__ is not None:
+        error = error.__cause__
+    return getattr(error, "orig", None) or error
