@@ -1,100 +1,58 @@
-"""The Optuna study of a run folder: opened, healed, compared with what is asked, and read out as a frame."""
+"""The Optuna study of a sweep: opened, compared with what is asked, and read out as a frame."""
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import warnings
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import optuna
 import pandas as pd
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
-from optuna.storages import BaseStorage, JournalStorage
-from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 
 from mutransfer.errors import RequestError
 from mutransfer.frames import TRIALS
-from mutransfer.runs import RunFolder
 
+from .claims import FINISHED
 from .experiment import BETAS, Experiment
+from .storages import Opened
 
-__all__ = ["FINISHED", "distributions", "open_study", "only_one", "reach", "trials_frame"]
+__all__ = ["baseline", "distributions", "open_study", "trials_frame"]
 
-FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 NAME = "mutransfer"
 
 
-@contextlib.contextmanager
-def only_one(folder: RunFolder) -> Iterator[None]:
-    """Hold the run folder for this process: a second sweep in it would take the first one's trials for dead.
+def open_study(experiment: Experiment, storage: Opened, name: str | None, owner: str) -> optuna.Study:
+    """Open or create the study in ``storage``, to be worked on by ``owner``.
 
     Raises:
-        RequestError: another process holds it.
-    """
-    with open(folder.path / ".lock", "w", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RequestError(
-                f"another process is at work in {folder.path}: wait for it or use another --out."
-            ) from None
-        yield
-
-
-def reach(storage: str) -> BaseStorage:
-    """Open an Optuna storage by its URL.
-
-    Raises:
-        RequestError: it cannot be reached.
-    """
-    try:
-        return optuna.storages.get_storage(storage)
-    except Exception as error:  # whatever its driver raises
-        reason = " ".join(f"{type(error).__name__}: {error}".splitlines()[:1])
-        raise RequestError(
-            f"cannot open the storage {storage} ({reason}): check that it runs and its address."
-        ) from None
-
-
-def open_study(
-    experiment: Experiment, folder: RunFolder, storage: BaseStorage | None, name: str | None
-) -> optuna.Study:
-    """Open or create the study, heal a torn journal, and return what a killed process had begun to the queue.
-
-    Raises:
-        RequestError: the journal is not one, or the storage holds something else.
+        RequestError: the storage holds something else.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
         study = optuna.create_study(
-            storage=storage or JournalStorage(_journal(folder.journal)),
+            storage=storage.backend,
             study_name=name or NAME,
             direction="minimize",
             load_if_exists=True,
             pruner=_pruner(experiment),
         )
         trials = study.get_trials(deepcopy=False)
+    except RequestError:
+        raise
     except (KeyError, ValueError) as error:
-        where = "that storage" if storage else folder.journal
-        raise RequestError(f"cannot read the study in {where} ({error}): name another --storage or --out.") from None
-    _refuse_other_study(study, experiment, storage is None)
-    study.sampler = _sampler(experiment, len(trials))
-    if storage is None:
-        for trial in trials:
-            if trial.state is TrialState.RUNNING:
-                study.enqueue_trial(trial.params or trial.system_attrs.get("fixed_params", {}))
-                study.tell(trial.number, state=TrialState.FAIL)
+        raise RequestError(
+            f"cannot read the study in {storage.where} ({error}): name another --storage or --out."
+        ) from None
+    _refuse_other_study(study, experiment, storage)
+    study.sampler = _sampler(experiment, len(trials), owner if storage.shared else "")
     return study
 
 
-def _refuse_other_study(study: optuna.Study, experiment: Experiment, own_journal: bool) -> None:
+def _refuse_other_study(study: optuna.Study, experiment: Experiment, storage: Opened) -> None:
     """One study is one question: trials of another experiment in it would count, and one could be called the best."""
-    if own_journal and len(names := optuna.get_all_study_names(study._storage)) > 1:
+    if storage.own and len(names := optuna.get_all_study_names(study._storage)) > 1:
         study._storage.delete_study(study._study_id)
         raise RequestError(
             f"the run folder holds the study {min(set(names) - {study.study_name})!r}: leave out --study, or use another --out."
@@ -102,6 +60,12 @@ def _refuse_other_study(study: optuna.Study, experiment: Experiment, own_journal
     asked = experiment.model_dump(mode="json", exclude={"trials"})
     known = study.user_attrs.get("experiment")
     if known is None:
+        if trials := study.get_trials(deepcopy=False):
+            searched = ", ".join(sorted({name for trial in trials for name in trial.params})) or "nothing"
+            raise RequestError(
+                f"the study {study.study_name!r} in {storage.where} was not made by mutransfer (its {len(trials)} trials search "
+                f"{searched}): name another --study."
+            )
         study.set_user_attr("experiment", asked)
         return
     known = {"roles": {}, **known}  # a key that earlier versions did not have
@@ -111,31 +75,6 @@ def _refuse_other_study(study: optuna.Study, experiment: Experiment, own_journal
             f"the study {study.study_name!r} was made with {key} = {known.get(key)}, and this experiment has {asked[key]}: name "
             "another --study, or put it back."
         )
-
-
-def _journal(path: Path) -> JournalFileBackend:
-    """The journal, cut back to its last whole line: a process killed in a write leaves half a line, fatal to the next."""
-    if path.exists():
-        content = path.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            with path.open("r+b") as file:
-                file.truncate(whole)
-    return JournalFileBackend(str(path), _Held(str(path)))
-
-
-class _Held(JournalFileSymlinkLock):
-    """No lock: the folder is held already (`only_one`).
-
-    Optuna's own outlives a killed process, is then waited for (without end where the path is relative, as its link
-    dangles), and turns a Ctrl-C during its release into a FileNotFoundError.
-    """
-
-    def acquire(self) -> bool:
-        return True
-
-    def release(self) -> None:
-        pass
 
 
 def distributions(experiment: Experiment) -> dict[str, BaseDistribution]:
@@ -165,9 +104,12 @@ def baseline(experiment: Experiment) -> dict[str, Any] | None:
     return chosen
 
 
-def _sampler(experiment: Experiment, trials: int) -> optuna.samplers.BaseSampler:
-    """The sampler, seeded by (seed, trials so far): the same seed on resuming would draw the same start-up trials again."""
-    digest = hashlib.sha256(f"{experiment.seed}/{trials}".encode()).digest()
+def _sampler(experiment: Experiment, trials: int, worker: str) -> optuna.samplers.BaseSampler:
+    """The sampler, seeded by (seed, trials so far, worker): with the same seed two would draw the same start-up trials.
+
+    Workers of one study that start together see the same trials; a worker that is alone has no name.
+    """
+    digest = hashlib.sha256(f"{experiment.seed}/{trials}{worker}".encode()).digest()
     seed = int.from_bytes(digest[:4], "little")
     match experiment.sampler:
         case "tpe":
@@ -177,7 +119,8 @@ def _sampler(experiment: Experiment, trials: int) -> optuna.samplers.BaseSampler
         case "qmc":
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-                return optuna.samplers.QMCSampler(scramble=True, seed=experiment.seed)
+                # Resumed, a sequence goes on by itself; two workers in one would take the same points.
+                return optuna.samplers.QMCSampler(scramble=True, seed=seed if worker else experiment.seed)
         case _:
             return optuna.samplers.RandomSampler(seed=seed)
 

@@ -18,9 +18,14 @@ def add_to(app: typer.Typer) -> None:
 def tune(
     experiment: Annotated[Path, typer.Argument(help="An experiment file; `mutransfer init` writes one.")],
     changes: Annotated[list[str] | None, typer.Option("--set", help="Change a value: --set recipe.lr=0.01.")] = None,
-    storage: Annotated[str | None, typer.Option(help="Optuna storage URL instead of the run folder's journal.")] = None,
+    storage: Annotated[
+        str | None, typer.Option(help="Storage that workers share: postgresql://…, grpc://…, redis://…, journal:FILE.")
+    ] = None,
     study: Annotated[str | None, typer.Option(help="Name of the study in that storage.")] = None,
     trials: Annotated[int | None, typer.Option(min=1, help="Finished trials in all, earlier ones included.")] = None,
+    lease: Annotated[
+        float, typer.Option(min=1, help="Seconds without a sign of life after which a worker is taken for dead.")
+    ] = 60,
     out: Annotated[Path | None, typer.Option(help="Run folder; runs/NAME of the experiment by default.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of everything random.")] = None,
     executor: Annotated[
@@ -32,7 +37,7 @@ def tune(
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> int:
-    """Find the best hyperparameters of the proxy; running it again adds only the missing trials."""
+    """Find the best hyperparameters of the proxy; run again, or by several workers, it adds only the missing trials."""
     import torch
 
     from ..runs import RunFolder
@@ -55,7 +60,10 @@ def tune(
         executor_for(wanted, executor, at_once, where) as doing,
         Progress(f"tuning {wanted.model} at width {wanted.proxy.width}") as progress,
     ):
-        found = run(wanted, folder, storage=storage, name=study, executor=doing, device=where, progress=progress)
+        found = run(
+            wanted, folder,
+            storage=storage, name=study, lease=lease, executor=doing, device=where, progress=progress,
+        )  # fmt: skip
     frame = found.trials
     result = {
         "trials": len(frame),

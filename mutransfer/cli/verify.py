@@ -69,7 +69,7 @@ def verify_run(
     from ..basins import judge, optima
     from ..files import write_json
     from ..sweeps.jobs import flops_of
-    from ..sweeps.study import only_one
+    from ..sweeps.locks import only_one
     from ..sweeps.verifying import basins
     from .console import plain
 

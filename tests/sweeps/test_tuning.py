@@ -19,6 +19,7 @@ from mutransfer.runs import RunFolder
 from mutransfer.scale import Scale
 from mutransfer.sweeps.experiment import Experiment
 from mutransfer.sweeps.jobs import Job, OneByOne
+from mutransfer.sweeps.storages import own_journal
 from mutransfer.sweeps.study import open_study
 from mutransfer.sweeps.tuning import Tuned, tune
 
@@ -398,7 +399,7 @@ def test_a_journal_that_is_none_is_named(folder: RunFolder) -> None:
 
 
 def test_opening_a_study_says_nothing(folder: RunFolder, capfd: pytest.CaptureFixture[str]) -> None:
-    open_study(experiment(), folder.make(), None, None)
+    open_study(experiment(), own_journal(folder.make()), None, "worker")
     assert capfd.readouterr() == ("", "")
 
 

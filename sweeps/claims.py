@@ -1,0 +1,167 @@
+"""Who does which trial, so that any number of workers finish exactly as many as were asked for.
+
+A study of N trials has N places. A trial holds one from the moment it is begun or waits to be, and a failed one none; its rank
+is the number of holders before it. Trials are numbered by the storage and failing is for ever, so a rank only falls: a
+trial that is begun when its rank is below N is among the first N for good, and no worker needs to know of any other.
+
+A trial that ends without an outcome (its worker died, or was interrupted) is failed, and its parameters wait as a *ticket*, a
+new trial that names the one it repeats. The ticket is made first: whoever dies in between leaves one that is not valid yet.
+Several may be made by workers who bury the same trial; the first is valid, the others are void.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
+
+__all__ = ["OWNER", "FINISHED", "Claims", "places"]
+
+FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
+OURS = "mutransfer:"
+OWNER = "mutransfer:owner"
+REPEATS = "mutransfer:repeats"
+FIXED = "fixed_params"  # Optuna's own key of parameters that are not to be sampled
+
+
+def places(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    """Return the trials that hold a place, by number; ``trials`` are all of a study."""
+    valid = _valid(trials)
+    return [trial for trial in trials if trial.state is not TrialState.FAIL and trial.number in valid]
+
+
+def _valid(trials: Sequence[FrozenTrial]) -> set[int]:
+    """Numbers of all trials but tickets that repeat what has not failed, or what an earlier ticket repeats."""
+    failed = {trial.number for trial in trials if trial.state is TrialState.FAIL}
+    repeated: set[int | None] = set()
+    valid = set()
+    for trial in trials:
+        repeats = trial.system_attrs.get(REPEATS)
+        if repeats is None or (repeats in failed and repeats not in repeated):
+            valid.add(trial.number)
+        repeated.add(repeats)
+    return valid
+
+
+class Claims:
+    """The trials of one worker.
+
+    Args:
+        study: the study; its storage may be shared.
+        space: what is searched.
+        total: finished trials in all.
+        first: parameters of the very first trial, or None to sample them as well.
+        owner: name of this worker, unlike any other's.
+    """
+
+    def __init__(
+        self,
+        study: optuna.Study,
+        space: dict[str, BaseDistribution],
+        total: int,
+        first: dict[str, Any] | None,
+        owner: str,
+    ) -> None:
+        self.study, self._space, self._total, self._first, self.owner = study, space, total, first, owner
+        self._storage = study._storage
+        self.begun: dict[int, Trial] = {}
+
+    def trials(self) -> list[FrozenTrial]:
+        """Return all trials of the study as they are now."""
+        return self.study.get_trials(deepcopy=False)
+
+    def finished(self) -> int:
+        """Return how many trials are finished, by any worker."""
+        return sum(trial.state in FINISHED for trial in self.trials())
+
+    def next(self) -> Trial | None:
+        """Begin a trial: one that waits, or a new one; None when all places are held, maybe by other workers' trials."""
+        self.give_back(self._unknown())
+        while True:
+            holders = places(self.trials())[: self._total]
+            waiting = next((trial for trial in holders if trial.state is TrialState.WAITING), None)
+            if waiting is None and len(holders) == self._total:
+                return None
+            with contextlib.suppress(UpdateFinishedTrialError):  # taken for dead before it had begun: so the next one
+                if waiting is None and (made := self._made()) is not None:
+                    return self._begin(made)
+                if waiting is not None and self._took(waiting):
+                    return self._begin(waiting._trial_id)
+
+    def give_back(self, lost: Iterable[FrozenTrial]) -> None:
+        """Fail trials that will have no outcome; their parameters wait to be tried again, once, whoever else does this."""
+        for number in [trial.number for trial in lost]:
+            trials = self.trials()
+            trial = trials[number]
+            if trial.state is not TrialState.RUNNING:
+                continue
+            parameters = trial.params or trial.system_attrs.get(FIXED) or (self._first if number == 0 else None)
+            if parameters and not any(other.system_attrs.get(REPEATS) == number for other in trials):
+                kept = {key: value for key, value in trial.system_attrs.items() if key.startswith(OURS)}
+                kept |= {FIXED: parameters, REPEATS: number}
+                kept.pop(OWNER, None)
+                self.study.add_trial(create_trial(state=TrialState.WAITING, system_attrs=kept))
+            self._fail(trial._trial_id)
+
+    def give_back_own(self) -> None:
+        """Give back all that this worker has begun and not finished."""
+        self.begun.clear()
+        self.give_back(self._unknown())
+
+    def withdraw(self) -> None:
+        """Fail the tickets that are void."""
+        trials = self.trials()
+        valid = _valid(trials)
+        for trial in trials:
+            if trial.state is not TrialState.WAITING or trial.number in valid:
+                continue
+            if trials[trial.system_attrs[REPEATS]].state.is_finished():  # until then it may become valid
+                self._fail(trial._trial_id)
+
+    def _made(self) -> int | None:
+        """Make a new trial; None if other workers were faster and have taken the last places."""
+        template = create_trial(state=TrialState.RUNNING, system_attrs={OWNER: self.owner})
+        made = self._storage.create_new_trial(self.study._study_id, template)
+        if any(trial._trial_id == made for trial in places(self.trials())[: self._total]):
+            return made
+        self._fail(made)
+        return None
+
+    def _took(self, waiting: FrozenTrial) -> bool:
+        taken = self._storage.set_trial_state_values(waiting._trial_id, TrialState.RUNNING)
+        if taken:
+            self._storage.set_trial_system_attr(waiting._trial_id, OWNER, self.owner)
+        return taken
+
+    def _begin(self, trial_id: int) -> Trial:
+        taken = self._storage.get_trial(trial_id)
+        if taken.number == 0 and self._first is not None and FIXED not in taken.system_attrs:
+            self._storage.set_trial_system_attr(trial_id, FIXED, self._first)
+        self.study._thread_local.cached_all_trials = None  # as ask does: the sampler is to see what is there now
+        trial = Trial(self.study, trial_id)
+        for name, distribution in self._space.items():
+            _suggest(trial, name, distribution)
+        self.begun[taken.number] = trial
+        return trial
+
+    def _unknown(self) -> list[FrozenTrial]:
+        """Trials of this worker that it does not know of: made twice, as the first answer was lost, or begun by halves."""
+        running = [trial for trial in self.trials() if trial.state is TrialState.RUNNING]
+        return [t for t in running if t.system_attrs.get(OWNER) == self.owner and t.number not in self.begun]
+
+    def _fail(self, trial_id: int) -> None:
+        with contextlib.suppress(UpdateFinishedTrialError):  # somebody else has
+            self._storage.set_trial_state_values(trial_id, TrialState.FAIL)
+
+
+def _suggest(trial: Trial, name: str, distribution: BaseDistribution) -> None:
+    if isinstance(distribution, CategoricalDistribution):
+        trial.suggest_categorical(name, distribution.choices)
+    else:
+        assert isinstance(distribution, FloatDistribution)
+        trial.suggest_float(name, distribution.low, distribution.high, log=distribution.log)

@@ -1,0 +1,89 @@
+"""What a study has found: its trials, the best recipe, and what to be told about it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import optuna
+import pandas as pd
+from optuna.trial import TrialState
+
+from mutransfer.errors import RequestError
+from mutransfer.recipe import Recipe
+
+from .claims import FINISHED
+from .experiment import Experiment, with_values
+from .study import baseline
+
+__all__ = ["Tuned", "best_so_far", "summary"]
+
+EDGE = 0.03  # of a range, in its own scale: closer to an end than this is "at the edge"
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What a study has found so far."""
+
+    trials: pd.DataFrame
+    best: Recipe
+    value: float
+    params: dict[str, Any]
+    default: float | None
+    seconds: float
+    warnings: list[str] = field(default_factory=list)
+
+
+def best_so_far(study: optuna.Study) -> str:
+    """Return the best loss in words, or nothing before there is one."""
+    values = [trial.value for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)) if trial.value]
+    return f"best loss {min(values):.4f}" if values else ""
+
+
+def summary(experiment: Experiment, study: optuna.Study, frame: pd.DataFrame, seconds: float) -> Tuned:
+    """Return what was found; ``frame`` is the study's (`trials_frame`).
+
+    Raises:
+        RequestError: no trial has a loss to choose by.
+    """
+    usable = frame[(frame["state"] == "COMPLETE") & ~frame["diverged"]]
+    if usable.empty:
+        finished = int(frame["state"].isin([state.name for state in FINISHED]).sum())
+        raise RequestError(
+            f"all {finished} trials diverged or were pruned: lower search.lr in the experiment and use another --out."
+        )
+    best = study.get_trials(deepcopy=False)[int(usable.loc[usable["value"].idxmin(), "number"])]
+    assert best.value is not None
+    # Not simply the first: an interrupted trial is done again under another number.
+    own = baseline(experiment)
+    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    first = next((trial.number for trial in complete if trial.params == own), None)
+    default = None if first is None else float(frame.loc[frame["number"] == first, "value"].iloc[0])
+    return Tuned(
+        frame, with_values(experiment.recipe, best.params), best.value, best.params, default, seconds,
+        [*_failed(study), *_at_edges(experiment, best.params)],
+    )  # fmt: skip
+
+
+def _failed(study: optuna.Study) -> list[str]:
+    """Say how many trials gave no loss, and why the last did not."""
+    outcomes = {trial.number: trial.user_attrs.get("outcome", {}) for trial in study.get_trials(deepcopy=False)}
+    failed = [number for number, outcome in outcomes.items() if outcome.get("failed")]
+    many = f"{len(failed)} trials" if len(failed) > 1 else "one trial"
+    return [f"{many} failed, and others were done instead; trial {n}: {outcomes[n]['failed']}." for n in failed[-1:]]
+
+
+def _at_edges(experiment: Experiment, params: dict[str, Any]) -> list[str]:
+    found = []
+    for name, range_ in experiment.search.items():
+        if range_.low is None or range_.high is None:
+            continue
+        value, low, high = (math.log(x) if range_.log else x for x in (params[name], range_.low, range_.high))
+        place = (value - low) / (high - low)
+        if place < EDGE or place > 1 - EDGE:
+            end = "low" if place < EDGE else "high"
+            found.append(
+                f"the best {name} {params[name]:.4g} is at the {end} end of its range: widen search.{name}.{end}."
+            )
+    return found
