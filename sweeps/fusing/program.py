@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import register_dataclass
 
 from .attention import FoldedAttention
 from .stack import Stack, Tensors
@@ -27,6 +28,9 @@ class Moving:
     trained: Tensors
     buffers: Tensors
     states: dict[str, State]
+
+
+register_dataclass(Moving)
 
 
 class Program:
@@ -59,7 +63,8 @@ class Program:
         losses, buffers = losses_of(self.stack, {**resting, **leaves}, now.buffers, batch, self.precision, True)
         # A mean inside of each model and a sum over them: what is not finite stays where it is.
         found = torch.autograd.grad(losses.sum(), list(leaves.values()))
-        gradients = dict(zip(leaves, found, strict=True))
+        # As the weights lie in memory: a layer's gradient comes transposed, and what is made of it would be as well.
+        gradients = {name: each.contiguous() for name, each in zip(leaves, found, strict=True)}
         with torch.no_grad():
             if self.clips:
                 gradients = clipped(gradients, settings, limit)

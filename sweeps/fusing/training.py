@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +18,15 @@ from mutransfer.proxies.data import Data
 from mutransfer.proxies.schedules import multiplier
 from mutransfer.proxies.training import FINITE_EVERY
 
+from .compiling import compiled
 from .program import Moving, Program, losses_of
 from .stack import Stack, moving_parts
 from .updates import Clock, Kind, blank_state, kind_of, numbers_of
 
 __all__ = ["FusedTraining", "Place"]
 
+# How far a compiled first step may be from the other: bfloat16, as in Muon, is rounded at other places.
+FINE, ROUGH = 1e-3, 5e-2
 BATCHES = 256  # kept: trials of one seed see the same batches, a little apart
 
 
@@ -50,6 +53,8 @@ class FusedTraining:
         device: where to train.
         precision: of matrix products, under `torch.autocast`; the tensors' own if None.
         clips: whether any training, also one that begins later, may clip its gradients.
+        compile: compile the step, once for this number of trainings; fewer go on uncompiled, and so do all, with a
+            warning that says why, where it cannot be compiled.
 
     Raises:
         RequestError: the model or its loss raised.
@@ -57,7 +62,7 @@ class FusedTraining:
 
     def __init__(
         self, family: Family, places: Sequence[Place], data: Data, *, steps: int, batch_size: int, device: str = "cpu",
-        precision: torch.dtype | None = None, clips: bool = True,
+        precision: torch.dtype | None = None, clips: bool = True, compile: bool = False,
     ) -> None:  # fmt: skip
         self.family, self.data, self.steps, self.batch_size, self.device = family, data, steps, batch_size, device
         self.places, self.precision = list(places), precision
@@ -76,7 +81,8 @@ class FusedTraining:
             if row.name in trained
         }
         self.limit = torch.full((len(places),), math.inf, dtype=torch.float64, device=device)
-        self.program = Program(self.stack, self.kinds, clips, precision)
+        self.step: Callable[..., Any] = Program(self.stack, self.kinds, clips, precision)
+        self._uncompiled, self._to_compile = self.step, compile
         for index, place in enumerate(places):
             self.begin(index, place)
 
@@ -105,6 +111,8 @@ class FusedTraining:
         self.now = Moving(pick(self.now.trained), pick(self.now.buffers), pick(self.now.states))
         self.stack.resting = pick(self.stack.resting)
         self.settings, self.limit = pick(self.settings), self.limit[chosen]
+        if len(indices) != len(self.places):
+            self.step, self._to_compile = self._uncompiled, False
         self.places = [self.places[index] for index in indices]
 
     def advance(self, count: int) -> None:
@@ -113,14 +121,13 @@ class FusedTraining:
         begun = [place.step for place in self.places]
         losses = []
         for step in range(count):
-            found, self.now = self.program(
-                self.now,
-                self.stack.resting,
-                self.settings,
-                self.limit,
-                self._clock(begun, step),
-                self._batches(begun, step),
-            )
+            clock, batch = self._clock(begun, step), self._batches(begun, step)
+            inputs = (self.now, self.stack.resting, self.settings, self.limit, clock, batch)
+            if self._to_compile:
+                self._to_compile = False
+                rough = self.precision is not None or any(kind.name == "muon" for kind in self.kinds.values())
+                self.step = compiled(self.step, inputs, ROUGH if rough else FINE) or self.step
+            found, self.now = self.step(*inputs)
             losses.append(found)
         for index, history in enumerate(torch.stack(losses, 1).tolist()):
             place = self.places[index]

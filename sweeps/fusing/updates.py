@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.optim._muon import DEFAULT_A, DEFAULT_B, DEFAULT_C, DEFAULT_NS_STEPS, EPS, _adjust_lr
+from torch.utils._pytree import register_dataclass
 
 from mutransfer.plans import ParameterPlan, Plan
 
@@ -37,6 +38,9 @@ class Clock:
 
     multiplier: Tensor
     step: Tensor
+
+
+register_dataclass(Clock)
 
 
 def kind_of(plan: Plan, row: ParameterPlan) -> Kind:

@@ -98,3 +98,33 @@ def test_a_lost_training_ends_where_it_would_by_itself() -> None:
     training, loss = apart("mlp", wild, 0)
     assert math.isnan(loss)
     assert [place.step for place in fused.places] == [20, training.step, 4]
+
+
+# Muon orthogonalizes in bfloat16, which a compiler rounds elsewhere; transformers' Llama normalizes in float32 in any case.
+COMPILED = {
+    ("mlp", "adamw"): 1e-10, ("mlp", "sgd"): 1e-10, ("mlp", "muon"): 3e-2, ("transformer", "adamw"): 1e-10,
+    ("transformer", "sgd"): 1e-10, ("grouped", "adamw"): 1e-10, ("resnet", "adamw"): 1e-10, ("normed", "adamw"): 1e-10,
+    ("llama", "sgd"): 1e-5,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "optimizer"),
+    [pytest.param(*pair, marks=[] if pair == ("mlp", "adamw") else pytest.mark.slow) for pair in COMPILED],
+)
+def test_compiled_trainings_are_separate_trainings(name: str, optimizer: str) -> None:
+    own = plans(name, optimizer)
+    fused = together(name, [Place(plan, seed) for seed, plan in enumerate(own)], compile=True)
+    program = fused.step
+    fused.advance(7)
+    assert fused.step is not program
+    fused.advance(3)
+    fused.begin(1, Place(own[1], seed=9))
+    fused.advance(10)
+    losses = fused.validate(range(len(own)))
+    for index, plan in enumerate(own):
+        training, loss = apart(name, plan, index) if index != 1 else apart(name, plan, 9, 10)
+        assert losses[index] == pytest.approx(loss, rel=COMPILED[name, optimizer])
+        assert distance(training, fused, index) < COMPILED[name, optimizer]
+    fused.keep([2, 0])
+    assert fused.step is program

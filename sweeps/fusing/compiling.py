@@ -1,0 +1,123 @@
+"""A whole training step as one compiled program: traced to tensor operations, what is constant computed once, then Inductor."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from mutransfer.errors import describe
+
+from .program import Moving
+
+__all__ = ["compiled"]
+
+Step = Callable[..., Any]
+LARGEST = 2**22  # entries of a constant that is kept
+
+
+def compiled(step: Step, example: tuple[Any, ...], tolerance: float = 1e-3) -> Step | None:
+    """Return a step compiled for inputs like ``example``, or None with a warning that says why it cannot be.
+
+    Args:
+        step: takes pytrees of tensors and returns (losses, `Moving`), changes nothing in place, and computes the same
+            operations whatever the values.
+        example: its arguments. The step is traced on them, and done once both ways to be compared.
+        tolerance: how far the compiled step may be from the other, in norm, relative to losses, parameters, buffers and
+            states. What a compiler reorders is far below this, a wrong operation far above.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's own about itself
+            program, expected = _compile(step, example)
+            far = _distance(program(*example), expected)
+        if not far < tolerance:
+            raise ArithmeticError(f"its first step is {far:.1g} away from the uncompiled one")
+    except Exception as error:  # whatever a compiler raises; without one, the same step runs
+        warnings.warn(f"fused trials run uncompiled ({describe(error)}).", RuntimeWarning, stacklevel=2)
+        return None
+    return program
+
+
+def _compile(step: Step, example: tuple[Any, ...]) -> tuple[Step, Any]:
+    flat, spec = tree_flatten(example)
+    out_spec: list[Any] = []
+
+    def flattened(*tensors: Tensor) -> list[Tensor]:
+        out, found = tree_flatten(step(*tree_unflatten(tensors, spec)))
+        out_spec.append(found)
+        return out
+
+    # Under vmap only what all models share can be read as a number, such as whether positions are consecutive: a constant.
+    graph = make_fx(flattened, _error_on_data_dependent_ops=False)(*flat)
+    fold_constants(graph)
+    expected = tree_unflatten(graph(*flat), out_spec[0])
+    program = torch._inductor.compile(graph, flat)
+
+    def run(*inputs: Any) -> Any:
+        return tree_unflatten(program(*tree_flatten(inputs)[0]), out_spec[0])
+
+    return run, expected
+
+
+def _distance(found: tuple[Tensor, Moving], expected: tuple[Tensor, Moving]) -> float:
+    """The largest distance of any part, in norm: single entries may differ, where Adam makes a step of rounding."""
+
+    def parts(losses: Tensor, moving: Moving) -> list[list[Tensor]]:
+        states = [[state[i] for state in moving.states.values() if len(state) > i] for i in range(2)]
+        return [[losses], list(moving.trained.values()), list(moving.buffers.values()), *states]
+
+    def norm(tensors: list[Tensor]) -> float:
+        return math.sqrt(sum(float(each.double().nan_to_num(0, 0, 0).square().sum()) for each in tensors))
+
+    worst = 0.0
+    for ours, theirs in zip(parts(*found), parts(*expected), strict=True):
+        gaps = [a.double() - b.double() for a, b in zip(ours, theirs, strict=True)]
+        worst = max(worst, norm(gaps) / max(norm(theirs), 1e-30))
+    return worst
+
+
+@torch.no_grad()
+def fold_constants(graph: fx.GraphModule) -> None:
+    """Compute once, in place, what depends on no input: rotary tables, masks.
+
+    It saves work in every step, and the compiled program then has the very numbers of the uncompiled one: Inductor's own
+    float32 cosine is another.
+    """
+    known: dict[fx.Node, Any] = {}
+    nodes = graph.graph
+    for node in list(nodes.nodes):
+        if node.op == "get_attr":
+            known[node] = getattr(graph, str(node.target))
+        if node.op == "call_function" and _pure(node) and all(each in known for each in node.all_input_nodes):
+            args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
+            known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+    for number, (node, value) in enumerate(known.items()):
+        needed = any(user not in known for user in node.users)
+        if node.op == "get_attr" or not needed or not isinstance(value, Tensor) or value.numel() > LARGEST:
+            continue
+        name = f"_folded_{number}"
+        graph.register_buffer(name, value.detach().clone())
+        with nodes.inserting_before(node):
+            node.replace_all_uses_with(nodes.get_attr(name))
+    nodes.eliminate_dead_code()
+    graph.recompile()
+
+
+def _pure(node: fx.Node) -> bool:
+    """Draws are made anew every time, and what is written to is no constant."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    written = any(_writes(user) for user in node.users)
+    return torch.Tag.nondeterministic_seeded not in target.tags and not target._schema.is_mutable and not written
+
+
+def _writes(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
