@@ -23,7 +23,9 @@ from .program import Moving, Program, losses_of
 from .stack import Stack, moving_parts
 from .updates import Clock, Kind, blank_state, kind_of, numbers_of
 
-__all__ = ["FusedTraining", "Place"]
+__all__ = ["FusedTraining", "Place", "Snapshot"]
+
+Snapshot = dict[str, Any]
 
 # How far a compiled first step may be from the other: bfloat16, as in Muon, is rounded at other places.
 FINE, ROUGH = 1e-3, 5e-2
@@ -55,6 +57,7 @@ class FusedTraining:
         clips: whether any training, also one that begins later, may clip its gradients.
         compile: compile the step, once for this number of trainings; fewer go on uncompiled, and so do all, with a
             warning that says why, where it cannot be compiled.
+        snapshots: of trainings that go on, one for each place.
 
     Raises:
         RequestError: the model or its loss raised.
@@ -63,6 +66,7 @@ class FusedTraining:
     def __init__(
         self, family: Family, places: Sequence[Place], data: Data, *, steps: int, batch_size: int, device: str = "cpu",
         precision: torch.dtype | None = None, clips: bool = True, compile: bool = False,
+        snapshots: Sequence[Snapshot | None] = (),
     ) -> None:  # fmt: skip
         self.family, self.data, self.steps, self.batch_size, self.device = family, data, steps, batch_size, device
         self.places, self.precision = list(places), precision
@@ -81,57 +85,78 @@ class FusedTraining:
             if row.name in trained
         }
         self.limit = torch.full((len(places),), math.inf, dtype=torch.float64, device=device)
-        self.step: Callable[..., Any] = Program(self.stack, self.kinds, clips, precision)
-        self._uncompiled, self._to_compile = self.step, compile
+        self._compile = self._to_compile = compile
+        self.step: Callable[..., Any]
+        self._use(Program(self.stack, self.kinds, clips, precision))
         for index, place in enumerate(places):
-            self.begin(index, place)
+            self.begin(index, place, snapshots[index] if snapshots else None)
 
     @torch.no_grad()
-    def begin(self, index: int, place: Place) -> None:
-        """Begin a training in a place, over whatever was there."""
-        model = self.family.build(place.plan.scale).to(self.device)
-        place.plan.initialize(model, place.seed)
-        self.stack.trained, self.stack.buffers = self.now.trained, self.now.buffers
-        self.stack.put(index, model)
-        for state in self.now.states.values():
-            for each in state:
-                each[index].zero_()
+    def begin(self, index: int, place: Place, snapshot: Snapshot | None = None) -> None:
+        """Begin a training in a place, over whatever was there, or go on with one that `snapshot` took out."""
+        if snapshot is None:
+            model = self.family.build(place.plan.scale).to(self.device)
+            place.plan.initialize(model, place.seed)
+            self.stack.trained, self.stack.buffers = self.now.trained, self.now.buffers
+            self.stack.put(index, model)
+            tree_map(lambda stack: stack[index].zero_(), self.now.states)
+        else:
+            everything = (self.now.trained, self.stack.resting, self.now.buffers, self.now.states)
+            tree_map(lambda stack, own: stack[index].copy_(own), everything, tuple(snapshot["tensors"]))
+            place.step = snapshot["step"]
         for row in place.plan.rows:
             for key, value in numbers_of(place.plan, row).items():
                 if row.name in self.settings:
                     self.settings[row.name][key][index] = value
         clip = place.plan.recipe.clip
         self.limit[index] = math.inf if clip is None else clip
+        if clip is not None and not self._uncompiled.clips:
+            self._use(Program(self.stack, self.kinds, True, self.precision))
         self.places[index] = place
+
+    def snapshot(self, index: int) -> Snapshot:
+        """Return all of one training but its plan and seed, on the CPU, so that it can go on elsewhere."""
+        everything = (self.now.trained, self.stack.resting, self.now.buffers, self.now.states)
+        tensors = tree_map(lambda stack: stack[index].to("cpu", copy=True), everything)
+        return {"step": self.places[index].step, "tensors": list(tensors)}
 
     def keep(self, indices: Sequence[int]) -> None:
         """Go on with some of the trainings only, in this order."""
         chosen = torch.tensor(list(indices), device=self.device)
-        pick = lambda part: tree_map(lambda each: each[chosen], part)  # noqa: E731
-        self.now = Moving(pick(self.now.trained), pick(self.now.buffers), pick(self.now.states))
-        self.stack.resting = pick(self.stack.resting)
-        self.settings, self.limit = pick(self.settings), self.limit[chosen]
+        everything = (self.now, self.stack.resting, self.settings, self.limit)
+        # All or nothing, as memory may not suffice.
+        self.now, self.stack.resting, self.settings, self.limit = tree_map(lambda each: each[chosen], everything)
         if len(indices) != len(self.places):
-            self.step, self._to_compile = self._uncompiled, False
+            self._compile = False
+            self._use(self._uncompiled)
         self.places = [self.places[index] for index in indices]
 
     def advance(self, count: int) -> None:
         """Train ``count`` steps, then note where a loss was not finite when its own training would have looked."""
         self.stack.model.train()
         begun = [place.step for place in self.places]
-        losses = []
-        for step in range(count):
-            clock, batch = self._clock(begun, step), self._batches(begun, step)
-            inputs = (self.now, self.stack.resting, self.settings, self.limit, clock, batch)
-            if self._to_compile:
-                self._to_compile = False
-                rough = self.precision is not None or any(kind.name == "muon" for kind in self.kinds.values())
-                self.step = compiled(self.step, inputs, ROUGH if rough else FINE) or self.step
-            found, self.now = self.step(*inputs)
-            losses.append(found)
-        for index, history in enumerate(torch.stack(losses, 1).tolist()):
-            place = self.places[index]
-            for step, loss in enumerate(history, begun[index] + 1):
+        losses: list[Tensor] = []
+        try:
+            for step in range(count):
+                losses.append(self._stepped(begun, step))
+        finally:  # also of a step that fails, for want of memory
+            if losses:
+                self._note(begun, torch.stack(losses, 1).tolist())
+
+    def _stepped(self, begun: list[int], step: int) -> Tensor:
+        clock, batch = self._clock(begun, step), self._batches(begun, step)
+        inputs = (self.now, self.stack.resting, self.settings, self.limit, clock, batch)
+        if self._to_compile:
+            self._to_compile = False
+            rough = self.precision is not None or any(kind.name == "muon" for kind in self.kinds.values())
+            self.step = compiled(self.step, inputs, ROUGH if rough else FINE) or self.step
+        losses, self.now = self.step(*inputs)
+        return losses
+
+    def _note(self, begun: list[int], histories: list[list[float]]) -> None:
+        """Advance the places by their losses, and end those at which their own training would have ended."""
+        for place, before, history in zip(self.places, begun, histories, strict=True):
+            for step, loss in enumerate(history, before + 1):
                 if not place.finite or step > self.steps:
                     break
                 place.step = step
@@ -153,6 +178,14 @@ class FusedTraining:
         ]
         means = (sum(losses) / sum(sizes)).tolist()  # type: ignore[union-attr]
         return [mean if self.places[index].finite else math.nan for index, mean in zip(indices, means, strict=True)]
+
+    @property
+    def compiles(self) -> bool:
+        """Whether the step is compiled, or will be before the next one: for this number of trainings."""
+        return self._to_compile or self.step is not self._uncompiled
+
+    def _use(self, program: Program) -> None:
+        self.step, self._uncompiled, self._to_compile = program, program, self._compile
 
     def _clock(self, begun: list[int], step: int) -> Clock:
         at = [min(each + step, self.steps - 1) for each in begun]
