@@ -18,7 +18,7 @@ import torch
 from mutransfer.errors import RequestError
 from mutransfer.scale import Scale
 
-__all__ = ["FORMS", "guarded", "import_file", "import_module", "said"]
+__all__ = ["FORMS", "guarded", "helpers_of", "import_file", "import_module", "said"]
 
 FORMS = "a built-in (mlp, resnet, transformer), path/to/file.py:name, package.module:name or hf:config.json"
 
@@ -33,7 +33,7 @@ def guarded(
 
     def build_or_say(scale: Scale) -> torch.nn.Module:
         try:
-            with _helpers_of(folder) if folder else contextlib.nullcontext():
+            with helpers_of(folder) if folder else contextlib.nullcontext():
                 built = build(scale)
         except RequestError:
             raise
@@ -50,17 +50,17 @@ def guarded(
     return build_or_say
 
 
-def import_file(path: Path) -> ModuleType:
-    """Import a file under a name of its own; unchanged, it is imported once per process.
+def import_file(path: Path, forms: str = FORMS) -> ModuleType:
+    """Import a file under a name of its own; unchanged, it is imported once per process. ``forms`` is what to give instead.
 
     Raises:
         RequestError: there is no such file, or it raised.
     """
     file = path.expanduser().resolve()
     if not file.is_file():
-        raise RequestError(f"there is no file {path} (looked for {file}): give {FORMS}.")
+        raise RequestError(f"there is no file {path} (looked for {file}): give {forms}.")
     if file.suffix != ".py":
-        raise RequestError(f"{path} is not a Python file: give {FORMS}.")
+        raise RequestError(f"{path} is not a Python file: give {forms}.")
     stamp = file.stat().st_mtime_ns, file.stat().st_size
     if file in _loaded and _loaded[file][0] == stamp:
         return _loaded[file][1]
@@ -71,7 +71,7 @@ def import_file(path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look their module up while it is being executed
     try:
-        with _helpers_of(file.parent):
+        with helpers_of(file.parent):
             spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         del sys.modules[name]
@@ -80,7 +80,7 @@ def import_file(path: Path) -> ModuleType:
     return module
 
 
-def import_module(name: str) -> ModuleType:
+def import_module(name: str, forms: str = FORMS) -> ModuleType:
     """Import an installed module, or one below the current folder.
 
     Raises:
@@ -91,7 +91,7 @@ def import_module(name: str) -> ModuleType:
             return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name and f"{name}.".startswith(f"{error.name}."):
-            raise RequestError(f"there is no module {error.name!r}: give {FORMS}.") from None
+            raise RequestError(f"there is no module {error.name!r}: give {forms}.") from None
         raise RequestError(f"{name} could not be imported: it raised {said(error)}.") from error
     except (Exception, SystemExit) as error:
         raise RequestError(f"{name} could not be imported: it raised {said(error)}.") from error
@@ -122,7 +122,7 @@ def _on_path(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _helpers_of(folder: Path) -> Iterator[None]:
+def helpers_of(folder: Path) -> Iterator[None]:
     """Let modules in ``folder`` be imported, also where another model file's folder has some of the same names."""
     for name in [name for name, home in _beside.items() if home != folder]:
         sys.modules.pop(name, None)

@@ -19,11 +19,13 @@ from mutransfer.settings import Settings
 from mutransfer.tables import table
 
 from .halving import geometric_rungs
+from .trainers import Trainer
 
-__all__ = ["Budget", "Experiment", "Range", "Repeats", "Size"]
+__all__ = ["NO_DATA", "Budget", "Experiment", "Range", "Repeats", "Size"]
 
 Count = Annotated[int, Field(ge=1)]
 Cost = Annotated[float, Field(gt=0)]
+NO_DATA = "none"
 # Adam's betas are searched one by one, as the distance from 1 is what matters.
 BETAS = ("beta1", "beta2")
 
@@ -82,13 +84,15 @@ class Experiment(Settings):
     """Everything `mutransfer tune` needs, as read from YAML.
 
     ``proxy`` is trained; ``base`` (the proxy unless given) is where µP changes nothing and what the recipe refers to.
-    ``roles`` (name pattern → role) goes before what is observed.
+    ``roles`` (name pattern → role) goes before what is observed. ``trainer`` trains instead of the built-in loop, and may
+    load its own data (``data: none``).
     ``recipe`` holds values that are not searched; ``search`` ranges for those that are.
     """
 
     model: str = "transformer"
     options: dict[str, Any] = Field(default_factory=dict)
     roles: dict[str, str] = Field(default_factory=dict)
+    trainer: Trainer | None = None
     data: str = "bytes"
     sequence_length: Count = 64
     proxy: Size = Size(width=64)
@@ -112,6 +116,8 @@ class Experiment(Settings):
         table(self.parametrization)
         check_roles(self.roles, "roles")
         optimizer_rule(self.optimizer, self.recipe)
+        if self.data == NO_DATA and self.trainer is None:
+            raise ValueError("data none is for a trainer that loads its own: name its trainer, or other data.")
         known = {*Recipe.model_fields, *BETAS} - {"betas", "decay", "decay_policy"}
         for name, range_ in self.search.items():
             if name not in known:
@@ -153,6 +159,11 @@ class Experiment(Settings):
         """The scale that the recipe refers to."""
         base = self.base or self.proxy
         return Scale(base.width, base.depth)
+
+    def question(self) -> dict[str, Any]:
+        """Return all that makes its trials comparable with those of another: not how many, nor how long each may take."""
+        asked = self.model_dump(mode="json", exclude={"trials"})
+        return asked | {"trainer": None if self.trainer is None else self.trainer.question()}
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the experiment with every default spelled out."""

@@ -62,7 +62,7 @@ def summary(experiment: Experiment, study: optuna.Study, frame: pd.DataFrame, se
     default = None if first is None else float(frame.loc[frame["number"] == first, "value"].iloc[0])
     return Tuned(
         frame, with_values(experiment.recipe, best.params), best.value, best.params, default, seconds,
-        [*_failed(study), *_at_edges(experiment, best.params)],
+        [*_failed(study), *_unheard(experiment, study), *_at_edges(experiment, best.params)],
     )  # fmt: skip
 
 
@@ -72,6 +72,17 @@ def _failed(study: optuna.Study) -> list[str]:
     failed = [number for number, outcome in outcomes.items() if outcome.get("failed")]
     many = f"{len(failed)} trials" if len(failed) > 1 else "one trial"
     return [f"{many} failed, and others were done instead; trial {n}: {outcomes[n]['failed']}." for n in failed[-1:]]
+
+
+def _unheard(experiment: Experiment, study: optuna.Study) -> list[str]:
+    """An own trainer that counts in other units, or tells nothing, is never pruned: say so."""
+    finished = study.get_trials(deepcopy=False, states=FINISHED)
+    if experiment.trainer is None or experiment.pruner == "none" or any(t.intermediate_values for t in finished):
+        return []
+    return [
+        f"no trial reported a loss at or after step {experiment.rung_steps[0]}, the first rung of a run of steps: "
+        f"{experiment.steps}, so none could be pruned: report while training, count as steps does, or set pruner: none."
+    ]
 
 
 def _at_edges(experiment: Experiment, params: dict[str, Any]) -> list[str]:

@@ -23,7 +23,9 @@ from mutransfer.proxies.training import Outcome, Training, train
 from mutransfer.recipe import Recipe
 from mutransfer.scale import Scale
 
-from .experiment import Experiment
+from .attempt import Attempt
+from .callables import call
+from .experiment import NO_DATA, Experiment
 
 __all__ = ["Executor", "Job", "OneByOne", "Report", "do", "family_of", "flops_of", "plan_of"]
 
@@ -74,21 +76,21 @@ class OneByOne:
             yield job, do(experiment, job, self.device, report)
 
 
-def family_of(experiment: Experiment) -> tuple[Family, Data]:
-    """Return the experiment's family and data, loaded once per process."""
+def family_of(experiment: Experiment) -> tuple[Family, Data | None]:
+    """Return the experiment's family and data (None if its trainer loads its own), loaded once per process."""
     return _loaded(_key(experiment))
 
 
 def _key(experiment: Experiment) -> str:
     """All that the family and the data depend on."""
-    keys = {"model", "options", "roles", "data", "sequence_length", "proxy", "base"}
+    keys = {"model", "options", "roles", "data", "sequence_length", "proxy", "base", "trainer"}
     return experiment.model_dump_json(include=keys)
 
 
 @functools.lru_cache(maxsize=4)
-def _loaded(key: str) -> tuple[Family, Data]:
+def _loaded(key: str) -> tuple[Family, Data | None]:
     experiment = Experiment.model_validate_json(key)
-    data = load_data(experiment.data, experiment.sequence_length)
+    data = None if experiment.data == NO_DATA else load_data(experiment.data, experiment.sequence_length)
     options, roles = experiment.options, experiment.roles
     return load_family(experiment.model, data, experiment.base_scale, options=options, roles=roles), data
 
@@ -98,13 +100,15 @@ def _observed(key: str) -> Any:
     return observe(_loaded(key)[0])
 
 
-def flops_of(experiment: Experiment, scale: Scale) -> float:
-    """Return the floating point operations of one training step at ``scale``.
+def flops_of(experiment: Experiment, scale: Scale) -> float | None:
+    """Return the floating point operations of one training step at ``scale``; None if an own trainer chooses its batches.
 
     Raises:
         RequestError: the model does not take the experiment's data.
     """
     family, data = family_of(experiment)
+    if experiment.trainer is not None or data is None:
+        return None
     try:
         return step_flops(family, scale, data.batch(0, experiment.batch_size, 0))
     except RequestError:
@@ -124,10 +128,20 @@ def plan_of(experiment: Experiment, scale: Scale, parametrization: str, recipe: 
 
 
 def do(experiment: Experiment, job: Job, device: str, report: Report | None) -> Outcome:
-    """Do ``job`` in this process, on ``device``; ``report`` is asked at its rungs."""
+    """Do ``job`` in this process, on ``device`` (an own trainer chooses its own); ``report`` is asked at its rungs.
+
+    Raises:
+        RequestError: the model, its data or its trainer cannot be used; or the trainer is a command.
+    """
     family, data = family_of(experiment)
     planned = plan_of(experiment, job.scale, job.parametrization, job.recipe)
+    ask = None if report is None else functools.partial(report, job)
+    if (trainer := experiment.trainer) is not None:
+        if trainer.call is None:
+            raise RequestError("the trainer is a command, and this executor calls functions: use executor_for.")
+        return call(trainer.call, job.recipe, planned, job.seed, Attempt(experiment.steps, job.rungs, ask))
+    assert data is not None, "an experiment without data has a trainer"
     training = Training(
         family, planned, data, steps=experiment.steps, batch_size=experiment.batch_size, seed=job.seed, device=device
     )
-    return train(training, job.rungs, None if report is None else functools.partial(report, job))
+    return train(training, job.rungs, ask)

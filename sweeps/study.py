@@ -57,7 +57,7 @@ def _refuse_other_study(study: optuna.Study, experiment: Experiment, storage: Op
         raise RequestError(
             f"the run folder holds the study {min(set(names) - {study.study_name})!r}: leave out --study, or use another --out."
         )
-    asked = experiment.model_dump(mode="json", exclude={"trials"})
+    asked = experiment.question()
     known = study.user_attrs.get("experiment")
     if known is None:
         if trials := study.get_trials(deepcopy=False):
@@ -68,7 +68,7 @@ def _refuse_other_study(study: optuna.Study, experiment: Experiment, storage: Op
             )
         study.set_user_attr("experiment", asked)
         return
-    known = {"roles": {}, **known}  # a key that earlier versions did not have
+    known = {"roles": {}, "trainer": None, **known}  # keys that earlier versions did not have
     if known != asked:
         key = next(key for key in asked if known.get(key) != asked[key])
         raise RequestError(

@@ -19,7 +19,8 @@ from mutransfer.frames import TRIALS
 from mutransfer.proxies.training import Outcome
 from mutransfer.runs import RunFolder
 
-from .claims import Claims
+from .callables import load_trainer
+from .claims import FINISHED, Claims
 from .experiment import Experiment, with_values
 from .failures import Failures
 from .findings import Tuned, best_so_far, summary
@@ -69,6 +70,8 @@ def tune(
     executor = executor or OneByOne(device)
     # A wrong model, corpus or size is said before anything is written.
     _, data = family_of(experiment)
+    if experiment.trainer is not None and experiment.trainer.call is not None:
+        load_trainer(experiment.trainer.call)
     plan_of(experiment, experiment.proxy_scale, experiment.parametrization, experiment.recipe)
     flops = flops_of(experiment, experiment.proxy_scale)
     _refuse_other_experiment(experiment, folder)
@@ -78,9 +81,9 @@ def tune(
         held.enter_context(naming_the_disk(folder.path))
         if opened_ is None or not opened_.shared:
             held.enter_context(only_one(folder))
-        folder.note_environment(
-            data_sha256=data.sha256, data=data.name, data_facts=data.facts, seed=experiment.seed, device=device
-        )
+        facts = {} if data is None else {"data_sha256": data.sha256, "data_facts": data.facts}
+        name_of_data = experiment.data if data is None else data.name
+        folder.note_environment(**facts, data=name_of_data, seed=experiment.seed, device=device)
         experiment.save(folder.experiment)
         opened_ = opened_ or own_journal(folder)
         owner = worker_name()
@@ -114,7 +117,7 @@ def _told(
     claims: Claims,
     dead: Callable[[], list[FrozenTrial]],
     executor: Executor,
-    flops: float,
+    flops: float | None,
 ) -> Iterator[Trial]:
     """Begin trials as the executor has room, while there are any to begin; yield each after it is told.
 
@@ -156,7 +159,7 @@ def _told(
         raise
 
 
-def _tell(study: optuna.Study, trial: Trial, outcome: Outcome, flops: float) -> bool:
+def _tell(study: optuna.Study, trial: Trial, outcome: Outcome, flops: float | None) -> bool:
     """Tell the outcome; False if others took this worker for dead and the trial is not its own any more."""
     finite = outcome.loss if math.isfinite(outcome.loss) else None
     said = {
@@ -164,7 +167,7 @@ def _tell(study: optuna.Study, trial: Trial, outcome: Outcome, flops: float) -> 
         "start": outcome.start if math.isfinite(outcome.start) else None,
         "diverged": outcome.diverged,
         "steps": outcome.steps,
-        "flops": flops * outcome.steps,
+        "flops": None if flops is None else flops * outcome.steps,
         "seconds": outcome.seconds,
         **({"failed": outcome.failed} if outcome.failed else {}),
     }
@@ -175,7 +178,7 @@ def _tell(study: optuna.Study, trial: Trial, outcome: Outcome, flops: float) -> 
         elif outcome.stopped:
             study.tell(trial, state=TrialState.PRUNED)
         else:
-            study.tell(trial, _penalty(outcome.start) if outcome.diverged else outcome.loss)
+            study.tell(trial, _penalty(study, outcome.start) if outcome.diverged else outcome.loss)
     except (UpdateFinishedTrialError, ValueError):
         if study.get_trials(deepcopy=False)[trial.number].state is not TrialState.FAIL:
             raise
@@ -187,9 +190,18 @@ def _tell(study: optuna.Study, trial: Trial, outcome: Outcome, flops: float) -> 
     return True
 
 
-def _penalty(start: float) -> float:
-    """What a diverged trial is told as: a NaN would be a failure, which samplers ignore and `trials` does not count."""
-    return 2 * start if math.isfinite(start) else 100.0
+def _penalty(study: optuna.Study, start: float) -> float:
+    """What a diverged trial is told as: a NaN would be a failure, which samplers ignore and `trials` does not count.
+
+    Twice its start; an own trainer may not tell it, and then the worst loss of the others is doubled.
+    """
+    if not math.isfinite(start):
+        told = [trial.user_attrs.get("outcome", {}) for trial in study.get_trials(deepcopy=False, states=FINISHED)]
+        losses = [had["loss"] for had in told if not had.get("diverged") and had.get("loss") is not None]
+        if not losses:
+            return 100.0
+        start = max(losses)
+    return start + (abs(start) or 1.0)
 
 
 def _job(experiment: Experiment, trial: Trial) -> Job:
@@ -201,10 +213,10 @@ def _job(experiment: Experiment, trial: Trial) -> Job:
 def _refuse_other_experiment(experiment: Experiment, folder: RunFolder) -> None:
     if not folder.experiment.exists():
         return
-    before = Experiment.load(folder.experiment).model_dump(mode="json")
-    now = experiment.model_dump(mode="json")
+    before = Experiment.load(folder.experiment).question()
+    now = experiment.question()
     for key in now:
-        if key != "trials" and before[key] != now[key]:
+        if before[key] != now[key]:
             raise RequestError(
                 f"{folder.path} holds a study with {key} = {before[key]}, and this experiment has {now[key]}: use another "
                 "--out, or put it back to go on with that study."

@@ -66,10 +66,10 @@ def basins(
     # What is wrong is said before anything is written.
     for name, width in itertools.product(parametrizations, widths):
         plan_of(experiment, _scale(experiment, width), name, recipe)
-    flops = {width: flops_of(experiment, _scale(experiment, width)) * experiment.steps for width in widths}
+    flops = {width: flops_of(experiment, _scale(experiment, width)) for width in widths}
     center = math.log2(recipe.lr)
     _, data = family_of(experiment)
-    folder.note_environment(data_sha256=data.sha256)
+    folder.note_environment(data_sha256=data and data.sha256)
     done = _known(folder, recipe, step)
     while True:
         wanted = [
@@ -97,7 +97,7 @@ def basins(
             done[job.key] = {
                 "parametrization": name, "width": width, "depth": job.scale.depth, "seed": seed, "log2_lr": center + k * step,
                 "loss": outcome.loss if math.isfinite(outcome.loss) else None, "diverged": outcome.diverged,
-                "flops": flops[width] * outcome.steps / experiment.steps, "seconds": outcome.seconds,
+                "flops": None if (each := flops[width]) is None else each * outcome.steps, "seconds": outcome.seconds,
             }  # fmt: skip
             count += 1
             BASINS.write(pd.DataFrame(done.values()), folder.basins)

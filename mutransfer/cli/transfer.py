@@ -80,7 +80,7 @@ def target_of(
     family, data = family_of(experiment)
     scale = family.base.with_(width=width, depth=depth or experiment.proxy.depth)
     batch_size = batch_size or experiment.batch_size
-    per_example = experiment.sequence_length if data.kind == "tokens" else 1
+    per_example = experiment.sequence_length if data is not None and data.kind == "tokens" else 1
     steps = (
         -(-tokens // (batch_size * per_example))
         if tokens
@@ -88,14 +88,14 @@ def target_of(
     )
     before = read_json(folder.environment, "the run's environment") if folder.environment.exists() else {}
     known = before.get("data_sha256")
-    if known and known != data.sha256:
+    if known and data is not None and known != data.sha256:
         raise RequestError(
             f"{folder.path} holds results on data with SHA-256 {known[:12]}…, and the data is now {data.sha256[:12]}…: tune "
             "again on this data with another --out, or put the old data back."
         )
     provenance = {
         "run": str(folder.path),
-        "data_sha256": data.sha256,
+        "data_sha256": data and data.sha256,
         "roles": dict(family.roles),
         "versions": before.get("versions"),
         "commands": before.get("commands"),

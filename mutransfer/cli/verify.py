@@ -92,8 +92,9 @@ def verify_run(
     status, reasons = judge(ours)
     first, last = ours.iloc[0], ours.iloc[-1]
     widest = experiment.proxy_scale.with_(width=int(last["width"]))
-    target_flops = flops_of(experiment, widest) * experiment.steps
-    tuning_flops = _tuning_flops(folder)
+    each = flops_of(experiment, widest)  # an own trainer's are not known
+    target_flops = None if each is None else each * experiment.steps
+    tuning_flops = _tuning_flops(folder) if target_flops is not None else None
     result = {
         "verdict": status,
         "reasons": reasons,
@@ -106,7 +107,7 @@ def verify_run(
         "price": {
             "tuning_flops": tuning_flops,
             "target_flops": target_flops,
-            "ratio": tuning_flops / target_flops if tuning_flops is not None else None,
+            "ratio": tuning_flops / target_flops if tuning_flops is not None and target_flops else None,
         },
         "comparison": _comparison(frame, kinds, int(last["width"]), transferred),
     }

@@ -25,6 +25,11 @@ def load_data(spec: str, sequence_length: int = 128) -> Data:
     """
     name, colon, path = spec.partition(":")
     known = {choice.partition(":")[0]: choice for choice in NAMES}
+    if spec == "none":
+        raise RequestError(
+            "the data is none, as its own trainer loads it: start that one with the settings that `mutransfer transfer RUN "
+            f"--width W --to pytorch` writes, or name one of {', '.join(NAMES)}."
+        )
     if name not in known:
         raise RequestError(f"unknown data {spec!r}: {nearest(name, known)}")
     if known[name].endswith(":PATH"):
