@@ -31,13 +31,13 @@ class Spent:
         seconds = [outcome["seconds"] or 0.0 for outcome in outcomes]
         return cls(sum(outcome["flops"] or 0.0 for outcome in outcomes), sum(seconds), max(seconds, default=0.0))
 
-    def allows(self, budget: Budget, running: int, flops: float) -> bool:
+    def allows(self, budget: Budget, running: int, flops: float | None) -> bool:
         """Return whether one more trial of ``flops`` fits beside ``running`` others, each as long as the longest was.
 
         How long a trial takes is not known before one has ended; the first ones are always allowed.
         """
         most = running + 1
-        if budget.flops is not None and self.flops + most * flops > budget.flops:
+        if budget.flops is not None and flops is not None and self.flops + most * flops > budget.flops:
             return False
         if budget.seconds is None:
             return True

@@ -28,6 +28,8 @@ Cost = Annotated[float, Field(gt=0)]
 NO_DATA = "none"
 # Adam's betas are searched one by one, as the distance from 1 is what matters.
 BETAS = ("beta1", "beta2")
+# How far a sweep goes: what may change when it is run again.
+OPEN = ("trials", "budget", "repeats")
 
 
 class Size(Settings):
@@ -126,6 +128,8 @@ class Experiment(Settings):
                 raise ValueError(f"search.{name} changes nothing here ({idle[name]}): take it out.")
             for value in range_.ends():
                 optimizer_rule(self.optimizer, with_values(self.recipe, {name: value}))
+        if self.pruner in ("halving", "hyperband") and not self.rung_steps:
+            raise ValueError(f"pruner {self.pruner} needs a rung before the end of {self.steps} steps: raise steps.")
         return self
 
     def _idle(self) -> dict[str, str]:
@@ -162,7 +166,7 @@ class Experiment(Settings):
 
     def question(self) -> dict[str, Any]:
         """Return all that makes its trials comparable with those of another: not how many, nor how long each may take."""
-        asked = self.model_dump(mode="json", exclude={"trials"})
+        asked = self.model_dump(mode="json", exclude=set(OPEN))
         return asked | {"trainer": None if self.trainer is None else self.trainer.question()}
 
     def save(self, path: str | os.PathLike[str]) -> Path:

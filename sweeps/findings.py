@@ -8,23 +8,24 @@ from typing import Any
 
 import optuna
 import pandas as pd
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from mutransfer.errors import RequestError
 from mutransfer.recipe import Recipe
 
 from .claims import FINISHED
 from .experiment import Experiment, with_values
+from .repeating import means
 from .study import baseline
 
-__all__ = ["Tuned", "best_so_far", "summary"]
+__all__ = ["Tuned", "best_so_far", "summary", "usable"]
 
 EDGE = 0.03  # of a range, in its own scale: closer to an end than this is "at the edge"
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """What a study has found so far."""
+    """What a study has found so far; ``value`` is the best's loss, a mean over seeds where it was repeated."""
 
     trials: pd.DataFrame
     best: Recipe
@@ -41,27 +42,49 @@ def best_so_far(study: optuna.Study) -> str:
     return f"best loss {min(values):.4f}" if values else ""
 
 
-def summary(experiment: Experiment, study: optuna.Study, frame: pd.DataFrame, seconds: float) -> Tuned:
-    """Return what was found; ``frame`` is the study's (`trials_frame`).
+def usable(study: optuna.Study) -> list[FrozenTrial]:
+    """Return the complete trials that did not diverge."""
+    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    return [trial for trial in complete if not trial.user_attrs.get("outcome", {}).get("diverged", False)]
+
+
+def summary(
+    experiment: Experiment, study: optuna.Study, frame: pd.DataFrame, again: pd.DataFrame | None, seconds: float
+) -> Tuned:
+    """Return what was found.
+
+    Args:
+        experiment: what was tuned.
+        study: its study.
+        frame: the study's trials (`trials_frame`).
+        again: `frames.REPEATS` of the best few; the best is then the one with the best mean over seeds.
+        seconds: that it took.
 
     Raises:
         RequestError: no trial has a loss to choose by.
     """
-    usable = frame[(frame["state"] == "COMPLETE") & ~frame["diverged"]]
-    if usable.empty:
+    trials = usable(study)
+    if not trials:
         finished = int(frame["state"].isin([state.name for state in FINISHED]).sum())
+        if not finished:
+            raise RequestError("the budget does not reach for one trial: raise it, or lower steps.")
         raise RequestError(
             f"all {finished} trials diverged or were pruned: lower search.lr in the experiment and use another --out."
         )
-    best = study.get_trials(deepcopy=False)[int(usable.loc[usable["value"].idxmin(), "number"])]
-    assert best.value is not None
+    losses = {trial.number: float(trial.value or 0.0) for trial in trials} if again is None else means(trials, again)
+    best = study.get_trials(deepcopy=False)[min(losses, key=losses.__getitem__)]
+    if math.isinf(losses[best.number]):
+        raise RequestError(
+            f"the best {len(losses)} trials all diverged with another seed: lower search.lr in the experiment and use "
+            "another --out."
+        )
     # Not simply the first: an interrupted trial is done again under another number.
     own = baseline(experiment)
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     first = next((trial.number for trial in complete if trial.params == own), None)
     default = None if first is None else float(frame.loc[frame["number"] == first, "value"].iloc[0])
     return Tuned(
-        frame, with_values(experiment.recipe, best.params), best.value, best.params, default, seconds,
+        frame, with_values(experiment.recipe, best.params), losses[best.number], best.params, default, seconds,
         [*_failed(study), *_unheard(experiment, study), *_at_edges(experiment, best.params)],
     )  # fmt: skip
 

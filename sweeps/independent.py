@@ -10,7 +10,7 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.trial import FrozenTrial, TrialState
 
-__all__ = ["Independent"]
+__all__ = ["Independent", "inside"]
 
 POINT = "mutransfer:point"
 
@@ -24,12 +24,16 @@ class Independent(optuna.samplers.BaseSampler):
 
     Args:
         space: what is searched; the line over "lr", if it is there, comes first.
-        defaults: value of each before it is known better.
+        defaults: value of each before it is known better; the middle of its range if it lies outside.
         trials: how many points to lay out.
     """
 
     def __init__(self, space: dict[str, BaseDistribution], defaults: dict[str, Any], trials: int) -> None:
-        self._space, self._defaults = space, defaults
+        self._space = space
+        self._defaults = {
+            name: defaults[name] if inside(each, defaults[name]) else _on_line(each, 0.5)
+            for name, each in space.items()
+        }
         names = sorted(space, key=lambda name: name != "lr")  # stable: the others keep their order
         each = max(2, (trials - 2) // len(names))
         first = max(each, trials - 2 - each * (len(names) - 1))
@@ -66,12 +70,14 @@ class Independent(optuna.samplers.BaseSampler):
         return self._defaults[param_name]
 
     def _taken(self, study: optuna.Study) -> dict[int, FrozenTrial]:
-        trials = study.get_trials(deepcopy=False)
-        return {
-            trial.system_attrs[POINT]: trial
-            for trial in trials
-            if POINT in trial.system_attrs and trial.state is not TrialState.FAIL
-        }
+        taken = {}
+        for trial in study.get_trials(deepcopy=False):
+            # The recipe is not sampled but given.
+            given = 0 if trial.system_attrs.get("fixed_params") == self._defaults else None
+            point = trial.system_attrs.get(POINT, given)
+            if point is not None and trial.state is not TrialState.FAIL:
+                taken[point] = trial
+        return taken
 
     def _next(self, taken: dict[int, FrozenTrial]) -> int:
         return next((i for i in range(len(self._plan)) if i not in taken), len(self._plan) - 1)
@@ -89,6 +95,13 @@ class Independent(optuna.samplers.BaseSampler):
                 if each in trial.params and trial.value < values.get(each, math.inf):
                     values[each], point[each] = trial.value, trial.params[each]
         return point
+
+
+def inside(distribution: BaseDistribution, value: Any) -> bool:
+    """Return whether a distribution holds ``value``; None is in no range."""
+    if isinstance(distribution, CategoricalDistribution):
+        return value in distribution.choices
+    return value is not None and distribution._contains(value)
 
 
 def _on_line(distribution: BaseDistribution, place: float) -> Any:

@@ -23,7 +23,7 @@ def repeat(
     trials: list[FrozenTrial],
     folder: RunFolder,
     executor: Executor,
-    flops: float,
+    flops: float | None,
     progress: Callable[[int, int, str], None],
 ) -> pd.DataFrame:
     """Train the best of ``trials`` with the seeds after the experiment's own, and return the frame `frames.REPEATS`.
@@ -35,7 +35,7 @@ def repeat(
         trials: complete trials that did not diverge.
         folder: run folder.
         executor: how runs are done.
-        flops: of one step.
+        flops: of one step; None if they are not known.
         progress: called with (runs done, runs in all, what runs).
     """
     assert experiment.repeats is not None
@@ -50,7 +50,7 @@ def repeat(
                 "seed": job.seed,
                 "loss": outcome.loss if math.isfinite(outcome.loss) else None,
                 "diverged": outcome.diverged,
-                "flops": flops * outcome.steps,
+                "flops": None if flops is None else flops * outcome.steps,
                 "seconds": outcome.seconds,
             }
         )

@@ -16,6 +16,8 @@ from mutransfer.frames import TRIALS
 
 from .claims import FINISHED
 from .experiment import BETAS, Experiment
+from .halving import Halving
+from .independent import Independent, inside
 from .storages import Opened
 
 __all__ = ["baseline", "distributions", "open_study", "trials_frame"]
@@ -68,7 +70,7 @@ def _refuse_other_study(study: optuna.Study, experiment: Experiment, storage: Op
             )
         study.set_user_attr("experiment", asked)
         return
-    known = {"roles": {}, "trainer": None, **known}  # keys that earlier versions did not have
+    known = {**Experiment().question(), **known}  # keys that earlier versions did not have
     if known != asked:
         key = next(key for key in asked if known.get(key) != asked[key])
         raise RequestError(
@@ -92,16 +94,14 @@ def distributions(experiment: Experiment) -> dict[str, BaseDistribution]:
 
 def baseline(experiment: Experiment) -> dict[str, Any] | None:
     """Return the recipe's own values of what is searched, the first trial; None if they lie outside the ranges."""
+    chosen = _own_values(experiment)
+    fits = all(inside(each, chosen[name]) for name, each in distributions(experiment).items())
+    return chosen if fits else None
+
+
+def _own_values(experiment: Experiment) -> dict[str, Any]:
     values = {**experiment.recipe.model_dump(), **dict(zip(BETAS, experiment.recipe.betas, strict=True))}
-    chosen = {name: values[name] for name in experiment.search}
-    for name, distribution in distributions(experiment).items():
-        if isinstance(distribution, CategoricalDistribution):
-            inside = chosen[name] in distribution.choices
-        else:
-            inside = chosen[name] is not None and distribution._contains(chosen[name])
-        if not inside:
-            return None
-    return chosen
+    return {name: values[name] for name in experiment.search}
 
 
 def _sampler(experiment: Experiment, trials: int, worker: str) -> optuna.samplers.BaseSampler:
@@ -121,6 +121,8 @@ def _sampler(experiment: Experiment, trials: int, worker: str) -> optuna.sampler
                 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
                 # Resumed, a sequence goes on by itself; two workers in one would take the same points.
                 return optuna.samplers.QMCSampler(scramble=True, seed=seed if worker else experiment.seed)
+        case "independent":
+            return Independent(distributions(experiment), _own_values(experiment), experiment.trials)
         case _:
             return optuna.samplers.RandomSampler(seed=seed)
 
@@ -129,8 +131,8 @@ def _pruner(experiment: Experiment) -> optuna.pruners.BasePruner:
     match experiment.pruner:
         case "median":
             return optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=0, interval_steps=1)
-        case "halving":
-            return optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3)
+        case "halving" | "hyperband":
+            return Halving(experiment.rung_steps, hyperband=experiment.pruner == "hyperband")
         case _:
             return optuna.pruners.NopPruner()
 

@@ -19,14 +19,17 @@ from mutransfer.frames import TRIALS
 from mutransfer.proxies.training import Outcome
 from mutransfer.runs import RunFolder
 
+from .budgets import Spent
 from .callables import load_trainer
 from .claims import FINISHED, Claims
 from .experiment import Experiment, with_values
 from .failures import Failures
-from .findings import Tuned, best_so_far, summary
+from .findings import Tuned, best_so_far, summary, usable
+from .independent import Independent
 from .jobs import Executor, Job, OneByOne, family_of, flops_of, plan_of
 from .leases import LEASE, Leases, worker_name
 from .locks import only_one
+from .repeating import repeat
 from .storages import opened, own_journal
 from .study import baseline, distributions, open_study, trials_frame
 
@@ -63,8 +66,8 @@ def tune(
         progress: called with (finished, total, what was found).
 
     Raises:
-        RequestError: another experiment or another data hash is in the folder, the disk is full, every trial diverged, or
-            too many in a row failed.
+        RequestError: another experiment or another data hash is in the folder, the disk is full, every trial diverged,
+            the budget reaches for none, or too many in a row failed.
     """
     begun = time.perf_counter()
     executor = executor or OneByOne(device)
@@ -74,6 +77,8 @@ def tune(
         load_trainer(experiment.trainer.call)
     plan_of(experiment, experiment.proxy_scale, experiment.parametrization, experiment.recipe)
     flops = flops_of(experiment, experiment.proxy_scale)
+    if flops is None and experiment.budget.flops is not None:
+        raise RequestError("budget.flops cannot be counted without mutransfer's own data: use budget.seconds.")
     _refuse_other_experiment(experiment, folder)
     with contextlib.ExitStack() as held:
         opened_ = held.enter_context(opened(storage)) if storage else None
@@ -95,7 +100,9 @@ def tune(
         else:
             claims.give_back(trial for trial in claims.trials() if trial.state is TrialState.RUNNING)
             dead = list
-        while (finished := claims.finished()) < experiment.trials:
+        while (finished := claims.finished()) < experiment.trials and (
+            _affordable(experiment, claims, flops) or _busy(claims)
+        ):
             progress(finished, experiment.trials, best_so_far(study))
             idle = True
             for _ in _told(experiment, claims, dead, executor, flops):
@@ -107,7 +114,10 @@ def tune(
         claims.withdraw()
         frame = trials_frame(claims.trials())
         TRIALS.write(frame, folder.trials)
-        tuned = summary(experiment, study, frame, time.perf_counter() - begun)
+        again = None
+        if experiment.repeats is not None:
+            again = repeat(experiment, usable(study), folder, executor, flops, progress)
+        tuned = summary(experiment, study, frame, again, time.perf_counter() - begun)
         tuned.best.save(folder.best)
     return tuned
 
@@ -129,6 +139,11 @@ def _told(
     def begun() -> Iterator[Job]:
         while True:
             claims.give_back(dead())
+            sampler = claims.study.sampler
+            if isinstance(sampler, Independent) and sampler.waits(claims.study):
+                return
+            if not _affordable(experiment, claims, flops):
+                return
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
                 trial = claims.next()
@@ -157,6 +172,17 @@ def _told(
         with contextlib.suppress(Exception):
             claims.give_back_own()
         raise
+
+
+def _busy(claims: Claims) -> int:
+    return sum(trial.state is TrialState.RUNNING for trial in claims.trials())
+
+
+def _affordable(experiment: Experiment, claims: Claims, flops: float | None) -> bool:
+    """Return whether the budget allows one more trial, beside those that run."""
+    return Spent.of(claims.trials()).allows(
+        experiment.budget, _busy(claims), None if flops is None else flops * experiment.steps
+    )
 
 
 def _tell(study: optuna.Study, trial: Trial, outcome: Outcome, flops: float | None) -> bool:
@@ -205,9 +231,10 @@ def _penalty(study: optuna.Study, start: float) -> float:
 
 
 def _job(experiment: Experiment, trial: Trial) -> Job:
-    rungs = tuple(round(experiment.steps * k / (experiment.rungs + 1)) for k in range(1, experiment.rungs + 1))
     recipe = with_values(experiment.recipe, trial.params)
-    return Job(trial.number, experiment.proxy_scale, experiment.parametrization, recipe, experiment.seed, rungs)
+    return Job(
+        trial.number, experiment.proxy_scale, experiment.parametrization, recipe, experiment.seed, experiment.rung_steps
+    )
 
 
 def _refuse_other_experiment(experiment: Experiment, folder: RunFolder) -> None:

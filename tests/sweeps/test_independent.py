@@ -80,6 +80,16 @@ def test_a_failed_point_is_free_again() -> None:
     assert found.ask(fixed_distributions=SPACE).params == lost.params
 
 
+def test_the_recipe_may_be_given_and_outside_of_the_ranges() -> None:
+    found = study()
+    found.enqueue_trial(DEFAULTS)
+    go(found, 2)
+    assert found.trials[1].params["lr"] == 2**-10
+    outside = optuna.create_study(sampler=Independent(SPACE, DEFAULTS | {"lr": 1.0, "schedule": "none"}, 22))
+    go(outside, 1)
+    assert outside.trials[0].params == {"init_scale": 1.0, "lr": pytest.approx(2**-6), "schedule": "linear"}
+
+
 @pytest.mark.parametrize("trials", [1, 3, 5, 40])
 def test_any_number_of_trials(trials: int) -> None:
     found = study(trials)
