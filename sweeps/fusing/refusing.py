@@ -14,6 +14,7 @@ from mutransfer.scale import Scale
 
 from ..experiment import Experiment
 from ..jobs import family_of, plan_of
+from .memory import is_out_of_memory
 from .training import FusedTraining, Place
 from .updates import FUSED
 
@@ -44,6 +45,8 @@ def _tried(key: str, scale: Scale, device: str) -> str | None:
     try:
         together = _together(experiment, plan, device)
     except Exception as error:
+        if is_out_of_memory(error):
+            return "there is no memory for two of them at once"
         return f"the model does not run under torch.vmap ({describe(error)})"
     for alone, beside in zip(apart, together, strict=True):
         lost = not math.isfinite(alone) and not math.isfinite(beside)
