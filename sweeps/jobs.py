@@ -27,7 +27,7 @@ from .attempt import Attempt
 from .callables import call
 from .experiment import NO_DATA, Experiment
 
-__all__ = ["Executor", "Job", "OneByOne", "Report", "do", "family_of", "flops_of", "plan_of"]
+__all__ = ["Executor", "Job", "OneByOne", "Report", "do", "family_of", "flops_of", "loaded", "plan_of"]
 
 Report = Callable[["Job", int, float], bool]
 
@@ -76,9 +76,21 @@ class OneByOne:
             yield job, do(experiment, job, self.device, report)
 
 
-def family_of(experiment: Experiment) -> tuple[Family, Data | None]:
+def loaded(experiment: Experiment) -> tuple[Family, Data | None]:
     """Return the experiment's family and data (None if its trainer loads its own), loaded once per process."""
     return _loaded(_key(experiment))
+
+
+def family_of(experiment: Experiment) -> tuple[Family, Data]:
+    """Return the experiment's family and data, loaded once per process.
+
+    Raises:
+        RequestError: it has no data of its own.
+    """
+    family, data = loaded(experiment)
+    if data is None:
+        raise RequestError(f"data is {NO_DATA}, and only a trainer of its own trains without: name data or a trainer.")
+    return family, data
 
 
 def _key(experiment: Experiment) -> str:
@@ -106,9 +118,9 @@ def flops_of(experiment: Experiment, scale: Scale) -> float | None:
     Raises:
         RequestError: the model does not take the experiment's data.
     """
-    family, data = family_of(experiment)
-    if experiment.trainer is not None or data is None:
+    if experiment.trainer is not None:
         return None
+    family, data = family_of(experiment)
     try:
         return step_flops(family, scale, data.batch(0, experiment.batch_size, 0))
     except RequestError:
@@ -122,7 +134,7 @@ def flops_of(experiment: Experiment, scale: Scale) -> float | None:
 
 def plan_of(experiment: Experiment, scale: Scale, parametrization: str, recipe: Recipe) -> Plan:
     """Return the plan of a run at ``scale``; the model is observed once per process."""
-    family, _ = family_of(experiment)
+    family, _ = loaded(experiment)
     seen = _observed(_key(experiment))
     return plan(family, scale, parametrization, experiment.optimizer, recipe, observation=seen)
 
@@ -133,14 +145,13 @@ def do(experiment: Experiment, job: Job, device: str, report: Report | None) -> 
     Raises:
         RequestError: the model, its data or its trainer cannot be used; or the trainer is a command.
     """
-    family, data = family_of(experiment)
     planned = plan_of(experiment, job.scale, job.parametrization, job.recipe)
     ask = None if report is None else functools.partial(report, job)
     if (trainer := experiment.trainer) is not None:
         if trainer.call is None:
             raise RequestError("the trainer is a command, and this executor calls functions: use executor_for.")
         return call(trainer.call, job.recipe, planned, job.seed, Attempt(experiment.steps, job.rungs, ask))
-    assert data is not None, "an experiment without data has a trainer"
+    family, data = family_of(experiment)
     training = Training(
         family, planned, data, steps=experiment.steps, batch_size=experiment.batch_size, seed=job.seed, device=device
     )

@@ -26,7 +26,7 @@ from .experiment import Experiment, with_values
 from .failures import Failures
 from .findings import Tuned, best_so_far, summary, usable
 from .independent import Independent
-from .jobs import Executor, Job, OneByOne, family_of, flops_of, plan_of
+from .jobs import Executor, Job, OneByOne, flops_of, loaded, plan_of
 from .leases import LEASE, Leases, worker_name
 from .locks import only_one
 from .repeating import repeat
@@ -72,7 +72,7 @@ def tune(
     begun = time.perf_counter()
     executor = executor or OneByOne(device)
     # A wrong model, corpus or size is said before anything is written.
-    _, data = family_of(experiment)
+    _, data = loaded(experiment)
     if experiment.trainer is not None and experiment.trainer.call is not None:
         load_trainer(experiment.trainer.call)
     plan_of(experiment, experiment.proxy_scale, experiment.parametrization, experiment.recipe)

@@ -17,7 +17,7 @@ from mutransfer.runs import RunFolder
 from mutransfer.scale import Scale
 
 from .experiment import Experiment
-from .jobs import Executor, Job, family_of, flops_of, plan_of
+from .jobs import Executor, Job, flops_of, loaded, plan_of
 
 __all__ = ["basins"]
 
@@ -68,7 +68,7 @@ def basins(
         plan_of(experiment, _scale(experiment, width), name, recipe)
     flops = {width: flops_of(experiment, _scale(experiment, width)) for width in widths}
     center = math.log2(recipe.lr)
-    _, data = family_of(experiment)
+    _, data = loaded(experiment)
     folder.note_environment(data_sha256=data and data.sha256)
     done = _known(folder, recipe, step)
     while True:

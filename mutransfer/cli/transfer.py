@@ -73,11 +73,11 @@ def target_of(
     from ..planning import plan
     from ..recipe import Recipe
     from ..sweeps.experiment import Experiment
-    from ..sweeps.jobs import family_of
+    from ..sweeps.jobs import loaded
     from ..transfer import target_config
 
     experiment, recipe = Experiment.load(folder.experiment), Recipe.load(folder.best)
-    family, data = family_of(experiment)
+    family, data = loaded(experiment)
     scale = family.base.with_(width=width, depth=depth or experiment.proxy.depth)
     batch_size = batch_size or experiment.batch_size
     per_example = experiment.sequence_length if data is not None and data.kind == "tokens" else 1

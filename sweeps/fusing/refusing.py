@@ -32,6 +32,8 @@ def refusal(experiment: Experiment, scale: Scale | None = None, device: str = "c
     Raises:
         RequestError: they cannot be trained at all.
     """
+    if experiment.trainer is not None:
+        return f"{experiment.trainer} trains them, one at a time"
     if experiment.optimizer not in FUSED:
         return f"{experiment.optimizer} has no update of many trials at once ({', '.join(FUSED)} have)"
     return _tried(experiment.model_dump_json(exclude={"trials"}), scale or experiment.proxy_scale, device)

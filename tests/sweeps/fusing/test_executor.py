@@ -190,6 +190,10 @@ def test_a_model_that_changes_beside_others_is_refused(tmp_path: Path) -> None:
     assert "beside another trial the model's loss after 3 steps is" in reason
 
 
+def test_what_an_own_trainer_trains_is_not_fused() -> None:
+    assert "own.py:train trains them" in str(refusal(experiment(trainer="own.py:train")))
+
+
 def test_an_optimizer_without_an_update_is_refused_by_name() -> None:
     reason = refusal(experiment(optimizer="adagrad"))
     assert reason == "adagrad has no update of many trials at once (adamw, adam, sgd, muon, muon-match-rms-adamw have)"
