@@ -7,9 +7,9 @@ processes, devices or fusing.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from mutransfer.errors import RequestError, describe
 from mutransfer.family import Family
@@ -27,9 +27,9 @@ from .attempt import Attempt
 from .callables import call
 from .experiment import NO_DATA, Experiment
 
-__all__ = ["Executor", "Job", "OneByOne", "Report", "do", "family_of", "flops_of", "loaded", "plan_of"]
-
-Report = Callable[["Job", int, float], bool]
+__all__ = [
+    "Executor", "Job", "OneByOne", "Report", "Reported", "alone", "do", "family_of", "flops_of", "loaded", "plan_of",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,23 @@ class Job:
     rungs: tuple[int, ...] = ()
 
 
+class Reported(NamedTuple):
+    """A job at a rung: validation ``loss`` in nats after ``step`` steps."""
+
+    job: Job
+    step: int
+    loss: float
+
+
+# Those that run side by side are reported together, so that a pruner sees all of them before it decides on any; True stops.
+Report = Callable[[Sequence[Reported]], Sequence[bool]]
+
+
+def alone(report: Report, job: Job) -> Callable[[int, float], bool]:
+    """Return how ``job`` reports (step, loss) by itself."""
+    return lambda step, loss: report([Reported(job, step, loss)])[0]
+
+
 class Executor(Protocol):
     """Does jobs. ``capacity`` is how many it may have begun at a time."""
 
@@ -55,7 +72,7 @@ class Executor(Protocol):
         """Draw a job whenever there is room for one, and yield it with its outcome when it ends.
 
         ``jobs`` may decide what comes next by what has been yielded; it is not asked again once it has ended.
-        ``report(job, step, loss)`` at a job's rungs may stop it with True.
+        ``report`` at a job's rungs may stop it with True.
         """
         ...
 
@@ -146,7 +163,7 @@ def do(experiment: Experiment, job: Job, device: str, report: Report | None) -> 
         RequestError: the model, its data or its trainer cannot be used; or the trainer is a command.
     """
     planned = plan_of(experiment, job.scale, job.parametrization, job.recipe)
-    ask = None if report is None else functools.partial(report, job)
+    ask = None if report is None else alone(report, job)
     if (trainer := experiment.trainer) is not None:
         if trainer.call is None:
             raise RequestError("the trainer is a command, and this executor calls functions: use executor_for.")

@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import connection, resource_tracker
 from multiprocessing.connection import Connection
@@ -25,7 +25,7 @@ import torch
 from mutransfer.proxies.training import Outcome
 
 from .experiment import Experiment
-from .jobs import Job, Report, do
+from .jobs import Job, Report, Reported, do
 
 __all__ = ["Processes", "ending"]
 
@@ -119,7 +119,7 @@ class Processes:
         match message:
             case ("report", content):
                 assert report is not None
-                answer = report(job, *content)
+                answer = report(content)
                 with contextlib.suppress(OSError):
                     worker.pipe.send(answer)
             case ("done", content):
@@ -175,7 +175,7 @@ def _serve(pipe: Connection) -> None:
             experiment, job, reports = pipe.recv()
         except EOFError:
             return
-        ask: Callable[[Job, int, float], bool] | None = functools.partial(_ask, pipe) if reports else None
+        ask = functools.partial(_ask, pipe) if reports else None
         told: tuple[str, Any]
         try:
             told = "done", do(experiment, job, "cpu", ask)
@@ -184,8 +184,8 @@ def _serve(pipe: Connection) -> None:
         pipe.send(told)
 
 
-def _ask(pipe: Connection, job: Job, step: int, loss: float) -> bool:
-    pipe.send(("report", (step, loss)))
+def _ask(pipe: Connection, reported: Sequence[Reported]) -> Sequence[bool]:
+    pipe.send(("report", reported))
     return pipe.recv()
 
 

@@ -7,7 +7,7 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
@@ -26,7 +26,7 @@ from .experiment import Experiment, with_values
 from .failures import Failures
 from .findings import Tuned, best_so_far, summary, usable
 from .independent import Independent
-from .jobs import Executor, Job, OneByOne, flops_of, loaded, plan_of
+from .jobs import Executor, Job, OneByOne, Reported, flops_of, loaded, plan_of
 from .leases import LEASE, Leases, worker_name
 from .locks import only_one
 from .repeating import repeat
@@ -151,12 +151,14 @@ def _told(
                 return
             yield _job(experiment, trial)
 
-    def report(job: Job, step: int, loss: float) -> bool:
-        try:
-            claims.begun[job.key].report(loss, step)
-            return claims.begun[job.key].should_prune()
-        except UpdateFinishedTrialError:
-            return True  # taken for dead by others, who do it again: `_tell` says so
+    def report(reported: Sequence[Reported]) -> list[bool]:
+        dead = set()
+        for job, step, loss in reported:
+            try:
+                claims.begun[job.key].report(loss, step)
+            except UpdateFinishedTrialError:
+                dead.add(job.key)  # taken for dead by others, who do it again: `_tell` says so
+        return [job.key in dead or claims.begun[job.key].should_prune() for job, _, _ in reported]
 
     try:
         for job, outcome in executor.run(experiment, begun(), report):

@@ -10,7 +10,7 @@ from typing import Any
 
 from mutransfer.proxies.training import Outcome
 
-from ..jobs import Job, Report
+from ..jobs import Job, Report, Reported
 from .training import FusedTraining, Place, Snapshot
 
 __all__ = ["Batch", "Running"]
@@ -52,7 +52,7 @@ class Batch:
     Args:
         make: a training of some jobs.
         jobs: those to begin with, in the order of their places.
-        report: asked at rungs, in the order of the places; True stops a job.
+        report: asked at rungs, of all that are at one; True stops a job.
     """
 
     def __init__(
@@ -111,15 +111,7 @@ class Batch:
         whole = [i for i in due if self.training.places[i].finite]
         with self._shared():
             losses = dict(zip(whole, self.training.validate(whole), strict=True)) if whole else {}
-        ended = []
-        for index in due:
-            running = self.running[index]
-            assert running is not None
-            outcome = self._judged(running, losses.get(index, math.nan))
-            if outcome is not None:
-                ended.append((running.job, outcome))
-                self.running[index] = None
-        return ended, bool(losses)
+        return self._judged({index: losses.get(index, math.nan) for index in due}), bool(losses)
 
     def _start(self) -> None:
         fresh = [index for index, each in self._places() if each.start is None]
@@ -129,15 +121,25 @@ class Batch:
             for index, loss in zip(fresh, losses, strict=True):
                 self.running[index].start = loss  # type: ignore[union-attr]
 
-    def _judged(self, running: Running, loss: float) -> Outcome | None:
-        """As `proxies.training.train` does at a rung and at the end."""
-        step = running.place.step
-        if step >= self.training.steps or not math.isfinite(loss):
-            return running.outcome(loss, stopped=False)
-        running.told.append((step, loss))
-        if self.report is not None and self.report(running.job, step, loss):
-            return running.outcome(loss, stopped=True)
-        return None
+    def _judged(self, losses: dict[int, float]) -> list[tuple[Job, Outcome]]:
+        """Take out what has ended, as `proxies.training.train` does at a rung and at the end; all at a rung report together."""
+        at_rung = {
+            index: Reported(running.job, running.place.step, losses[index])
+            for index, running in self._places()
+            if math.isfinite(losses.get(index, math.nan)) and running.place.step < self.training.steps
+        }
+        answers = self.report(list(at_rung.values())) if self.report is not None and at_rung else []
+        stopped = {index for index, stop in zip(at_rung, answers, strict=False) if stop}
+        ended = []
+        for index in losses:
+            running = self.running[index]
+            assert running is not None
+            if index in at_rung:
+                running.told.append((running.place.step, losses[index]))
+            if index not in at_rung or index in stopped:
+                ended.append((running.job, running.outcome(losses[index], stopped=index in stopped)))
+                self.running[index] = None
+        return ended
 
     def _places(self) -> Iterator[tuple[int, Running]]:
         return ((index, each) for index, each in enumerate(self.running) if each is not None)

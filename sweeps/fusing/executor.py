@@ -13,7 +13,7 @@ from mutransfer.proxies.training import Outcome
 from mutransfer.scale import Scale
 
 from ..experiment import Experiment
-from ..jobs import Job, OneByOne, Report, family_of, plan_of
+from ..jobs import Job, OneByOne, Report, alone, family_of, plan_of
 from .batch import Batch, Running
 from .checkpoint import Checkpoints, course_of
 from .memory import is_out_of_memory
@@ -109,7 +109,7 @@ class Fused:
         """Tell a trial that goes on after a kill what it reported before; it may be stopped there now."""
         for step, loss in running.told if report is not None else []:
             assert report is not None
-            if report(running.job, step, loss):
+            if alone(report, running.job)(step, loss):
                 running.place.step = step
                 return running.outcome(loss, stopped=True)
         return None

@@ -44,7 +44,10 @@ FLAGS = {
         "--optimizer", "--out", "--parametrization", "--role", "--seed", "--seeds", "--steps", "--width-field",
         "--widths", "model",
     ],
-    "tune": ["--device", "--json", "--out", "--seed", "--set", "--storage", "--study", "--trials", "experiment"],
+    "tune": [
+        "--at-once", "--device", "--executor", "--json", "--lease", "--out", "--seed", "--set", "--storage", "--study",
+        "--trials", "experiment",
+    ],
     "verify": ["--control", "--device", "--json", "--seed", "--seeds", "--step", "--widths", "run"],
     "transfer": ["--batch-size", "--depth", "--device", "--json", "--out", "--seed", "--to", "--tokens", "--width", "run"],
     "train": ["--checkpoint-every", "--device", "--json", "--out", "--seed", "target"],

@@ -18,7 +18,7 @@ from mutransfer.proxies.training import Outcome
 from mutransfer.recipe import Recipe
 from mutransfer.runs import RunFolder
 from mutransfer.sweeps.experiment import Experiment
-from mutransfer.sweeps.jobs import Job, OneByOne, Report
+from mutransfer.sweeps.jobs import Job, OneByOne, Report, alone
 
 SMALL: dict[str, Any] = {
     "model": "mlp",
@@ -67,7 +67,7 @@ class Planted:
     ) -> Iterator[tuple[Job, Outcome]]:
         for job in jobs:
             loss = self.loss(job)
-            stopped_at = next((rung for rung in job.rungs if report and report(job, rung, loss)), None)
+            stopped_at = next((rung for rung in job.rungs if report and alone(report, job)(rung, loss)), None)
             yield job, Outcome(loss, 10.0, stopped_at or experiment.steps, stopped_at is not None, 0.01)
 
 
@@ -87,6 +87,11 @@ class Failing:
             if self.done == self.at + 1:
                 raise self.error
             yield job, outcome
+
+
+def each(judge: Callable[[Job, int, float], bool]) -> Report:
+    """A report that judges every job by itself."""
+    return lambda reported: [judge(*one) for one in reported]
 
 
 def octaves(recipe: Recipe) -> float:

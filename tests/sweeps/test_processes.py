@@ -15,12 +15,12 @@ from mutransfer.proxies.training import Outcome
 from mutransfer.recipe import Recipe
 from mutransfer.runs import RunFolder
 from mutransfer.sweeps.experiment import Experiment
-from mutransfer.sweeps.jobs import Job, OneByOne, Report
+from mutransfer.sweeps.jobs import Job, OneByOne, Report, alone
 from mutransfer.sweeps.processes import Processes, ending
 from mutransfer.sweeps.tuning import tune
 from mutransfer.sweeps.verifying import basins
 
-from .small import Failing, children, experiment, journal, within
+from .small import Failing, children, each, experiment, journal, within
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def test_reports_reach_the_parent_and_agree_with_one_by_one(two: Processes) -> N
             return job.key == 2 and step == 5
 
         given = experiment()
-        return heard, {job.key: outcome for job, outcome in executor.run(given, jobs(4, given), report)}
+        return heard, {job.key: outcome for job, outcome in executor.run(given, jobs(4, given), each(report))}
 
     parent = os.getpid()
     heard, outcomes = heard_by(two)
@@ -89,12 +89,12 @@ class Killing:
     def run(self, experiment: Experiment, jobs: Any, report: Report | None = None) -> Iterator[tuple[Job, Outcome]]:
         def deadly(job: Job, step: int, loss: float) -> bool:
             if self.keys(job.key):
-                pid = next(w.process.pid for w in self.inner._workers if w.job is job)
+                pid = next(w.process.pid for w in self.inner._workers if w.job == job)
                 assert pid is not None
                 os.kill(pid, signal.SIGKILL)
-            return report is not None and report(job, step, loss)
+            return report is not None and alone(report, job)(step, loss)
 
-        yield from self.inner.run(experiment, jobs, deadly)
+        yield from self.inner.run(experiment, jobs, each(deadly))
 
 
 def test_a_process_that_dies_takes_one_trial_with_it(folder: RunFolder, two: Processes) -> None:
@@ -159,7 +159,7 @@ def test_whatever_ends_the_sweep_ends_the_processes_at_work(
         raise error
 
     with pytest.raises(type(error)):
-        list(two.run(given, jobs(2, given), report))
+        list(two.run(given, jobs(2, given), each(report)))
     assert children() == []
     assert [job.key for job, _ in two.run(experiment(), jobs(1, experiment()))] == [0]  # and others can follow
 

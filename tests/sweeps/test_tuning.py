@@ -23,7 +23,7 @@ from mutransfer.sweeps.storages import own_journal
 from mutransfer.sweeps.study import open_study
 from mutransfer.sweeps.tuning import Tuned, tune
 
-from .small import Counting, Failing, Planted, contents, experiment, journal, octaves, within
+from .small import Counting, Failing, Planted, contents, each, experiment, journal, octaves, within
 
 # From lr 4 on everything overflows or ends above its start; at the recipe's own 2^-6 it learns.
 WILD = {"lr": {"low": 2**-9, "high": 2.0**40, "log": True}}
@@ -371,7 +371,7 @@ def test_a_real_run_stops_at_the_rung_where_it_is_told_to() -> None:
 
     given = experiment()
     job = Job(0, given.proxy_scale, "mup", given.recipe, 0, rungs=(3, 5, 7))
-    ((_, outcome),) = OneByOne().run(given, [job], stop_at_the_second)
+    ((_, outcome),) = OneByOne().run(given, [job], each(stop_at_the_second))
     assert [step for step, _ in heard] == [3, 5]
     assert outcome.stopped
     assert (outcome.steps, outcome.loss) == heard[1]

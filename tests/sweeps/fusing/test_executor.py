@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from mutransfer.proxies.training import Outcome
+from mutransfer.recipe import Recipe
 from mutransfer.runs import RunFolder
 from mutransfer.scale import Scale
 from mutransfer.sweeps.experiment import Experiment, with_values
@@ -19,7 +20,7 @@ from mutransfer.sweeps.fusing.refusing import refusal
 from mutransfer.sweeps.jobs import Executor, Job, OneByOne
 from mutransfer.sweeps.tuning import tune
 
-from ..small import experiment
+from ..small import each, experiment
 
 Told = list[tuple[Any, int, float]]
 
@@ -40,7 +41,7 @@ def done(executor: Executor, asked: Experiment, todo: Any, worst: float = math.i
         told.append((job.key, step, loss))
         return loss > worst
 
-    return {job.key: outcome for job, outcome in executor.run(asked, todo, report)}, told
+    return {job.key: outcome for job, outcome in executor.run(asked, todo, each(report))}, told
 
 
 def same(ours: dict[Any, Outcome], theirs: dict[Any, Outcome], rel: float = 1e-4) -> None:
@@ -81,7 +82,7 @@ def test_stopped_jobs_make_room_for_the_next() -> None:
 
     ended: list[int] = []
     ours = {}
-    for job, outcome in Fused(3).run(asked, watched(), lambda job, step, loss: loss > worst):
+    for job, outcome in Fused(3).run(asked, watched(), each(lambda job, step, loss: loss > worst)):
         # One look ahead, to see which scale is next.
         assert len(drawn) - len(ended) <= 4
         ended.append(job.key)
@@ -217,3 +218,20 @@ def test_bfloat16_is_near(capsys: pytest.CaptureFixture[str]) -> None:
     )
     same(ours, theirs, rel=3e-2)
     assert any(ours[key].loss != theirs[key].loss for key in ours)
+
+
+def test_trials_at_one_rung_are_reported_together() -> None:
+    """So that halving keeps the best third of a batch, and not whoever reported first."""
+    heard: list[list[int]] = []
+
+    def halved(reported: Any) -> list[bool]:
+        heard.append([one.step for one in reported])
+        best = sorted(one.loss for one in reported)[1]
+        return [one.loss > best for one in reported]
+
+    asked = experiment(steps=6)
+    todo = [Job(k, asked.proxy_scale, "mup", Recipe(lr=2.0 ** -(4 + k), warmup=0.0), 0, (3,)) for k in range(6)]
+    outcomes = {job.key: outcome for job, outcome in Fused(6).run(asked, todo, halved)}
+    assert heard == [[3] * 6]
+    assert sum(outcome.stopped for outcome in outcomes.values()) == 4
+    assert max(o.loss for o in outcomes.values() if not o.stopped) < min(o.loss for o in outcomes.values() if o.stopped)
