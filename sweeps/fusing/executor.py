@@ -18,7 +18,7 @@ from .batch import Batch, Running
 from .checkpoint import Checkpoints, course_of
 from .memory import is_out_of_memory
 from .refusing import refusal
-from .training import FusedTraining, Place
+from .training import FusedTraining, Place, Step
 
 __all__ = ["Fused", "Precision"]
 
@@ -45,6 +45,7 @@ class Fused:
     ) -> None:  # fmt: skip
         self.capacity = count
         self.device, self.precision, self.compile, self.checkpoints = device, precision, compile, checkpoints
+        self._known: dict[str, dict[str, Step | None]] = {}
 
     def run(
         self, experiment: Experiment, jobs: Iterable[Job], report: Report | None = None
@@ -116,11 +117,14 @@ class Fused:
 
     def _training(self, experiment: Experiment, jobs: Sequence[Running], clips: bool) -> FusedTraining:
         family, data = family_of(experiment)
+        same = experiment.model_dump_json(exclude={"trials", "search", "recipe", "steps"})
+        known = self._known.setdefault(f"{same} at {jobs[0].job.scale}, {len(jobs)} at once", {})
         training = FusedTraining(
             family, [each.place for each in jobs], data, steps=experiment.steps, batch_size=experiment.batch_size,
             device=self.device, precision=torch.bfloat16 if self.precision == "bfloat16" else None,
-            clips=clips or any(each.job.recipe.clip is not None for each in jobs), compile=self.compile,
-            snapshots=[each.snapshot for each in jobs],
+            clips=clips or any(each.job.recipe.clip is not None for each in jobs),
+            # A program is of one size: it pays where all places are filled again and again.
+            compile=self.compile and len(jobs) == self.capacity, known=known, snapshots=[each.snapshot for each in jobs],
         )  # fmt: skip
         for each in jobs:
             each.snapshot = None

@@ -60,7 +60,7 @@ class Program:
             batch: every model's own, [K, N, ...].
         """
         leaves = {name: each.detach().requires_grad_() for name, each in now.trained.items()}
-        losses, buffers = losses_of(self.stack, {**resting, **leaves}, now.buffers, batch, self.precision, True)
+        losses, buffers = losses_of(self.stack, {**resting, **leaves}, now.buffers, batch, self.precision)
         # A mean inside of each model and a sum over them: what is not finite stays where it is.
         found = torch.autograd.grad(losses.sum(), list(leaves.values()))
         # As the weights lie in memory: a layer's gradient comes transposed, and what is made of it would be as well.
@@ -80,15 +80,15 @@ class Program:
 
 
 def losses_of(
-    stack: Stack, tensors: Tensors, buffers: Tensors, batch: Any, precision: Precision, own_batches: bool
+    stack: Stack, tensors: Tensors, buffers: Tensors, batch: Any, precision: Precision
 ) -> tuple[Tensor, Tensors]:
-    """Return the losses ``[K]`` of a stack with these tensors, and its buffers afterwards."""
+    """Return the losses ``[K]`` of a stack with these tensors on each model's own batch, and its buffers afterwards."""
 
     def one(tensors: Tensors, buffers: Tensors, batch: Any) -> tuple[Tensor, Tensors]:
         buffers = {name: each.clone() for name, each in buffers.items()}
         return stack.loss({**tensors, **buffers}, batch), buffers
 
-    run = torch.vmap(one, in_dims=(0, 0, 0 if own_batches else None), randomness="different")
+    run = torch.vmap(one, randomness="different")
     with FoldedAttention(), _casting(tensors, precision), warnings.catch_warnings():
         # An operation without a rule runs model by model: slower, and as right.
         warnings.filterwarnings("ignore", "There is a performance drop")

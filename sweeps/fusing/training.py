@@ -20,12 +20,13 @@ from mutransfer.proxies.training import FINITE_EVERY
 
 from .compiling import compiled
 from .program import Moving, Program, losses_of
-from .stack import Stack, moving_parts
+from .stack import Stack, Tensors, moving_parts
 from .updates import Clock, Kind, blank_state, kind_of, numbers_of
 
-__all__ = ["FusedTraining", "Place", "Snapshot"]
+__all__ = ["FusedTraining", "Place", "Snapshot", "Step"]
 
 Snapshot = dict[str, Any]
+Step = Callable[..., Any]
 
 # How far a compiled first step may be from the other: bfloat16, as in Muon, is rounded at other places.
 FINE, ROUGH = 1e-3, 5e-2
@@ -55,8 +56,9 @@ class FusedTraining:
         device: where to train.
         precision: of matrix products, under `torch.autocast`; the tensors' own if None.
         clips: whether any training, also one that begins later, may clip its gradients.
-        compile: compile the step, once for this number of trainings; fewer go on uncompiled, and so do all, with a
-            warning that says why, where it cannot be compiled.
+        compile: compile the step, and validation of all; once for this number of trainings. Fewer go on uncompiled, and so
+            do all, with a warning that says why, where it cannot be compiled.
+        known: programs compiled before for the same family, scale, data and number; those of this training are added.
         snapshots: of trainings that go on, one for each place.
 
     Raises:
@@ -66,7 +68,7 @@ class FusedTraining:
     def __init__(
         self, family: Family, places: Sequence[Place], data: Data, *, steps: int, batch_size: int, device: str = "cpu",
         precision: torch.dtype | None = None, clips: bool = True, compile: bool = False,
-        snapshots: Sequence[Snapshot | None] = (),
+        known: dict[str, Step | None] | None = None, snapshots: Sequence[Snapshot | None] = (),
     ) -> None:  # fmt: skip
         self.family, self.data, self.steps, self.batch_size, self.device = family, data, steps, batch_size, device
         self.places, self.precision = list(places), precision
@@ -85,8 +87,8 @@ class FusedTraining:
             if row.name in trained
         }
         self.limit = torch.full((len(places),), math.inf, dtype=torch.float64, device=device)
-        self._compile = self._to_compile = compile
-        self.step: Callable[..., Any]
+        self._compile, self._known = compile, {} if known is None else known
+        self.step: Step
         self._use(Program(self.stack, self.kinds, clips, precision))
         for index, place in enumerate(places):
             self.begin(index, place, snapshots[index] if snapshots else None)
@@ -146,10 +148,9 @@ class FusedTraining:
     def _stepped(self, begun: list[int], step: int) -> Tensor:
         clock, batch = self._clock(begun, step), self._batches(begun, step)
         inputs = (self.now, self.stack.resting, self.settings, self.limit, clock, batch)
-        if self._to_compile:
-            self._to_compile = False
-            rough = self.precision is not None or any(kind.name == "muon" for kind in self.kinds.values())
-            self.step = compiled(self.step, inputs, ROUGH if rough else FINE) or self.step
+        if self.compiles and self.step is self._uncompiled:
+            self.step = self._compiled(f"step, clips: {self._uncompiled.clips}", self.step, inputs)
+            self._compile = self.step is not self._uncompiled
         losses, self.now = self.step(*inputs)
         return losses
 
@@ -172,20 +173,39 @@ class FusedTraining:
         pick = lambda part: {name: each if whole else each[chosen] for name, each in part.items()}  # noqa: E731
         tensors, buffers = pick({**self.stack.resting, **self.now.trained}), pick(self.now.buffers)
         sizes = [len(targets) for _, targets in self._held_out]
+        judge: Step = self._judge
+        # Not at the start: trials that then end at different times would pay for a program that is not used again.
+        if whole and self.compiles and self.places[0].step > 0 and len(set(sizes)) == 1:
+            example = self._for_each(self._held_out[0], len(chosen))
+            judge = self._compiled("validation", judge, (tensors, buffers, example))
         losses = [
-            losses_of(self.stack, tensors, buffers, batch, self.precision, False)[0] * size
+            judge(tensors, buffers, self._for_each(batch, len(chosen)))[0] * size
             for batch, size in zip(self._held_out, sizes, strict=True)
         ]
-        means = (sum(losses) / sum(sizes)).tolist()  # type: ignore[union-attr]
+        means = (sum(losses) / sum(sizes)).tolist()
         return [mean if self.places[index].finite else math.nan for index, mean in zip(indices, means, strict=True)]
 
     @property
     def compiles(self) -> bool:
         """Whether the step is compiled, or will be before the next one: for this number of trainings."""
-        return self._to_compile or self.step is not self._uncompiled
+        return self._compile
 
     def _use(self, program: Program) -> None:
-        self.step, self._uncompiled, self._to_compile = program, program, self._compile
+        self.step = self._uncompiled = program
+
+    def _compiled(self, name: str, step: Step, inputs: tuple[Any, ...]) -> Step:
+        """Return the compiled step, or the step itself where it cannot be compiled."""
+        if name not in self._known:
+            rough = self.precision is not None or any(kind.name == "muon" for kind in self.kinds.values())
+            self._known[name] = compiled(step, inputs, ROUGH if rough else FINE)
+        return self._known[name] or step
+
+    def _judge(self, tensors: Tensors, buffers: Tensors, batch: Any) -> tuple[Tensor, Moving]:
+        return losses_of(self.stack, tensors, buffers, batch, self.precision)[0], Moving({}, {}, {})
+
+    def _for_each(self, batch: Any, count: int) -> Any:
+        """One batch for all: as every model's own, as what a program reads of a shared one would be compiled in."""
+        return tree_map(lambda each: each.expand(count, *each.shape), batch)
 
     def _clock(self, begun: list[int], step: int) -> Clock:
         at = [min(each + step, self.steps - 1) for each in begun]

@@ -235,3 +235,17 @@ def test_trials_at_one_rung_are_reported_together() -> None:
     assert heard == [[3] * 6]
     assert sum(outcome.stopped for outcome in outcomes.values()) == 4
     assert max(o.loss for o in outcomes.values() if not o.stopped) < min(o.loss for o in outcomes.values() if o.stopped)
+
+
+@pytest.mark.slow
+def test_compiled_once_for_all_batches_and_studies() -> None:
+    asked = experiment(steps=12)
+    fused = Fused(3, compile=True)
+    theirs = done(OneByOne(), asked, jobs(asked))[0]
+    same(done(fused, asked, jobs(asked))[0], theirs)
+    (programs,) = fused._known.values()
+    before = dict(programs)
+    assert sorted(before) == ["step, clips: True", "validation"]
+    assert all(before.values())
+    same(done(fused, asked, jobs(asked))[0], theirs)
+    assert before == programs
