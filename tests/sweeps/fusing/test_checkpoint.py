@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,7 @@ from mutransfer.sweeps.fusing.checkpoint import Checkpoints
 from mutransfer.sweeps.fusing.executor import Fused
 from mutransfer.sweeps.fusing.refusing import refusal
 from mutransfer.sweeps.fusing.training import FusedTraining
-from mutransfer.sweeps.jobs import Job
+from mutransfer.sweeps.jobs import Job, Reported
 from mutransfer.sweeps.tuning import tune
 
 from ..small import experiment, journal
@@ -45,10 +45,10 @@ def files(folder: Path) -> list[Path]:
 
 
 def interrupted(asked: Experiment, folder: Path, at: tuple[int, int]) -> None:
-    def report(job: Job, step: int, loss: float) -> bool:
-        if (job.key, step) == at:
+    def report(reported: Sequence[Reported]) -> list[bool]:
+        if any((one.job.key, one.step) == at for one in reported):
             raise KeyboardInterrupt
-        return False
+        return [False] * len(reported)
 
     with pytest.raises(KeyboardInterrupt):
         for _ in Fused(4, checkpoints=Checkpoints(folder, share=1)).run(asked, jobs(asked), report):
@@ -111,9 +111,9 @@ def test_a_torn_file_is_passed_over(tmp_path: Path, trained: list[int]) -> None:
 def test_each_write_replaces_the_one_before(tmp_path: Path) -> None:
     asked, seen = experiment(steps=9), []
 
-    def report(job: Job, step: int, loss: float) -> bool:
+    def report(reported: Sequence[Reported]) -> list[bool]:
         seen.append(len(files(tmp_path)))
-        return False
+        return [False] * len(reported)
 
     list(Fused(3, checkpoints=Checkpoints(tmp_path, share=1)).run(asked, jobs(asked), report))
     assert max(seen) == 1
