@@ -96,12 +96,11 @@ class Claims:
     def give_back(self, lost: Iterable[FrozenTrial]) -> None:
         """Fail trials that will have no outcome; their parameters wait to be tried again, once, whoever else does this."""
         for number in [trial.number for trial in lost]:
-            trials = self.trials()
-            trial = trials[number]
+            trial = self.trials()[number]
             if trial.state is not TrialState.RUNNING:
                 continue
             parameters = trial.params or trial.system_attrs.get(FIXED) or (self._first if number == 0 else None)
-            if parameters and not any(other.system_attrs.get(REPEATS) == number for other in trials):
+            if parameters:
                 kept = {key: value for key, value in trial.system_attrs.items() if key.startswith(OURS)}
                 kept |= {FIXED: parameters, REPEATS: number}
                 kept.pop(OWNER, None)

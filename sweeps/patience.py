@@ -26,6 +26,7 @@ __all__ = ["Patient"]
 LONGEST = 600.0  # seconds that a server may be away
 SLEEPS = (0.1, 0.3, 1.0, 2.0)  # seconds between attempts; the last one goes on
 SAY_EVERY = 15.0
+HURRY = 2.0  # seconds
 
 
 class Patient(BaseStorage):
@@ -79,6 +80,15 @@ class Patient(BaseStorage):
             else:
                 self._say_back()
                 return answer
+
+    @property
+    def storage(self) -> BaseStorage:
+        """The storage that is asked."""
+        return self._storage
+
+    def hurry(self) -> None:
+        """Wait no longer than a moment from now on: somebody wants to end."""
+        self._longest = min(self._longest, HURRY)
 
     def _is_told(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
         """Whether the trial is what it was to become: then this worker itself made it so."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import optuna
-from optuna.storages import BaseStorage, GrpcStorageProxy, JournalStorage, RDBStorage
+from optuna.storages import BaseStorage, GrpcStorageProxy, JournalStorage, RDBStorage, _CachedStorage
 from optuna.storages.journal import JournalRedisBackend
 
 from mutransfer.errors import RequestError, describe
@@ -77,12 +77,23 @@ def opened(address: str) -> Iterator[Opened]:
     Raises:
         RequestError: it cannot be reached, its driver is missing, the address is none, or another worker holds the file.
     """
-    scheme = address.partition(":")[0].partition("+")[0].lower()
-    if scheme != "sqlite":
-        yield Opened(_reached(address), masked(address), True)
-        return
-    with only_worker(address):
-        yield Opened(_reached(address), address, False)
+    shared = address.partition(":")[0].partition("+")[0].lower() != "sqlite"
+    with contextlib.nullcontext() if shared else only_worker(address):
+        backend = _reached(address)
+        try:
+            yield Opened(backend, masked(address), shared)
+        finally:
+            _close(backend)
+
+
+def _close(backend: BaseStorage) -> None:
+    if isinstance(backend, Patient):
+        backend = backend.storage
+    if isinstance(backend, _CachedStorage):
+        backend._backend.remove_session()
+        backend._backend.engine.dispose()
+    elif isinstance(backend, GrpcStorageProxy):
+        backend.close()
 
 
 def _reached(address: str) -> BaseStorage:

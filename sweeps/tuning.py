@@ -29,6 +29,7 @@ from .independent import Independent
 from .jobs import Executor, Job, OneByOne, Reported, flops_of, loaded, plan_of
 from .leases import LEASE, Leases, worker_name
 from .locks import only_one
+from .patience import Patient
 from .repeating import repeat
 from .storages import opened, own_journal
 from .study import baseline, distributions, open_study, trials_frame
@@ -172,6 +173,8 @@ def _told(
         # What cannot be told now (a full disk, an interruption inside the storage) is given back when the run resumes, or
         # by another worker.
         with contextlib.suppress(Exception):
+            if isinstance(claims.study._storage, Patient):
+                claims.study._storage.hurry()
             claims.give_back_own()
         raise
 

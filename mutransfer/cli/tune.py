@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .console import AsJson, Device, Progress, device_of, emit, say
+from .console import AsJson, Device, Progress, device_of, emit, ended_as_by_ctrl_c, say
 
 
 def add_to(app: typer.Typer) -> None:
@@ -57,6 +57,7 @@ def tune(
     torch.set_num_threads(min(torch.get_num_threads(), 2))  # a proxy is too small for more
     where = device_of(device)
     with (
+        ended_as_by_ctrl_c(),
         executor_for(wanted, executor, at_once, where) as doing,
         Progress(f"tuning {wanted.model} at width {wanted.proxy.width}") as progress,
     ):
