@@ -120,8 +120,11 @@ def killed(kills: int, workers: int, rng: random.Random) -> list[Claim]:
     parameters = [what[2] for what in now.values()]
     lost = {tuple(t.params.items()) for t in trials if t.state.name == "FAIL" and "lr" in t.params} - set(parameters)
     zombies = [trial for trial in trials if trial.state.name in ("RUNNING", "WAITING")]
+    inside_a_write = (
+        f", {tails} inside of a write" if workers == 1 else ""
+    )  # half a line may be a living worker's as well
     return [
-        exactly(f"{name}: finished trials after {kills} kills, {tails} in a write", len(now), total),
+        exactly(f"{name}: finished trials after {kills} kills{inside_a_write}", len(now), total),
         exactly(f"{name}: finished trials lost or changed by a kill", changed, 0),
         exactly(f"{name}: trials done twice", len(parameters) - len(set(parameters)), 0),
         exactly(f"{name}: begun trials whose parameters were not tried again", len(lost), 0),

@@ -23,12 +23,13 @@ from .journal import Journal
 from .locks import only_worker
 from .patience import Patient
 
-__all__ = ["Opened", "opened", "own_journal"]
+__all__ = ["Opened", "naming_the_storage", "opened", "own_journal"]
 
 KNOWN = (
     "postgresql://USER@HOST/DATABASE, mysql://…, grpc://HOST:PORT, redis://HOST:PORT/0, journal:FILE, or sqlite:///FILE"
 )
 DATABASES = ("postgresql", "postgres", "mysql", "mariadb")
+PACKAGES = {"sqlalchemy", "psycopg", "psycopg2", "MySQLdb", "pymysql", "mysql", "grpc", "redis"}
 ANSWER_WITHIN = 10  # seconds for a connection to be made
 DRIVERS = {
     "psycopg2": "pip install psycopg2-binary, or write postgresql+psycopg://…",
@@ -84,6 +85,21 @@ def opened(address: str) -> Iterator[Opened]:
             yield Opened(backend, masked(address), shared)
         finally:
             _close(backend)
+
+
+@contextlib.contextmanager
+def naming_the_storage(storage: Opened) -> Iterator[None]:
+    """Turn an error of the storage's driver that waiting does not mend (a full disk, a missing right) into a `RequestError`."""
+    try:
+        yield
+    except Exception as error:
+        kinds = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
+        if not isinstance(error, optuna.exceptions.StorageInternalError) and not kinds & PACKAGES:
+            raise
+        raise RequestError(
+            f"the storage {storage.where} failed ({masked(describe(_innermost(error)))}): mend that and run the same command "
+            "again; what was finished is kept."
+        ) from error
 
 
 def _close(backend: BaseStorage) -> None:

@@ -31,7 +31,7 @@ from .leases import LEASE, Leases, worker_name
 from .locks import only_one
 from .patience import Patient
 from .repeating import repeat
-from .storages import opened, own_journal
+from .storages import naming_the_storage, opened, own_journal
 from .study import baseline, distributions, open_study, trials_frame
 
 __all__ = ["Tuned", "tune"]
@@ -82,20 +82,21 @@ def tune(
         raise RequestError("budget.flops cannot be counted without mutransfer's own data: use budget.seconds.")
     _refuse_other_experiment(experiment, folder)
     with contextlib.ExitStack() as held:
-        opened_ = held.enter_context(opened(storage)) if storage else None
+        store = held.enter_context(opened(storage)) if storage else None
         folder.make()
         held.enter_context(naming_the_disk(folder.path))
-        if opened_ is None or not opened_.shared:
+        if store is None or not store.shared:
             held.enter_context(only_one(folder))
         facts = {} if data is None else {"data_sha256": data.sha256, "data_facts": data.facts}
         name_of_data = experiment.data if data is None else data.name
         folder.note_environment(**facts, data=name_of_data, seed=experiment.seed, device=device)
         experiment.save(folder.experiment)
-        opened_ = opened_ or own_journal(folder)
+        store = store or own_journal(folder)
+        held.enter_context(naming_the_storage(store))
         owner = worker_name()
-        study = open_study(experiment, opened_, name, owner)
+        study = open_study(experiment, store, name, owner)
         claims = Claims(study, distributions(experiment), experiment.trials, baseline(experiment), owner)
-        if opened_.shared:
+        if store.shared:
             leases = held.enter_context(Leases(study, owner, lease))
             dead = leases.lapsed
         else:
