@@ -3,46 +3,129 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
 
 from mutransfer.errors import RequestError, nearest
+from mutransfer.proxies.training import Outcome
 
 from .experiment import Experiment
-from .jobs import Executor, OneByOne
+from .jobs import Executor, Job, OneByOne, Report
 from .processes import Processes
 
-__all__ = ["MANNERS", "executor_for"]
+__all__ = ["MANNERS", "PRECISIONS", "Planned", "executor_for"]
 
-MANNERS = ("one", "processes")
+MANNERS = ("auto", "one", "processes", "fused")
+PRECISIONS = ("float32", "bfloat16")
 MOST = 8  # processes by default: each holds a torch and the data of its own
 
 
 @contextlib.contextmanager
 def executor_for(
-    experiment: Experiment, how: str = "one", at_once: int | None = None, device: str = "cpu"
-) -> Iterator[Executor]:
+    experiment: Experiment, how: str = "one", at_once: int | None = None, device: str = "cpu", *,
+    precision: str = "float32", checkpoints: Path | None = None,
+) -> Iterator[Executor]:  # fmt: skip
     """Yield what does the experiment's jobs; its processes end with the block.
 
     Args:
         experiment: whose jobs.
-        how: "one" after the other, or side by side in "processes".
-        at_once: how many processes; by default one per core, at most 8.
-        device: where "one" trains; processes train on the CPU.
+        how: "one" after the other, side by side in "processes", "fused" to one program, or "auto": whichever a short
+            measurement says is done first, with a line on stderr (`choosing.chosen`).
+        at_once: how many processes (by default one per core, at most 8) or fused trials (by default as many as pay).
+        device: where "one" and "fused" train; processes train on the CPU.
+        precision: of fused trials' matrix products.
+        checkpoints: a folder of this process's alone, where fused trials are saved at rungs; nowhere if None.
 
     Raises:
-        RequestError: an unknown manner, or one that does not fit the device or the number.
+        RequestError: an unknown manner or precision, or one that does not fit the device or the number; when it is first
+            used, a precision that the model cannot have.
     """
+    _check(how, at_once, device, precision)
+    with contextlib.ExitStack() as held:
+        match how:
+            case "one":
+                yield OneByOne(device)
+            case "processes":
+                yield held.enter_context(Processes(at_once or _cores()))
+            case _:
+                yield Planned(lambda: _planned(experiment, how, at_once, device, precision, checkpoints, held))
+
+
+class Planned:
+    """An executor that is chosen when it is first needed: what is wrong with a request is said before anything is measured."""
+
+    def __init__(self, choose: Callable[[], Executor]) -> None:
+        self._choose = choose
+
+    @functools.cached_property
+    def chosen(self) -> Executor:
+        """The executor that does the jobs."""
+        return self._choose()
+
+    @property
+    def capacity(self) -> int:
+        """How many jobs it may have begun at a time."""
+        return self.chosen.capacity
+
+    def run(
+        self, experiment: Experiment, jobs: Iterable[Job], report: Report | None = None
+    ) -> Iterator[tuple[Job, Outcome]]:
+        """See `Executor.run`."""
+        return self.chosen.run(experiment, jobs, report)
+
+
+def _cores() -> int:
+    return max(1, min(len(os.sched_getaffinity(0)), MOST))
+
+
+def _check(how: str, at_once: int | None, device: str, precision: str) -> None:
     if how not in MANNERS:
         raise RequestError(f"--executor {how!r} is not known: {nearest(how, MANNERS)}")
+    if precision not in PRECISIONS:
+        raise RequestError(f"--precision {precision!r} is not known: {nearest(precision, PRECISIONS)}")
     if at_once is not None and at_once < 1:
         raise RequestError(f"--at-once is {at_once}: give a number of at least 1.")
-    if how == "one":
-        if (at_once or 1) > 1:
-            raise RequestError(f"--at-once {at_once} needs --executor processes: one by one is one at a time.")
-        yield OneByOne(device)
-        return
-    if device != "cpu":
+    if precision != "float32" and how in ("one", "processes"):
+        raise RequestError(f"--precision {precision} needs --executor fused: {how} trains in float32.")
+    if how == "one" and (at_once or 1) > 1:
+        raise RequestError(f"--at-once {at_once} needs --executor processes or fused: one by one is one at a time.")
+    if how == "processes" and device != "cpu":
         raise RequestError(f"--executor processes trains on the CPU, and the device is {device}: add --device cpu.")
-    with Processes(at_once or max(1, min(len(os.sched_getaffinity(0)), MOST))) as executor:
-        yield executor
+
+
+def _planned(
+    experiment: Experiment, how: str, at_once: int | None, device: str, precision: str, checkpoints: Path | None,
+    held: contextlib.ExitStack,
+) -> Executor:  # fmt: skip
+    import torch
+
+    from .choosing import chosen
+    from .fusing.checkpoint import Checkpoints
+    from .fusing.executor import Fused
+    from .fusing.refusing import refusal
+
+    why = refusal(experiment, device=device)
+    if why is not None and precision != "float32":
+        raise RequestError(f"--precision {precision} needs trials that can be fused, and {why}: leave it out.")
+    if why is not None and (how == "fused" or experiment.trainer is not None):
+        if how == "fused":
+            print(f"trials are trained one by one: {why}.", file=sys.stderr, flush=True)
+        return OneByOne(device)
+    choice = chosen(
+        experiment, experiment.trials, device, at_once=at_once,
+        precision=None if precision == "float32" else torch.bfloat16, only="fused" if how == "fused" else None,
+    )  # fmt: skip
+    print(choice, file=sys.stderr, flush=True)
+    match choice.how:
+        case "one":
+            return OneByOne(device)
+        case "processes":
+            return held.enter_context(Processes(choice.at_once))
+        case _:
+            narrow: Any = precision
+            kept = None if checkpoints is None else Checkpoints(checkpoints)
+            return Fused(choice.at_once, device, precision=narrow, compile=choice.compile, checkpoints=kept)

@@ -62,9 +62,12 @@ def alone(report: Report, job: Job) -> Callable[[int, float], bool]:
 
 
 class Executor(Protocol):
-    """Does jobs. ``capacity`` is how many it may have begun at a time."""
+    """Does jobs."""
 
-    capacity: int
+    @property
+    def capacity(self) -> int:
+        """How many it may have begun at a time."""
+        ...
 
     def run(
         self, experiment: Experiment, jobs: Iterable[Job], report: Report | None = None

@@ -29,11 +29,18 @@ def tune(
     out: Annotated[Path | None, typer.Option(help="Run folder; runs/NAME of the experiment by default.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of everything random.")] = None,
     executor: Annotated[
-        str, typer.Option(help="one: trials one after the other; processes: side by side on the CPU.")
-    ] = "one",
+        str,
+        typer.Option(
+            help="one: trials one after the other; processes: side by side on the CPU; fused: many as one program; auto: "
+            "what a short measurement says is fastest."
+        ),
+    ] = "auto",
     at_once: Annotated[
-        int | None, typer.Option(min=1, help="How many side by side; by default one per core, at most 8.")
+        int | None, typer.Option(min=1, help="How many side by side; by default as many as pay.")
     ] = None,
+    precision: Annotated[
+        str, typer.Option(help="float32, or bfloat16 for the matrix products of fused trials.")
+    ] = "float32",
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> int:
@@ -58,9 +65,13 @@ def tune(
     where = device_of(device)
     with (
         ended_as_by_ctrl_c(),
-        executor_for(wanted, executor, at_once, where) as doing,
+        executor_for(
+            wanted, executor, at_once, where,
+            # Workers that share a study may share the folder as well, and a checkpoint is one process's.
+            precision=precision, checkpoints=None if storage else folder.path / "checkpoints",
+        ) as doing,
         Progress(f"tuning {wanted.model} at width {wanted.proxy.width}") as progress,
-    ):
+    ):  # fmt: skip
         found = run(
             wanted, folder,
             storage=storage, name=study, lease=lease, executor=doing, device=where, progress=progress,

@@ -45,8 +45,8 @@ FLAGS = {
         "--widths", "model",
     ],
     "tune": [
-        "--at-once", "--device", "--executor", "--json", "--lease", "--out", "--seed", "--set", "--storage", "--study",
-        "--trials", "experiment",
+        "--at-once", "--device", "--executor", "--json", "--lease", "--out", "--precision", "--seed", "--set", "--storage",
+        "--study", "--trials", "experiment",
     ],
     "verify": ["--control", "--device", "--json", "--seed", "--seeds", "--step", "--widths", "run"],
     "transfer": ["--batch-size", "--depth", "--device", "--json", "--out", "--seed", "--to", "--tokens", "--width", "run"],

@@ -12,7 +12,9 @@ from mutransfer.frames import TRIALS
 
 from .processes import Ended, Processes, contents
 
-PROGRESS = re.compile(r"(tuning|training|learning-rate basins|coordinate check) .*(…|: \d+/\d+.*)|not decided with .*")
+PROGRESS = re.compile(
+    r"(tuning|training|learning-rate basins|coordinate check) .*(…|: \d+/\d+.*)|(not decided with|trials are trained) .*"
+)
 
 # (what is asked, what the sentence names). In the workplace of conftest.py.
 TUNE = ("tune", "experiment.yaml", "--out", "new", "--set")
@@ -143,7 +145,9 @@ WRONG = [
     (("tune", "experiment.yaml", "--out", "new", "--storage", "sqlite:////none/at/all.db"), ["sqlite:////none/at/all.db"]),
     (("tune", "experiment.yaml", "--out", "new", "--storage", "nosuch://x"), ["nosuch://x"]),
     (("tune", "experiment.yaml", "--executor", "process"), ["--executor 'process'", "did you mean 'processes'?"]),
-    (("tune", "experiment.yaml", "--at-once", "4"), ["--at-once 4 needs --executor processes"]),
+    (("tune", "experiment.yaml", "--executor", "one", "--at-once", "4"), ["--at-once 4 needs --executor processes or fused"]),
+    (("tune", "experiment.yaml", "--precision", "fp8"), ["--precision 'fp8'", "float32"]),
+    (("tune", "experiment.yaml", "--executor", "one", "--precision", "bfloat16"), ["needs --executor fused"]),
     (("tune", "experiment.yaml", "--set", "steps"), ["--set 'steps'", "key=value"]),
     (("plan", "mlp"), ["Missing option '--width'"]),
     (("plan", "mlp", "--width", "wide"), ["'--width'", "valid integer"]),

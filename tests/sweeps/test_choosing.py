@@ -1,0 +1,122 @@
+"""The planner: the manner that is done first by what was measured, said in one line; and real measurements of small models."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mutransfer.errors import RequestError
+from mutransfer.sweeps import choosing
+from mutransfer.sweeps.choosing import chosen
+from mutransfer.sweeps.executors import Planned, executor_for
+from mutransfer.sweeps.fusing.executor import Fused
+from mutransfer.sweeps.jobs import OneByOne
+from mutransfer.sweeps.processes import Processes
+
+from .small import experiment
+
+Plant = Callable[..., None]
+
+
+@pytest.fixture
+def plant(monkeypatch: pytest.MonkeyPatch) -> Plant:
+    """Put numbers in the place of measurements: seconds one by one, and fused by number; two cores."""
+
+    def put(one: float, fused: dict[int, float]) -> None:
+        monkeypatch.setattr(choosing, "single_step", lambda *_, **__: one)
+        monkeypatch.setattr(choosing, "fused_step", lambda _, count, *__: fused.get(count))
+        monkeypatch.setattr(choosing.os, "sched_getaffinity", lambda _: {0, 1})
+
+    return put
+
+
+def test_narrow_models_are_fused_as_long_as_more_pay(plant: Plant) -> None:
+    plant(5e-3, {4: 4e-3, 8: 3e-3, 16: 2.5e-3, 32: 2.45e-3, 64: 1e-9})
+    choice = chosen(experiment(steps=1000), 400)
+    assert (choice.how, choice.compile) == ("fused", True)
+    assert choice.at_once in (16, 32)  # 64 is not tried once 32 hardly pays
+    assert str(choice).startswith(
+        f"trials are trained {choice.at_once} fused, compiled: one by one 5.00 ms, 2 processes about 2.75 ms"
+    )
+    assert str(choice).endswith("32 fused 2.45 ms for a step of one trial.")
+
+
+def test_wide_models_go_to_processes(plant: Plant) -> None:
+    plant(50e-3, {4: 49e-3})
+    choice = chosen(experiment(steps=1000), 60)
+    assert (choice.how, choice.at_once, choice.compile) == ("processes", 2, False)
+
+
+def test_a_sweep_that_does_not_last_is_not_compiled(plant: Plant) -> None:
+    plant(5e-3, {4: 2e-3, 8: 1e-3})
+    choice = chosen(experiment(steps=400), 24)
+    assert (choice.how, choice.at_once, choice.compile) == ("fused", 8, False)  # a third of the trials at most
+
+
+def test_memory_ends_the_search_for_more(plant: Plant) -> None:
+    plant(5e-3, {4: 1e-3})
+    assert chosen(experiment(steps=1000), 400).at_once == 4
+
+
+def test_a_given_number_is_kept(plant: Plant) -> None:
+    plant(5e-3, {6: 1e-3})
+    assert chosen(experiment(steps=1000), 400, at_once=6, only="fused").at_once == 6
+
+
+def test_a_short_sweep_is_not_measured_for_long() -> None:
+    choice = chosen(experiment(), 4)
+    assert (choice.how, choice.at_once) == ("one", 1)
+    assert math.isfinite(choice.seconds)
+
+
+def test_real_measurements(capsys: pytest.CaptureFixture[str]) -> None:
+    with executor_for(experiment(trials=12), "fused") as executor:
+        assert isinstance(executor, Planned)
+        assert isinstance(executor.chosen, Fused)
+        assert executor.capacity == 4
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("trials are trained 4 fused: 4 fused ")
+
+
+def test_auto_says_what_it_chose(capsys: pytest.CaptureFixture[str]) -> None:
+    with executor_for(experiment(), "auto") as executor:
+        assert isinstance(executor, Planned)
+        assert isinstance(executor.chosen, OneByOne)
+    assert capsys.readouterr().err.startswith("trials are trained one by one: one by one ")
+
+
+def test_what_is_not_fused_says_why(plant: Plant, capsys: pytest.CaptureFixture[str]) -> None:
+    plant(1.0, {})
+    asked = experiment(optimizer="adagrad", trials=40)
+    with executor_for(asked, "auto") as executor:
+        assert isinstance(executor, Planned)
+        assert isinstance(executor.chosen, Processes)
+    assert "; not fused, as adagrad has no update of many trials at once" in capsys.readouterr().err
+    with executor_for(asked, "fused") as executor:
+        assert isinstance(executor, Planned)
+        assert isinstance(executor.chosen, OneByOne)
+    assert capsys.readouterr().err.startswith("trials are trained one by one: adagrad has no update")
+
+
+def given(how: str, **options: Any) -> None:
+    with executor_for(experiment(optimizer="adagrad"), how, **options) as executor:
+        assert executor.capacity
+
+
+def test_a_precision_that_nothing_has() -> None:
+    with pytest.raises(RequestError, match="--precision bfloat16 needs trials that can be fused, and adagrad"):
+        given("auto", precision="bfloat16")
+    with pytest.raises(RequestError, match="--precision bfloat16 needs --executor fused"):
+        given("one", precision="bfloat16")
+
+
+def test_checkpoints_are_where_they_are_told(tmp_path: Path) -> None:
+    with executor_for(experiment(trials=12), "fused", 2, checkpoints=tmp_path) as executor:
+        assert isinstance(executor, Planned)
+        assert isinstance(executor.chosen, Fused)
+        assert executor.chosen.checkpoints is not None
+        assert executor.chosen.checkpoints.folder == tmp_path
