@@ -16,7 +16,7 @@ from mutransfer.errors import describe
 
 from .program import Moving
 
-__all__ = ["compiled"]
+__all__ = ["Step", "compiled", "distance"]
 
 Step = Callable[..., Any]
 LARGEST = 2**22  # entries of a constant that is kept
@@ -36,7 +36,7 @@ def compiled(step: Step, example: tuple[Any, ...], tolerance: float = 1e-3) -> S
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's own about itself
             program, expected = _compile(step, example)
-            far = _distance(program(*example), expected)
+            far = distance(program(*example), expected)
         if not far < tolerance:
             raise ArithmeticError(f"its first step is {far:.1g} away from the uncompiled one")
     except Exception as error:  # whatever a compiler raises; without one, the same step runs
@@ -67,7 +67,7 @@ def _compile(step: Step, example: tuple[Any, ...]) -> tuple[Step, Any]:
     return run, expected
 
 
-def _distance(found: tuple[Tensor, Moving], expected: tuple[Tensor, Moving]) -> float:
+def distance(found: tuple[Tensor, Moving], expected: tuple[Tensor, Moving]) -> float:
     """The largest distance of any part, in norm: single entries may differ, where Adam makes a step of rounding."""
 
     def parts(losses: Tensor, moving: Moving) -> list[list[Tensor]]:

@@ -19,6 +19,7 @@ from mutransfer.proxies.schedules import multiplier
 from mutransfer.proxies.training import FINITE_EVERY
 
 from .compiling import compiled
+from .graphs import Graphed, graphed
 from .program import Moving, Program, losses_of
 from .stack import Stack, Tensors, moving_parts
 from .updates import Clock, Kind, blank_state, kind_of, numbers_of
@@ -88,6 +89,9 @@ class FusedTraining:
         }
         self.limit = torch.full((len(places),), math.inf, dtype=torch.float64, device=device)
         self._compile, self._known = compile, {} if known is None else known
+        self._graphs = device.startswith("cuda")
+        rough = precision is not None or any(kind.name == "muon" for kind in self.kinds.values())
+        self._tolerance = ROUGH if rough else FINE
         self.step: Step
         self._use(Program(self.stack, self.kinds, clips, precision))
         for index, place in enumerate(places):
@@ -151,6 +155,9 @@ class FusedTraining:
         if self.compiles and self.step is self._uncompiled:
             self.step = self._compiled(f"step, clips: {self._uncompiled.clips}", self.step, inputs)
             self._compile = self.step is not self._uncompiled
+        if self._graphs and not isinstance(self.step, Graphed):
+            replayed = graphed(self.step, inputs, self._tolerance)
+            self.step, self._graphs = replayed or self.step, replayed is not None
         losses, self.now = self.step(*inputs)
         return losses
 
@@ -196,8 +203,7 @@ class FusedTraining:
     def _compiled(self, name: str, step: Step, inputs: tuple[Any, ...]) -> Step:
         """Return the compiled step, or the step itself where it cannot be compiled."""
         if name not in self._known:
-            rough = self.precision is not None or any(kind.name == "muon" for kind in self.kinds.values())
-            self._known[name] = compiled(step, inputs, ROUGH if rough else FINE)
+            self._known[name] = compiled(step, inputs, self._tolerance)
         return self._known[name] or step
 
     def _judge(self, tensors: Tensors, buffers: Tensors, batch: Any) -> tuple[Tensor, Moving]:
