@@ -5,7 +5,7 @@ from __future__ import annotations
 from mutransfer.errors import RequestError
 from mutransfer.proxies.training import Outcome
 
-__all__ = ["Failures"]
+__all__ = ["Failures", "needed"]
 
 
 class Failures:
@@ -37,3 +37,16 @@ class Failures:
             f"trial {number} failed because {outcome.failed}, and none has finished yet: mend that and run the same command "
             "again."
         )
+
+
+def needed(outcome: Outcome, what: str) -> Outcome:
+    """Return ``outcome`` of ``what``, a run that no other can stand in for.
+
+    Raises:
+        RequestError: it failed.
+    """
+    if outcome.failed:
+        raise RequestError(
+            f"{what} failed because {outcome.failed}: mend that and run the same command again; what was finished is kept."
+        )
+    return outcome

@@ -13,6 +13,7 @@ from mutransfer.frames import REPEATS
 from mutransfer.runs import RunFolder
 
 from .experiment import Experiment, Repeats, with_values
+from .failures import needed
 from .jobs import Executor, Job
 
 __all__ = ["means", "repeat"]
@@ -37,6 +38,9 @@ def repeat(
         executor: how runs are done.
         flops: of one step; None if they are not known.
         progress: called with (runs done, runs in all, what runs).
+
+    Raises:
+        RequestError: a run failed.
     """
     assert experiment.repeats is not None
     wanted = list(_wanted(experiment, experiment.repeats, trials))
@@ -44,6 +48,7 @@ def repeat(
     known = {(row["number"], row["seed"]) for row in rows}
     missing = [job for job in wanted if job.key not in known]
     for done, (job, outcome) in enumerate(executor.run(experiment, iter(missing)), len(wanted) - len(missing) + 1):
+        needed(outcome, f"trial {job.key[0]} with seed {job.seed}")
         rows.append(
             {
                 "number": job.key[0],

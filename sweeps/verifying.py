@@ -17,6 +17,7 @@ from mutransfer.runs import RunFolder
 from mutransfer.scale import Scale
 
 from .experiment import Experiment
+from .failures import needed
 from .jobs import Executor, Job, flops_of, loaded, plan_of
 
 __all__ = ["basins"]
@@ -89,11 +90,8 @@ def basins(
         # The longest first, so that none is left running alone at the end.
         for job, outcome in executor.run(experiment, sorted(missing, key=lambda job: -job.scale.width)):
             name, width, seed, k = job.key
-            if outcome.failed:  # a grid with a hole gives no optimum
-                raise RequestError(
-                    f"the run of {name} at width {width} with lr {job.recipe.lr:.3g} and seed {seed} failed because "
-                    f"{outcome.failed}: mend that and run the same command again; what was finished is kept."
-                )
+            # A grid with a hole gives no optimum.
+            needed(outcome, f"the run of {name} at width {width} with lr {job.recipe.lr:.3g} and seed {seed}")
             done[job.key] = {
                 "parametrization": name, "width": width, "depth": job.scale.depth, "seed": seed, "log2_lr": center + k * step,
                 "loss": outcome.loss if math.isfinite(outcome.loss) else None, "diverged": outcome.diverged,
