@@ -46,6 +46,10 @@ class Attempt:
         """The last loss that was told."""
         return None if self._last is None else self._last[1]
 
+    def note(self, loss: float) -> None:
+        """Note a loss whose step was not told."""
+        self._last = (0 if self._last is None else self._last[0]), loss
+
     def again(self) -> None:
         """Begin another try: what the last one told no longer counts as this one's loss."""
         self._last = None

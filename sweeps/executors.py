@@ -13,11 +13,13 @@ from typing import Any
 from mutransfer.errors import RequestError, nearest
 from mutransfer.proxies.training import Outcome
 
+from .callables import load_trainer
+from .commands import Commands, check_command
 from .experiment import Experiment
 from .jobs import Executor, Job, OneByOne, Report
 from .processes import Processes
 
-__all__ = ["MANNERS", "PRECISIONS", "Planned", "executor_for"]
+__all__ = ["MANNERS", "PRECISIONS", "Planned", "check_trainer", "executor_for", "one_by_one"]
 
 MANNERS = ("auto", "one", "processes", "fused")
 PRECISIONS = ("float32", "bfloat16")
@@ -27,7 +29,7 @@ MOST = 8  # processes by default: each holds a torch and the data of its own
 @contextlib.contextmanager
 def executor_for(
     experiment: Experiment, how: str = "one", at_once: int | None = None, device: str = "cpu", *,
-    precision: str = "float32", checkpoints: Path | None = None,
+    precision: str = "float32", checkpoints: Path | None = None, folder: Path | None = None,
 ) -> Iterator[Executor]:  # fmt: skip
     """Yield what does the experiment's jobs; its processes end with the block.
 
@@ -36,17 +38,21 @@ def executor_for(
         how: "one" after the other, side by side in "processes", "fused" to one program, or "auto": whichever a short
             measurement says is done first, with a line on stderr (`choosing.chosen`).
         at_once: how many processes (by default one per core, at most 8) or fused trials (by default as many as pay).
-        device: where "one" and "fused" train; processes train on the CPU.
+        device: where "one" and "fused" train; processes train on the CPU, and an own trainer wherever it wants.
         precision: of fused trials' matrix products.
         checkpoints: a folder of this process's alone, where fused trials are saved at rungs; nowhere if None.
+        folder: run folder, below which the commands of a trainer have their files; the current one if None.
 
     Raises:
         RequestError: an unknown manner or precision, or one that does not fit the device or the number; when it is first
             used, a precision that the model cannot have.
     """
-    _check(how, at_once, device, precision)
+    own = experiment.trainer is not None
+    _check(how, at_once, "cpu" if own else device, precision)
     with contextlib.ExitStack() as held:
         match how:
+            case _ if own:
+                yield _own(experiment, how, at_once, device, precision, folder, held)
             case "one":
                 yield OneByOne(device)
             case "processes":
@@ -76,6 +82,41 @@ class Planned:
     ) -> Iterator[tuple[Job, Outcome]]:
         """See `Executor.run`."""
         return self.chosen.run(experiment, jobs, report)
+
+
+def one_by_one(experiment: Experiment, folder: Path | None = None, device: str = "cpu") -> Executor:
+    """Return what does the experiment's jobs one after the other; see `executor_for`."""
+    trainer = experiment.trainer
+    return OneByOne(device) if trainer is None or trainer.command is None else Commands(folder or Path())
+
+
+def check_trainer(experiment: Experiment) -> None:
+    """Raise a RequestError if the experiment's own trainer, if it has one, cannot be run."""
+    if (trainer := experiment.trainer) is None:
+        return
+    if trainer.call is not None:
+        load_trainer(trainer.call)
+    else:
+        check_command(trainer)
+
+
+def _own(
+    experiment: Experiment, how: str, at_once: int | None, device: str, precision: str, folder: Path | None,
+    held: contextlib.ExitStack,
+) -> Executor:  # fmt: skip
+    """Nothing is measured: what an own trainer uses, and how much of it there is, its person knows."""
+    assert experiment.trainer is not None
+    if precision != "float32":
+        raise RequestError(
+            f"--precision {precision} is for fused trials, and {experiment.trainer} trains: leave it out."
+        )
+    if how == "fused":
+        print(f"trials are not fused: {experiment.trainer} trains them.", file=sys.stderr, flush=True)
+        how, at_once = "one", None
+    count = at_once or (_cores() if how == "processes" else 1)
+    if experiment.trainer.command is not None:
+        return Commands(folder or Path(), count)
+    return held.enter_context(Processes(count)) if how == "processes" or count > 1 else OneByOne(device)
 
 
 def _cores() -> int:
@@ -111,9 +152,8 @@ def _planned(
     why = refusal(experiment, device=device)
     if why is not None and precision != "float32":
         raise RequestError(f"--precision {precision} needs trials that can be fused, and {why}: leave it out.")
-    if why is not None and (how == "fused" or experiment.trainer is not None):
-        if how == "fused":
-            print(f"trials are trained one by one: {why}.", file=sys.stderr, flush=True)
+    if why is not None and how == "fused":
+        print(f"trials are trained one by one: {why}.", file=sys.stderr, flush=True)
         return OneByOne(device)
     choice = chosen(
         experiment, experiment.trials, device, at_once=at_once,

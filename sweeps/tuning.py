@@ -20,13 +20,13 @@ from mutransfer.proxies.training import Outcome
 from mutransfer.runs import RunFolder
 
 from .budgets import Spent
-from .callables import load_trainer
 from .claims import FINISHED, Claims
+from .executors import check_trainer, one_by_one
 from .experiment import Experiment, with_values
 from .failures import Failures
 from .findings import Tuned, best_so_far, summary, usable
 from .independent import Independent
-from .jobs import Executor, Job, OneByOne, Reported, flops_of, loaded, plan_of
+from .jobs import Executor, Job, Reported, flops_of, loaded, plan_of
 from .leases import LEASE, Leases, worker_name
 from .locks import only_one
 from .patience import Patient
@@ -71,11 +71,10 @@ def tune(
             the budget reaches for none, or too many in a row failed.
     """
     begun = time.perf_counter()
-    executor = executor or OneByOne(device)
+    executor = executor or one_by_one(experiment, folder.path, device)
     # A wrong model, corpus or size is said before anything is written.
     _, data = loaded(experiment)
-    if experiment.trainer is not None and experiment.trainer.call is not None:
-        load_trainer(experiment.trainer.call)
+    check_trainer(experiment)
     plan_of(experiment, experiment.proxy_scale, experiment.parametrization, experiment.recipe)
     flops = flops_of(experiment, experiment.proxy_scale)
     if flops is None and experiment.budget.flops is not None:

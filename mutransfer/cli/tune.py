@@ -69,6 +69,7 @@ def tune(
             wanted, executor, at_once, where,
             # Workers that share a study may share the folder as well, and a checkpoint is one process's.
             precision=precision, checkpoints=None if storage else folder.path / "checkpoints",
+            folder=folder.path,
         ) as doing,
         Progress(f"tuning {wanted.model} at width {wanted.proxy.width}") as progress,
     ):  # fmt: skip

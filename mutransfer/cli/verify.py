@@ -38,6 +38,10 @@ def verify(
     control: Annotated[str | None, typer.Option(help="A second parametrization to compare with, such as sp.")] = None,
     step: Annotated[float, typer.Option(min=0.1, max=4, help="Octaves between learning rates.")] = 1.0,
     seed: UnusedSeed = 0,
+    executor: Annotated[
+        str | None, typer.Option(help="one or processes, as for tune; processes by default on the CPU.")
+    ] = None,
+    at_once: Annotated[int | None, typer.Option(min=1, help="How many side by side; by default one per core.")] = None,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> int:
@@ -52,11 +56,10 @@ def verify(
     proxy = experiment.proxy.width
     sizes = numbers(widths, "--widths") if widths is not None else [proxy, 2 * proxy, 4 * proxy]
     where = device_of(device)
-    # A process per core on the CPU, where a small model does not use two of them well.
-    with executor_for(experiment, "processes" if where == "cpu" else "one", device=where) as executor:
-        result, optima = verify_run(
-            experiment, recipe, folder, sizes, executor, seeds=seeds, control=control, step=step
-        )
+    # A process per core on the CPU, where a small model does not use two of them well; what an own trainer uses is not known.
+    how = executor or ("processes" if where == "cpu" and experiment.trainer is None else "one")
+    with executor_for(experiment, how, at_once, where, folder=folder.path) as doing:
+        result, optima = verify_run(experiment, recipe, folder, sizes, doing, seeds=seeds, control=control, step=step)
     emit(result, as_json, text_of(result, optima))
     return 0 if result["verdict"] == "pass" else 1
 
