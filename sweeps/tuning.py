@@ -3,36 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-import math
-import sys
 import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 
-import optuna
-from optuna.exceptions import UpdateFinishedTrialError
-from optuna.trial import FrozenTrial, Trial, TrialState
+from optuna.trial import TrialState
 
 from mutransfer.errors import RequestError
 from mutransfer.files import naming_the_disk
 from mutransfer.frames import TRIALS
-from mutransfer.proxies.training import Outcome
 from mutransfer.runs import RunFolder
 
-from .budgets import Spent
-from .claims import FINISHED, Claims
+from .claims import Claims
 from .executors import check_trainer, one_by_one
-from .experiment import Experiment, with_values
-from .failures import Failures
+from .experiment import Experiment
 from .findings import Tuned, best_so_far, summary, usable
-from .independent import Independent
-from .jobs import Executor, Job, Reported, flops_of, loaded, plan_of
+from .jobs import Executor, flops_of, loaded, plan_of
 from .leases import LEASE, Leases, worker_name
 from .locks import only_one
-from .patience import Patient
 from .repeating import repeat
 from .storages import naming_the_storage, opened, own_journal
 from .study import baseline, distributions, open_study, trials_frame
+from .telling import affordable, busy, told
 
 __all__ = ["Tuned", "tune"]
 
@@ -102,11 +93,11 @@ def tune(
             claims.give_back(trial for trial in claims.trials() if trial.state is TrialState.RUNNING)
             dead = list
         while (finished := claims.finished()) < experiment.trials and (
-            _affordable(experiment, claims, flops) or _busy(claims)
+            affordable(experiment, claims, flops) or busy(claims)
         ):
             progress(finished, experiment.trials, best_so_far(study))
             idle = True
-            for _ in _told(experiment, claims, dead, executor, flops):
+            for _ in told(experiment, claims, dead, executor, flops):
                 idle = False
                 TRIALS.write(trials_frame(claims.trials()), folder.trials)
                 progress(min(claims.finished(), experiment.trials), experiment.trials, best_so_far(study))
@@ -121,125 +112,6 @@ def tune(
         tuned = summary(experiment, study, frame, again, time.perf_counter() - begun)
         tuned.best.save(folder.best)
     return tuned
-
-
-def _told(
-    experiment: Experiment,
-    claims: Claims,
-    dead: Callable[[], list[FrozenTrial]],
-    executor: Executor,
-    flops: float | None,
-) -> Iterator[Trial]:
-    """Begin trials as the executor has room, while there are any to begin; yield each after it is told.
-
-    An interruption returns what is unfinished to the queue.
-    """
-
-    failures = Failures(executor.capacity)
-
-    def begun() -> Iterator[Job]:
-        while True:
-            claims.give_back(dead())
-            sampler = claims.study.sampler
-            if isinstance(sampler, Independent) and sampler.waits(claims.study):
-                return
-            if not _affordable(experiment, claims, flops):
-                return
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-                trial = claims.next()
-            if trial is None:
-                return
-            yield _job(experiment, trial)
-
-    def report(reported: Sequence[Reported]) -> list[bool]:
-        dead = set()
-        for job, step, loss in reported:
-            try:
-                claims.begun[job.key].report(loss, step)
-            except UpdateFinishedTrialError:
-                dead.add(job.key)  # taken for dead by others, who do it again: `_tell` says so
-        return [job.key in dead or claims.begun[job.key].should_prune() for job, _, _ in reported]
-
-    try:
-        for job, outcome in executor.run(experiment, begun(), report):
-            trial = claims.begun[job.key]
-            failures.note(job.key, outcome, claims.finished())
-            told = _tell(claims.study, trial, outcome, flops)
-            del claims.begun[job.key]
-            if told:
-                yield trial
-    except BaseException:
-        # What cannot be told now (a full disk, an interruption inside the storage) is given back when the run resumes, or
-        # by another worker.
-        with contextlib.suppress(Exception):
-            if isinstance(claims.study._storage, Patient):
-                claims.study._storage.hurry()
-            claims.give_back_own()
-        raise
-
-
-def _busy(claims: Claims) -> int:
-    return sum(trial.state is TrialState.RUNNING for trial in claims.trials())
-
-
-def _affordable(experiment: Experiment, claims: Claims, flops: float | None) -> bool:
-    """Return whether the budget allows one more trial, beside those that run."""
-    return Spent.of(claims.trials()).allows(
-        experiment.budget, _busy(claims), None if flops is None else flops * experiment.steps
-    )
-
-
-def _tell(study: optuna.Study, trial: Trial, outcome: Outcome, flops: float | None) -> bool:
-    """Tell the outcome; False if others took this worker for dead and the trial is not its own any more."""
-    finite = outcome.loss if math.isfinite(outcome.loss) else None
-    said = {
-        "loss": finite,
-        "start": outcome.start if math.isfinite(outcome.start) else None,
-        "diverged": outcome.diverged,
-        "steps": outcome.steps,
-        "flops": None if flops is None else flops * outcome.steps,
-        "seconds": outcome.seconds,
-        **({"failed": outcome.failed} if outcome.failed else {}),
-    }
-    try:
-        trial.set_user_attr("outcome", said)
-        if outcome.failed:
-            study.tell(trial, state=TrialState.FAIL)
-        elif outcome.stopped:
-            study.tell(trial, state=TrialState.PRUNED)
-        else:
-            study.tell(trial, _penalty(study, outcome.start) if outcome.diverged else outcome.loss)
-    except (UpdateFinishedTrialError, ValueError):
-        if study.get_trials(deepcopy=False)[trial.number].state is not TrialState.FAIL:
-            raise
-        print(
-            f"trial {trial.number} was taken for dead, as this worker had shown no sign of life, and is done again",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
-        return False
-    return True
-
-
-def _penalty(study: optuna.Study, start: float) -> float:
-    """What a diverged trial is told as: a NaN would be a failure, which samplers ignore and `trials` does not count.
-
-    Twice its start; an own trainer may not tell it, and then the worst loss of the others is doubled.
-    """
-    if not math.isfinite(start):
-        told = [trial.user_attrs.get("outcome", {}) for trial in study.get_trials(deepcopy=False, states=FINISHED)]
-        losses = [had["loss"] for had in told if not had.get("diverged") and had.get("loss") is not None]
-        if not losses:
-            return 100.0
-        start = max(losses)
-    return start + (abs(start) or 1.0)
-
-
-def _job(experiment: Experiment, trial: Trial) -> Job:
-    recipe = with_values(experiment.recipe, trial.params)
-    return Job(
-        trial.number, experiment.proxy_scale, experiment.parametrization, recipe, experiment.seed, experiment.rung_steps
-    )
 
 
 def _refuse_other_experiment(experiment: Experiment, folder: RunFolder) -> None:
