@@ -55,8 +55,9 @@ def load_trainer(reference: str) -> Callable[..., Any]:
 def call(reference: str, recipe: Recipe, plan: Plan, seed: int, attempt: Attempt) -> Outcome:
     """Train by the function that ``reference`` names, and return how it ended.
 
-    It is called as ``train(recipe, plan, seed, report)`` and returns the final loss. Torch is seeded before, so that a
-    trial is the same wherever and after whatever it runs. An exception of its own is a failed run.
+    It is called as ``train(recipe, plan, seed, report)`` and returns the final loss; ``report(step, loss)`` raises `Stop`
+    if it should not go on, and ``report.steps`` is the length of the run. Torch is seeded before, so that a trial is the
+    same wherever and after whatever it runs. An exception of its own is a failed run.
 
     Raises:
         RequestError: it cannot be imported, or what it reports or returns is no number.
@@ -65,14 +66,10 @@ def call(reference: str, recipe: Recipe, plan: Plan, seed: int, attempt: Attempt
     where = reference.rpartition(":")[0]
     file = str(Path(where).expanduser().resolve()) if _is_file(where) else None
 
-    def report(step: int, loss: float) -> None:
-        if attempt.heard(_step(step, reference), _loss(loss, f"{reference} reported")):
-            raise Stop
-
     torch.manual_seed(seed)
     try:
         with helpers_of(Path(file).parent) if file else contextlib.nullcontext():
-            loss = function(recipe, plan, seed, report)
+            loss = function(recipe, plan, seed, _Reporter(reference, attempt))
     except RequestError:
         raise
     except (Exception, SystemExit) as error:
@@ -81,6 +78,17 @@ def call(reference: str, recipe: Recipe, plan: Plan, seed: int, attempt: Attempt
             return attempt.outcome()
         return attempt.outcome(failed=f"{reference} raised {said(error, file)}")
     return attempt.outcome(_loss(loss, f"{reference} returned"))
+
+
+class _Reporter:
+    """What a trainer is given as ``report``."""
+
+    def __init__(self, reference: str, attempt: Attempt) -> None:
+        self._reference, self._attempt, self.steps = reference, attempt, attempt.steps
+
+    def __call__(self, step: int, loss: float) -> None:
+        if self._attempt.heard(_step(step, self._reference), _loss(loss, f"{self._reference} reported")):
+            raise Stop
 
 
 def _is_file(where: str) -> bool:

@@ -46,6 +46,7 @@ def verify(
     as_json: AsJson = False,
 ) -> int:
     """Say whether the best learning rate stays where the proxy found it (exit 1 if not), and what the proxy's one costs."""
+    from ..errors import RequestError
     from ..recipe import Recipe
     from ..runs import RunFolder
     from ..sweeps.executors import executor_for
@@ -57,6 +58,8 @@ def verify(
     sizes = numbers(widths, "--widths") if widths is not None else [proxy, 2 * proxy, 4 * proxy]
     where = device_of(device)
     # A process per core on the CPU, where a small model does not use two of them well; what an own trainer uses is not known.
+    if executor not in (None, "one", "processes"):
+        raise RequestError(f"--executor {executor!r} is not for verify, whose widths differ: use one or processes.")
     how = executor or ("processes" if where == "cpu" and experiment.trainer is None else "one")
     with executor_for(experiment, how, at_once, where, folder=folder.path) as doing:
         result, optima = verify_run(experiment, recipe, folder, sizes, doing, seeds=seeds, control=control, step=step)

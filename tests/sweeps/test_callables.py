@@ -12,6 +12,7 @@ import pytest
 from mutransfer.errors import RequestError
 from mutransfer.runs import RunFolder
 from mutransfer.sweeps.attempt import Attempt
+from mutransfer.sweeps.commands import Commands
 from mutransfer.sweeps.executors import executor_for
 from mutransfer.sweeps.experiment import Experiment
 from mutransfer.sweeps.jobs import Job, OneByOne
@@ -165,6 +166,34 @@ def test_it_trains_by_the_plan_and_everywhere_alike(folder: RunFolder) -> None:
     with executor_for(given, "processes", 1) as executor:
         ((_, beside),) = executor.run(given, [job])
     assert alone.loss == beside.loss == found.value
+
+
+@pytest.mark.parametrize(
+    ("how", "at_once", "expected"),
+    [
+        ("auto", None, OneByOne),
+        ("one", None, OneByOne),
+        ("auto", 2, Processes),
+        ("processes", 2, Processes),
+        ("fused", 2, OneByOne),
+    ],
+)
+def test_it_is_never_measured_nor_fused(
+    how: str, at_once: int | None, expected: type, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with executor_for(own("bowl"), how, at_once, "cuda") as executor:
+        assert type(executor) is expected
+    said = "trials are not fused: own.py:bowl trains them.\n" if how == "fused" else ""
+    assert capsys.readouterr().err == said
+    command = experiment(model="models.py:build", data="none", trainer={"command": "c {plan}"})
+    with executor_for(command, how, at_once, "cuda") as executor:
+        assert isinstance(executor, Commands)
+        assert executor.capacity == (2 if expected is Processes else 1)
+    with (
+        pytest.raises(RequestError, match=r"bfloat16 is for fused trials, and own\.py:bowl trains"),
+        executor_for(own("bowl"), "auto", precision="bfloat16"),
+    ):
+        pass
 
 
 def test_widths_are_compared_with_it(folder: RunFolder) -> None:
