@@ -103,7 +103,6 @@ class FusedTraining:
         if snapshot is None:
             model = self.family.build(place.plan.scale).to(self.device)
             place.plan.initialize(model, place.seed)
-            self.stack.trained, self.stack.buffers = self.now.trained, self.now.buffers
             self.stack.put(index, model)
             tree_map(lambda stack: stack[index].zero_(), self.now.states)
         else:
@@ -132,6 +131,7 @@ class FusedTraining:
         everything = (self.now, self.stack.resting, self.settings, self.limit)
         # All or nothing, as memory may not suffice.
         self.now, self.stack.resting, self.settings, self.limit = tree_map(lambda each: each[chosen], everything)
+        self.stack.trained, self.stack.buffers = self.now.trained, self.now.buffers
         if len(indices) != len(self.places):
             self._compile = False
             self._use(self._uncompiled)
@@ -159,6 +159,7 @@ class FusedTraining:
             replayed = graphed(self.step, inputs, self._tolerance)
             self.step, self._graphs = replayed or self.step, replayed is not None
         losses, self.now = self.step(*inputs)
+        self.stack.trained, self.stack.buffers = self.now.trained, self.now.buffers  # frees those before
         return losses
 
     def _note(self, begun: list[int], histories: list[list[float]]) -> None:
