@@ -44,7 +44,12 @@ class RunFolder:
             RequestError: it cannot be created or written.
         """
         with naming_the_disk(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+            except FileNotFoundError:  # with its parents made, only where nothing can be made, as in /proc
+                raise RequestError(
+                    f"cannot make the folder {self.path}: choose an --out that can be written."
+                ) from None
             if not os.access(self.path, os.W_OK):
                 raise RequestError(f"cannot write into {self.path}: choose an --out that can be written.")
         return self

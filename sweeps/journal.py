@@ -19,6 +19,7 @@ from typing import Any
 from optuna.storages.journal import JournalFileBackend
 
 from mutransfer.errors import RequestError
+from mutransfer.files import naming_the_disk
 
 __all__ = ["Journal"]
 
@@ -43,9 +44,13 @@ class Journal(JournalFileBackend):
             pass
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        """Add ``logs``, one line each, and return when they are on the disk."""
+        """Add ``logs``, one line each, and return when they are on the disk.
+
+        Raises:
+            RequestError: the disk is full, or cannot be written.
+        """
         lines = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs).encode()
-        with self._held() as file:
+        with naming_the_disk(self._file_path), self._held() as file:
             # What a failure leaves of a line is not taken back here: a whole one may have been read by others already.
             while lines:
                 lines = lines[os.write(file, lines) :]

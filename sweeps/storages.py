@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -125,10 +126,11 @@ def _reached(address: str) -> BaseStorage:
                 f"the storage {masked(address)} needs the Python package {missing}: {DRIVERS.get(missing, 'install it')}."
             ) from None
         except Exception as error:  # whatever its driver raises
-            reason = masked(describe(_innermost(error)))
-            raise RequestError(
-                f"cannot open the storage {masked(address)} ({reason}): check that it runs and its address."
-            ) from None
+            if isinstance(error, OSError) and error.filename is not None:
+                reason, move = os.strerror(error.errno or 0), "check its folder and its address"
+            else:
+                reason, move = masked(describe(_innermost(error))), "check that it runs and its address"
+            raise RequestError(f"cannot open the storage {masked(address)} ({reason}): {move}.") from None
 
 
 def _opener(address: str) -> Callable[[], BaseStorage]:

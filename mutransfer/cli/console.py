@@ -50,7 +50,7 @@ def device_of(name: str) -> str:
 
 def say(text: str) -> None:
     """Print a line for a person, on stderr."""
-    print(text, file=sys.stderr, flush=True)
+    print(text + "\n", end="", file=sys.stderr, flush=True)  # in one write, which a Ctrl-C does not split
 
 
 @contextlib.contextmanager

@@ -113,6 +113,21 @@ def test_tuning_survives_five_of_them_in_a_row(stop: Any, shop: Path, commands: 
     assert time.monotonic() - begun < 30  # no lock is waited for
 
 
+@pytest.mark.parametrize("between", [0.0, 0.002, 0.01, 0.03])
+def test_a_second_interrupt_while_the_first_is_answered(between: float, shop: Path, commands: Processes) -> None:
+    """People press it twice: in the trial, and again while its parameters are being given back."""
+    run = shop / "new"
+    started = commands.start(*TUNE, cwd=shop)
+    until(lambda: rows(run / "trials.csv") >= 2)
+    before = TRIALS.read(run / "trials.csv")
+    started.interrupt()
+    time.sleep(between)
+    started.interrupt()
+    assert_interrupted(started.wait(), started)
+    trials = assert_complete(commands.run(*TUNE, "--json", cwd=shop), run)
+    pd.testing.assert_frame_equal(trials[: len(before)][before.columns], before)
+
+
 def imported(pid: int, library: str) -> bool:
     maps = Path(f"/proc/{pid}/maps")
     return library in maps.read_text() if maps.exists() else False

@@ -132,6 +132,9 @@ WRONG = [
     # Where nothing can be written.
     (("tune", "experiment.yaml", "--out", "file"), ["cannot write file"]),
     (("tune", "experiment.yaml", "--out", "file/run"), ["cannot write file/run", "--out"]),
+    (("tune", "experiment.yaml", "--out", "/sys/new"), ["cannot write /sys/new", "--out"]),  # not even for root
+    (("tune", "experiment.yaml", "--out", "/proc/new"), ["cannot make the folder /proc/new", "--out"]),
+    (("tune", "experiment.yaml", "--out", "new", "--storage", "journal:/sys/x.journal"), ["journal:/sys/x.journal", "check its"]),
     (("transfer", "run", "--width", "16", "--out", "file/target.json"), ["cannot write file/target.json", "--out"]),
     (("transfer", "run", "--width", "16", "--out", "nothing"), ["cannot write nothing", "--out"]),
     (("transfer", "run", "--width", "24", "--to", "pytorch", "--out", "file/x"), ["cannot write file/x", "--out"]),
@@ -145,6 +148,12 @@ WRONG = [
     (("tune", "experiment.yaml", "--out", "new", "--device", "gpu"), ["--device 'gpu'", "auto, cpu or cuda"]),
     (("tune", "experiment.yaml", "--out", "new", "--storage", "sqlite:////none/at/all.db"), ["sqlite:////none/at/all.db"]),
     (("tune", "experiment.yaml", "--out", "new", "--storage", "nosuch://x"), ["nosuch://x"]),
+    (
+        ("tune", "experiment.yaml", "--out", "new", "--storage", "postgresql://ann:s3cret@127.0.0.1:1/x"),
+        ["cannot open the storage postgresql://ann:***@127.0.0.1:1/x", "refused", "check that it runs"],
+    ),
+    (("tune", "experiment.yaml", "--out", "new", "--storage", "journal:experiment.yaml"), ["experiment.yaml is no journal"]),
+    (("tune", "experiment.yaml", "--out", "new", "--lease", "0"), ["--lease", "greater than or equal to 1"]),
     (("tune", "experiment.yaml", "--executor", "process"), ["--executor 'process'", "did you mean 'processes'?"]),
     (("tune", "experiment.yaml", "--executor", "one", "--at-once", "4"), ["--at-once 4 needs --executor processes or fused"]),
     (("tune", "experiment.yaml", "--precision", "fp8"), ["--precision 'fp8'", "float32"]),
@@ -225,6 +234,36 @@ def test_a_disk_that_fills_while_tuning(limit: int, shop: Path, commands: Proces
     trials = TRIALS.read(shop / "new" / "trials.csv")
     assert trials["state"].isin(["COMPLETE", "PRUNED"]).sum() == 24
     assert set(trials["state"]) <= {"COMPLETE", "PRUNED", "FAIL"}
+
+
+def test_a_disk_that_fills_under_a_shared_journal(shop: Path, commands: Processes) -> None:
+    tuning = ("tune", "experiment.yaml", "--out", "new", "--trials", "24", "--storage", "journal:shared.journal")
+    ended = commands.run(*tuning, "--lease", "1", cwd=shop, limit=6000)
+    assert_one_sentence(ended, ["no space left to write shared.journal", "free some disk space"])
+    resumed = commands.run(*tuning, "--lease", "1", "--json", cwd=shop)
+    assert resumed.code == 0, resumed.err
+    assert resumed.json["finished"] == 24
+
+
+def test_a_storage_with_a_study_of_another_search_space(shop: Path, commands: Processes) -> None:
+    shared = ("--storage", "journal:shared.journal")
+    assert commands.run("tune", "experiment.yaml", "--out", "one", *shared, cwd=shop).code == 0
+    before = (shop / "shared.journal").read_bytes()
+    other = ("--set", "search={beta2: {low: 0.9, high: 0.99}}")
+    ended = commands.run("tune", "experiment.yaml", "--out", "two", *other, *shared, cwd=shop)
+    assert_one_sentence(ended, ["the study 'mutransfer' was made with search = ", "name another --study"])
+    after = (shop / "shared.journal").read_bytes()
+    assert after.startswith(before)
+    assert b"beta2" not in after  # Optuna notes that the study was asked for
+
+
+def test_a_sweep_in_which_all_diverge(shop: Path, commands: Processes) -> None:
+    wild = ("--set", f"search.lr.low={2.0**30}", "--set", f"search.lr.high={2.0**40}")
+    ended = commands.run("tune", "experiment.yaml", "--out", "new", *wild, cwd=shop)
+    assert_one_sentence(ended, ["all 3 trials diverged", "lower search.lr", "another --out"])
+    trials = TRIALS.read(shop / "new" / "trials.csv")
+    assert trials["diverged"].all()
+    assert not (shop / "new" / "best.json").exists()
 
 
 @pytest.mark.parametrize(
