@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -122,7 +123,8 @@ def test_a_second_interrupt_while_the_first_is_answered(between: float, shop: Pa
     before = TRIALS.read(run / "trials.csv")
     started.interrupt()
     time.sleep(between)
-    started.interrupt()
+    with contextlib.suppress(ProcessLookupError):  # it may have ended
+        started.interrupt()
     assert_interrupted(started.wait(), started)
     trials = assert_complete(commands.run(*TUNE, "--json", cwd=shop), run)
     pd.testing.assert_frame_equal(trials[: len(before)][before.columns], before)
