@@ -65,13 +65,17 @@ def told(
             yield _job(experiment, trial)
 
     def report(reported: Sequence[Reported]) -> list[bool]:
-        dead = set()
         for job, step, loss in reported:
-            try:
+            with contextlib.suppress(UpdateFinishedTrialError):
                 claims.begun[job.key].report(loss, step)
-            except UpdateFinishedTrialError:
-                dead.add(job.key)  # taken for dead by others, who do it again: `_tell` says so
-        return [job.key in dead or claims.begun[job.key].should_prune() for job, _, _ in reported]
+        return [hopeless(claims.begun[job.key]) for job, _, _ in reported]
+
+    def hopeless(trial: Trial) -> bool:
+        try:
+            state = claims.trials()[trial.number].state
+            return state is not TrialState.RUNNING or trial.should_prune()
+        except UpdateFinishedTrialError:  # as halving notes a trial's rung in it
+            return True  # taken for dead by others, who do it again: `_tell` says so
 
     try:
         for job, outcome in executor.run(experiment, begun(), report):
