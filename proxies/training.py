@@ -60,17 +60,21 @@ class Training:
         batch_size: examples per step.
         seed: of the initial weights and of the order of the data.
         device: where to train.
+        compile: compile the model, once for all of its kind in this process.
     """
 
     def __init__(
-        self, family: Family, plan: Plan, data: Data, *, steps: int, batch_size: int, seed: int = 0, device: str = "cpu"
-    ) -> None:
+        self, family: Family, plan: Plan, data: Data, *, steps: int, batch_size: int, seed: int = 0, device: str = "cpu",
+        compile: bool = False,
+    ) -> None:  # fmt: skip
         self.family, self.plan, self.data = family, plan, data
         self.steps, self.batch_size, self.seed, self.device = steps, batch_size, seed, device
         self.model = family.build(plan.scale).to(device)
         plan.initialize(self.model, seed)
         self.optimizer = plan.make_optimizer(self.model)
         self.schedule = scheduler(self.optimizer, plan.recipe, steps)
+        if compile:
+            self.model.compile()
         self.step = 0
         self.finite = True
 

@@ -18,13 +18,13 @@ __all__ = ["Choice", "chosen"]
 
 How = Literal["one", "processes", "fused"]
 
-# What is not measured, as it takes longer than it tells (docs/throughput.md has the measurements).
+# What is not measured, as it takes longer than it tells.
 START = 4.0  # seconds until processes have imported torch
 SPOILED = 1.1  # how much slower a process is beside others than alone
-COMPILING = 30.0  # seconds to compile a fused step
-COMPILED = 1.6  # how many times faster it then is, small models on a CPU
 WORTH = 0.95  # twice as many at once must take less than this per trial
 SHORT = 15.0  # seconds of work that need no plan
+LONG = 120.0  # seconds of work for which compiling is tried, which takes from ten seconds to a minute for each manner
+FAR = 2.0  # how many times slower than the best a manner may be for its compiled form to be tried
 LEARNING = 3  # batches that a study has at least, so that its sampler learns from some
 LARGEST = {"cpu": 64, "cuda": 256}
 
@@ -41,10 +41,43 @@ class Choice:
 
     def __str__(self) -> str:
         """Return the choice and why, as one line."""
-        many = {"one": "one by one", "processes": f"{self.at_once} processes", "fused": f"{self.at_once} fused"}[
-            self.how
-        ]
-        return f"trials are trained {many}{', compiled' if self.compile else ''}: {self.reason}."
+        return f"trials are trained {self.words}: {self.reason}."
+
+    @property
+    def words(self) -> str:
+        """The choice by itself."""
+        many = {"one": "one by one", "processes": f"{self.at_once} processes", "fused": f"{self.at_once} fused"}
+        return f"{many[self.how]}{', compiled' if self.compile else ''}"
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What is to be done, and on what."""
+
+    experiment: Experiment
+    trials: int
+    device: str
+    precision: torch.dtype | None
+
+    def choice(self, how: How, at_once: int, compile: bool = False) -> Choice | None:
+        """Measure one manner; None if it cannot be."""
+        work, cores = self.trials * self.experiment.steps, 1
+        if how == "fused":
+            found = fused_step(self.experiment, at_once, self.device, self.precision, compile)
+        else:
+            cores = at_once
+            threads = 1 if how == "processes" else None
+            found = single_step(self.experiment, self.device, threads, compile)
+        if found is None:
+            return None
+        step = found.step * (SPOILED / cores if how == "processes" else 1.0)
+        # The last round may leave some idle; fused and uncompiled, those that are left go on by themselves.
+        filled = how == "one" or (how == "fused" and not compile)
+        rounds = 1.0 if filled else math.ceil(self.trials / at_once) * at_once / self.trials
+        seconds = work * step * rounds + (START if how == "processes" else 0.0) + (found.first if compile else 0.0)
+        choice = Choice(how, at_once, compile, seconds, "")
+        about = "about " if how == "processes" else ""
+        return Choice(how, at_once, compile, seconds, f"{choice.words} {about}{1e3 * step:.2f} ms")
 
 
 def chosen(
@@ -54,7 +87,8 @@ def chosen(
     """Return what does ``trials`` trials of the experiment soonest.
 
     Steps are measured one by one and fused, by more and more at once as long as that pays and memory suffices. For
-    processes the time of a step on one thread is shared out over the cores, and for a compiled step the usual gain counted.
+    processes the time of a step on one thread is shared out over the cores. Where the best of these still takes minutes, it
+    and what comes near are compiled and measured again.
 
     Args:
         experiment: whose proxy is trained.
@@ -67,60 +101,45 @@ def chosen(
     Raises:
         RequestError: the model cannot be trained.
     """
-    found = list(_choices(experiment, trials, device, at_once, precision, only))
+    work = _Work(experiment, trials, device, precision)
+    found = list(_uncompiled(work, at_once, only))
+    soonest = min(choice.seconds for choice in found)
+    if soonest > LONG:
+        for how in dict.fromkeys(choice.how for choice in found):
+            best = min((choice for choice in found if choice.how == how), key=lambda choice: choice.seconds)
+            if best.seconds <= FAR * soonest and (again := work.choice(how, best.at_once, True)) is not None:
+                found.append(again)
     best = min(found, key=lambda choice: choice.seconds)
-    notes = [choice.reason for choice in found]
-    reason = f"{', '.join(dict.fromkeys(notes))} for a step of one trial"
+    reason = f"{'; '.join(choice.reason for choice in found)} for a step of one trial"
     why = refusal(experiment, device=device) if only in (None, "fused") else None
     return Choice(
         best.how, best.at_once, best.compile, best.seconds, reason + (f"; not fused, as {why}" if why else "")
     )
 
 
-def _choices(
-    experiment: Experiment,
-    trials: int,
-    device: str,
-    at_once: int | None,
-    precision: torch.dtype | None,
-    only: How | None,
-) -> Iterator[Choice]:
-    steps = trials * experiment.steps
-    fusable = refusal(experiment, device=device) is None
-    unfused = (only is None and precision is None) or not fusable
+def _uncompiled(work: _Work, at_once: int | None, only: How | None) -> Iterator[Choice]:
+    fusable = refusal(work.experiment, device=work.device) is None
+    unfused = (only is None and work.precision is None) or not fusable
     if unfused or only == "one":
-        step = single_step(experiment, device)
-        yield Choice("one", 1, False, steps * step, f"one by one {1e3 * step:.2f} ms")
-        if steps * step < SHORT and only is None and at_once is None:
+        one = work.choice("one", 1)
+        assert one is not None
+        yield one
+        if one.seconds < SHORT and only is None and at_once is None:
             return
-    if device == "cpu" and (unfused or only == "processes"):
-        cores = min(at_once or len(os.sched_getaffinity(0)), trials)
-        if cores > 1:
-            step = single_step(experiment, device, threads=1) * SPOILED / cores
-            rounds = math.ceil(trials / cores) * cores / trials  # the last round may leave some idle
-            yield Choice(
-                "processes", cores, False, START + steps * step * rounds, f"{cores} processes about {1e3 * step:.2f} ms"
-            )
+    if work.device == "cpu" and (unfused or only == "processes"):
+        cores = min(at_once or len(os.sched_getaffinity(0)), work.trials)
+        if cores > 1 and (side_by_side := work.choice("processes", cores)) is not None:
+            yield side_by_side
     if fusable and only in (None, "fused"):
-        yield from _fused(experiment, trials, device, at_once, precision)
+        yield from _fused(work, at_once)
 
 
-def _fused(
-    experiment: Experiment, trials: int, device: str, at_once: int | None, precision: torch.dtype | None
-) -> Iterator[Choice]:
-    most = min(LARGEST["cuda" if device.startswith("cuda") else "cpu"], max(2, trials // LEARNING))
+def _fused(work: _Work, at_once: int | None) -> Iterator[Choice]:
+    most = min(LARGEST["cuda" if work.device.startswith("cuda") else "cpu"], max(2, work.trials // LEARNING))
     before = math.inf
-    count = max(1, min(at_once, trials)) if at_once else min(4, most)
-    while True:
-        step = fused_step(experiment, count, device, precision)
-        if step is None:
+    count = max(1, min(at_once, work.trials)) if at_once else min(4, most)
+    while (choice := work.choice("fused", count)) is not None:
+        yield choice
+        if at_once or count >= most or choice.seconds > WORTH * before:
             return
-        rounds = math.ceil(trials / count) * count / trials
-        seconds = trials * experiment.steps * step
-        yield Choice("fused", count, False, seconds, f"{count} fused {1e3 * step:.2f} ms")
-        yield Choice(
-            "fused", count, True, COMPILING + seconds * rounds / COMPILED, f"{count} fused {1e3 * step:.2f} ms"
-        )
-        if at_once or count >= most or step > WORTH * before:
-            return
-        before, count = step, min(2 * count, most)
+        before, count = choice.seconds, min(2 * count, most)

@@ -162,9 +162,9 @@ def _planned(
     print(choice, file=sys.stderr, flush=True)
     match choice.how:
         case "one":
-            return OneByOne(device)
+            return OneByOne(device, compile=choice.compile)
         case "processes":
-            return held.enter_context(Processes(choice.at_once))
+            return held.enter_context(Processes(choice.at_once, compile=choice.compile))
         case _:
             narrow: Any = precision
             kept = None if checkpoints is None else Checkpoints(checkpoints)

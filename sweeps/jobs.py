@@ -85,15 +85,15 @@ class OneByOne:
 
     capacity = 1
 
-    def __init__(self, device: str = "cpu") -> None:
-        self.device = device
+    def __init__(self, device: str = "cpu", *, compile: bool = False) -> None:
+        self.device, self.compile = device, compile
 
     def run(
         self, experiment: Experiment, jobs: Iterable[Job], report: Report | None = None
     ) -> Iterator[tuple[Job, Outcome]]:
         """See `Executor.run`."""
         for job in jobs:
-            yield job, do(experiment, job, self.device, report)
+            yield job, do(experiment, job, self.device, report, self.compile)
 
 
 def loaded(experiment: Experiment) -> tuple[Family, Data | None]:
@@ -159,8 +159,10 @@ def plan_of(experiment: Experiment, scale: Scale, parametrization: str, recipe: 
     return plan(family, scale, parametrization, experiment.optimizer, recipe, observation=seen)
 
 
-def do(experiment: Experiment, job: Job, device: str, report: Report | None) -> Outcome:
+def do(experiment: Experiment, job: Job, device: str, report: Report | None, compile: bool = False) -> Outcome:
     """Do ``job`` in this process, on ``device`` (an own trainer chooses its own); ``report`` is asked at its rungs.
+
+    With ``compile`` the model is compiled for the first job of its kind.
 
     Raises:
         RequestError: the model, its data or its trainer cannot be used; or the trainer is a command.
@@ -173,6 +175,7 @@ def do(experiment: Experiment, job: Job, device: str, report: Report | None) -> 
         return call(trainer.call, job.recipe, planned, job.seed, Attempt(experiment.steps, job.rungs, ask))
     family, data = family_of(experiment)
     training = Training(
-        family, planned, data, steps=experiment.steps, batch_size=experiment.batch_size, seed=job.seed, device=device
-    )
+        family, planned, data, steps=experiment.steps, batch_size=experiment.batch_size, seed=job.seed, device=device,
+        compile=compile,
+    )  # fmt: skip
     return train(training, job.rungs, ask)

@@ -49,8 +49,8 @@ class Processes:
     ``failed``; another one is started for the next.
     """
 
-    def __init__(self, count: int) -> None:
-        self.capacity = count
+    def __init__(self, count: int, *, compile: bool = False) -> None:
+        self.capacity, self.compile = count, compile
         self._workers: list[_Worker] = []
         self._open = False
 
@@ -101,7 +101,7 @@ class Processes:
         # A forked torch may deadlock in its thread pool, so the processes start afresh.
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(theirs,))
+        process = context.Process(target=_serve, args=(theirs, self.compile))
         with _interrupts_held():
             process.start()
             self._workers.append(worker := _Worker(process, ours))
@@ -167,7 +167,7 @@ def _interrupts_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _serve(pipe: Connection) -> None:
+def _serve(pipe: Connection, compile: bool) -> None:
     """Do the jobs that come through ``pipe`` until it is closed: what the processes run."""
     _quiet()
     while True:
@@ -178,7 +178,7 @@ def _serve(pipe: Connection) -> None:
         ask = functools.partial(_ask, pipe) if reports else None
         told: tuple[str, Any]
         try:
-            told = "done", do(experiment, job, "cpu", ask)
+            told = "done", do(experiment, job, "cpu", ask, compile)
         except Exception as error:
             told = "raised", _portable(error)
         pipe.send(told)
