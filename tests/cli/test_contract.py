@@ -48,7 +48,7 @@ FLAGS = {
         "--at-once", "--device", "--executor", "--json", "--lease", "--out", "--precision", "--seed", "--set", "--storage",
         "--study", "--trials", "experiment",
     ],
-    "verify": ["--control", "--device", "--json", "--seed", "--seeds", "--step", "--widths", "run"],
+    "verify": ["--at-once", "--control", "--device", "--executor", "--json", "--seed", "--seeds", "--step", "--widths", "run"],
     "transfer": ["--batch-size", "--depth", "--device", "--json", "--out", "--seed", "--to", "--tokens", "--width", "run"],
     "train": ["--checkpoint-every", "--device", "--json", "--out", "--seed", "target"],
     "audit": ["--device", "--json", "--seed", "dump", "target"],
