@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -26,38 +27,31 @@ from .recipe import Recipe
 from .scale import Scale
 from .tables import table
 
-__all__ = ["finished", "plan"]
+__all__ = ["Target", "finished", "plan", "target_of"]
 
 
-def plan(
-    family: Family,
-    scale: Scale,
-    parametrization: str = "mup",
-    optimizer: str = "adamw",
-    recipe: Recipe | str | os.PathLike[str] | None = None,
-    *,
-    observation: Observation | None = None,
-    densities: Mapping[str, float] | None = None,
-) -> Plan:
-    """Plan the settings of every parameter of ``family`` at ``scale``. Nothing is built for real, so any size will do.
+@dataclass(frozen=True)
+class Target:
+    """All that a plan needs of the model at one scale, whatever the recipe: shapes, own inits, and its layers' origins."""
 
-    Args:
-        family: the model at any size; its base is where every factor is 1.
-        scale: the model to plan for.
-        parametrization: one of `tables.TABLES`, such as "mup" (TP-V 2203.03466, Table 3), "completep" or "sp".
-        optimizer: name of an optimizer in lower case, one of `optimizers.OPTIMIZERS`.
-        recipe: hyperparameters at base scale, or the path of a saved recipe; torch-like defaults if None.
-        observation: what `observe` returned for this family, to save doing it again.
-        densities: name pattern → m_ρ, the density of these hidden layers at the target / at the base (SµPar 2405.15743).
+    scale: Scale
+    parametrization: str
+    seen: Observation
+    shapes: dict[str, tuple[int, ...]]
+    inits: dict[str, Init]
+    origin: dict[str, str]
+
+
+def target_of(
+    family: Family, scale: Scale, parametrization: str = "mup", observation: Observation | None = None
+) -> Target:
+    """Look at ``family`` at ``scale``, built on fake tensors, for plans under ``parametrization``.
 
     Raises:
-        RequestError: an unknown name, a model whose parameters cannot be told, an axis that changed but does not grow.
+        RequestError: as `plan`.
     """
-    if recipe is None or not isinstance(recipe, Recipe):
-        recipe = Recipe() if recipe is None else Recipe.load(recipe)
-    rules, rule = table(parametrization), optimizer_rule(optimizer, recipe)
     seen = observation or observe(family)
-    if scale.depth != family.base.depth and rules.depth is not None:
+    if scale.depth != family.base.depth and table(parametrization).depth is not None:
         seen = with_depth_constants(family, seen)
     seen = at_target(family, seen, scale)
     with FakeTensorMode(allow_non_fake_inputs=True), InitWatcher() as watcher:
@@ -71,9 +65,48 @@ def plan(
     base_axes = {name: len(spec.shape) for name, spec in seen.specs.items()}
     axes = {name: len(shape) for name, shape in shapes.items()}
     origin = match_layers(axes, base_axes, fits(shapes, seen.specs), kinds(seen.specs))
-    draft = Draft(rules, rule, recipe, seen, scale, family.base, shapes, origin, densities or {})
-    planned = finished(draft, optimizer, inits)
-    grown = sum(map(math.prod, shapes.values())) / sum(math.prod(spec.shape) for spec in seen.specs.values())
+    return Target(scale, parametrization, seen, shapes, inits, origin)
+
+
+def plan(
+    family: Family,
+    scale: Scale,
+    parametrization: str = "mup",
+    optimizer: str = "adamw",
+    recipe: Recipe | str | os.PathLike[str] | None = None,
+    *,
+    observation: Observation | None = None,
+    target: Target | None = None,
+    densities: Mapping[str, float] | None = None,
+) -> Plan:
+    """Plan the settings of every parameter of ``family`` at ``scale``. Nothing is built for real, so any size will do.
+
+    Args:
+        family: the model at any size; its base is where every factor is 1.
+        scale: the model to plan for.
+        parametrization: one of `tables.TABLES`, such as "mup" (TP-V 2203.03466, Table 3), "completep" or "sp".
+        optimizer: name of an optimizer in lower case, one of `optimizers.OPTIMIZERS`.
+        recipe: hyperparameters at base scale, or the path of a saved recipe; torch-like defaults if None.
+        observation: what `observe` returned for this family, to save doing it again.
+        target: what `target_of` returned for this family, scale and parametrization, to save that as well.
+        densities: name pattern → m_ρ, the density of these hidden layers at the target / at the base (SµPar 2405.15743).
+
+    Raises:
+        RequestError: an unknown name, a model whose parameters cannot be told, an axis that changed but does not grow.
+    """
+    if recipe is None or not isinstance(recipe, Recipe):
+        recipe = Recipe() if recipe is None else Recipe.load(recipe)
+    rules, rule = table(parametrization), optimizer_rule(optimizer, recipe)
+    there = target or target_of(family, scale, parametrization, observation)
+    if (there.scale, there.parametrization) != (scale, parametrization):
+        raise RequestError(
+            f"the target was looked at at {there.scale} for {there.parametrization}, and the plan is of {scale} under "
+            f"{parametrization}: call target_of for these."
+        )
+    draft = Draft(rules, rule, recipe, there.seen, scale, family.base, there.shapes, there.origin, densities or {})
+    planned = finished(draft, optimizer, there.inits)
+    base = sum(math.prod(spec.shape) for spec in there.seen.specs.values())
+    grown = sum(map(math.prod, there.shapes.values())) / base
     return apply(planned, scale, family.base, grown)
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 from mutransfer.errors import RequestError, describe
 from mutransfer.family import Family
 from mutransfer.observing.observe import observe
-from mutransfer.planning import plan
+from mutransfer.planning import Target, plan, target_of
 from mutransfer.plans import Plan
 from mutransfer.price import step_flops
 from mutransfer.proxies.data import Data, load_data
@@ -132,6 +132,11 @@ def _observed(key: str) -> Any:
     return observe(_loaded(key)[0])
 
 
+@functools.lru_cache(maxsize=64)
+def _target(key: str, scale: Scale, parametrization: str) -> Target:
+    return target_of(_loaded(key)[0], scale, parametrization, _observed(key))
+
+
 def flops_of(experiment: Experiment, scale: Scale) -> float | None:
     """Return the floating point operations of one training step at ``scale``; None if an own trainer chooses its batches.
 
@@ -153,10 +158,10 @@ def flops_of(experiment: Experiment, scale: Scale) -> float | None:
 
 
 def plan_of(experiment: Experiment, scale: Scale, parametrization: str, recipe: Recipe) -> Plan:
-    """Return the plan of a run at ``scale``; the model is observed once per process."""
+    """Return the plan of a run at ``scale``; the model is observed once per process, and once at each scale."""
     family, _ = loaded(experiment)
-    seen = _observed(_key(experiment))
-    return plan(family, scale, parametrization, experiment.optimizer, recipe, observation=seen)
+    there = _target(_key(experiment), scale, parametrization)
+    return plan(family, scale, parametrization, experiment.optimizer, recipe, target=there)
 
 
 def do(experiment: Experiment, job: Job, device: str, report: Report | None, compile: bool = False) -> Outcome:

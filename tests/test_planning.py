@@ -11,7 +11,9 @@ from torch import nn
 
 import mutransfer as mt
 from mutransfer.errors import RequestError
+from mutransfer.planning import plan, target_of
 from mutransfer.plans import ParameterPlan
+from mutransfer.recipe import Recipe
 from mutransfer.scale import Scale
 
 from . import families
@@ -383,3 +385,16 @@ def test_a_model_of_other_parameters_at_the_target_is_refused() -> None:
     family = mt.Family(build, families.image_batch(), families.loss, Scale(32))
     with pytest.raises(RequestError, match=r"2\.bias is there at width 128 or at the base, not at both"):
         mt.plan(family, Scale(128))
+
+
+def test_a_target_looked_at_once_gives_the_same_plans() -> None:
+    family, scale = families.mlp(width=16), Scale(64)
+    there = target_of(family, scale, "completep")
+    for recipe in (Recipe(lr=0.1), Recipe(lr=0.01, init_scale=2.0, alpha_output=0.5, weight_decay=0.1)):
+        assert plan(family, scale, "completep", recipe=recipe, target=there) == plan(
+            family, scale, "completep", recipe=recipe
+        )
+    with pytest.raises(
+        RequestError, match="the target was looked at at .* for completep, and the plan is of .* under mup"
+    ):
+        plan(family, scale, "mup", target=there)

@@ -1,0 +1,97 @@
+"""Does a fused sweep find as good a recipe as Optuna's plain sequential TPE, with as much compute, and how much sooner?
+
+The language is the Markov one, whose floor is known exactly, so that losses are differences from it. Both sweeps have the
+same trials, sampler, start-up and seed; the sequential one asks a trial when the one before is told, the fused one up to K
+while none of them is. Every sweep is a folder of its own and resumes, so an interrupted script goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from harness import Claim, publish
+from scipy import stats
+
+from mutransfer.runs import RunFolder
+from mutransfer.sweeps.experiment import Experiment, Range, Size
+from mutransfer.sweeps.fusing.executor import Fused
+from mutransfer.sweeps.jobs import Executor, OneByOne, family_of
+from mutransfer.sweeps.tuning import tune
+
+NO_WORSE = 0.01  # of the loss above the floor: the margin of "no worse"
+
+
+def experiment(seed: int, trials: int, steps: int) -> Experiment:
+    """Return the sweep: three hyperparameters of a one-layer transformer; no pruning, so that compute is equal."""
+    return Experiment(
+        model="transformer", data="markov", sequence_length=32, proxy=Size(width=32, depth=1), batch_size=8, steps=steps,
+        search={
+            "lr": Range(low=2**-11, high=2**-2, log=True),
+            "init_scale": Range(low=0.25, high=4, log=True),
+            "alpha_output": Range(low=0.25, high=4, log=True),
+        },
+        pruner="none", trials=trials, seed=seed,
+    )  # fmt: skip
+
+
+def sweep(asked: Experiment, folder: Path, executor: Executor) -> tuple[float, float]:
+    """Return the best loss and the seconds that the sweep took."""
+    begun = time.perf_counter()
+    found = tune(asked, RunFolder(folder), executor=executor)
+    return found.value, time.perf_counter() - begun
+
+
+def interval(name: str, values: np.ndarray, bar: float, ok: bool) -> Claim:
+    """Return the mean with Student's 95% interval over seeds."""
+    half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
+    return Claim(name, float(values.mean()), float(values.mean() - half), float(values.mean() + half), bar, ok)
+
+
+def main() -> None:
+    """Measure and publish."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--quick", action="store_true", help="does it run: two seeds, eight short trials")
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--trials", type=int, default=48)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--count", type=int, default=16, help="K, the trials that are fused")
+    given = parser.parse_args()
+    if given.quick:
+        given.seeds, given.trials, given.steps, given.count = 2, 8, 10, 4
+    fused, plain = Fused(given.count), OneByOne()
+    _, data = family_of(experiment(0, given.trials, given.steps))
+    assert data.floor is not None
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        # What is compiled once is not part of any sweep's time.
+        warm = experiment(0, given.count, given.steps)
+        sweep(warm, Path(folder) / "warm", fused)
+        for seed in range(given.seeds):
+            asked = experiment(seed, given.trials, given.steps)
+            runs = {"fused": fused, "plain": plain}
+            found = {
+                name: sweep(asked, Path(folder) / f"{name}-{seed}", executor)
+                for name, executor in (runs.items() if seed % 2 else reversed(runs.items()))
+            }
+            rows.append((*found["fused"], *found["plain"]))
+            print(
+                f"seed {seed}: fused {found['fused'][0]:.4f} in {found['fused'][1]:.1f} s, "
+                f"one by one {found['plain'][0]:.4f} in {found['plain'][1]:.1f} s",
+                file=sys.stderr, flush=True,
+            )  # fmt: skip
+    table = np.array(rows)
+    worse = (table[:, 0] - table[:, 2]) / (table[:, 2] - data.floor)
+    sooner = table[:, 3] / table[:, 1]
+    loss = interval("(fused − sequential best loss) / (sequential − floor)", worse, NO_WORSE, ok=True)
+    loss = Claim(**{**loss.__dict__, "ok": loss.high <= NO_WORSE})
+    publish([loss, interval("sequential / fused seconds", sooner, 1.0, ok=bool(sooner.mean() >= 1))], given.json)
+
+
+if __name__ == "__main__":
+    main()

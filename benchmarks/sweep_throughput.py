@@ -1,0 +1,196 @@
+"""How many trials a minute: fused, one by one, compiled one by one, in two processes, and what the planner chooses.
+
+One run holds all ways: in every round each way trains the same trials once, in turn, after a round that compiles and starts
+what is started once. Ratios are of the same round. On a GPU the target is the issue of launch-bound small models, and
+one by one with CUDA graphs is among the rivals.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from harness import Claim, arguments, at_least, publish
+
+from mutransfer.proxies.training import Training, train
+from mutransfer.recipe import Recipe
+from mutransfer.sweeps.executors import Planned, executor_for
+from mutransfer.sweeps.experiment import Experiment, Size
+from mutransfer.sweeps.fusing.executor import Fused
+from mutransfer.sweeps.jobs import Executor, Job, OneByOne, family_of, plan_of
+from mutransfer.sweeps.processes import Processes
+
+ROUNDS = 5
+TRIALS = 1000  # of the sweep that the planner plans for: long enough for what is done once not to matter
+
+
+@dataclass
+class Compiled:
+    """One by one, the model and its loss compiled: what `model.compile()` gives a careful user.
+
+    ``mode`` is torch.compile's; "reduce-overhead" replays CUDA graphs on a GPU.
+    """
+
+    device: str
+    mode: str | None = None
+    capacity: int = 1
+
+    def run(self, experiment: Experiment, jobs: Any, report: Any = None) -> Iterator[Any]:
+        """See `mutransfer.sweeps.jobs.Executor`."""
+        for job in jobs:
+            family, data = family_of(experiment)
+            planned = plan_of(experiment, job.scale, job.parametrization, job.recipe)
+            training = Training(
+                family, planned, data, steps=experiment.steps, batch_size=experiment.batch_size, seed=job.seed,
+                device=self.device,
+            )  # fmt: skip
+            training.model.compile(mode=self.mode)
+            yield job, train(training)
+
+
+@dataclass
+class Way:
+    """One way of training and its times, seconds a round."""
+
+    name: str
+    executor: Executor
+    trials: int
+    seconds: list[float] = field(default_factory=list)
+    first: float = 0.0
+    memory: float = 0.0
+
+    def round(self, experiment: Experiment) -> None:
+        """Train ``trials`` trials that differ in their learning rates."""
+        jobs = [
+            Job(i, experiment.proxy_scale, experiment.parametrization, Recipe(lr=2.0 ** -(6 + 4 * i / self.trials)), 0)
+            for i in range(self.trials)
+        ]
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        begun = time.perf_counter()
+        assert len(list(self.executor.run(experiment, iter(jobs)))) == self.trials
+        self.seconds.append(time.perf_counter() - begun)
+        if torch.cuda.is_available():
+            self.memory = torch.cuda.max_memory_allocated() / 2**30
+
+    def per_minute(self) -> list[float]:
+        """Return trials a minute, round by round."""
+        return [60 * self.trials / seconds for seconds in self.seconds]
+
+
+def experiment(width: int, device: str, quick: bool) -> Experiment:
+    """Return the sweep that is timed: a transformer on bytes; on a GPU 4 layers and 2048 tokens a step."""
+    depth, batch = (4, 32) if device == "cuda" else (2, 8)
+    steps = (4 if quick else 100) if device == "cuda" else (4 if quick else max(10, 60 * 32 // width))
+    return Experiment(
+        model="transformer", data="bytes", sequence_length=64, proxy=Size(width=width, depth=depth), batch_size=batch,
+        steps=steps, base=Size(width=min(width, 64), depth=depth), trials=TRIALS,
+    )  # fmt: skip
+
+
+def measure(
+    width: int, counts: tuple[int, ...], device: str, quick: bool, say: Callable[[str], None]
+) -> tuple[dict[str, Way], str]:
+    """Time every way at one width; return the ways and what the planner says of its choice."""
+    asked = experiment(width, device, quick)
+    torch.compiler.reset()  # of the widths before: a function is compiled for eight cases at most
+    few = max(4, min(counts)) if not quick else 2
+    ways = {
+        "eager": Way("one by one", OneByOne(device), few),
+        "compiled": Way("compiled, one by one", Compiled(device), few),
+    }
+    if device == "cuda":
+        ways["graphs"] = Way("CUDA graphs, one by one", Compiled(device, "reduce-overhead"), few)
+    for count in counts:
+        ways[f"fused {count}"] = Way(f"fused, K = {count}", Fused(count, device, compile=not quick), count)
+    with Processes(2) as two:
+        if device == "cpu":
+            ways["processes"] = Way("two processes", two, few)
+        with executor_for(asked, "auto", device=device) as planned:
+            assert isinstance(planned, Planned)
+            words = _words(planned)
+            ways["planned"] = Way("as planned", planned, max(*counts, planned.capacity))
+            for number in range((1 if quick else ROUNDS) + 1):
+                order = list(ways.values())
+                for way in order if number % 2 else reversed(order):
+                    way.round(asked)
+                    say(f"width {width}, round {number}: {way.name} {way.trials / way.seconds[-1] * 60:.0f} trials/min")
+    for way in ways.values():
+        way.first = way.seconds.pop(0)
+    return ways, words
+
+
+def _words(planned: Planned) -> str:
+    """Return what the planner says of its choice, which it makes now."""
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        _ = planned.chosen
+    return said.getvalue().strip()
+
+
+def ratios(way: Way, *others: Way) -> list[float]:
+    """Return the trials a minute of ``way`` over the best of ``others``, round by round."""
+    return [
+        own / max(rivals)
+        for own, *rivals in zip(way.per_minute(), *(other.per_minute() for other in others), strict=True)
+    ]
+
+
+def claims(width: int, ways: dict[str, Way], counts: tuple[int, ...], device: str) -> list[Claim]:
+    """Return the width's claims."""
+    rivals = [ways[name] for name in ("eager", "compiled", "processes", "graphs") if name in ways]
+    if device == "cuda":
+        found = []
+        for count in counts:
+            fused = ways[f"fused {count}"]
+            found.append(at_least(f"width {width}: fused {count} / one by one", ratios(fused, ways["eager"]), 20))
+            found.append(at_least(f"width {width}: fused {count} / CUDA graphs", ratios(fused, ways["graphs"]), 6))
+        return found
+    if width == 32:
+        found = []
+        for count in counts:
+            fused = ways[f"fused {count}"]
+            found.append(at_least(f"width 32: fused {count} / one by one", ratios(fused, ways["eager"]), 2.5))
+            found.append(at_least(f"width 32: fused {count} / best of the others", ratios(fused, *rivals), 1.4))
+        return found
+    return [at_least(f"width {width}: as planned / best of the others", ratios(ways["planned"], *rivals), 0.95)]
+
+
+def main() -> None:
+    """Measure and publish."""
+    given = arguments(__doc__ or "")
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    found: list[Claim] = []
+    lines = ["| width | way | trials a minute | first round | peak memory |", "|---|---|---|---|---|"]
+    widths = (32,) if given.quick else (32, 64, 128, 256) if device == "cpu" else (64, 128, 256, 512, 1024)
+    for width in widths:
+        counts = (4,) if given.quick else (16, 32) if device == "cpu" else (1, 4, 16, 64, 256)
+        if device == "cpu" and width > 32 and not given.quick:
+            counts = (16,) if width == 64 else (8,)
+        ways, words = measure(width, counts, device, given.quick, say)
+        found += claims(width, ways, counts, device)
+        for way in ways.values():
+            per = way.per_minute()
+            memory = f"{way.memory:.1f} GiB" if device == "cuda" else ""
+            lines.append(
+                f"| {width} | {way.name} | {statistics.median(per):.0f} ({min(per):.0f} to {max(per):.0f}) | "
+                f"{way.first:.1f} s | {memory} |"
+            )
+        lines.append(f"| {width} | | {words} | | |")
+    if not given.json:
+        print("\n".join(lines) + "\n")
+    publish(found, given.json)
+
+
+if __name__ == "__main__":
+    main()
