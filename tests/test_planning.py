@@ -388,13 +388,14 @@ def test_a_model_of_other_parameters_at_the_target_is_refused() -> None:
 
 
 def test_a_target_looked_at_once_gives_the_same_plans() -> None:
-    family, scale = families.mlp(width=16), Scale(64)
+    family = families.mlp(width=16)
+    scale = family.base.with_(width=64)
     there = target_of(family, scale, "completep")
     for recipe in (Recipe(lr=0.1), Recipe(lr=0.01, init_scale=2.0, alpha_output=0.5, weight_decay=0.1)):
         assert plan(family, scale, "completep", recipe=recipe, target=there) == plan(
             family, scale, "completep", recipe=recipe
         )
     with pytest.raises(
-        RequestError, match="the target was looked at at .* for completep, and the plan is of .* under mup"
+        RequestError, match=r"the target was looked at at .* for completep, and the plan is of .* under mup"
     ):
         plan(family, scale, "mup", target=there)
