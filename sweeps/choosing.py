@@ -10,6 +10,8 @@ from typing import Literal
 
 import torch
 
+from mutransfer.errors import RequestError
+
 from .experiment import Experiment
 from .fusing.refusing import refusal
 from .timing import fused_step, single_step
@@ -103,6 +105,10 @@ def chosen(
     """
     work = _Work(experiment, trials, device, precision)
     found = list(_uncompiled(work, at_once, only))
+    if not found:
+        raise RequestError(
+            "there is not enough memory for one trial: lower batch_size or the proxy's width in the experiment."
+        )
     soonest = min(choice.seconds for choice in found)
     if soonest > LONG:
         for how in dict.fromkeys(choice.how for choice in found):
@@ -138,8 +144,12 @@ def _fused(work: _Work, at_once: int | None) -> Iterator[Choice]:
     most = min(LARGEST["cuda" if work.device.startswith("cuda") else "cpu"], max(2, work.trials // LEARNING))
     before = math.inf
     count = max(1, min(at_once, work.trials)) if at_once else min(4, most)
-    while (choice := work.choice("fused", count)) is not None:
+    while (choice := work.choice("fused", count)) is None and math.isinf(before) and count > 1:
+        count //= 2  # memory does not suffice
+        at_once = at_once and count
+    while choice is not None:
         yield choice
         if at_once or count >= most or choice.seconds > WORTH * before:
             return
         before, count = choice.seconds, min(2 * count, most)
+        choice = work.choice("fused", count)

@@ -20,7 +20,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
-__all__ = ["OWNER", "FINISHED", "Claims", "places"]
+__all__ = ["OWNER", "FINISHED", "Claims", "origin", "places"]
 
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 OURS = "mutransfer:"
@@ -33,6 +33,13 @@ def places(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
     """Return the trials that hold a place, by number; ``trials`` are all of a study."""
     valid = _valid(trials)
     return [trial for trial in trials if trial.state is not TrialState.FAIL and trial.number in valid]
+
+
+def origin(trial: FrozenTrial, trials: Sequence[FrozenTrial]) -> FrozenTrial:
+    """Return the trial that ``trial`` is done again for, however often that was; itself if it is no ticket."""
+    while (repeats := trial.system_attrs.get(REPEATS)) is not None:
+        trial = trials[repeats]
+    return trial
 
 
 def _valid(trials: Sequence[FrozenTrial]) -> set[int]:
@@ -79,6 +86,10 @@ class Claims:
         """Return how many trials are finished, by any worker."""
         return sum(trial.state in FINISHED for trial in self.trials())
 
+    def waiting(self) -> bool:
+        """Return whether a trial waits to be begun, by any worker."""
+        return any(trial.state is TrialState.WAITING for trial in places(self.trials())[: self._total])
+
     def next(self) -> Trial | None:
         """Begin a trial: one that waits, or a new one; None when all places are held, maybe by other workers' trials."""
         self.give_back(self._unknown())
@@ -99,7 +110,8 @@ class Claims:
             trial = self.trials()[number]
             if trial.state is not TrialState.RUNNING:
                 continue
-            parameters = trial.params or trial.system_attrs.get(FIXED) or (self._first if number == 0 else None)
+            first = self._first if number == 0 and self._first is not None else {}
+            parameters = {**first, **trial.system_attrs.get(FIXED, {}), **trial.params}
             if parameters:
                 kept = {key: value for key, value in trial.system_attrs.items() if key.startswith(OURS)}
                 kept |= {FIXED: parameters, REPEATS: number}

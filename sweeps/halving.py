@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from .claims import origin
+
 __all__ = ["REDUCTION", "Halving", "geometric_rungs"]
 
 REDUCTION = 3
@@ -47,7 +49,7 @@ class Halving(optuna.pruners.BasePruner):
     def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
         """Return whether ``trial`` is to stop at the rung it has reported last."""
         step = trial.last_step
-        if step not in self._rungs or self._rungs.index(step) < self._bracket(trial):
+        if step not in self._rungs or self._rungs.index(step) < self._bracket(study, trial):
             return False
         value = trial.intermediate_values[step]
         if math.isnan(value):
@@ -57,12 +59,15 @@ class Halving(optuna.pruners.BasePruner):
             for other in study.get_trials(deepcopy=False)
             if step in other.intermediate_values
             and other.state is not TrialState.FAIL  # begun again as another trial
-            and self._bracket(other) == self._bracket(trial)
+            and self._bracket(study, other) == self._bracket(study, trial)
         )
         return value > rivals[max(1, len(rivals) // self._reduction) - 1]
 
-    def _bracket(self, trial: FrozenTrial) -> int:
-        return self._dealt[trial.number % len(self._dealt)]
+    def _bracket(self, study: optuna.Study, trial: FrozenTrial) -> int:
+        """What was interrupted and is done again stays in its bracket."""
+        if len(self._dealt) == 1:
+            return 0
+        return self._dealt[origin(trial, study.get_trials(deepcopy=False)).number % len(self._dealt)]
 
 
 def _dealt(rungs: int, reduction: int) -> list[int]:

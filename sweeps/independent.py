@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.trial import FrozenTrial, TrialState
 
+from .claims import REPEATS, origin, places
+
 __all__ = ["Independent", "inside"]
 
-POINT = "mutransfer:point"
+LAST = 3  # the phase of the best of each together
+
+
+class _Point(NamedTuple):
+    """A place, 0 to 1, on the line over ``name``, or the best so far without one; it depends on the phases before."""
+
+    phase: int
+    name: str | None = None
+    place: float = 0.0
 
 
 class Independent(optuna.samplers.BaseSampler):
@@ -20,7 +30,7 @@ class Independent(optuna.samplers.BaseSampler):
 
     Of ``trials`` points the first is the recipe itself, the next a line over the learning rate, then a line over each other
     hyperparameter at the best learning rate, and the last the best value of each. A line is evenly spaced in its range's own
-    scale, ends included. Further trials are lines through the best of all.
+    scale, ends included. Further trials fill lines through the best of all.
 
     Args:
         space: what is searched; the line over "lr", if it is there, comes first.
@@ -35,19 +45,23 @@ class Independent(optuna.samplers.BaseSampler):
             for name, each in space.items()
         }
         names = sorted(space, key=lambda name: name != "lr")  # stable: the others keep their order
-        each = max(2, (trials - 2) // len(names))
-        first = max(each, trials - 2 - each * (len(names) - 1))
-        self._plan: list[tuple[int, str | None, float]] = [(0, None, 0.0)]
+        counts = _counts(names, space, trials - 2)
+        self._plan = [_Point(0)]
         for k, name in enumerate(names):
-            count = each if k else first
-            self._plan += [(1 if k == 0 else 2, name, i / (count - 1)) for i in range(count)]
-        self._plan.append((3, None, 0.0))
+            last = max(1, counts[name] - 1)
+            self._plan += [_Point(2 if k else 1, name, i / last) for i in range(counts[name])]
+        self._plan.append(_Point(LAST))
+        self._ranges = [name for name in names if isinstance(space[name], FloatDistribution)] or names
 
     def waits(self, study: optuna.Study) -> bool:
-        """Return whether the next point depends on trials that are still running."""
-        taken = self._taken(study)
-        phase = self._plan[self._next(taken)][0]
-        return any(self._plan[i][0] < phase for i, trial in taken.items() if trial.state is TrialState.RUNNING)
+        """Return whether the next point depends on trials that are not finished yet."""
+        trials = study.get_trials(deepcopy=False)
+        phase = self._point(sum(_is_own(trial) for trial in trials)).phase
+        return any(
+            self._point(index).phase < min(phase, LAST)
+            for index, trial in self._holders(trials).items()
+            if not trial.state.is_finished()
+        )
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """Return the whole space: see optuna's BaseSampler."""
@@ -56,12 +70,11 @@ class Independent(optuna.samplers.BaseSampler):
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        """Return the next point that no trial has taken; a failed trial's point is free again."""
-        index = self._next(self._taken(study))
-        study._storage.set_trial_system_attr(trial._trial_id, POINT, index)
-        phase, name, place = self._plan[index]
-        point = self._best(study, phase)
-        return point if name is None else point | {name: _on_line(self._space[name], place)}
+        """Return the point that is ``trial``'s by its number; what is done again has its parameters already."""
+        trials = study.get_trials(deepcopy=False)
+        point = self._point(_index(origin(trial, trials), trials))
+        values = self._best(trials, point.phase)
+        return values if point.name is None else values | {point.name: _on_line(self._space[point.name], point.place)}
 
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
@@ -69,32 +82,65 @@ class Independent(optuna.samplers.BaseSampler):
         """Return the default of what is not in the space."""
         return self._defaults[param_name]
 
-    def _taken(self, study: optuna.Study) -> dict[int, FrozenTrial]:
-        taken = {}
-        for trial in study.get_trials(deepcopy=False):
-            # The recipe is not sampled but given.
-            given = 0 if trial.system_attrs.get("fixed_params") == self._defaults else None
-            point = trial.system_attrs.get(POINT, given)
-            if point is not None and trial.state is not TrialState.FAIL:
-                taken[point] = trial
-        return taken
+    def _point(self, index: int) -> _Point:
+        if index < len(self._plan):
+            return self._plan[index]
+        more, name = divmod(index - len(self._plan), len(self._ranges))
+        return _Point(LAST + 1, self._ranges[name], _between(more + 1))
 
-    def _next(self, taken: dict[int, FrozenTrial]) -> int:
-        return next((i for i in range(len(self._plan)) if i not in taken), len(self._plan) - 1)
+    def _holders(self, trials: list[FrozenTrial]) -> dict[int, FrozenTrial]:
+        """Return which trial does each point, or did."""
+        return {_index(origin(trial, trials), trials): trial for trial in places(trials)}
 
-    def _best(self, study: optuna.Study, phase: int) -> dict[str, Any]:
-        """Return the best value of each hyperparameter, of the lines of the phases before."""
-        point = dict(self._defaults)
-        values: dict[str, float] = {}
-        for index, trial in sorted(self._taken(study).items()):
-            before, name, _ = self._plan[index]
-            if trial.state is not TrialState.COMPLETE or before >= phase or trial.value is None:
+    def _best(self, trials: list[FrozenTrial], phase: int) -> dict[str, Any]:
+        """Return the best value of each hyperparameter on the lines of the phases before; after the last, the best of all."""
+        values, point = dict[str, float](), dict(self._defaults)
+        for index, trial in sorted(self._holders(trials).items()):
+            before = self._point(index)
+            if trial.state is not TrialState.COMPLETE or before.phase >= phase or trial.value is None:
                 continue
             # The recipe itself is a point on every line.
-            for each in self._space if name is None else (name,):
+            names = list(self._space) if before.name is None or phase > LAST else [before.name]
+            if phase > LAST and trial.value >= min(values.values(), default=math.inf):
+                continue
+            for each in names:
                 if each in trial.params and trial.value < values.get(each, math.inf):
                     values[each], point[each] = trial.value, trial.params[each]
         return point
+
+
+def _counts(names: list[str], space: dict[str, BaseDistribution], points: int) -> dict[str, int]:
+    """Share ``points`` out: one for each choice, the ranges alike, and what is left to the first line."""
+    even = max(2, points // len(names))
+    choices = {name: each.choices for name, each in space.items() if isinstance(each, CategoricalDistribution)}
+    counts = {name: min(even, len(each)) for name, each in choices.items()}
+    ranges = [name for name in names if name not in choices]
+    left = points - sum(counts.values())
+    for name in ranges:
+        counts[name] = max(2, left // len(ranges))
+    if ranges:
+        counts[ranges[0]] += max(0, points - sum(counts.values()))
+    return counts
+
+
+def _is_own(trial: FrozenTrial) -> bool:
+    """Whether a trial has a point of its own: not what is done again, nor what a person put into the queue."""
+    given = "fixed_params" in trial.system_attrs and trial.number > 0
+    return REPEATS not in trial.system_attrs and not given
+
+
+def _index(trial: FrozenTrial, trials: list[FrozenTrial]) -> int:
+    """The point's number: how many have one before. It never changes, and no worker needs to ask another."""
+    return sum(_is_own(other) for other in trials[: trial.number])
+
+
+def _between(number: int) -> float:
+    """Return the ``number``-th of places that fill 0 to 1 evenly, from 1: 1/2, 1/4, 3/4, 1/8, … (van der Corput)."""
+    place, share = 0.0, 0.5
+    while number:
+        number, bit = divmod(number, 2)
+        place, share = place + bit * share, share / 2
+    return place
 
 
 def inside(distribution: BaseDistribution, value: Any) -> bool:

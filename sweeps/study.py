@@ -23,6 +23,7 @@ from .storages import Opened
 __all__ = ["baseline", "distributions", "open_study", "trials_frame"]
 
 NAME = "mutransfer"
+LAID_OUT = "trials at first"
 
 
 def open_study(experiment: Experiment, storage: Opened, name: str | None, owner: str) -> optuna.Study:
@@ -48,7 +49,10 @@ def open_study(experiment: Experiment, storage: Opened, name: str | None, owner:
             f"cannot read the study in {storage.where} ({error}): name another --storage or --out."
         ) from None
     _refuse_other_study(study, experiment, storage)
-    study.sampler = _sampler(experiment, len(trials), owner if storage.shared else "")
+    laid_out = study.user_attrs.get(LAID_OUT)
+    if laid_out is None:  # more trials later lay out more points, and leave these where they are
+        study.set_user_attr(LAID_OUT, laid_out := experiment.trials)
+    study.sampler = _sampler(experiment, len(trials), owner if storage.shared else "", laid_out)
     return study
 
 
@@ -104,7 +108,7 @@ def _own_values(experiment: Experiment) -> dict[str, Any]:
     return {name: values[name] for name in experiment.search}
 
 
-def _sampler(experiment: Experiment, trials: int, worker: str) -> optuna.samplers.BaseSampler:
+def _sampler(experiment: Experiment, trials: int, worker: str, laid_out: int) -> optuna.samplers.BaseSampler:
     """The sampler, seeded by (seed, trials so far, worker): with the same seed two would draw the same start-up trials.
 
     Workers of one study that start together see the same trials; a worker that is alone has no name.
@@ -122,7 +126,7 @@ def _sampler(experiment: Experiment, trials: int, worker: str) -> optuna.sampler
                 # Resumed, a sequence goes on by itself; two workers in one would take the same points.
                 return optuna.samplers.QMCSampler(scramble=True, seed=seed if worker else experiment.seed)
         case "independent":
-            return Independent(distributions(experiment), _own_values(experiment), experiment.trials)
+            return Independent(distributions(experiment), _own_values(experiment), laid_out)
         case _:
             return optuna.samplers.RandomSampler(seed=seed)
 

@@ -53,7 +53,7 @@ def told(
         while True:
             claims.give_back(dead())
             sampler = claims.study.sampler
-            if isinstance(sampler, Independent) and sampler.waits(claims.study):
+            if isinstance(sampler, Independent) and not claims.waiting() and sampler.waits(claims.study):
                 return
             if not affordable(experiment, claims, flops):
                 return

@@ -94,7 +94,7 @@ class Fused:
                 waiting, batch, ended, rung = self._halved(batch, waiting, error), None, [], False
             yield from ended
             if rung and batch is not None:
-                self._save(batch)
+                self._save(batch, waiting)
 
     def _running(self, experiment: Experiment, job: Job) -> Running:
         plan = plan_of(experiment, job.scale, job.parametrization, job.recipe)
@@ -144,9 +144,10 @@ class Fused:
             torch.cuda.empty_cache()
         return [*running, *waiting]
 
-    def _save(self, batch: Batch) -> None:
+    def _save(self, batch: Batch, waiting: Sequence[Running]) -> None:
         if self.checkpoints is not None and self.checkpoints.due():
-            self.checkpoints.save(batch.entries())
+            halted = {each.course: each.entry(each.snapshot) for each in waiting if each.snapshot is not None}
+            self.checkpoints.save({**halted, **batch.entries()})
 
 
 class _Source:

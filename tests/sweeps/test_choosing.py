@@ -71,6 +71,14 @@ def test_memory_ends_the_search_for_more(plant: Plant) -> None:
     assert chosen(experiment(steps=1000), 400).at_once == 4
 
 
+def test_a_number_that_memory_does_not_suffice_for_is_halved(plant: Plant) -> None:
+    plant(5e-3, {2: 1e-3})
+    assert chosen(experiment(steps=1000), 400, at_once=8, only="fused").at_once == 2
+    plant(5e-3, {})
+    with pytest.raises(RequestError, match="there is not enough memory for one trial"):
+        chosen(experiment(steps=1000), 400, at_once=8, only="fused")
+
+
 def test_a_given_number_is_kept(plant: Plant) -> None:
     plant(5e-3, {6: 1e-3})
     assert chosen(experiment(steps=1000), 400, at_once=6, only="fused").at_once == 6

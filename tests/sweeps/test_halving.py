@@ -7,6 +7,7 @@ from collections import Counter
 import optuna
 import pytest
 
+from mutransfer.sweeps.claims import REPEATS
 from mutransfer.sweeps.halving import Halving, _dealt, geometric_rungs
 
 
@@ -76,3 +77,13 @@ def test_hyperband_spares_a_bracket_its_first_rungs() -> None:
     pruned = batch(found, [float(i) for i in range(17)], 7)
     assert [p for p, bracket in zip(pruned, dealt, strict=True) if bracket] == [False] * 8
     assert sum(not p for p, bracket in zip(pruned, dealt, strict=True) if bracket == 0) == 3
+
+
+def test_what_is_done_again_stays_in_its_bracket() -> None:
+    found = study(pruner := Halving((7, 20), hyperband=True))
+    dealt = _dealt(2, 3)
+    batch(found, [1.0] * 17, 7)
+    ticket = optuna.trial.create_trial(state=optuna.trial.TrialState.WAITING, system_attrs={REPEATS: 1})
+    found.add_trial(ticket)
+    assert dealt[1] != dealt[17 % 17]
+    assert pruner._bracket(found, found.trials[17]) == dealt[1]

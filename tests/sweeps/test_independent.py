@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import optuna
 import pytest
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.trial import TrialState
 
+from mutransfer.sweeps.claims import Claims
 from mutransfer.sweeps.independent import Independent
 
 SPACE: dict[str, BaseDistribution] = {
@@ -42,20 +44,18 @@ def test_lines_then_the_best_of_each() -> None:
     go(found, 22)
     points = [trial.params for trial in found.trials]
     assert points[0] == DEFAULTS
-    assert {(p["init_scale"], p["schedule"]) for p in points[1:9]} == {(1.0, "constant")}
-    assert points[1]["lr"] == 2**-10
-    assert len({p["lr"] for p in points[9:]}) == 1  # the best of the line, or the recipe's own
+    lines = points[1:10], points[10:18], points[18:21]  # a choice is tried once, the learning rate gets what is left
+    assert {(p["init_scale"], p["schedule"]) for p in lines[0]} == {(1.0, "constant")}
+    assert (lines[0][0]["lr"], lines[0][-1]["lr"]) == (2**-10, 2**-2)
+    assert {p["schedule"] for p in lines[1]} == {"constant"}
+    assert {p["schedule"] for p in lines[2]} == {"constant", "linear", "cosine"}
+    assert {p["init_scale"] for p in lines[2]} == {1.0}
+    assert len({p["lr"] for p in points[10:]}) == 1  # the best of the line, or the recipe's own
+    best = min(found.trials[10:18], key=lambda trial: trial.value or 0.0)
+    assert points[-1]["init_scale"] == best.params["init_scale"]
+    assert points[-1]["schedule"] == "linear"
     assert found.best_trial.number == 21
     assert found.best_value < 0.3
-    assert points[-1]["schedule"] == "linear"
-
-
-def test_the_last_point_is_the_best_value_of_each_line() -> None:
-    found = study()
-    go(found, 22)
-    lines = found.trials[1:21]
-    best = min(lines[8:14], key=lambda trial: trial.value or 0.0)
-    assert found.trials[-1].params["init_scale"] == best.params["init_scale"]
 
 
 def test_a_line_waits_for_the_learning_rate() -> None:
@@ -72,12 +72,41 @@ def test_a_line_waits_for_the_learning_rate() -> None:
     assert {trial.params["init_scale"] for trial in begun} == {1.0}
 
 
-def test_a_failed_point_is_free_again() -> None:
+def test_workers_that_die_and_begin_together_do_every_point_once() -> None:
+    alone, shared = study(), study()
+    go(alone, 22)
+    workers = [Claims(shared, SPACE, 22, DEFAULTS, name) for name in "abc"]
+    turn = 0
+    while workers[0].finished() < 22:
+        turn += 1
+        worker = workers[turn % 3]
+        sampler = shared.sampler
+        assert isinstance(sampler, Independent)
+        if (worker.waiting() or not sampler.waits(shared)) and worker.next() is not None and turn % 2:
+            continue  # begins another before it ends this one
+        if turn % 7 == 0:
+            worker.give_back_own()
+        for number, trial in list(worker.begun.items()):
+            shared.tell(trial, loss(trial.params))
+            del worker.begun[number]
+
+    def points(found: optuna.Study) -> list[tuple[Any, ...]]:
+        complete = found.get_trials(states=(TrialState.COMPLETE,))
+        return sorted(tuple(trial.params[name] for name in sorted(SPACE)) for trial in complete)
+
+    assert sum(trial.state is TrialState.FAIL for trial in shared.trials) >= 3
+    assert points(shared) == points(alone)
+
+
+def test_more_trials_than_were_laid_out_fill_the_lines_through_the_best() -> None:
     found = study()
-    go(found, 3)
-    lost = found.ask(fixed_distributions=SPACE)
-    found.tell(lost, state=TrialState.FAIL)
-    assert found.ask(fixed_distributions=SPACE).params == lost.params
+    go(found, 22)
+    best = found.best_params
+    go(found, 9)
+    more = found.trials[22:]
+    assert len({tuple(trial.params.items()) for trial in found.trials}) >= 31 - 4
+    assert [len(trial.params.items() - best.items()) <= 1 for trial in more[:3]] == [True] * 3
+    assert more[0].params["lr"] == pytest.approx(2**-6)  # the middle of its line
 
 
 def test_the_recipe_may_be_given_and_outside_of_the_ranges() -> None:
