@@ -58,19 +58,26 @@ def executor_for(
             case "processes":
                 yield held.enter_context(Processes(at_once or _cores()))
             case _:
-                yield Planned(lambda: _planned(experiment, how, at_once, device, precision, checkpoints, held))
+                yield Planned(
+                    lambda missing: _planned(experiment, missing, how, at_once, device, precision, checkpoints, held)
+                )
 
 
 class Planned:
     """An executor that is chosen when it is first needed: what is wrong with a request is said before anything is measured."""
 
-    def __init__(self, choose: Callable[[], Executor]) -> None:
+    def __init__(self, choose: Callable[[int | None], Executor]) -> None:
         self._choose = choose
+        self._missing: int | None = None
+
+    def expect(self, missing: int) -> None:
+        """Say how many jobs there are to do, of an experiment that may be half done."""
+        self._missing = missing
 
     @functools.cached_property
     def chosen(self) -> Executor:
         """The executor that does the jobs."""
-        return self._choose()
+        return self._choose(self._missing)
 
     @property
     def capacity(self) -> int:
@@ -139,7 +146,8 @@ def _check(how: str, at_once: int | None, device: str, precision: str) -> None:
 
 
 def _planned(
-    experiment: Experiment, how: str, at_once: int | None, device: str, precision: str, checkpoints: Path | None,
+    experiment: Experiment, missing: int | None, how: str, at_once: int | None, device: str, precision: str,
+    checkpoints: Path | None,
     held: contextlib.ExitStack,
 ) -> Executor:  # fmt: skip
     import torch
@@ -155,9 +163,11 @@ def _planned(
     if why is not None and how == "fused":
         print(f"trials are trained one by one: {why}.", file=sys.stderr, flush=True)
         return OneByOne(device)
+    begun = checkpoints is not None and any(checkpoints.glob("*"))  # what was fused goes on inside of its trials
     choice = chosen(
-        experiment, experiment.trials, device, at_once=at_once,
-        precision=None if precision == "float32" else torch.bfloat16, only="fused" if how == "fused" else None,
+        experiment, missing or experiment.trials, device, at_once=at_once,
+        precision=None if precision == "float32" else torch.bfloat16,
+        only="fused" if how == "fused" or (begun and why is None) else None,
     )  # fmt: skip
     print(choice, file=sys.stderr, flush=True)
     match choice.how:

@@ -65,7 +65,7 @@ class Range(Settings):
 
 
 class Budget(Settings):
-    """What a sweep may cost besides its number of trials; no trial is begun that could go beyond.
+    """What a sweep may cost besides its number of trials; no trial is begun that would go beyond, repeats apart.
 
     ``flops`` are floating point operations, ``seconds`` those of the trials themselves, added up over processes and machines;
     the first trials, of which it is not known how long they take, are begun all the same.

@@ -48,6 +48,7 @@ class Leases:
         self._watched = -float("inf")
         self._lapsed: list[FrozenTrial] = []
         self._seen: dict[int, tuple[Any, float]] = {}  # trial number → its owner's sign, and since when it is that
+        self._owners: dict[str, tuple[Any, float]] = {}  # the same of owners that are asked for
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._live, name="mutransfer-lease", daemon=True)
 
@@ -65,6 +66,14 @@ class Leases:
     def lapsed(self) -> list[FrozenTrial]:
         """Return the running trials whose workers were last seen to be dead."""
         return self._lapsed
+
+    def silent(self, owner: str) -> bool:
+        """Return whether a worker has shown no sign of life for its lease, as far as these questions have been asked."""
+        sign = self._storage.get_study_system_attrs(self._study_id).get(f"{SIGN}{owner}")
+        now = time.monotonic()
+        before, since = self._owners.get(owner, (None, now))
+        self._owners[owner] = sign, (since if before == sign else now)
+        return now - self._owners[owner][1] > (sign[1] if sign else self.seconds)
 
     def _live(self) -> None:
         while not self._ended.wait(self.seconds / SIGNS):

@@ -14,13 +14,13 @@ from mutransfer.frames import TRIALS
 from mutransfer.runs import RunFolder
 
 from .claims import Claims
-from .executors import check_trainer, one_by_one
+from .executors import Planned, check_trainer, one_by_one
 from .experiment import Experiment
 from .findings import Tuned, best_so_far, summary, usable
 from .jobs import Executor, flops_of, loaded, plan_of
 from .leases import LEASE, Leases, worker_name
 from .locks import only_one
-from .repeating import repeat
+from .repeating import Repeating
 from .storages import naming_the_storage, opened, own_journal
 from .study import baseline, distributions, open_study, trials_frame
 from .telling import affordable, busy, told
@@ -86,12 +86,12 @@ def tune(
         owner = worker_name()
         study = open_study(experiment, store, name, owner)
         claims = Claims(study, distributions(experiment), experiment.trials, baseline(experiment), owner)
-        if store.shared:
-            leases = held.enter_context(Leases(study, owner, lease))
-            dead = leases.lapsed
-        else:
+        leases = held.enter_context(Leases(study, owner, lease)) if store.shared else None
+        if leases is None:
             claims.give_back(trial for trial in claims.trials() if trial.state is TrialState.RUNNING)
-            dead = list
+        dead = list if leases is None else leases.lapsed
+        if isinstance(executor, Planned):
+            executor.expect(max(1, experiment.trials - claims.finished()))
         while (finished := claims.finished()) < experiment.trials and (
             affordable(experiment, claims, flops) or busy(claims)
         ):
@@ -108,7 +108,8 @@ def tune(
         TRIALS.write(frame, folder.trials)
         again = None
         if experiment.repeats is not None:
-            again = repeat(experiment, usable(study), folder, executor, flops, progress)
+            repeating = Repeating(experiment, study, usable(study), owner, leases)
+            again = repeating.run(folder, executor, flops, progress)
         tuned = summary(experiment, study, frame, again, time.perf_counter() - begun)
         tuned.best.save(folder.best)
     return tuned

@@ -167,3 +167,17 @@ def test_compiled_models_train_the_same() -> None:
     ((_, apart),) = OneByOne().run(given, [job])
     ((_, compiled),) = OneByOne(compile=True).run(given, [job])
     assert compiled.loss == pytest.approx(apart.loss, rel=1e-5)
+
+
+def test_what_is_left_to_do_is_planned_and_what_was_fused_goes_on(tmp_path: Path, plant: Plant) -> None:
+    plant(5e-3, {2: 4e-3})
+    asked = experiment(steps=1000, trials=400)
+    with executor_for(asked, "auto") as executor:
+        assert isinstance(executor, Planned)
+        executor.expect(2)
+        assert isinstance(executor.chosen, OneByOne)
+    (tmp_path / "some.trials").touch()
+    with executor_for(asked, "auto", checkpoints=tmp_path) as executor:
+        assert isinstance(executor, Planned)
+        executor.expect(2)
+        assert isinstance(executor.chosen, Fused)

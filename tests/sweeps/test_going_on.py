@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import math
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import optuna
 import pytest
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 
 from mutransfer.errors import RequestError
 from mutransfer.frames import REPEATS, TRIALS
 from mutransfer.runs import RunFolder
 from mutransfer.sweeps.jobs import Job
 from mutransfer.sweeps.processes import Processes
-from mutransfer.sweeps.tuning import tune
+from mutransfer.sweeps.repeating import CLAIM
+from mutransfer.sweeps.tuning import Tuned, tune
 
 from .small import Counting, Failing, Planted, experiment
 
@@ -82,6 +88,47 @@ def test_a_winner_that_diverges_with_another_seed_does_not_win(tmp_path: Path) -
     )
     assert REPEATS.read(folder.repeats)["diverged"].sum() == 1
     assert found.params != first.params
+
+
+def test_workers_share_the_repeats_and_agree(tmp_path: Path) -> None:
+    given = experiment(trials=8, repeats={"top": 4, "seeds": 4})
+    workers = [Counting(Planted(lambda job: time.sleep(0.01) or bowl(job))) for _ in range(2)]
+
+    def work(number: int) -> Tuned:
+        folder = RunFolder(tmp_path / f"run{number}")
+        return tune(given, folder, storage=f"journal:{tmp_path / 'shared'}", executor=workers[number])
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(work, range(2))
+    assert (first.value, first.params) == (second.value, second.params)
+    assert REPEATS.read(tmp_path / "run0" / "repeats.csv").equals(REPEATS.read(tmp_path / "run1" / "repeats.csv"))
+    repeats = [[job.key for job in worker.jobs if isinstance(job.key, tuple)] for worker in workers]
+    assert all(repeats)
+    done = [key for each in repeats for key in each]
+    assert len(set(done)) == 12
+    assert len(done) <= 14  # two that claim at the same moment both do a run
+
+
+def test_repeats_of_a_dead_worker_are_taken_over(tmp_path: Path) -> None:
+    given, storage = experiment(trials=4, repeats={"top": 1, "seeds": 2}), f"journal:{tmp_path / 'shared'}"
+    once = tune(
+        given.model_copy(update={"repeats": None}), RunFolder(tmp_path / "a"), storage=storage, executor=Planted(bowl)
+    )
+    study = optuna.load_study(study_name=None, storage=JournalStorage(JournalFileBackend(str(tmp_path / "shared"))))
+    study.set_user_attr(f"{CLAIM}{once.trials['value'].idxmin()}:1", "gone")
+    begun = time.monotonic()
+    tune(given, RunFolder(tmp_path / "b"), storage=storage, lease=1.0, executor=(executor := Counting(Planted(bowl))))
+    assert len(executor.jobs) == 1
+    assert time.monotonic() - begun > 1.0
+
+
+def test_repeats_are_of_the_study_not_of_the_folder(tmp_path: Path) -> None:
+    given, folder = experiment(trials=4, repeats={"top": 2, "seeds": 2}), RunFolder(tmp_path / "run")
+    first = tune(given, folder, executor=Planted(bowl))
+    executor = Counting(Planted(lambda job: bowl(job) + 1))
+    found = tune(given, folder, storage=f"journal:{tmp_path / 'other'}", executor=executor)
+    assert len(executor.jobs) == 6
+    assert found.value > first.value + 0.5
 
 
 @pytest.mark.parametrize("pruner", ["halving", "hyperband"])
