@@ -88,7 +88,7 @@ class Way:
 def experiment(width: int, device: str, quick: bool) -> Experiment:
     """Return the sweep that is timed: a transformer on bytes; on a GPU 4 layers and 2048 tokens a step."""
     depth, batch = (4, 32) if device == "cuda" else (2, 8)
-    steps = (4 if quick else 100) if device == "cuda" else (4 if quick else max(10, 60 * 32 // width))
+    steps = (4 if quick else 100) if device == "cuda" else (4 if quick else max(12, 100 * 32 // width))
     return Experiment(
         model="transformer", data="bytes", sequence_length=64, proxy=Size(width=width, depth=depth), batch_size=batch,
         steps=steps, base=Size(width=min(width, 64), depth=depth), trials=TRIALS,

@@ -182,8 +182,9 @@ class FusedTraining:
         tensors, buffers = pick({**self.stack.resting, **self.now.trained}), pick(self.now.buffers)
         sizes = [len(targets) for _, targets in self._held_out]
         judge: Step = self._judge
-        # Not at the start: trials that then end at different times would pay for a program that is not used again.
-        if whole and self.compiles and self.places[0].step > 0 and len(set(sizes)) == 1:
+        # Not for the very start: trials that then end at different times would pay for a program that is not used again.
+        known = "validation" in self._known or self.places[0].step > 0
+        if whole and self.compiles and known and len(set(sizes)) == 1:
             example = self._for_each(self._held_out[0], len(chosen))
             judge = self._compiled("validation", judge, (tensors, buffers, example))
         losses = [
