@@ -170,7 +170,7 @@ def test_a_worker_that_was_only_stopped_finds_its_trial_done_by_others(tmp_path:
 
 def test_a_worker_that_is_told_to_end_gives_its_trial_back_at_once(tmp_path: Path, forked: Workers) -> None:
     """As a cluster does before it takes a machine back."""
-    shop = Shop(tmp_path, forked, journal(tmp_path), total=4, steps=800)
+    shop = Shop(tmp_path, forked, journal(tmp_path), total=2, steps=4000)
     ended = shop.start("ended")
     wait_for(lambda: bool(shop.running(ended)), "no trial is begun")
     time.sleep(0.3)
