@@ -38,6 +38,15 @@ def assert_interrupted(ended: Ended, started: Started) -> None:
     until(lambda: not group_of(started.pid), 10)
 
 
+def assert_stopped(stop: Any, ended: Ended, started: Started) -> None:
+    """Interrupted or killed, as ``stop`` did; nothing that was started goes on."""
+    if stop is Started.interrupt:
+        assert_interrupted(ended, started)
+    else:
+        assert ended.code == -signal.SIGKILL
+        until(lambda: not group_of(started.pid), 10)
+
+
 def assert_complete(ended: Ended, run: Path) -> pd.DataFrame:
     assert ended.code == 0, ended.err
     told, trials = ended.json, TRIALS.read(run / "trials.csv")
@@ -83,11 +92,7 @@ def test_tuning_in_processes_is_stopped_and_goes_on(stop: Any, shop: Path, comma
     assert len(group_of(started.pid)) > 2
     stop(started)
     ended = started.wait()
-    if stop is Started.interrupt:
-        assert_interrupted(ended, started)
-    else:
-        assert ended.code == -signal.SIGKILL
-        until(lambda: not group_of(started.pid), 10)
+    assert_stopped(stop, ended, started)
     assert_complete(commands.run(*beside, "--json", cwd=shop), run)
 
 
@@ -104,10 +109,7 @@ def test_tuning_survives_five_of_them_in_a_row(stop: Any, shop: Path, commands: 
         stop(started)
         ended = started.wait()
         stopped += 1
-        if stop is Started.interrupt:
-            assert_interrupted(ended, started)
-        else:
-            assert ended.code == -signal.SIGKILL
+        assert_stopped(stop, ended, started)
     assert stopped == 5
     begun = time.monotonic()
     assert_complete(commands.run(*TUNE, "--json", cwd=shop), run)
@@ -230,10 +232,7 @@ def test_training_is_stopped_and_ends_with_the_same_loss(stop: Any, shop: Path, 
         until(lambda before=before, file=checkpoint: file.exists() and file.stat().st_mtime_ns > before)
         stop(started)
         ended = started.wait()
-        if stop is Started.interrupt:
-            assert_interrupted(ended, started)
-        else:
-            assert ended.code == -signal.SIGKILL
+        assert_stopped(stop, ended, started)
     parts = commands.run(*train, "--json", cwd=shop).json
     assert parts["loss"] == whole["loss"]
     assert parts["steps"] == whole["steps"] == 600

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,36 +14,15 @@ from hypothesis import strategies as st
 from torch import nn
 
 import mutransfer as mt
-from mutransfer.proxies.data.base import Batch, Data
+from mutransfer.proxies.data.base import Batch
 from mutransfer.proxies.schedules import multiplier, scheduler
 from mutransfer.proxies.training import Outcome, Training, train
 from mutransfer.scale import Scale
 
 from .. import families
+from ..blobs import Blobs, blobs
 
 SCHEDULES = ["constant", "cosine", "linear", "wsd"]
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Blobs(Data):
-    """Ten separable clouds as images, or a counting language as tokens; a pure function of (seed, step)."""
-
-    def batch(self, step: int, size: int, seed: int) -> Batch:
-        generator = torch.Generator().manual_seed(1000 * seed + step)
-        if self.kind == "tokens":
-            start = torch.randint(families.VOCABULARY, (size, 1), generator=generator)
-            tokens = (start + torch.arange(9)) % families.VOCABULARY
-            return tokens[:, :-1], tokens[:, 1:]
-        labels = torch.randint(10, (size,), generator=generator)
-        centers = torch.randn(10, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-        return centers[labels] + 0.3 * torch.randn(size, 1, 8, 8, generator=generator), labels
-
-    def validation(self) -> list[Batch]:
-        return [self.batch(10**6 + i, 16, 0) for i in range(2)]
-
-
-def blobs(kind: Any = "images") -> Blobs:
-    return Blobs(name="blobs", sha256="0", facts={}, inputs=1, classes=10, kind=kind)
 
 
 def training(family: mt.Family | None = None, steps: int = 20, optimizer: str = "adamw", **recipe: Any) -> Training:

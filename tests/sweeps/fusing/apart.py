@@ -6,7 +6,6 @@ import functools
 import json
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,13 @@ import torch
 
 import mutransfer as mt
 from mutransfer.planning import plan
-from mutransfer.proxies.data.base import Batch, Data
+from mutransfer.proxies.data.base import Data
 from mutransfer.proxies.reference import load_family
 from mutransfer.proxies.training import Training
 from mutransfer.sweeps.fusing.training import FusedTraining, Place
 
 from ... import families
+from ...blobs import blobs
 
 STEPS, BATCH = 20, 4
 LLAMA = {
@@ -28,29 +28,9 @@ LLAMA = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Blobs(Data):
-    """Ten clouds in float64, or a counting language with noise; a pure function of (seed, step)."""
-
-    def batch(self, step: int, size: int, seed: int) -> Batch:
-        generator = torch.Generator().manual_seed(1000 * seed + step)
-        if self.kind == "tokens":
-            start = torch.randint(families.VOCABULARY, (size, 1), generator=generator)
-            noise = torch.randint(2, (size, 9), generator=generator)
-            tokens = (start + torch.arange(9) + noise) % families.VOCABULARY
-            return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-        labels = torch.randint(10, (size,), generator=generator)
-        centers = torch.randn(10, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-        images = centers[labels] + 0.3 * torch.randn(size, 1, 8, 8, generator=generator)
-        return images.to(torch.get_default_dtype()), labels
-
-    def validation(self) -> list[Batch]:
-        return [self.batch(10**6 + i, 8, 0) for i in range(2)]
-
-
 def data_for(name: str) -> Data:
     kind: Any = "tokens" if name in ("transformer", "grouped", "llama", "gpt2", "t5", "mamba") else "images"
-    return Blobs(name="blobs", sha256="0", facts={}, inputs=17, classes=17, kind=kind)
+    return blobs(kind, noise=1, held_out=8)
 
 
 class Normed(torch.nn.Module):
