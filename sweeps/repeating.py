@@ -20,7 +20,7 @@ from .failures import needed
 from .jobs import Executor, Job
 from .leases import Leases
 
-__all__ = ["Repeating", "means"]
+__all__ = ["LOOK_EVERY", "Repeating", "means"]
 
 DONE = "mutransfer:repeat:"  # of a study's attribute: a run's row, by trial and seed
 CLAIM = "mutransfer:repeating:"  # and who does it

@@ -20,14 +20,12 @@ from .findings import Tuned, best_so_far, summary, usable
 from .jobs import Executor, flops_of, loaded, plan_of
 from .leases import LEASE, Leases, worker_name
 from .locks import only_one
-from .repeating import Repeating
+from .repeating import LOOK_EVERY, Repeating
 from .storages import naming_the_storage, opened, own_journal
 from .study import baseline, distributions, open_study, trials_frame
 from .telling import affordable, busy, told
 
 __all__ = ["Tuned", "tune"]
-
-LOOK_EVERY = 0.5  # seconds between looks at what other workers do
 
 
 def tune(
