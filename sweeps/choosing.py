@@ -13,6 +13,7 @@ import torch
 from mutransfer.errors import RequestError
 
 from .experiment import Experiment
+from .fusing.memory import NOT_FOR_ONE
 from .fusing.refusing import refusal
 from .timing import fused_step, single_step
 
@@ -106,9 +107,7 @@ def chosen(
     work = _Work(experiment, trials, device, precision)
     found = list(_uncompiled(work, at_once, only))
     if not found:
-        raise RequestError(
-            "there is not enough memory for one trial: lower batch_size or the proxy's width in the experiment."
-        )
+        raise RequestError(NOT_FOR_ONE)
     soonest = min(choice.seconds for choice in found)
     if soonest > LONG:
         for how in dict.fromkeys(choice.how for choice in found):

@@ -16,7 +16,7 @@ from ..experiment import Experiment
 from ..jobs import Job, OneByOne, Report, alone, family_of, plan_of
 from .batch import Batch, Running
 from .checkpoint import Checkpoints, course_of
-from .memory import is_out_of_memory
+from .memory import NOT_FOR_ONE, is_out_of_memory
 from .refusing import refusal
 from .training import FusedTraining, Place, Step
 
@@ -135,9 +135,7 @@ class Fused:
         running = batch.taken_out() if batch is not None else []
         at_once = len(running) or min(len(waiting), self.capacity)
         if at_once <= 1:
-            raise RequestError(
-                "there is not enough memory for one trial: lower batch_size or the proxy's width in the experiment."
-            ) from error
+            raise RequestError(NOT_FOR_ONE) from error
         self.capacity = at_once // 2
         _say(f"out of memory with {at_once} trials at once: going on with {self.capacity}.")
         if self.device != "cpu":

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["is_out_of_memory"]
+__all__ = ["NOT_FOR_ONE", "is_out_of_memory"]
+
+NOT_FOR_ONE = "there is not enough memory for one trial: lower batch_size or the proxy's width in the experiment."
 
 # What CPU allocators say in a plain RuntimeError.
 SAID = ("can't allocate memory", "not enough memory", "Cannot allocate memory", "std::bad_alloc")
