@@ -6,6 +6,7 @@ import math
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import optuna
 import pytest
@@ -92,7 +93,19 @@ def test_a_winner_that_diverges_with_another_seed_does_not_win(tmp_path: Path) -
 
 def test_workers_share_the_repeats_and_agree(tmp_path: Path) -> None:
     given = experiment(trials=8, repeats={"top": 4, "seeds": 4})
-    workers = [Counting(Planted(lambda job: time.sleep(0.01) or bowl(job))) for _ in range(2)]
+    both = Barrier(2)
+
+    def worker() -> Counting:
+        met = []
+
+        def loss(job: Job) -> float:
+            if isinstance(job.key, tuple) and not met:  # nobody repeats all before the other has begun
+                met.append(both.wait(timeout=60))
+            return bowl(job)
+
+        return Counting(Planted(loss))
+
+    workers = [worker() for _ in range(2)]
 
     def work(number: int) -> Tuned:
         folder = RunFolder(tmp_path / f"run{number}")
