@@ -17,7 +17,7 @@ from .fusing.memory import is_out_of_memory
 from .fusing.training import FusedTraining, Place
 from .jobs import family_of, plan_of
 
-__all__ = ["Timed", "fused_step", "single_step"]
+__all__ = ["Timed", "fused_step", "limited", "single_step"]
 
 ENOUGH = 0.4  # seconds of measuring; at least three steps
 LEAST, MOST = 3, 50
@@ -34,7 +34,7 @@ def single_step(experiment: Experiment, device: str, threads: int | None = None,
     """Time one trial by itself, with ``threads`` on the CPU (those set if None); None if it cannot be compiled."""
     family, data = family_of(experiment)
     plan = plan_of(experiment, experiment.proxy_scale, experiment.parametrization, experiment.recipe)
-    with _threads(threads):
+    with limited(threads):
         training = Training(
             family, plan, data, steps=10**6, batch_size=experiment.batch_size, seed=experiment.seed, device=device,
             compile=compile,
@@ -90,7 +90,8 @@ def _wait(device: str) -> None:
 
 
 @contextlib.contextmanager
-def _threads(count: int | None) -> Iterator[None]:
+def limited(count: int | None) -> Iterator[None]:
+    """Compute with ``count`` threads on the CPU; None leaves them as they are."""
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:

@@ -50,6 +50,7 @@ def demo(
     from ..sweeps.executors import executor_for
     from ..sweeps.experiment import Experiment
     from ..sweeps.jobs import family_of
+    from ..sweeps.timing import limited
     from ..sweeps.tuning import tune
     from .check import judge, summary
     from .console import Progress
@@ -60,7 +61,8 @@ def demo(
     experiment, where = Experiment.read({**EXPERIMENT, "seed": seed}, "demo"), device_of(device)
     folder = RunFolder(out).make()
     with executor_for(experiment, "processes" if where == "cpu" else "one", device=where) as executor:
-        with Progress("tuning the proxy, width 16") as progress:
+        # So small a proxy gains nothing from a second thread, and on a busy machine would wait for it far longer than it works.
+        with Progress("tuning the proxy, width 16") as progress, limited(1):
             found = tune(experiment, folder, device=where, progress=progress)
         gain = f", the default recipe's is {found.default:.3f}" if found.default is not None else ""
         say(f"best recipe: lr {found.best.lr:.4g}, loss {found.value:.3f}{gain}")
