@@ -29,7 +29,7 @@ from mutransfer.observing.specs import Observation
 from mutransfer.plans import ParameterPlan, Plan
 from mutransfer.scale import Scale
 
-from . import families, test_fold, test_oracle_mup
+from . import families, folds, test_oracle_mup
 
 Fault = Callable[[Plan], Plan]
 Wrong = Callable[[ParameterPlan], dict[str, Any]]
@@ -262,29 +262,29 @@ def test_mup_tells_one_global_width_ratio_under_grouped_queries(monkeypatch: pyt
 def test_the_explicit_model_tells_an_attention_left_at_one_over_root_d(
     optimizer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    case = test_fold.CASES["head dim"]
-    family, plan, model, twin = test_fold.both(case, optimizer)
-    explicit = test_fold.losses(twin, test_fold.explicit_optimizer(optimizer, case, plan, twin), family)
-    assert test_fold.losses(model, plan.make_optimizer(model), family) == pytest.approx(explicit, rel=1e-10)
+    case = folds.CASES["head dim"]
+    family, plan, model, twin = folds.both(case, optimizer)
+    explicit = folds.losses(twin, folds.explicit_optimizer(optimizer, case, plan, twin), family)
+    assert folds.losses(model, plan.make_optimizer(model), family) == pytest.approx(explicit, rel=1e-10)
     monkeypatch.setattr(folding, "_fold_attention", lambda draft: None)
-    family, plan, model, _ = test_fold.both(case, optimizer)
-    assert test_fold.losses(model, plan.make_optimizer(model), family) != pytest.approx(explicit, rel=1e-4)
+    family, plan, model, _ = folds.both(case, optimizer)
+    assert folds.losses(model, plan.make_optimizer(model), family) != pytest.approx(explicit, rel=1e-4)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_the_explicit_model_tells_clipping_on_folded_gradients(optimizer: str) -> None:
-    case = test_fold.CASES["tied"]
+    case = folds.CASES["tied"]
     clipped = {}
     for kind in ("plan's", "torch's"):
-        family, plan, model, twin = test_fold.both(case, optimizer)
+        family, plan, model, twin = folds.both(case, optimizer)
 
         def clip(folded: nn.Module, plan: Plan = plan, kind: str = kind) -> Any:
             plain = nn.utils.clip_grad_norm_
             return plan.clip_grad_norm_(folded, 0.1) if kind == "plan's" else plain(folded.parameters(), 0.1)
 
-        clipped[kind] = test_fold.losses(model, plan.make_optimizer(model), family, clip)
-    optimizer_of_twin = test_fold.explicit_optimizer(optimizer, case, plan, twin)
-    explicit = test_fold.losses(
+        clipped[kind] = folds.losses(model, plan.make_optimizer(model), family, clip)
+    optimizer_of_twin = folds.explicit_optimizer(optimizer, case, plan, twin)
+    explicit = folds.losses(
         twin, optimizer_of_twin, family, lambda model: nn.utils.clip_grad_norm_(model.parameters(), 0.1)
     )
     assert clipped["plan's"] == pytest.approx(explicit, rel=1e-10)
@@ -311,7 +311,7 @@ def branch_losses() -> tuple[list[float], list[float]]:
     """Losses of the folded model under CompleteP at 4 times the base's depth, and of the explicit one set up by hand."""
     build = lambda s: Branches(s.width, s.depth)  # noqa: E731
     family = mt.Family(build, families.image_batch(), families.loss, Scale(16, 2), "branches")
-    recipe = mt.Recipe.read(test_fold.RECIPES["adamw"], "recipe")
+    recipe = mt.Recipe.read(folds.RECIPES["adamw"], "recipe")
     plan = mt.plan(family, Scale(16, 8), "completep", recipe=recipe)
     model, twin = build(plan.scale).double(), Branches(16, 8, 1 / 4).double()
     plan.initialize(model)
@@ -322,8 +322,8 @@ def branch_losses() -> tuple[list[float], list[float]]:
         eps = recipe.eps / 4 if name.startswith("blocks") else recipe.eps
         groups.append({"params": [theirs], "eps": eps, "lr": recipe.lr, "weight_decay": recipe.weight_decay})
     optimizer = torch.optim.AdamW(groups, betas=recipe.betas)
-    folded = test_fold.losses(model, plan.make_optimizer(model), family)
-    return folded, test_fold.losses(twin, optimizer, family)
+    folded = folds.losses(model, plan.make_optimizer(model), family)
+    return folded, folds.losses(twin, optimizer, family)
 
 
 def test_the_explicit_model_tells_a_fold_without_its_bias(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,108 +17,13 @@ from mutransfer.sweeps.executors import executor_for
 from mutransfer.sweeps.experiment import Experiment
 from mutransfer.sweeps.jobs import Job, OneByOne
 from mutransfer.sweeps.processes import Processes
-from mutransfer.sweeps.tuning import Tuned, tune
+from mutransfer.sweeps.tuning import tune
 from mutransfer.sweeps.verifying import basins
 
+from .planted_trainers import TRAINER
+from .scripts import MODEL, states
 from .small import SMALL, contents, experiment, journal, within
 
-MODEL = """
-import torch
-from torch import nn
-
-batch = torch.zeros(4, 8), torch.zeros(4, dtype=torch.int64)
-
-def build(width, depth):
-    return nn.Sequential(nn.Linear(8, width), nn.ReLU(), nn.Linear(width, 5))
-"""
-
-# Real training, of the model above on data of its own, by a module beside it.
-TRAINER = """
-import torch
-from models import build
-from mutransfer.sweeps.attempt import Stop
-
-def train(recipe, plan, seed, report):
-    model = build(plan.scale.width, plan.scale.depth)
-    plan.initialize(model, seed)
-    optimizer = plan.make_optimizer(model)
-    draws = torch.Generator().manual_seed(seed)
-    loss = None
-    for step in range(9):
-        x = torch.randn(32, 8, generator=draws)
-        loss = nn_loss(model(x), x)
-        if step % 2 == 0:
-            report(step, loss)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return loss
-
-def nn_loss(y, x):
-    from helper import labels
-    return torch.nn.functional.cross_entropy(y, labels(x))
-
-# Planted: what a sweep sees of a trainer.
-def bowl(recipe, plan, seed, report):
-    import math
-    loss = 1 + (math.log2(recipe.lr) + 5) ** 2
-    for step in range(1, 9):
-        report(step, loss)
-    return loss
-
-def stubborn(recipe, plan, seed, report):
-    try:
-        return bowl(recipe, plan, seed, report)
-    except Stop:
-        raise RuntimeError("could not clean up")
-
-def silent(recipe, plan, seed, report):
-    return recipe.lr
-
-def epochs(recipe, plan, seed, report):
-    report(1, 3.0)
-    return recipe.lr
-
-def overflows(recipe, plan, seed, report):
-    report(0, 4.0)
-    if recipe.lr > 2 ** -6:
-        report(3, float("nan"))
-        raise AssertionError("not reached")
-    return 1.0
-
-def grows(recipe, plan, seed, report):
-    report(0, 4.0)
-    return 5.0 if recipe.lr > 2 ** -6 else 1.0
-
-def fails(recipe, plan, seed, report):
-    x = recipe.lr
-    raise ValueError("no such\\ndataset")
-
-def leaves(recipe, plan, seed, report):
-    raise SystemExit("out of licences")
-
-def sometimes(recipe, plan, seed, report):
-    if recipe.lr > 2 ** -6:
-        raise MemoryError("too large")
-    return recipe.lr
-
-def returns_none(recipe, plan, seed, report):
-    pass
-
-def returns_text(recipe, plan, seed, report):
-    return "2.5"
-
-def reports_text(recipe, plan, seed, report):
-    report("first", 2.5)
-
-def reports_pair(recipe, plan, seed, report):
-    report(1, (2.5, 2.6))
-
-def two(recipe, plan):
-    pass
-
-number = 3
-"""
 LR = {"lr": {"low": 2**-9, "high": 2**-3, "log": True}}
 
 
@@ -129,11 +34,6 @@ def _shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "own.py").write_text(TRAINER)
     (tmp_path / "helper.py").write_text("def labels(x):\n    return (x[:, 0] > 0).long()\n")
     (tmp_path / "broken.py").write_text("raise OSError('no licence')\n")
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> RunFolder:
-    return RunFolder(tmp_path / "run")
 
 
 def own(name: str, **changes: Any) -> Experiment:
@@ -202,10 +102,6 @@ def test_widths_are_compared_with_it(folder: RunFolder) -> None:
     assert frame["loss"].notna().all()
     assert frame["flops"].isna().all()
     assert frame["loss"].nunique() == len(frame)
-
-
-def states(found: Tuned) -> list[str]:
-    return found.trials["state"].tolist()
 
 
 @pytest.mark.parametrize("name", ["bowl", "stubborn"])

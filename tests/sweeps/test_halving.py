@@ -85,5 +85,5 @@ def test_what_is_done_again_stays_in_its_bracket() -> None:
     batch(found, [1.0] * 17, 7)
     ticket = optuna.trial.create_trial(state=optuna.trial.TrialState.WAITING, system_attrs={REPEATS: 1})
     found.add_trial(ticket)
-    assert dealt[1] != dealt[17 % 17]
+    assert dealt[1] != dealt[17 % len(dealt)]
     assert pruner._bracket(found, found.trials[17]) == dealt[1]

@@ -1,65 +1,23 @@
-"""Tuning: exact totals, whatever interrupts them; divergence that is told and kept; other people's folders left alone."""
+"""Tuning: exact totals, divergence that is told and kept, samplers and pruners."""
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import optuna
 import pytest
-from optuna.trial import TrialState
 
-from mutransfer.errors import RequestError
 from mutransfer.frames import TRIALS
-from mutransfer.recipe import Recipe
 from mutransfer.runs import RunFolder
 from mutransfer.scale import Scale
-from mutransfer.sweeps.experiment import Experiment
 from mutransfer.sweeps.jobs import Job, OneByOne
-from mutransfer.sweeps.storages import own_journal
-from mutransfer.sweeps.study import open_study
-from mutransfer.sweeps.tuning import Tuned, tune
+from mutransfer.sweeps.tuning import tune
 
-from .small import Counting, Failing, Planted, contents, each, experiment, journal, octaves, within
+from .small import Counting, Planted, each, experiment, journal, within
+from .tuned import assert_agrees, bowl, refusal, states
 
 # From lr 4 on everything overflows or ends above its start; at the recipe's own 2^-6 it learns.
 WILD = {"lr": {"low": 2**-9, "high": 2.0**40, "log": True}}
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> RunFolder:
-    return RunFolder(tmp_path / "run")
-
-
-def bowl(job: Job) -> float:
-    """A loss with its optimum at log2 lr = −5."""
-    return 1 + (octaves(job.recipe) + 5) ** 2 / 10
-
-
-def states(folder: RunFolder) -> list[str]:
-    return [trial.state.name for trial in journal(folder).trials]
-
-
-def refusal(*args: Any, **kwargs: Any) -> str:
-    with pytest.raises(RequestError) as caught:
-        tune(*args, **kwargs)
-    sentence = str(caught.value)
-    assert sentence.endswith(".")
-    assert "\n" not in sentence
-    return sentence
-
-
-def assert_agrees(found: Tuned, folder: RunFolder) -> None:
-    """What is returned, what the journal holds and what the folder's files say are the same."""
-    trials = TRIALS.read(folder.trials)
-    assert trials["state"].tolist() == states(folder) == found.trials["state"].tolist()
-    assert trials["number"].tolist() == list(range(len(trials)))
-    assert Recipe.load(folder.best) == found.best
-    chosen = trials[(trials["state"] == "COMPLETE") & ~trials["diverged"]]
-    assert found.value == chosen["value"].min()
 
 
 def test_a_total_is_a_total(folder: RunFolder) -> None:
@@ -158,171 +116,6 @@ def test_all_diverged_is_said(folder: RunFolder) -> None:
     assert not folder.best.exists()
 
 
-@pytest.mark.parametrize("tail", [b'{"op_code":4,"worker_id":"0', b"{", b'{"op_code":4}'])
-def test_a_torn_journal_heals(tail: bytes, folder: RunFolder) -> None:
-    tune(experiment(trials=2), folder, executor=Planted(bowl))
-    whole = folder.journal.read_bytes()
-    folder.journal.write_bytes(whole + tail)
-    found = tune(experiment(), folder, executor=Planted(bowl))
-    assert states(folder) == ["COMPLETE"] * 4
-    assert folder.journal.read_bytes().startswith(whole + b"{")
-    assert_agrees(found, folder)
-
-
-def test_a_lock_that_a_killed_process_left_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Relative, as on the command line: Optuna's link then points nowhere, and it would wait for ever."""
-    monkeypatch.chdir(tmp_path)
-    folder = RunFolder(Path("run"))
-    tune(experiment(trials=2), folder, executor=Planted(bowl))
-    (tmp_path / "run" / "study.journal.lock").symlink_to("run/study.journal")
-    with within(20):
-        tune(experiment(), folder, executor=Planted(bowl))
-    assert states(folder) == ["COMPLETE"] * 4
-
-
-def test_what_a_killed_process_had_begun_is_done_again(folder: RunFolder) -> None:
-    tune(experiment(trials=2), folder, executor=Planted(bowl))
-    space = {"lr": optuna.distributions.FloatDistribution(2**-9, 2**-3, log=True)}
-    zombie = journal(folder).ask(fixed_distributions=space)
-    assert states(folder) == ["COMPLETE", "COMPLETE", "RUNNING"]
-    found = tune(experiment(), folder, executor=(counting := Counting(Planted(bowl))))
-    assert states(folder) == ["COMPLETE", "COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
-    assert counting.jobs[0].recipe.lr == zombie.params["lr"]
-    assert_agrees(found, folder)
-
-
-def test_an_exception_gives_the_trial_back(folder: RunFolder) -> None:
-    with pytest.raises(ZeroDivisionError):
-        tune(experiment(), folder, executor=Failing(2, ZeroDivisionError(), Planted(bowl)))
-    assert states(folder) == ["COMPLETE", "COMPLETE", "WAITING", "FAIL"] or states(folder) == [
-        "COMPLETE", "COMPLETE", "FAIL", "WAITING",
-    ]  # fmt: skip
-    lost = next(trial.params for trial in journal(folder).trials if trial.state is TrialState.FAIL)
-    found = tune(experiment(), folder, executor=(counting := Counting(Planted(bowl))))
-    assert sorted(states(folder)) == ["COMPLETE"] * 4 + ["FAIL"]
-    assert counting.jobs[0].recipe.lr == lost["lr"]
-    assert len(counting.jobs) == 2
-    assert_agrees(found, folder)
-
-
-def test_an_interrupted_default_is_still_the_default(folder: RunFolder) -> None:
-    with pytest.raises(KeyboardInterrupt):
-        tune(experiment(), folder, executor=Failing(0, KeyboardInterrupt(), Planted(bowl)))
-    found = tune(experiment(), folder, executor=Planted(bowl))
-    assert states(folder).count("COMPLETE") == 4
-    assert found.default == pytest.approx(1.1)
-
-
-def test_an_interruption_right_after_a_trial_was_told(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    tell = optuna.Study.tell
-
-    def interrupted(study: optuna.Study, trial: Any, *args: Any, **kwargs: Any) -> Any:
-        told = tell(study, trial, *args, **kwargs)
-        if kwargs.get("state") is None and told.number == 1:
-            raise KeyboardInterrupt
-        return told
-
-    monkeypatch.setattr(optuna.Study, "tell", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        tune(experiment(), folder, executor=Planted(bowl))
-    monkeypatch.undo()
-    assert states(folder) == ["COMPLETE", "COMPLETE"]
-    tune(experiment(), folder, executor=Planted(bowl))
-    assert states(folder) == ["COMPLETE"] * 4
-
-
-def test_a_second_sweep_in_the_folder_is_refused(folder: RunFolder) -> None:
-    class Nosy(Planted):
-        """Tunes in the folder in which it is itself a trial."""
-
-        said = ""
-
-        def run(self, *args: Any, **kwargs: Any) -> Any:
-            self.said = refusal(experiment(), folder, executor=Planted(bowl))
-            return super().run(*args, **kwargs)
-
-    outer = Nosy(bowl)
-    tune(experiment(trials=1), folder, executor=outer)
-    assert "another process is at work" in outer.said
-    assert states(folder) == ["COMPLETE"]
-
-
-@pytest.mark.parametrize(("best", "end"), [(-9.0, "low"), (-3.0, "high"), (-6.0, None)])
-def test_a_best_value_at_the_edge_of_its_range_is_said(best: float, end: str | None, folder: RunFolder) -> None:
-    planted = Planted(lambda job: 1 + (octaves(job.recipe) - best) ** 2)
-    found = tune(experiment(recipe={"lr": 2**best}), folder, executor=planted)
-    assert len(found.warnings) == (end is not None)
-    if end is not None:
-        assert f"at the {end} end of its range: widen search.lr.{end}." in found.warnings[0]
-
-
-@pytest.mark.parametrize(
-    ("change", "key", "value"),
-    [
-        ({"steps": 9}, "steps", "9"),
-        ({"seed": 1}, "seed", "1"),
-        ({"recipe": {"lr": 0.5}}, "recipe", "0.5"),
-        ({"search": {"beta2": {"low": 0.9, "high": 0.99}}}, "search", "beta2"),
-        ({"pruner": "median"}, "pruner", "median"),
-    ],
-)
-def test_another_experiment_in_the_folder_is_refused(
-    change: dict[str, Any], key: str, value: str, folder: RunFolder
-) -> None:
-    tune(experiment(), folder, executor=Planted(bowl))
-    before = contents(folder.path)
-    sentence = refusal(experiment(**change), folder, executor=Planted(bowl))
-    assert f"holds a study with {key} = " in sentence
-    assert value in sentence
-    assert "another --out" in sentence
-    assert contents(folder.path) == before
-
-
-def test_another_data_hash_in_the_folder_is_refused(folder: RunFolder) -> None:
-    tune(experiment(), folder, executor=Planted(bowl))
-    noted = json.loads(folder.environment.read_text())
-    folder.environment.write_text(json.dumps(noted | {"data_sha256": "0123456789abcdef"}))
-    before = contents(folder.path)
-    sentence = refusal(experiment(trials=5), folder, executor=Planted(bowl))
-    assert "0123456789ab…" in sentence
-    assert noted["data_sha256"][:12] in sentence
-    assert contents(folder.path) == before
-
-
-def test_a_damaged_experiment_in_the_folder_is_named(folder: RunFolder) -> None:
-    folder.make().experiment.write_text("- a list")
-    assert str(folder.experiment) in refusal(experiment(), folder, executor=Planted(bowl))
-    assert list(contents(folder.path)) == ["experiment.yaml"]
-
-
-def test_an_experiment_that_leaves_defaults_out_is_the_same_one(folder: RunFolder) -> None:
-    """As `mutransfer init RUN` writes it, tuned with --out RUN."""
-    folder.make().experiment.write_text("model: mlp\ndata: digits\nproxy: {width: 8}\nsteps: 8\ntrials: 2\n")
-    tune(Experiment.load(folder.experiment), folder, executor=Planted(bowl))
-    assert states(folder) == ["COMPLETE"] * 2
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({"model": "transformer", "data": "markov", "sequence_length": 8, "proxy": {"width": 40}}, "multiple of the head"),
-        (
-            {"model": "transformer", "data": "markov", "sequence_length": 8, "proxy": {"width": 40}, "base": {"width": 16}},
-            "multiple of the head",
-        ),
-        ({"model": "transformer"}, "reads tokens"),
-        ({"model": "mlpp"}, "did you mean 'mlp'?"),
-        ({"options": {"colour": "red"}}, "does not take these options"),
-    ],
-)  # fmt: skip
-def test_what_cannot_be_trained_is_said_before_anything_is_written(
-    change: dict[str, Any], said: str, folder: RunFolder
-) -> None:
-    with pytest.raises(RequestError, match=said):
-        tune(experiment(**change), folder)
-    assert not folder.path.exists()
-
-
 @pytest.mark.parametrize("sampler", ["tpe", "random", "gp", "qmc"])
 def test_resuming_does_not_repeat_the_first_draws(sampler: str, folder: RunFolder) -> None:
     values = []
@@ -376,67 +169,3 @@ def test_a_real_run_stops_at_the_rung_where_it_is_told_to() -> None:
     assert outcome.stopped
     assert (outcome.steps, outcome.loss) == heard[1]
     assert not outcome.diverged
-
-
-def test_other_storages_resume_too(tmp_path: Path) -> None:
-    folder, url = RunFolder(tmp_path / "run"), f"sqlite:///{tmp_path / 'study.db'}"
-    tune(experiment(trials=2), folder, storage=url, name="mine", executor=Planted(bowl))
-    found = tune(experiment(), folder, storage=url, name="mine", executor=(counting := Counting(Planted(bowl))))
-    assert len(counting.jobs) == 2
-    assert found.trials["state"].tolist() == ["COMPLETE"] * 4
-    assert not folder.journal.exists()
-
-
-def test_a_storage_that_cannot_be_reached_is_named(tmp_path: Path) -> None:
-    url = f"sqlite:///{tmp_path / 'none' / 'study.db'}"
-    assert url in refusal(experiment(), RunFolder(tmp_path / "run"), storage=url, executor=Planted(bowl))
-
-
-def test_a_journal_that_is_none_is_named(folder: RunFolder) -> None:
-    tune(experiment(trials=1), folder, executor=Planted(bowl))
-    folder.journal.write_text("what is this\nand this\n")
-    assert str(folder.journal) in refusal(experiment(), folder, executor=Planted(bowl))
-
-
-def test_opening_a_study_says_nothing(folder: RunFolder, capfd: pytest.CaptureFixture[str]) -> None:
-    open_study(experiment(), own_journal(folder.make()), None, "worker")
-    assert capfd.readouterr() == ("", "")
-
-
-def test_one_storage_does_not_mix_experiments(tmp_path: Path) -> None:
-    url = f"sqlite:///{tmp_path / 'shared.db'}"
-    tune(experiment(trials=2), RunFolder(tmp_path / "one"), storage=url, executor=Planted(bowl))
-    other = experiment(trials=2, steps=9)
-    assert "steps = 8" in refusal(other, RunFolder(tmp_path / "two"), storage=url, executor=Planted(bowl))
-    assert len(tune(other, RunFolder(tmp_path / "two"), storage=url, name="two", executor=Planted(bowl)).trials) == 2
-
-
-def test_a_run_folder_holds_one_study(folder: RunFolder) -> None:
-    tune(experiment(trials=2), folder, executor=Planted(bowl))
-    assert "--study" in refusal(experiment(trials=2), folder, name="second", executor=Planted(bowl))
-    assert len(tune(experiment(trials=3), folder, executor=Planted(bowl)).trials) == 3
-
-
-def test_a_loss_that_is_no_number_before_training_ends_the_sweep_in_words(folder: RunFolder) -> None:
-    class Lost(Planted):
-        def run(self, *args: Any, **kwargs: Any) -> Any:
-            for job, outcome in super().run(*args, **kwargs):
-                yield job, replace(outcome, start=math.nan, loss=math.nan)
-
-    with within(60):
-        assert "diverged" in refusal(experiment(trials=3), folder, executor=Lost(bowl))
-    assert states(folder) == ["COMPLETE"] * 3
-
-
-@pytest.mark.parametrize(
-    ("search", "changes"),
-    [
-        ({"momentum": {"low": 0.1, "high": 0.9}}, {}),
-        ({"beta2": {"low": 0.9, "high": 0.99}}, {"optimizer": "sgd"}),
-        ({"cooldown": {"low": 0.1, "high": 0.5}}, {}),
-    ],
-)
-def test_a_search_that_changes_nothing_is_refused(search: dict[str, Any], changes: dict[str, Any]) -> None:
-    with pytest.raises(RequestError, match="changes nothing"):
-        experiment(search=search, **changes)
-    experiment(search={"cooldown": {"low": 0.1, "high": 0.5}, "schedule": {"choices": ["wsd", "cosine"]}})

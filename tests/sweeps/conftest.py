@@ -1,0 +1,28 @@
+"""A run folder for each test, and a workplace for tests of commands."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mutransfer.runs import RunFolder
+
+from .scripts import MODEL, ours, until
+from .small import within
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    return RunFolder(tmp_path / "run")
+
+
+@pytest.fixture
+def command_shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The test runs beside ``models.py``, ends in a minute, and leaves no process behind."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models.py").write_text(MODEL)
+    with within(60):
+        yield
+    until(lambda: ours(tmp_path) == [])
