@@ -153,10 +153,6 @@ class Experiment(Settings):
     @property
     def rung_steps(self) -> tuple[int, ...]:
         """The steps at which a trial reports: evenly spaced, or for halving each a factor from the next."""
-        if self.sampler == "independent" and self.trials < (least := 2 + 2 * len(self.search)):
-            raise ValueError(
-                f"sampler independent needs at least {least} trials for {len(self.search)} lines: raise trials."
-            )
         if self.pruner in ("halving", "hyperband"):
             return geometric_rungs(self.steps, self.rungs)
         return tuple(round(self.steps * k / (self.rungs + 1)) for k in range(1, self.rungs + 1))
