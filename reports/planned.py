@@ -98,6 +98,9 @@ class PlanFigure(ReportFigure):
             axes.set_xticks([x + 0.5 for x in range(len(SETTINGS))], SETTINGS.values(), weight="bold")
             axes.set_yticks([y + 0.5 for y in range(len(roles))], labels)
             literal(axes.get_yticklabels())
+            axes.set_xlabel(
+                "target's value / base model's; parameters of each role in brackets", fontsize=8, color=GREY
+            )
         return figure
 
 

@@ -46,6 +46,7 @@ def test_every_role_and_setting_is_a_number(parameters):
     assert [label.get_text() for label in drawn.axes[0].get_yticklabels()] == [
         "input (2)", "vector (2)", "hidden (2)", "output (2)",
     ]  # fmt: skip
+    assert drawn.axes[0].get_xlabel().startswith("target's value / base model's")
 
 
 def test_larger_and_smaller_are_told_apart_without_colour(parameters):
