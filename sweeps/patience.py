@@ -52,6 +52,7 @@ class Patient(BaseStorage):
         self._lock = threading.Lock()
         self._away_since: float | None = None
         self._said = 0.0
+        self._studies: set[int] = set()
 
     def _ask(self, name: str, *arguments: Any, **named: Any) -> Any:
         begun = time.monotonic()
@@ -169,13 +170,20 @@ class Patient(BaseStorage):
 
     def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
         """See BaseStorage."""
+        self._studies.add(study_id)
         return self._ask("create_new_trial", study_id, template_trial)
 
     def set_trial_param(
         self, trial_id: int, param_name: str, param_value_internal: float, distribution: BaseDistribution
     ) -> None:
         """See BaseStorage."""
-        self._ask("set_trial_param", trial_id, param_name, param_value_internal, distribution)
+        try:
+            self._ask("set_trial_param", trial_id, param_name, param_value_internal, distribution)
+        except KeyError:
+            # Optuna's proxy, restarted, knows no trial of a study whose trials nobody has read since.
+            for study_id in self._studies:
+                self.get_all_trials(study_id, deepcopy=False)
+            self._ask("set_trial_param", trial_id, param_name, param_value_internal, distribution)
 
     def get_trial_id_from_study_id_trial_number(self, study_id: int, trial_number: int) -> int:
         """See BaseStorage."""
@@ -205,6 +213,7 @@ class Patient(BaseStorage):
         self, study_id: int, deepcopy: bool = True, states: Container[TrialState] | None = None
     ) -> list[FrozenTrial]:
         """See BaseStorage."""
+        self._studies.add(study_id)
         return self._ask("get_all_trials", study_id, deepcopy, states)
 
     def remove_session(self) -> None:

@@ -6,10 +6,12 @@ import contextlib
 import importlib.util
 import json
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import optuna
@@ -22,6 +24,7 @@ from mutransfer.runs import RunFolder
 
 from .journal import Journal
 from .locks import only_worker
+from .outages import made_by_others
 from .patience import Patient
 
 __all__ = ["Opened", "naming_the_storage", "opened", "own_journal"]
@@ -32,6 +35,13 @@ KNOWN = (
 DATABASES = ("postgresql", "postgres", "mysql", "mariadb")
 PACKAGES = {"sqlalchemy", "psycopg", "psycopg2", "MySQLdb", "pymysql", "mysql", "grpc", "redis"}
 ANSWER_WITHIN = 10  # seconds for a connection to be made
+SAME_TABLES = (
+    0.1,
+    0.3,
+    1.0,
+    3.0,
+    None,
+)  # seconds after each attempt at a new database's tables, which others make as well
 DRIVERS = {
     "psycopg2": "pip install psycopg2-binary, or write postgresql+psycopg://…",
     "psycopg": "pip install 'psycopg[binary]'",
@@ -152,10 +162,30 @@ def _opener(address: str) -> Callable[[], BaseStorage]:
 
 
 def _database(address: str) -> BaseStorage:
+    _make_tables(address)
     # A connection that a restart has cut is noticed before it is used; a host that swallows packets is not waited for.
+    return optuna.storages.get_storage(_tables(address, pool_pre_ping=True))
+
+
+def _make_tables(address: str) -> None:
+    """Make a new database's tables, which several workers may do at once: all but one of them try again, and find them."""
+    from sqlalchemy.pool import NullPool  # takes a while, and a journal needs none of it
+
+    for pause in SAME_TABLES:
+        try:
+            # Without a pool: connections of a storage that could not be opened would stay open.
+            _tables(address, poolclass=NullPool)
+        except Exception as error:
+            if pause is None or not made_by_others(error):
+                raise
+            time.sleep(pause)
+        else:
+            return
+
+
+def _tables(address: str, **options: Any) -> RDBStorage:
     within = {} if "connect_timeout" in address else {"connect_timeout": ANSWER_WITHIN}
-    options = {"pool_pre_ping": True, "connect_args": within}
-    return optuna.storages.get_storage(RDBStorage(_with_driver(address), engine_kwargs=options))
+    return RDBStorage(_with_driver(address), engine_kwargs={**options, "connect_args": within})
 
 
 def _with_driver(address: str) -> str:

@@ -6,6 +6,7 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
@@ -20,6 +21,25 @@ from .workers import Worker, Workers, workers
 
 WORKERS = 4
 LEASE = "6"
+# After its first trials a worker waits in the next, so that a server which stops then finds all of them at work.
+FREE = 2
+GATED = f"""
+import time
+from pathlib import Path
+
+begun = 0
+
+def train(recipe, plan, seed, report):
+    global begun
+    begun += 1
+    end = time.monotonic() + 240
+    while begun > {FREE} and not Path("open").exists() and time.monotonic() < end:
+        time.sleep(0.02)
+    loss = 1 + abs(recipe.lr - 0.01)
+    for step in range(1, report.steps + 1):
+        report(step, loss)
+    return loss
+"""
 
 
 @pytest.fixture(scope="module")
@@ -37,10 +57,15 @@ def database() -> Iterator[Postgres]:
 class Shop:
     """A workplace of workers that share one storage."""
 
-    def __init__(self, path: Path, forked: Workers, storage: str, total: int, steps: int) -> None:
-        self.path, self.storage, self.total, self._forked = path, storage, total, forked
+    def __init__(
+        self, path: Path, forked: Workers, storage: str, total: int, steps: int = 200, gated: bool = False
+    ) -> None:
+        self.path, self.storage, self.total, self.gated, self._forked = path, storage, total, gated, forked
         # Long enough that a signal finds a trial at work.
-        experiment = {**SMALL, "steps": steps, "pruner": "median"}
+        experiment: dict[str, Any] = {**SMALL, "steps": steps, "pruner": "median"}
+        if gated:
+            (path / "gated.py").write_text(GATED)
+            experiment["trainer"] = "gated.py:train"
         (path / "experiment.yaml").write_text(yaml.safe_dump(experiment))
 
     def start(self, name: str, out: str | None = None) -> Worker:
@@ -120,8 +145,9 @@ def restarted_halfway(shop: Shop, server: Postgres | Proxy | Redis, away: float)
     """The server is gone for a while, as after a crash; workers say that they wait, and go on."""
     begun = [shop.start(f"worker{i}") for i in range(WORKERS)]
     wait_for(lambda: all(shop.begun(worker) for worker in begun), "a worker has begun no trial", 240)
-    wait_for(lambda: shop.finished() >= shop.total // 3, "too few trials", 240)
+    wait_for(lambda: shop.finished() >= (FREE * WORKERS if shop.gated else shop.total // 3), "too few trials", 240)
     server.stop()
+    (shop.path / "open").touch()
     time.sleep(away)
     # Whoever was in a trial comes to its end first, on a busy machine later.
     wait_for(lambda: all("waiting for the storage" in worker.err for worker in begun), "a worker does not wait", 60)
@@ -134,26 +160,26 @@ def restarted_halfway(shop: Shop, server: Postgres | Proxy | Redis, away: float)
 
 
 def test_four_workers_on_a_journal_of_whom_one_is_killed(tmp_path: Path, forked: Workers) -> None:
-    killed_halfway(Shop(tmp_path, forked, journal(tmp_path), total=24, steps=200))
+    killed_halfway(Shop(tmp_path, forked, journal(tmp_path), total=24))
 
 
 def test_four_workers_on_postgresql_of_whom_one_is_killed(tmp_path: Path, forked: Workers, database: Postgres) -> None:
-    killed_halfway(Shop(tmp_path, forked, database.fresh(), total=24, steps=200))
+    killed_halfway(Shop(tmp_path, forked, database.fresh(), total=24))
 
 
 def test_postgresql_is_restarted_halfway(tmp_path: Path, forked: Workers, database: Postgres) -> None:
-    restarted_halfway(Shop(tmp_path, forked, database.fresh(), total=24, steps=200), database, away=3)
+    restarted_halfway(Shop(tmp_path, forked, database.fresh(), total=16, gated=True), database, away=3)
 
 
 def test_a_proxy_is_restarted_halfway(tmp_path: Path, forked: Workers, database: Postgres) -> None:
     with proxy(database.fresh()) as server:
-        restarted_halfway(Shop(tmp_path, forked, server.url, total=16, steps=200), server, away=3)
+        restarted_halfway(Shop(tmp_path, forked, server.url, total=16, gated=True), server, away=3)
 
 
 def test_redis_is_restarted_halfway(tmp_path: Path, forked: Workers) -> None:
     (tmp_path / "redis").mkdir()
     with redis(tmp_path / "redis") as server:
-        restarted_halfway(Shop(tmp_path, forked, server.url, total=16, steps=200), server, away=3)
+        restarted_halfway(Shop(tmp_path, forked, server.url, total=16, gated=True), server, away=3)
 
 
 def test_a_worker_that_was_only_stopped_finds_its_trial_done_by_others(tmp_path: Path, forked: Workers) -> None:
@@ -201,22 +227,22 @@ def test_the_very_same_command_on_every_machine(tmp_path: Path, forked: Workers)
 
 @pytest.mark.slow
 def test_two_hundred_trials_on_a_journal(tmp_path: Path, forked: Workers) -> None:
-    killed_halfway(Shop(tmp_path, forked, journal(tmp_path), total=200, steps=200))
+    killed_halfway(Shop(tmp_path, forked, journal(tmp_path), total=200))
 
 
 @pytest.mark.slow
 def test_two_hundred_trials_on_postgresql(tmp_path: Path, forked: Workers, database: Postgres) -> None:
-    killed_halfway(Shop(tmp_path, forked, database.fresh(), total=200, steps=200))
+    killed_halfway(Shop(tmp_path, forked, database.fresh(), total=200))
 
 
 @pytest.mark.slow
 def test_two_hundred_trials_on_a_postgresql_that_is_restarted(
     tmp_path: Path, forked: Workers, database: Postgres
 ) -> None:
-    restarted_halfway(Shop(tmp_path, forked, database.fresh(), total=200, steps=200), database, away=10)
+    restarted_halfway(Shop(tmp_path, forked, database.fresh(), total=200), database, away=10)
 
 
 @pytest.mark.slow
 def test_two_hundred_trials_on_a_proxy_that_is_restarted(tmp_path: Path, forked: Workers, database: Postgres) -> None:
     with proxy(database.fresh()) as server:
-        restarted_halfway(Shop(tmp_path, forked, server.url, total=200, steps=200), server, away=10)
+        restarted_halfway(Shop(tmp_path, forked, server.url, total=200), server, away=10)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,10 @@ from mutransfer.sweeps.patience import Patient
 from mutransfer.sweeps.storages import opened
 from mutransfer.sweeps.tuning import tune
 
-from .servers import PASSWORD, Postgres, free_port, postgres
+from .servers import PASSWORD, Postgres, free_port, postgres, proxy
 from .small import Planted, contents, experiment, within
+
+WORKERS = 8
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +75,19 @@ def test_a_wrong_password_is_not_waited_for(database: Postgres) -> None:
     with within(20):
         sentence = refusal(database.url().replace(PASSWORD, "s3cret"))
     assert "password authentication failed" in sentence
+
+
+def test_workers_that_open_a_new_database_at_once_make_its_tables_once(database: Postgres) -> None:
+    address = database.fresh()
+    together = threading.Barrier(WORKERS)
+
+    def opens(number: int) -> int:
+        together.wait(30)
+        with opened(address) as storage:
+            return len(storage.backend.get_all_studies())
+
+    with ThreadPoolExecutor(WORKERS) as pool:
+        assert list(pool.map(opens, range(WORKERS))) == [0] * WORKERS
 
 
 def test_a_sqlite_file_serves_one_worker(tmp_path: Path) -> None:
@@ -178,6 +195,17 @@ def test_a_mistake_is_not_waited_for() -> None:
     storage, _ = patient("", 0, after=False)
     with within(5), pytest.raises(KeyError):
         storage.get_trial(99)
+
+
+def test_a_proxy_that_is_restarted_within_a_trial_is_told_its_parameters(database: Postgres) -> None:
+    """It answers that there is no such trial, until somebody has read the study."""
+    with proxy(database.fresh()) as server, opened(server.url) as storage:
+        study = optuna.create_study(storage=storage.backend, sampler=optuna.samplers.RandomSampler(seed=0))
+        trial = study.ask()
+        server.stop()
+        server.start()
+        lr = trial.suggest_float("lr", 0, 1)
+        assert [each.params for each in study.get_trials()] == [{"lr": lr}]
 
 
 def test_which_errors_of_a_database_are_an_outage(database: Postgres) -> None:
