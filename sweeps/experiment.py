@@ -105,8 +105,8 @@ class Experiment(Settings):
     batch_size: Count = 16
     recipe: Recipe = Recipe()
     search: dict[str, Range] = Field(default_factory=lambda: {"lr": Range(low=2**-12, high=2**-3, log=True)})
-    sampler: Literal["tpe", "gp", "random", "qmc", "independent"] = "tpe"
-    pruner: Literal["median", "halving", "hyperband", "none"] = "median"
+    sampler: Literal["auto", "gp", "tpe", "random", "qmc", "independent"] = "auto"
+    pruner: Literal["half", "halving", "hyperband", "median", "none"] = "half"
     rungs: Annotated[int, Field(ge=1, le=32)] = 4
     trials: Count = 24
     budget: Budget = Budget()

@@ -11,10 +11,11 @@ from optuna.trial import FrozenTrial, TrialState
 
 from .claims import origin
 
-__all__ = ["REDUCTION", "Halving", "geometric_rungs"]
+__all__ = ["REDUCTION", "Halving", "geometric_rungs", "judged_once"]
 
 REDUCTION = 3
 FIRST = 10  # steps before which no trial is judged: a warmup says nothing
+ONCE = 0.4  # of a run, where its loss tells the better half of trials from the other, and most of its cost is ahead
 
 
 def geometric_rungs(steps: int, most: int, reduction: int = REDUCTION) -> tuple[int, ...]:
@@ -25,6 +26,12 @@ def geometric_rungs(steps: int, most: int, reduction: int = REDUCTION) -> tuple[
     rungs = [round(steps / reduction**k) for k in range(1, most + 1)]
     late = [rung for rung in rungs if rung >= FIRST] or rungs[:1]
     return tuple(sorted({rung for rung in late if 0 < rung < steps}))
+
+
+def judged_once(rungs: Sequence[int], steps: int) -> tuple[int, ...]:
+    """Return the rung that is nearest to two fifths of the run, if there is any: the only one a trial is judged at."""
+    inside = [rung for rung in rungs if 0 < rung < steps]
+    return tuple(sorted(inside, key=lambda rung: abs(rung - ONCE * steps))[:1])
 
 
 class Halving(optuna.pruners.BasePruner):

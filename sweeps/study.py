@@ -14,9 +14,11 @@ from optuna.trial import FrozenTrial
 from mutransfer.errors import RequestError
 from mutransfer.frames import TRIALS
 
+from .auto import START, Auto, tpe
 from .claims import FINISHED
 from .experiment import BETAS, Experiment
-from .halving import Halving
+from .gaussian import GaussianProcess
+from .halving import Halving, judged_once
 from .independent import Independent, inside
 from .storages import Opened
 
@@ -116,10 +118,12 @@ def _sampler(experiment: Experiment, trials: int, worker: str, laid_out: int) ->
     digest = hashlib.sha256(f"{experiment.seed}/{trials}{worker}".encode()).digest()
     seed = int.from_bytes(digest[:4], "little")
     match experiment.sampler:
+        case "auto":
+            return Auto(seed)
         case "tpe":
-            return optuna.samplers.TPESampler(n_startup_trials=8, multivariate=True, constant_liar=True, seed=seed)
+            return tpe(seed)
         case "gp":
-            return optuna.samplers.GPSampler(n_startup_trials=8, seed=seed)
+            return GaussianProcess(START, seed)
         case "qmc":
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -133,6 +137,8 @@ def _sampler(experiment: Experiment, trials: int, worker: str, laid_out: int) ->
 
 def _pruner(experiment: Experiment) -> optuna.pruners.BasePruner:
     match experiment.pruner:
+        case "half":
+            return Halving(judged_once(experiment.rung_steps, experiment.steps), reduction=2)
         case "median":
             return optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=0, interval_steps=1)
         case "halving" | "hyperband":

@@ -23,6 +23,10 @@ from .training import FusedTraining, Place, Step
 __all__ = ["Fused", "Precision"]
 
 Precision = Literal["float32", "bfloat16"]
+# Of an experiment, what its training step does not depend on.
+NOT_COMPILED = {
+    "trials", "search", "recipe", "steps", "seed", "sampler", "pruner", "rungs", "budget", "repeats",
+}  # fmt: skip
 
 
 class Fused:
@@ -117,7 +121,7 @@ class Fused:
 
     def _training(self, experiment: Experiment, jobs: Sequence[Running], clips: bool) -> FusedTraining:
         family, data = family_of(experiment)
-        same = experiment.model_dump_json(exclude={"trials", "search", "recipe", "steps"})
+        same = experiment.model_dump_json(exclude=NOT_COMPILED)
         known = self._known.setdefault(f"{same} at {jobs[0].job.scale}, {len(jobs)} at once", {})
         training = FusedTraining(
             family, [each.place for each in jobs], data, steps=experiment.steps, batch_size=experiment.batch_size,

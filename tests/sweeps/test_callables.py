@@ -106,7 +106,7 @@ def test_widths_are_compared_with_it(folder: RunFolder) -> None:
 
 @pytest.mark.parametrize("name", ["bowl", "stubborn"])
 def test_it_is_pruned(name: str, folder: RunFolder) -> None:
-    found = tune(own(name, pruner="median", trials=12), folder)
+    found = tune(own(name, pruner="median", sampler="random", trials=12), folder)
     pruned = found.trials[found.trials["state"] == "PRUNED"]
     assert 1 <= len(pruned) < 12
     assert set(pruned["steps"]) <= {3, 5}
@@ -116,7 +116,7 @@ def test_it_is_pruned(name: str, folder: RunFolder) -> None:
 
 def test_it_is_pruned_in_processes(folder: RunFolder) -> None:
     with within(60), Processes(2) as executor:
-        found = tune(own("bowl", pruner="median", trials=12), folder, executor=executor)
+        found = tune(own("bowl", pruner="median", sampler="random", trials=12), folder, executor=executor)
     assert states(found).count("PRUNED") >= 1
     assert len(found.trials) == 12
 

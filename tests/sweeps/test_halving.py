@@ -8,7 +8,9 @@ import optuna
 import pytest
 
 from mutransfer.sweeps.claims import REPEATS
-from mutransfer.sweeps.halving import Halving, _dealt, geometric_rungs
+from mutransfer.sweeps.experiment import Experiment
+from mutransfer.sweeps.halving import Halving, _dealt, geometric_rungs, judged_once
+from mutransfer.sweeps.study import _pruner
 
 
 def study(pruner: optuna.pruners.BasePruner) -> optuna.Study:
@@ -40,6 +42,19 @@ def test_optunas_own_halving_depends_on_the_order() -> None:
 def test_trials_in_turn_are_compared_with_those_before() -> None:
     found = study(Halving((20,)))
     assert [batch(found, [value], 20)[0] for value in (3.0, 4, 2, 5, 1)] == [False, True, False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("steps", "rungs", "judged"),
+    [(100, 4, 40), (80, 4, 32), (100, 1, 50), (100, 2, 33), (100, 9, 40), (1000, 32, 394), (2, 4, 1), (1, 4, None)],
+)
+def test_half_judges_a_trial_once_two_fifths_into_its_run(steps: int, rungs: int, judged: int | None) -> None:
+    given = Experiment(steps=steps, rungs=rungs)
+    assert judged_once(given.rung_steps, steps) == (() if judged is None else (judged,))
+    assert given.pruner == "half"
+    for step in set(given.rung_steps):
+        kept = [not pruned for pruned in batch(study(_pruner(given)), [4.0, 1.0, 3.0, 2.0], step)]
+        assert kept == ([False, True, False, True] if step == judged else [True] * 4)
 
 
 def test_ties_nan_and_other_steps() -> None:

@@ -116,7 +116,7 @@ def test_all_diverged_is_said(folder: RunFolder) -> None:
     assert not folder.best.exists()
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "random", "gp", "qmc"])
+@pytest.mark.parametrize("sampler", ["auto", "tpe", "random", "gp", "qmc"])
 def test_resuming_does_not_repeat_the_first_draws(sampler: str, folder: RunFolder) -> None:
     values = []
     for total in (3, 6, 10):
@@ -134,7 +134,7 @@ def test_the_same_seed_gives_the_same_trials(tmp_path: Path) -> None:
     assert draws("one", 0) != draws("three", 1)
 
 
-@pytest.mark.parametrize("pruner", ["median", "halving"])
+@pytest.mark.parametrize("pruner", ["half", "median", "halving"])
 def test_hopeless_trials_are_pruned_and_count_as_finished(pruner: str, folder: RunFolder) -> None:
     """Each trial is worse than all before it."""
     planted = Planted(lambda job: 1 + job.key / 10)
