@@ -27,7 +27,9 @@ from mutransfer.sweeps.journal import Journal
 PER_KILL = 5  # trials of the whole sweep; a life is killed after three on average
 LIFE = 0.4  # seconds; a trial takes about a tenth
 LEASE = 5
+# By TPE trials differ in their parameters, by which one that is done twice is told.
 EXPERIMENT: dict[str, Any] = {
+    "sampler": "tpe",
     "model": "mlp", "data": "digits", "proxy": {"width": 8, "depth": 2}, "steps": 40, "batch_size": 16, "rungs": 3,
     "recipe": {"lr": 2**-6, "warmup": 0.0}, "search": {"lr": {"low": 2**-9, "high": 2**-3, "log": True}},
 }  # fmt: skip

@@ -20,7 +20,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
-__all__ = ["OWNER", "FINISHED", "Claims", "origin", "places"]
+__all__ = ["FINISHED", "FIXED", "OWNER", "Claims", "origin", "places"]
 
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 OURS = "mutransfer:"

@@ -13,6 +13,8 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 from scipy import stats
 
+from .claims import FIXED
+
 __all__ = ["GaussianProcess", "foreseen"]
 
 # Of 2048 points at which Optuna looks before it climbs, which are two thirds of the time to ask beside trials that run.
@@ -22,7 +24,7 @@ LOOKED_AT = 512
 class GaussianProcess(optuna.samplers.GPSampler):
     """Expected improvement over a Gaussian process (Optuna's), beyond what is expected of trials that still run.
 
-    Optuna's own passes over pruned trials, and proposes what was pruned again and again.
+    Optuna's own passes over pruned trials and those that wait, and proposes them again and again.
 
     Args:
         start: trials drawn at random before a model is made of them.
@@ -36,8 +38,15 @@ class GaussianProcess(optuna.samplers.GPSampler):
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        """See optuna's BaseSampler."""
-        return super().sample_relative(_Foreseen(study), trial, search_space)  # type: ignore[arg-type]
+        """See optuna's BaseSampler; nothing, which is then drawn at random, where a trial is the very same."""
+        values = super().sample_relative(_Foreseen(study), trial, search_space)  # type: ignore[arg-type]
+        return {} if values in _taken(study, trial) else values
+
+
+def _taken(study: Study, asking: FrozenTrial) -> list[dict[str, Any]]:
+    """Parameters of all others that have not failed: at an edge of the ranges the process may come to the same ones again."""
+    others = (trial for trial in study.get_trials(deepcopy=False) if trial.state is not TrialState.FAIL)
+    return [{**other.system_attrs.get(FIXED, {}), **other.params} for other in others if other.number != asking.number]
 
 
 class _Foreseen:

@@ -12,6 +12,7 @@ from optuna.samplers import GPSampler
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from mutransfer.runs import RunFolder
+from mutransfer.sweeps.claims import FIXED
 from mutransfer.sweeps.gaussian import LOOKED_AT, GaussianProcess, foreseen
 from mutransfer.sweeps.jobs import Job
 from mutransfer.sweeps.tuning import tune
@@ -82,6 +83,23 @@ def test_it_does_not_propose_again_what_was_pruned() -> None:
 def test_optunas_own_proposes_it_again() -> None:
     """What ours is there for: were it mended, ours could go."""
     assert proposed(GPSampler(n_startup_trials=8, seed=0)) < 0.001
+
+
+@pytest.mark.parametrize("state", [TrialState.COMPLETE, TrialState.RUNNING, TrialState.WAITING])
+def test_the_very_same_is_not_asked_twice(state: TrialState) -> None:
+    """Losses fall to the end of the range, which is taken, by a trial that is done, runs, or waits to be done again."""
+    study, space = optuna.create_study(sampler=GaussianProcess(8, seed=0)), {"x": FloatDistribution(0, 1)}
+    for k in range(9):
+        study.add_trial(create_trial(params={"x": 0.1 * k}, distributions=space, value=3 - 0.1 * k))
+    assert study.ask(dict(space)).params == {"x": 1.0}  # nobody has it
+    study.tell(9, state=TrialState.FAIL)
+    there = {"value": 2.0, "params": {"x": 1.0}, "distributions": space}
+    given = {"system_attrs": {FIXED: {"x": 1.0}}} if state is TrialState.WAITING else there
+    if state is TrialState.RUNNING:
+        given.pop("value")
+    study.add_trial(create_trial(state=state, **given))
+    asked = study._storage.create_new_trial(study._study_id)
+    assert optuna.trial.Trial(study, asked).suggest_float("x", 0, 1) < 1
 
 
 def test_every_pruner_gets_to_the_minimum(tmp_path: Path) -> None:

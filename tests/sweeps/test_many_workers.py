@@ -62,7 +62,8 @@ class Shop:
     ) -> None:
         self.path, self.storage, self.total, self.gated, self._forked = path, storage, total, gated, forked
         # Long enough that a signal finds a trial at work.
-        experiment: dict[str, Any] = {**SMALL, "steps": steps, "pruner": "median"}
+        # TPE tells trials apart by their parameters; workers that ask a Gaussian process at once may both take a range's end.
+        experiment: dict[str, Any] = {**SMALL, "steps": steps, "sampler": "tpe", "pruner": "median"}
         if gated:
             (path / "gated.py").write_text(GATED)
             experiment["trainer"] = "gated.py:train"
