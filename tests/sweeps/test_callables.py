@@ -116,7 +116,7 @@ def test_it_is_pruned(name: str, folder: RunFolder) -> None:
 
 def test_it_is_pruned_in_processes(folder: RunFolder) -> None:
     with within(60), Processes(2) as executor:
-        found = tune(own("bowl", pruner="median", sampler="random", trials=12), folder, executor=executor)
+        found = tune(own("bowl", pruner="half", sampler="random", trials=12), folder, executor=executor)
     assert states(found).count("PRUNED") >= 1
     assert len(found.trials) == 12
 
