@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Container, Sequence
 from typing import Any
 
 import numpy as np
 import optuna
-from optuna.distributions import BaseDistribution
+from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 from scipy import stats
@@ -19,6 +20,7 @@ __all__ = ["GaussianProcess", "foreseen"]
 
 # Of 2048 points at which Optuna looks before it climbs, which are two thirds of the time to ask beside trials that run.
 LOOKED_AT = 512
+ROUNDING = 1e-9
 
 
 class GaussianProcess(optuna.samplers.GPSampler):
@@ -40,13 +42,25 @@ class GaussianProcess(optuna.samplers.GPSampler):
     ) -> dict[str, Any]:
         """See optuna's BaseSampler; nothing, which is then drawn at random, where a trial is the very same."""
         values = super().sample_relative(_Foreseen(study), trial, search_space)  # type: ignore[arg-type]
-        return {} if values in _taken(study, trial) else values
+        return {} if any(_same(values, taken, search_space) for taken in _taken(study, trial)) else values
 
 
 def _taken(study: Study, asking: FrozenTrial) -> list[dict[str, Any]]:
     """Parameters of all others that have not failed: at an edge of the ranges the process may come to the same ones again."""
     others = (trial for trial in study.get_trials(deepcopy=False) if trial.state is not TrialState.FAIL)
     return [{**other.system_attrs.get(FIXED, {}), **other.params} for other in others if other.number != asking.number]
+
+
+def _same(one: dict[str, Any], other: dict[str, Any], search_space: dict[str, BaseDistribution]) -> bool:
+    """Whether the parameters are equal but for rounding: the end of a range is 1 on one machine and 1 - 2^-53 on another."""
+    return one.keys() == other.keys() and all(
+        math.isclose(
+            value, other[name], rel_tol=ROUNDING, abs_tol=0 if ranged.log else ROUNDING * (ranged.high - ranged.low)
+        )
+        if isinstance(ranged := search_space[name], FloatDistribution)
+        else value == other[name]
+        for name, value in one.items()
+    )
 
 
 class _Foreseen:

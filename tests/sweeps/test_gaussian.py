@@ -85,21 +85,22 @@ def test_optunas_own_proposes_it_again() -> None:
     assert proposed(GPSampler(n_startup_trials=8, seed=0)) < 0.001
 
 
+@pytest.mark.parametrize("end", [1.0, 1 - 2**-53], ids=["one", "one but for rounding"])
 @pytest.mark.parametrize("state", [TrialState.COMPLETE, TrialState.RUNNING, TrialState.WAITING])
-def test_the_very_same_is_not_asked_twice(state: TrialState) -> None:
+def test_the_very_same_is_not_asked_twice(state: TrialState, end: float) -> None:
     """Losses fall to the end of the range, which is taken, by a trial that is done, runs, or waits to be done again."""
     study, space = optuna.create_study(sampler=GaussianProcess(8, seed=0)), {"x": FloatDistribution(0, 1)}
     for k in range(9):
         study.add_trial(create_trial(params={"x": 0.1 * k}, distributions=space, value=3 - 0.1 * k))
-    assert study.ask(dict(space)).params == {"x": 1.0}  # nobody has it
+    assert study.ask(dict(space)).params == {"x": pytest.approx(1.0)}  # nobody has it
     study.tell(9, state=TrialState.FAIL)
-    there = {"value": 2.0, "params": {"x": 1.0}, "distributions": space}
-    given = {"system_attrs": {FIXED: {"x": 1.0}}} if state is TrialState.WAITING else there
+    there = {"value": 2.0, "params": {"x": end}, "distributions": space}
+    given = {"system_attrs": {FIXED: {"x": end}}} if state is TrialState.WAITING else there
     if state is TrialState.RUNNING:
         given.pop("value")
     study.add_trial(create_trial(state=state, **given))
     asked = study._storage.create_new_trial(study._study_id)
-    assert optuna.trial.Trial(study, asked).suggest_float("x", 0, 1) < 1
+    assert optuna.trial.Trial(study, asked).suggest_float("x", 0, 1) < 1 - 1e-6
 
 
 def test_every_pruner_gets_to_the_minimum(tmp_path: Path) -> None:
