@@ -21,9 +21,8 @@ from .workers import Worker, Workers, workers
 
 WORKERS = 4
 LEASE = "6"
-# After its first trials a worker waits in the next, so that a server which stops then finds all of them at work.
-FREE = 2
-GATED = f"""
+# After its first trials a worker waits in the next until the test opens the gate: whatever befalls it then finds it at work.
+GATED = """
 import time
 from pathlib import Path
 
@@ -33,7 +32,7 @@ def train(recipe, plan, seed, report):
     global begun
     begun += 1
     end = time.monotonic() + 240
-    while begun > {FREE} and not Path("open").exists() and time.monotonic() < end:
+    while begun > FREE and not Path("open").exists() and time.monotonic() < end:
         time.sleep(0.02)
     loss = 1 + abs(recipe.lr - 0.01)
     for step in range(1, report.steps + 1):
@@ -58,14 +57,14 @@ class Shop:
     """A workplace of workers that share one storage."""
 
     def __init__(
-        self, path: Path, forked: Workers, storage: str, total: int, steps: int = 200, gated: bool = False
+        self, path: Path, forked: Workers, storage: str, total: int, steps: int = 200, free: int | None = None
     ) -> None:
-        self.path, self.storage, self.total, self.gated, self._forked = path, storage, total, gated, forked
-        # Long enough that a signal finds a trial at work.
+        """``free`` trials of each worker pass the gate while it is shut; all, and with the built-in loop, if it is None."""
+        self.path, self.storage, self.total, self.free, self._forked = path, storage, total, free, forked
         # TPE tells trials apart by their parameters; workers that ask a Gaussian process at once may both take a range's end.
         experiment: dict[str, Any] = {**SMALL, "steps": steps, "sampler": "tpe", "pruner": "median"}
-        if gated:
-            (path / "gated.py").write_text(GATED)
+        if free is not None:
+            (path / "gated.py").write_text(GATED.replace("FREE", str(free)))
             experiment["trainer"] = "gated.py:train"
         (path / "experiment.yaml").write_text(yaml.safe_dump(experiment))
 
@@ -91,6 +90,17 @@ class Shop:
     def begun(self, worker: Worker) -> list[optuna.trial.FrozenTrial]:
         """The trials that ``worker`` has begun."""
         return [t for t in self.trials() if f"-{worker.pid}-" in t.system_attrs.get("mutransfer:owner", "")]
+
+    def come_halfway(self, workers: list[Worker]) -> None:
+        """Wait until a third is finished, or with a gate, until every worker stands before it."""
+        wait_for(lambda: all(self.begun(worker) for worker in workers), "a worker has begun no trial", 240)
+        some = self.total // 3 if self.free is None else self.free * len(workers)
+        wait_for(lambda: self.finished() >= some, "too few trials", 240)
+        if self.free is not None:
+            wait_for(lambda: all(self.running(worker) for worker in workers), "a worker is not at work", 240)
+
+    def open(self) -> None:
+        (self.path / "open").touch()
 
     def wait(self, worker: Worker) -> int:
         return self._forked.wait(worker)
@@ -125,13 +135,14 @@ def journal(path: Path) -> str:
 def killed_halfway(shop: Shop) -> None:
     """Four workers, of which one is killed in a trial: the others finish its trial as well."""
     begun = [shop.start(f"worker{i}") for i in range(WORKERS)]
-    wait_for(lambda: shop.finished() >= shop.total // 3, "too few trials", 240)
+    shop.come_halfway(begun)
     lost: list[int] = []
-    while not lost:  # rarely, one dies between two trials
+    while not lost:  # rarely, and not before a gate, one dies between two trials
         victim = begun.pop(0)
         victim.kill()
         assert shop.wait(victim) == -signal.SIGKILL
         lost = shop.running(victim)
+    shop.open()
     for worker in begun:
         assert shop.wait(worker) == 0, worker.err
     trials = assert_exact(shop, begun)
@@ -145,10 +156,9 @@ def killed_halfway(shop: Shop) -> None:
 def restarted_halfway(shop: Shop, server: Postgres | Proxy | Redis, away: float) -> None:
     """The server is gone for a while, as after a crash; workers say that they wait, and go on."""
     begun = [shop.start(f"worker{i}") for i in range(WORKERS)]
-    wait_for(lambda: all(shop.begun(worker) for worker in begun), "a worker has begun no trial", 240)
-    wait_for(lambda: shop.finished() >= (FREE * WORKERS if shop.gated else shop.total // 3), "too few trials", 240)
+    shop.come_halfway(begun)
     server.stop()
-    (shop.path / "open").touch()
+    shop.open()
     time.sleep(away)
     # Whoever was in a trial comes to its end first, on a busy machine later.
     wait_for(lambda: all("waiting for the storage" in worker.err for worker in begun), "a worker does not wait", 60)
@@ -161,35 +171,36 @@ def restarted_halfway(shop: Shop, server: Postgres | Proxy | Redis, away: float)
 
 
 def test_four_workers_on_a_journal_of_whom_one_is_killed(tmp_path: Path, forked: Workers) -> None:
-    killed_halfway(Shop(tmp_path, forked, journal(tmp_path), total=24))
+    killed_halfway(Shop(tmp_path, forked, journal(tmp_path), total=24, free=2))
 
 
 def test_four_workers_on_postgresql_of_whom_one_is_killed(tmp_path: Path, forked: Workers, database: Postgres) -> None:
-    killed_halfway(Shop(tmp_path, forked, database.fresh(), total=24))
+    killed_halfway(Shop(tmp_path, forked, database.fresh(), total=24, free=2))
 
 
 def test_postgresql_is_restarted_halfway(tmp_path: Path, forked: Workers, database: Postgres) -> None:
-    restarted_halfway(Shop(tmp_path, forked, database.fresh(), total=16, gated=True), database, away=3)
+    restarted_halfway(Shop(tmp_path, forked, database.fresh(), total=16, free=2), database, away=3)
 
 
 def test_a_proxy_is_restarted_halfway(tmp_path: Path, forked: Workers, database: Postgres) -> None:
     with proxy(database.fresh()) as server:
-        restarted_halfway(Shop(tmp_path, forked, server.url, total=16, gated=True), server, away=3)
+        restarted_halfway(Shop(tmp_path, forked, server.url, total=16, free=2), server, away=3)
 
 
 def test_redis_is_restarted_halfway(tmp_path: Path, forked: Workers) -> None:
     (tmp_path / "redis").mkdir()
     with redis(tmp_path / "redis") as server:
-        restarted_halfway(Shop(tmp_path, forked, server.url, total=16, gated=True), server, away=3)
+        restarted_halfway(Shop(tmp_path, forked, server.url, total=16, free=2), server, away=3)
 
 
 def test_a_worker_that_was_only_stopped_finds_its_trial_done_by_others(tmp_path: Path, forked: Workers) -> None:
-    shop = Shop(tmp_path, forked, journal(tmp_path), total=4, steps=3000)
+    shop = Shop(tmp_path, forked, journal(tmp_path), total=4, free=0)
     stopped = shop.start("stopped")
-    wait_for(lambda: bool(shop.running(stopped)), "no trial is begun")
+    shop.come_halfway([stopped])
     time.sleep(0.3)  # in the trial, and not in a write, whose lock it would keep
     stopped.kill(signal.SIGSTOP)
     (lost,) = shop.running(stopped)
+    shop.open()
     other = shop.start("other")
     assert shop.wait(other) == 0, other.err
     stopped.kill(signal.SIGCONT)
@@ -201,14 +212,15 @@ def test_a_worker_that_was_only_stopped_finds_its_trial_done_by_others(tmp_path:
 
 def test_a_worker_that_is_told_to_end_gives_its_trial_back_at_once(tmp_path: Path, forked: Workers) -> None:
     """As a cluster does before it takes a machine back."""
-    shop = Shop(tmp_path, forked, journal(tmp_path), total=2, steps=4000)
+    shop = Shop(tmp_path, forked, journal(tmp_path), total=2, free=0)
     ended = shop.start("ended")
-    wait_for(lambda: bool(shop.running(ended)), "no trial is begun")
+    shop.come_halfway([ended])
     time.sleep(0.3)
     ended.kill(signal.SIGTERM)
     assert shop.wait(ended) == 130
     assert ended.err.splitlines()[-1] == "mutransfer: interrupted; run the same command again to go on."
     assert [trial.state.name for trial in shop.trials()] == ["FAIL", "WAITING"]
+    shop.open()
     again = shop.start("again")
     assert shop.wait(again) == 0
     assert_exact(shop, [again])
