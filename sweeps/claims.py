@@ -18,8 +18,6 @@ from typing import Any
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.exceptions import UpdateFinishedTrialError
-from optuna.storages import JournalStorage
-from optuna.storages.journal._storage import JournalStorageReplayResult
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 __all__ = ["FINISHED", "FIXED", "OWNER", "Claims", "origin", "places"]
@@ -122,17 +120,9 @@ class Claims:
             self._fail(trial._trial_id)
 
     def give_back_own(self) -> None:
-        """Give back all that this worker has begun and not finished; an interruption may have come anywhere."""
-        self._read_anew()
+        """Give back all that this worker has begun and not finished."""
         self.begun.clear()
         self.give_back(self._unknown())
-
-    def _read_anew(self) -> None:
-        """A journal's line that an interruption met is counted as read and not applied: a trial would have no parameters."""
-        storage = getattr(self._storage, "_storage", self._storage)
-        if isinstance(storage, JournalStorage):
-            with storage._thread_lock:
-                storage._replay_result = JournalStorageReplayResult(storage._worker_id_prefix)
 
     def withdraw(self) -> None:
         """Fail the tickets that are void."""

@@ -20,7 +20,9 @@ __all__ = ["GaussianProcess", "foreseen"]
 
 # Of 2048 points at which Optuna looks before it climbs, which are two thirds of the time to ask beside trials that run.
 LOOKED_AT = 512
-ROUNDING = 1e-9
+ROUNDING = (
+    1e-9  # of a value or its range: what two processors differ by is far below it, what a sweep tells apart far above
+)
 
 
 class GaussianProcess(optuna.samplers.GPSampler):

@@ -15,14 +15,14 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import optuna
-from optuna.storages import BaseStorage, GrpcStorageProxy, JournalStorage, RDBStorage, _CachedStorage
+from optuna.storages import BaseStorage, GrpcStorageProxy, RDBStorage, _CachedStorage
 from optuna.storages.journal import JournalRedisBackend
 
 from mutransfer.errors import RequestError, describe
 from mutransfer.masking import masked
 from mutransfer.runs import RunFolder
 
-from .journal import Journal
+from .journal import Interruptible, Journal
 from .locks import only_worker
 from .outages import made_by_others
 from .patience import Patient
@@ -76,7 +76,7 @@ def own_journal(folder: RunFolder) -> Opened:
         RequestError: it is no journal, or cannot be read.
     """
     try:
-        backend = JournalStorage(Journal(folder.journal))
+        backend = Interruptible(Journal(folder.journal))
     except (KeyError, AssertionError, json.JSONDecodeError) as error:
         raise RequestError(f"cannot read the study in {folder.journal} ({error}): name another --out.") from None
     return Opened(backend, str(folder.journal), False, own=True)
@@ -147,15 +147,15 @@ def _opener(address: str) -> Callable[[], BaseStorage]:
     scheme, colon, rest = address.partition(":")
     kind, server = scheme.partition("+")[0].lower(), rest.startswith("//")
     if colon and kind == "journal" and rest:
-        return lambda: JournalStorage(Journal(Path(rest.removeprefix("//"))))
+        return lambda: Interruptible(Journal(Path(rest.removeprefix("//"))))
     if not colon and address.endswith(".journal"):
-        return lambda: JournalStorage(Journal(Path(address)))
+        return lambda: Interruptible(Journal(Path(address)))
     if kind == "sqlite":
         return lambda: optuna.storages.get_storage(address)
     if kind in DATABASES and server:
         return lambda: Patient(lambda: _database(address), address)
     if kind in ("redis", "rediss") and server:
-        return lambda: Patient(lambda: JournalStorage(JournalRedisBackend(address, prefix="mutransfer")), address)
+        return lambda: Patient(lambda: Interruptible(JournalRedisBackend(address, prefix="mutransfer")), address)
     if kind == "grpc" and server:
         return lambda: Patient(lambda: _proxy(address), address, reopen=True)
     raise RequestError(f"the storage {masked(address)!r} is of no known kind: write {KNOWN}.")
