@@ -28,7 +28,7 @@ def doctor(
 ) -> int:
     """Look at the installation and the machine; exit 1 if something needed is broken."""
     checks = [_import(name) for name in REQUIRED]
-    checks += [_guarded(check) for check in (_torchvision, _transformers, _gpu, _compiler, _cores, _disk)]
+    checks += [_guarded(check) for check in (_torchvision, _transformers, _gpu, _compiler, _cores, _bfloat16, _disk)]
     failed = [check for check in checks if not check["ok"]]
     marks = ["FAIL" if not check["ok"] else "note" if check["fix"] else "ok  " for check in checks]
     lines = [f"{mark} {check['name']:<14} {check['detail']}" for mark, check in zip(marks, checks, strict=True)]
@@ -100,6 +100,16 @@ def _cores() -> dict[str, Any]:
     import torch
 
     return _check("cores", True, f"{os.cpu_count()}, torch uses {torch.get_num_threads()} threads")
+
+
+def _bfloat16() -> dict[str, Any]:
+    from ..precision import SLOW, bfloat16_slowdown
+
+    times = bfloat16_slowdown()
+    detail = f"products on the CPU take {times:.1f} times as long as in float32"
+    if times > SLOW:
+        detail += "; Muon iterates in float32 here, and --precision bfloat16 does not pay"
+    return _check("bfloat16", True, detail)
 
 
 def _disk() -> dict[str, Any]:

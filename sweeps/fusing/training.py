@@ -79,7 +79,9 @@ class FusedTraining:
         self._held_out = [tree_map(lambda each: each.to(device), batch) for batch in data.validation()]
         trained, moving = moving_parts(family, model, self._to_device(self._batch(0, places[0].seed)))
         self.stack = Stack(family, model, len(places), trained, moving)
-        self.kinds: dict[str, Kind] = {row.name: kind_of(first, row) for row in first.rows if row.name in trained}
+        self.kinds: dict[str, Kind] = {
+            row.name: kind_of(first, row, device) for row in first.rows if row.name in trained
+        }
         states = {name: blank_state(kind, self.stack.trained[name]) for name, kind in self.kinds.items()}
         self.now = Moving(self.stack.trained, self.stack.buffers, states)
         self.settings = {

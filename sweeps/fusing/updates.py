@@ -15,21 +15,24 @@ from torch import Tensor
 from torch.optim._muon import DEFAULT_A, DEFAULT_B, DEFAULT_C, DEFAULT_NS_STEPS, EPS, _adjust_lr
 from torch.utils._pytree import register_dataclass
 
+from mutransfer.optimizers.muon import iteration_dtype, orthogonalized
 from mutransfer.plans import ParameterPlan, Plan
 
 __all__ = ["FUSED", "Clock", "Kind", "Settings", "blank_state", "kind_of", "numbers_of", "stepped"]
 
 FUSED = ("adamw", "adam", "sgd", "muon", "muon-match-rms-adamw")
+NEWTON_SCHULZ = (DEFAULT_A, DEFAULT_B, DEFAULT_C), DEFAULT_NS_STEPS, EPS
 Settings = dict[str, Tensor]
 State = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
 class Kind:
-    """Which update a parameter follows; ``adjust`` is Muon's factor, by the name that torch gives it."""
+    """Which update a parameter follows; ``adjust`` is Muon's factor, by the name that torch gives it, ``iteration`` its dtype."""
 
     name: str
     adjust: str = ""
+    iteration: torch.dtype = torch.bfloat16
 
 
 @dataclass(frozen=True)
@@ -43,11 +46,11 @@ class Clock:
 register_dataclass(Clock)
 
 
-def kind_of(plan: Plan, row: ParameterPlan) -> Kind:
-    """Return the update of one parameter."""
+def kind_of(plan: Plan, row: ParameterPlan, device: str) -> Kind:
+    """Return the update of one parameter on ``device``."""
     settings = plan.settings_of(row)
     if settings.get("muon"):
-        return Kind("muon", settings["adjust_lr_fn"])
+        return Kind("muon", settings["adjust_lr_fn"], iteration_dtype(device))
     return Kind("adam" if "betas" in settings else "sgd")
 
 
@@ -81,7 +84,7 @@ def stepped(
         case "adam":
             return _adam(parameter, gradient, state, settings, lr, step)
         case "muon":
-            return _muon(parameter, gradient, state, settings, lr, kind.adjust)
+            return _muon(parameter, gradient, state, settings, lr, kind)
         case _:
             return _sgd(parameter, gradient, state, settings, lr)
 
@@ -104,22 +107,10 @@ def _sgd(p: Tensor, g: Tensor, state: State, settings: Settings, lr: Tensor) -> 
     return p - lr.to(p.dtype) * buffer, (buffer,)
 
 
-def _muon(p: Tensor, g: Tensor, state: State, settings: Settings, lr: Tensor, adjust: str) -> tuple[Tensor, State]:
+def _muon(p: Tensor, g: Tensor, state: State, settings: Settings, lr: Tensor, kind: Kind) -> tuple[Tensor, State]:
     """Muon with Nesterov momentum (`torch.optim._muon._single_tensor_muon`)."""
     momentum = settings["momentum"]
     buffer = torch.lerp(state[0], g, (1 - momentum).to(p.dtype))
-    direction = _orthogonal(torch.lerp(g, buffer, momentum.to(p.dtype)))
-    size = lr * _adjust_lr(1.0, adjust, p.shape[1:])
+    direction = orthogonalized(torch.lerp(g, buffer, momentum.to(p.dtype)), kind.iteration, *NEWTON_SCHULZ)
+    size = lr * _adjust_lr(1.0, kind.adjust, p.shape[1:])
     return p * (1 - lr * settings["weight_decay"]).to(p.dtype) - size.to(p.dtype) * direction.to(p.dtype), (buffer,)
-
-
-def _orthogonal(matrices: Tensor) -> Tensor:
-    """Newton–Schulz in bfloat16 over [K, rows, columns], as torch does over one matrix."""
-    tall = matrices.shape[1] > matrices.shape[2]
-    x = matrices.bfloat16()
-    x = x.mT if tall else x
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=EPS)
-    for _ in range(DEFAULT_NS_STEPS):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=DEFAULT_B, alpha=DEFAULT_C), x, beta=DEFAULT_A)
-    return x.mT if tall else x

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 import mutransfer as mt
 from mutransfer.audit import audit, live
 from mutransfer.errors import RequestError
+from mutransfer.optimizers import muon
 from mutransfer.optimizers.muon import MuonWithAdamW
 from mutransfer.optimizers.registry import OPTIMIZERS, REFUSED
 
@@ -211,8 +212,14 @@ def muon_run(made: torch.optim.Optimizer, model: nn.Module, family: mt.Family, s
     return seen
 
 
+def iterating_in(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Muon iterates in ``dtype`` whatever the processor."""
+    monkeypatch.setattr(muon, "bfloat16_is_slow", lambda device: dtype is torch.float32)
+
+
 @pytest.mark.parametrize("optimizer", MUONS)
-def test_muon_beside_adamw_equals_the_two_apart(optimizer: str) -> None:
+def test_muon_beside_adamw_equals_the_two_apart(optimizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    iterating_in(torch.bfloat16, monkeypatch)
     family, plan = planned(optimizer)
     model = family.build(plan.scale)
     plan.initialize(model)
@@ -236,6 +243,41 @@ def test_muon_beside_adamw_equals_the_two_apart(optimizer: str) -> None:
         apart.append(loss.item())
     assert together == apart
     assert isinstance(made, torch.optim.Optimizer)
+
+
+@pytest.mark.parametrize("shape", [(48, 48), (96, 24), (24, 96)])
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_muon_in_float32_steps_as_torchs_within_bfloat16s_rounding(
+    shape: tuple[int, int], nesterov: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against float64, whose steps float32 follows to the rounding of the parameters, and torch's to bfloat16's 8 bits."""
+    iterating_in(torch.float32, monkeypatch)
+    torch.manual_seed(0)
+    start, gradients = torch.randn(shape), [torch.randn(shape) for _ in range(3)]
+    settings = {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.9, "nesterov": nesterov}
+    ours, theirs = (nn.Parameter(start.clone()) for _ in range(2))
+    made: list[tuple[nn.Parameter, torch.optim.Optimizer]] = [
+        (ours, MuonWithAdamW([{"params": [ours], "muon": True, **settings}])),
+        (theirs, torch.optim.Muon([theirs], **settings)),
+    ]
+    for gradient in gradients:
+        for parameter, optimizer in made:
+            parameter.grad = gradient.clone()
+            optimizer.step()
+    exact, buffer = start.double(), torch.zeros(shape, dtype=torch.float64)
+    for gradient in gradients:
+        buffer = buffer.lerp(gradient.double(), 0.1)
+        direction = gradient.double().lerp(buffer, 0.9) if nesterov else buffer
+        a, b, c = muon.Muon([theirs]).defaults["ns_coefficients"]
+        x = direction / direction.norm()
+        for _ in range(5):
+            gram = x @ x.mT
+            x = a * x + (b * gram + c * gram @ gram) @ x
+        exact = exact * (1 - 0.02 * 0.1) - 0.02 * max(1, shape[0] / shape[1]) ** 0.5 * x
+    moved = (exact - start).norm()
+    assert (ours - exact).norm() < 5e-5 * moved
+    assert 5e-4 * moved < (theirs - exact).norm() < 2e-2 * moved
+    assert ours.dtype == torch.float32
 
 
 @pytest.mark.parametrize("how", ["state_dict", "deepcopy"])
