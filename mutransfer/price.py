@@ -1,30 +1,189 @@
-"""What a run costs in floating point operations, counted on the operations themselves and before anything is built."""
+"""What a training step costs in floating point operations, counted on the operations themselves and before anything is built.
+
+The convention, for every kind of layer:
+
+- A multiply-add is 2 operations, of complex numbers 8.
+- Counted are products: of matrices, convolutions (padding included), attention, recurrences, distances. Entrywise work,
+  normalizations, reductions, gathers and the optimizer are left out, as in the usual 6·N·D.
+- Attention is counted in full whatever its mask, so that causal attention written out and fused cost the same: 4·T·S·d forward
+  for T queries, S keys and a width d over all heads, and twice that backward. Scores that a fused kernel computes again in its
+  backward pass are its own affair and not counted.
+- Everything else is counted as executed. A layer under activation checkpointing is computed twice forward (up to the last
+  tensor that its backward pass needs); a gradient that nobody needs, such as the data's or a recurrence's initial state's, is
+  no work.
+- Where values decide on sizes (experts chosen by a router), they are computed from random products: the count is exact where
+  every token goes to the same number of experts, and otherwise (tokens dropped at a capacity) that of a random router.
+
+Whatever may be work and has no formula here is named: see `Flops.uncounted`.
+"""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_map_only
-from torch.utils.flop_counter import FlopCounterMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.flop_counter import flop_registry
 
+from .fake_values import FakeValues
 from .family import Family
+from .flop_formulas import FORMULAS, HIGHER_ORDER, Formula, grouped_mm, is_free
+from .observing.running import build, unfused
 from .scale import Scale
 
-__all__ = ["step_flops"]
+__all__ = ["FlopCounter", "Flops", "step_cost", "step_flops"]
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Floating point operations, and what they do not include.
+
+    Attributes:
+        total: of all operations that have a formula.
+        uncounted: names of the operations that may be work and have none, such as ``aten::_fft_r2c`` or a custom
+            ``mylib::op`` (`torch.utils.flop_counter.register_flop_formula` gives it one).
+    """
+
+    total: float
+    uncounted: tuple[str, ...] = ()
+
+
+def step_cost(family: Family, scale: Scale, batch: Any) -> Flops:
+    """Return the cost of one training step (forward and backward) on ``batch``; nothing of the model's size is allocated.
+
+    Raises:
+        RequestError: the model cannot be built, or asks for values that cannot be computed without running it.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, FakeValues(mode) as values:
+        model = build(family, scale)
+        fake = tree_map_only(torch.Tensor, values.fake, batch)
+        with FlopCounter() as counter:
+            family.loss(model, fake).backward()
+    return counter.flops
 
 
 def step_flops(family: Family, scale: Scale, batch: Any) -> float:
-    """Return the floating point operations of one training step (forward and backward) on ``batch``.
+    """Return `step_cost`'s total."""
+    return step_cost(family, scale, batch).total
 
-    Counted by torch on fake tensors: matrix products, convolutions and attention, 2 per multiply-add; entrywise work and
-    the optimizer are left out, as in the usual 6·N·D.
+
+class FlopCounter(TorchDispatchMode):
+    """Count what runs inside, on fake or real tensors; ask `flops` afterwards.
+
+    Compiled functions run uncompiled inside, and layers as the operations that they consist of.
     """
-    counter = FlopCounterMode(display=False)
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        model = family.build(scale)
-        fake = tree_map_only(torch.Tensor, mode.from_tensor, batch)
-        with counter:
-            family.loss(model, fake).backward()
-    return float(counter.get_total_flops())
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._total = 0.0
+        self._uncounted: dict[str, None] = {}
+        self._around: list[contextlib.ExitStack] = []
+
+    @property
+    def flops(self) -> Flops:
+        """What was counted so far."""
+        return Flops(self._total, tuple(self._uncounted))
+
+    def __enter__(self) -> FlopCounter:
+        if not self._around:  # re-entered to count the operations that another consists of
+            stack = contextlib.ExitStack()
+            stack.enter_context(unfused())
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(_flex_attention_trains_on_the_cpu())
+            self._around.append(stack)
+        else:
+            self._around.append(contextlib.ExitStack())
+        super().__enter__()
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)
+        self._around.pop().close()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if isinstance(func, torch._ops.HigherOrderOperator):
+            return self._higher_order(func, args, kwargs)
+        packet = func._overloadpacket
+        formula = FORMULAS.get(packet) or flop_registry.get(packet)
+        if formula is None and not is_free(func):
+            with self:  # what torch itself breaks down, in inference mode
+                out = func.decompose(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
+        fake = any(isinstance(each, FakeTensor) for each in args[:2])
+        out = (grouped_mm if fake and packet is torch.ops.aten._grouped_mm else func)(*args, **kwargs)
+        if formula is not None:
+            self._add(func, formula, args, kwargs, out)
+        elif not is_free(func):
+            self._uncounted[func._schema.name] = None
+        return out
+
+    def _add(self, func: Any, formula: Formula, args: Any, kwargs: dict[str, Any], out: Any) -> None:
+        dense = all(each.layout is torch.strided for each in tree_leaves((args, out)) if isinstance(each, torch.Tensor))
+        if not dense:  # of a sparse or ragged tensor the shape does not say how much is in it
+            self._uncounted[f"{_name(func)} of {_layout(args)} tensors"] = None
+            return
+        products = 4 if any(isinstance(each, torch.Tensor) and each.is_complex() for each in tree_leaves(args)) else 1
+        self._total += products * formula(*args, **kwargs, out_val=out)
+
+    def _higher_order(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        name = func.name()
+        formula = HIGHER_ORDER.get(name) or flop_registry.get(func)
+        if formula is not None:
+            out = func(*args, **kwargs)
+            self._add(func, formula, args, kwargs, out)
+            return out
+        match name:
+            case "cond":  # the dearer branch, as the condition may be anything
+                costs = [_cost(branch, args[3]) for branch in args[1:3]]
+                parts, times = max(costs, key=lambda cost: cost.total), 1
+            case "scan":
+                combine, init, xs, additional = args
+                parts, times = _cost(combine, (*init, *(x[0] for x in xs), *additional)), len(xs[0])
+            case "map_impl":
+                mapped, xs, others = args
+                parts, times = _cost(mapped, (*(x[0] for x in xs), *others)), len(xs[0])
+            case _:
+                parts, times = Flops(0.0, (name,)), 1
+        self._total += times * parts.total
+        self._uncounted |= dict.fromkeys(parts.uncounted)
+        return func(*args, **kwargs)
+
+
+def _cost(called: Callable[..., Any], operands: Any) -> Flops:
+    with torch.no_grad(), FlopCounter() as counter:
+        called(*operands)
+    return counter.flops
+
+
+@contextlib.contextmanager
+def _flex_attention_trains_on_the_cpu() -> Iterator[None]:
+    """Leave out flex attention's refusal of gradients on the CPU, where fake tensors stand for a GPU's."""
+    from torch.nn.attention import flex_attention as module
+
+    check = getattr(module, "_validate_device", None)
+    if check is None:
+        yield
+        return
+    module._validate_device = lambda *_: None
+    try:
+        yield
+    finally:
+        module._validate_device = check
+
+
+def _name(func: Any) -> str:
+    return str(func.name() if isinstance(func, torch._ops.HigherOrderOperator) else func._schema.name)
+
+
+def _layout(args: Any) -> str:
+    layouts = {str(each.layout).removeprefix("torch.") for each in tree_leaves(args) if isinstance(each, torch.Tensor)}
+    return " and ".join(sorted(layouts - {"strided"}))

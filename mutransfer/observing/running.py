@@ -19,7 +19,7 @@ from .copied import CopiedAsValues
 from .scalars import of_buffers
 from .uses import UseWatcher
 
-__all__ = ["LAYERS", "WIDER", "build", "forward"]
+__all__ = ["LAYERS", "WIDER", "build", "forward", "unfused"]
 
 WIDER = 2  # a doubled width keeps every divisibility the base has
 LAYERS = 4  # of a deep base that are watched
@@ -93,7 +93,7 @@ def _does_not_run(family: Family, error: Exception, how: str) -> RequestError:
 
 def _watched(family: Family, model: torch.nn.Module, batch: object, inits: InitWatcher | None) -> UseWatcher:
     watcher = UseWatcher(model, of_buffers(model, inits))
-    with torch.no_grad(), _unfused(), watcher:
+    with torch.no_grad(), unfused(), watcher:
         loss = family.loss(model, batch)
     if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
         raise RequestError(f"loss(model, batch) returned {loss!r:.80}: return a tensor with one entry.")
@@ -102,7 +102,7 @@ def _watched(family: Family, model: torch.nn.Module, batch: object, inits: InitW
 
 
 @contextlib.contextmanager
-def _unfused() -> Iterator[None]:
+def unfused() -> Iterator[None]:
     """Let layers and recurrences run as the operations that they consist of, not as one kernel each."""
     before = torch.backends.mha.get_fastpath_enabled(), torch.backends.mkldnn.enabled
     torch.backends.mha.set_fastpath_enabled(False)
