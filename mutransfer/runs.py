@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
+import shlex
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -72,7 +75,7 @@ class RunFolder:
         Raises:
             RequestError: the folder holds results on data with another SHA-256.
         """
-        before = read_json(self.environment, "the run's environment") if self.environment.exists() else {}
+        before = self._environment()
         known, now = before.get("data_sha256"), facts.get("data_sha256")
         if known and now and known != now:
             raise RequestError(
@@ -83,6 +86,85 @@ class RunFolder:
         commands = [*before.get("commands", ()), command]
         commands = list(dict.fromkeys(commands))
         write_json(self.environment, {**before, **environment(), **facts, "commands": commands})
+
+    def note_progress(
+        self, command: str, *, planned: int | None, ended: bool, arguments: Mapping[str, Any] | None = None,
+        question: Mapping[str, Any] | None = None,
+    ) -> None:  # fmt: skip
+        """Write how far ``command`` ("tune", "repeats", "verify" or "check") is going, so that a reader knows what is missing.
+
+        Args:
+            command: whose runs.
+            planned: runs in all; None where the command adds more until it can decide.
+            ended: whether it came to its end; what is planned may still not have been done, as a budget may end a search.
+            arguments: options of the command line that make it go on, flag → value.
+            question: what it is about, such as the recipe: plain data.
+        """
+        before = self._environment()
+        record = {
+            "planned": planned,
+            "ended": ended,
+            "arguments": dict(arguments or {}),
+            "question": dict(question or {}),
+        }
+        progress = before.get("progress")
+        progress = progress if isinstance(progress, dict) else {}
+        if progress.get(command) != record:
+            write_json(self.environment, {**before, "progress": {**progress, command: record}})
+
+    def progress(self, command: str) -> dict[str, Any]:
+        """Return what `note_progress` wrote of ``command``; empty where nothing was."""
+        progress = self._environment().get("progress")
+        found = progress.get(command) if isinstance(progress, dict) else None
+        return found if isinstance(found, dict) else {}
+
+    def unfinished(self, command: str) -> bool:
+        """Whether ``command`` was begun here and has not come to its end."""
+        return self.progress(command).get("ended") is False
+
+    def verdict(self, command: str) -> dict[str, Any] | None:
+        """Return what verify.json or check.json holds; None where there is no verdict in it."""
+        path = {"verify": self.verify, "check": self.check}[command]
+        content = read_json(path, f"what `mutransfer {command}` found") if path.is_file() else None
+        return content if isinstance(content, dict) and content.get("verdict") else None
+
+    def differences(self, command: str, question: Mapping[str, Any]) -> list[str]:
+        """Return in what the verdict of ``command`` was about something else than ``question``, as far as the folder tells."""
+        known = dict(self.progress(command).get("question") or {})
+        content = self.verdict(command) or {}
+        if command == "verify" and "recipe" not in known:
+            basins = self._environment().get("basins")
+            known |= {"recipe": basins["recipe"]} if isinstance(basins, dict) and "recipe" in basins else {}
+        known |= {key: content[key] for key in ("parametrization", "optimizer") if key in content and key not in known}
+        found = [key for key, value in question.items() if key in known and _plain(known[key]) != _plain(value)]
+        lr, judged = (question.get("recipe") or {}).get("lr"), content.get("transferred_log2_lr")
+        if "recipe" not in found and lr and isinstance(judged, int | float) and abs(judged - math.log2(lr)) > 1e-6:
+            found.append("recipe")
+        return found
+
+    def command(self, command: str, arguments: Mapping[str, Any] | None = None) -> str:
+        """Return the line that runs ``command`` on this folder, with the ``arguments`` of its last time unless given."""
+        given = self.progress(command).get("arguments") or {} if arguments is None else arguments
+        path, experiment = str(self.path), str(self.experiment)
+        line = {
+            "tune": ["tune", experiment, "--out", path],
+            "verify": ["verify", path],
+            "check": ["check", experiment, "--out", path],
+            "report": ["report", path],
+        }[command]
+        return shlex.join(["mutransfer", *line, *(str(part) for pair in given.items() for part in pair)])
+
+    def _environment(self) -> dict[str, Any]:
+        found = read_json(self.environment, "the run's environment") if self.environment.exists() else {}
+        return found if isinstance(found, dict) else {}
+
+
+def _plain(value: Any) -> Any:
+    """Return a model's reference with the whole path of its file, and everything else as it is."""
+    if not isinstance(value, str):
+        return value
+    kind, path, name = ("hf:", value[3:], "") if value.startswith("hf:") else ("", *value.rpartition(":")[::2])
+    return f"{kind}{os.path.abspath(path)}:{name}" if kind or path.endswith(".py") else value
 
 
 def environment() -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from .optimizers.registry import optimizer_rule
 from .plans import Plan
 from .scale import Scale
 from .tables import table
-from .transferability import of_depth, of_laws, of_tuned
+from .transferability import of_depth, of_laws, of_model, of_recipe, of_width
 
 __all__ = ["TargetConfig", "target_config"]
 
@@ -179,6 +179,8 @@ def target_config(
     seed: int,
     provenance: dict[str, Any],
     proxy_parameters: int | None = None,
+    regularizers: Mapping[str, float] | None = None,
+    unproven: Sequence[str] = (),
 ) -> TargetConfig:
     """Return the settings of the big run, with a warning for everything that is not known to carry over.
 
@@ -197,13 +199,18 @@ def target_config(
         seed: of the target run.
         provenance: where the recipe came from; the proxy and the tuned names are added.
         proxy_parameters: how many the proxy has, which the law power-lines needs.
+        regularizers: what regularizes the model itself, as `transferability.regularizers` saw it.
+        unproven: sentences on what was not verified (`transferability.of_evidence`); they become warnings, and are kept in the
+            provenance as well, as they may be true only today.
 
     Raises:
         RequestError: a batch or duration law that does not fit, a size that is not a positive whole number, or something
             that JSON cannot hold.
     """
     proxy = proxy.with_(batch=proxy_batch_size, tokens=None)
-    origin = {"proxy": {**proxy.as_dict(), "steps": proxy_steps}, "tuned": list(tuned)}
+    origin = {
+        "proxy": {**proxy.as_dict(), "steps": proxy_steps}, "tuned": list(tuned), "unproven": list(unproven),
+    }  # fmt: skip
     if isinstance(proxy_steps, bool) or not isinstance(proxy_steps, int) or proxy_steps < 1:
         raise RequestError(f"proxy_steps is {proxy_steps!r}: give a whole number of at least 1.")
     target = TargetConfig(
@@ -218,14 +225,16 @@ def target_config(
         sizes = plan.scale.with_(batch=batch_size, tokens=target.tokens)
         plan = apply(plan, sizes, proxy.with_(batch=proxy_batch_size, tokens=tokens), grown)
     warnings = [
-        *of_tuned(plan.recipe, tuned, m_B, m_D),
+        *unproven,
+        *of_recipe(plan, tuned, proxy, m_B, m_D),
+        *of_model(options, regularizers or {}),
         *(
             of_laws(m_B, m_D, (proxy_batch_size, batch_size), (proxy_batch_size * proxy_steps, batch_size * steps))
             if unchanged
             else ()
         ),
         *of_depth(plan, proxy),
-        *plan.notes,  # a target smaller than the base, a depth other than the base's: the plan says so itself
+        *of_width(plan, proxy),
     ]
     scale = plan.scale.with_(batch=batch_size, tokens=target.tokens)
     return replace(target, plan=replace(plan, scale=scale), warnings=tuple(dict.fromkeys(warnings)))

@@ -173,6 +173,10 @@ class Experiment(Settings):
         asked = self.model_dump(mode="json", exclude=set(OPEN))
         return asked | {"trainer": None if self.trainer is None else self.trainer.question()}
 
+    def subject(self) -> dict[str, Any]:
+        """Return which model is scaled by which rules: what verdicts are about, whatever the recipe."""
+        return self.model_dump(mode="json", include={"parametrization", "optimizer", "model", "options"})
+
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the experiment with every default spelled out."""
         return write_text(path, yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True))

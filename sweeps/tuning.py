@@ -79,6 +79,7 @@ def tune(
         name_of_data = experiment.data if data is None else data.name
         folder.note_environment(**facts, data=name_of_data, seed=experiment.seed, device=device)
         experiment.save(folder.experiment)
+        folder.note_progress("tune", planned=experiment.trials, ended=False)
         store = store or own_journal(folder)
         held.enter_context(naming_the_storage(store))
         owner = worker_name()
@@ -107,9 +108,12 @@ def tune(
         again = None
         if experiment.repeats is not None:
             repeating = Repeating(experiment, study, usable(study), owner, leases)
+            folder.note_progress("repeats", planned=len(repeating.wanted), ended=False)
             again = repeating.run(folder, executor, flops, progress)
+            folder.note_progress("repeats", planned=len(repeating.wanted), ended=True)
         tuned = summary(experiment, study, frame, again, time.perf_counter() - begun)
         tuned.best.save(folder.best)
+        folder.note_progress("tune", planned=experiment.trials, ended=True)
     return tuned
 
 

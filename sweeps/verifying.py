@@ -84,6 +84,9 @@ def basins(
         ]
         missing = [job for job in wanted if job.key not in done]
         count = len(wanted) - len(missing)
+        if missing:
+            folder.verify.unlink(missing_ok=True)  # its verdict is about other runs than those that are being done
+            _note(folder, experiment, recipe, len(wanted), widths, parametrizations, seeds, step)
         progress(count, len(wanted), "")
         if not missing:
             break
@@ -100,8 +103,26 @@ def basins(
             count += 1
             BASINS.write(pd.DataFrame(done.values()), folder.basins)
             progress(count, len(wanted), f"{name} width {width}")
+    _note(folder, experiment, recipe, len(wanted), widths, parametrizations, seeds, step, ended=True)
     keys = {job.key for job in wanted}
     return BASINS.frame([row for key, row in done.items() if key in keys])
+
+
+def _note(
+    folder: RunFolder, experiment: Experiment, recipe: Recipe, planned: int, widths: Sequence[int],
+    parametrizations: Sequence[str], seeds: int, step: float, *, ended: bool = False,
+) -> None:  # fmt: skip
+    """Note how many runs of which question are planned: of an interrupted verification the folder tells what is missing."""
+    arguments = {"--widths": ",".join(map(str, widths)), "--seeds": seeds, "--step": step}
+    if controls := [name for name in parametrizations if name != experiment.parametrization]:
+        arguments["--control"] = controls[0]
+    question = {
+        **experiment.subject(),
+        "recipe": recipe.model_dump(mode="json"),
+        "parametrizations": [*parametrizations],
+    }
+    question |= {"widths": [*widths], "seeds": seeds}
+    folder.note_progress("verify", planned=planned, ended=ended, arguments=arguments, question=question)
 
 
 def _scale(experiment: Experiment, width: int) -> Scale:

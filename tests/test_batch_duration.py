@@ -151,7 +151,8 @@ def test_a_target_config_carries_its_law(name: str, tmp_path: Any) -> None:
     recipe = mt.Recipe.read({**RECIPE, "law": name}, "recipe")
     plan = mt.plan(families.transformer(), mt.Scale(64, 2), recipe=recipe)
     target = config(plan, batch_size=16, steps=100, proxy_parameters=1000)
-    assert any(warning.startswith(f"law {name}") for warning in target.warnings)
+    assert any(note.startswith(f"law {name}") for note in target.plan.notes)
+    assert not any(warning.startswith("law ") for warning in target.warnings)
     assert not any("no batch or duration law" in warning for warning in target.warnings)
     m_N = sum(math.prod(row.shape) for row in plan.rows) / 1000
     change = LAWS[name].change(Ratios(2, 4, m_N))

@@ -7,12 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch.nn import functional as F
 
 import mutransfer as mt
 from mutransfer.errors import RequestError
+from mutransfer.files import write_json
 from mutransfer.recipe import Recipe
+from mutransfer.runs import RunFolder
 from mutransfer.scale import Scale
 from mutransfer.transfer import KEYS, TargetConfig, target_config
+from mutransfer.transferability import of_evidence, regularizers
 
 from . import families
 
@@ -20,7 +25,7 @@ QUIET = Scale(64, 2)
 
 
 def plan(scale: Scale = QUIET, **recipe: Any) -> mt.Plan:
-    return mt.plan(families.transformer(), scale, recipe=Recipe(lr=2**-7, weight_decay=0.1, clip=1.0, **recipe))
+    return mt.plan(families.transformer(), scale, recipe=Recipe(**{"lr": 2**-7, "clip": 1.0, **recipe}))
 
 
 def config(planned: mt.Plan | None = None, **changes: Any) -> TargetConfig:
@@ -64,13 +69,35 @@ def test_the_file_holds_what_a_trainer_needs() -> None:
 
 
 def test_nothing_is_said_where_everything_transfers() -> None:
-    assert config(tuned=["lr", "init_scale", "alpha_output", "schedule", "betas", "warmup"]).warnings == ()
+    assert config(tuned=["lr", "alpha_output", "schedule", "betas", "warmup"]).warnings == ()
+    quiet = {"alpha_attention": 2.0, "betas": (0.8, 0.9), "warmup": 0.3, "weight_decay": 0.0}
+    assert config(plan(**quiet), options={"head_dim": 16, "dropout": 0.0, "label_smoothing": None}).warnings == ()
+
+
+def test_the_initial_scale_is_only_said_to_move_where_the_width_does() -> None:
+    (warning,) = config(plan(init_scale=0.7), proxy=Scale(16, 2), tuned=["lr"]).warnings
+    assert "init_scale (0.7) was set for" in warning
+    assert "about +0.5 octaves from width 16 to 64" in warning  # a factor of 4
+    assert config(plan(init_scale=0.7), proxy=Scale(64, 2)).warnings == ()
 
 
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"tuned": ["weight_decay"]}, ["weight_decay (0.1)", "regularisation"]),
+        ({"tuned": ["weight_decay"]}, ["weight_decay (0.0) was tuned on", "regularisation"]),
+        ({"planned": plan(weight_decay=0.1)}, ["weight_decay (0.1) was set for", "regularisation"]),
+        ({"planned": plan(weight_decay=0.1), "tuned": ["weight_decay"]}, ["weight_decay (0.1) was tuned on"]),
+        ({"tuned": ["init_scale"]}, ["init_scale (1.0)", "half an octave"]),
+        ({"options": {"resid_pdrop": 0.1}}, ["resid_pdrop (0.1)", "regularisation"]),
+        ({"options": {"head": {"label_smoothing": 0.1}}}, ["head.label_smoothing (0.1)", "regularisation"]),
+        ({"options": {"drop_path_rate": 0.2, "qkv_bias": True}}, ["drop_path_rate (0.2)", "regularisation"]),
+        ({"options": {"warmup_steps": 100}}, ["warmup_steps (100)", "tied to batch or length"]),
+        ({"regularizers": {"blocks.*.drop": 0.1}}, ["blocks.*.drop", "0.1", "regularisation"]),
+        ({"planned": plan(betas=(0.8, 0.9)), "batch_size": 32}, ["betas ((0.8, 0.9)) was set for", "m_B = 4"]),
+        ({"planned": plan(eps=1e-4), "steps": 500}, ["eps (0.0001) was set for", "m_D = 10"]),
+        ({"planned": plan(warmup=0.3), "steps": 500}, ["warmup (0.3) was set for", "m_D = 10"]),
+        ({"batch_size": 32}, ["clip (1.0) was set for", "m_B = 4"]),
+        ({"unproven": ["nobody looked."]}, ["nobody looked."]),
         ({"tuned": ["options.attention_dropout"]}, ["attention_dropout", "regularisation"]),
         ({"tuned": ["batch_size"]}, ["batch_size", "tied to batch"]),
         ({"tuned": ["frobnication"]}, ["frobnication", "not known"]),
@@ -87,14 +114,69 @@ def test_what_does_not_transfer_is_said(changes: dict[str, Any], expected: list[
     assert all(warning.endswith(".") for warning in warnings)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "changes", "word"),
+    [
+        ({"momentum": 0.5}, {"batch_size": 32}, "momentum"),  # adamw has none
+        ({"cooldown": 0.3}, {"steps": 500}, "cooldown"),  # only the schedule wsd has one
+        ({"law": "sqrt", "betas": (0.8, 0.9)}, {"batch_size": 16}, "betas"),  # the law sets them
+        ({}, {"options": {"weight_decay": 0, "l2": 0.0, "droplet": "dropout"}, "tuned": ["lr"]}, "droplet"),
+    ],
+)
+def test_what_nothing_reads_or_a_law_sets_is_not_warned_of(recipe: Any, changes: Any, word: str) -> None:
+    assert not [text for text in config(plan(**recipe), **changes).warnings if word in text]
+
+
 def test_a_value_tied_to_the_length_alone_is_not_blamed_for_the_batch() -> None:
     assert not [text for text in config(tuned=["warmup"], batch_size=16, steps=25).warnings if "warmup" in text]
 
 
 @pytest.mark.parametrize(("scale", "said"), [(Scale(64, 4), "depth"), (Scale(16, 2), "smaller than the base")])
-def test_the_plans_notes_are_warnings_said_once(scale: Scale, said: str) -> None:
+def test_a_scale_without_a_rule_is_a_warning_said_once(scale: Scale, said: str) -> None:
     warnings = config(plan(scale)).warnings
     assert [said in warning for warning in warnings] == [True]
+
+
+def test_a_note_is_no_warning() -> None:
+    planned = mt.plan(families.transformer(), QUIET, optimizer="muon", recipe=Recipe(lr=2**-7))
+    assert planned.notes
+    target = config(planned)
+    assert target.warnings == ()
+    assert target.as_dict()["notes"] == list(planned.notes)
+
+
+class Regularized(torch.nn.Module):
+    """Dropout of every kind: a module, an attribute, a function in the forward pass, a smoothed loss."""
+
+    def __init__(self, width: int, rate: float) -> None:
+        super().__init__()
+        self.embed, self.readout = torch.nn.Linear(8, width), torch.nn.Linear(width, 5)
+        self.blocks = torch.nn.ModuleList(torch.nn.MultiheadAttention(width, 2, rate) for _ in range(2))
+        self.drop, self.rate = torch.nn.Dropout(rate and 0.3), rate and 0.2
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.embed(x)
+        for block in self.blocks:
+            x = x + block(x, x, x)[0]
+        return self.readout(F.dropout(self.drop(x), self.rate, self.training))
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_regularization_is_seen_in_the_model_itself(trained: bool) -> None:
+    def family(rate: float) -> mt.Family:
+        batch = torch.randn(6, 4, 8), torch.randint(5, (6, 4))
+
+        def loss(model: torch.nn.Module, batch: Any) -> torch.Tensor:
+            return F.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten(), label_smoothing=rate and 0.05)
+
+        return mt.Family(lambda s: Regularized(s.width, rate).train(trained), batch, loss, Scale(16, 2))
+
+    assert regularizers(family(0.1)) == {
+        "blocks.*.dropout": 0.1, "drop": 0.3, "torch.nn.functional.dropout": 0.2,
+        "torch.nn.functional.cross_entropy.label_smoothing": 0.05,
+    }  # fmt: skip
+    assert regularizers(family(0.0)) == {}
+    assert regularizers(families.transformer()) == {}
 
 
 def edited(tmp_path: Path, change: Any) -> Path:
@@ -149,3 +231,91 @@ def test_a_proxys_result_is_not_a_target(tmp_path: Path) -> None:
 def test_a_wrong_value_is_named(changes: dict[str, Any], expected: str) -> None:
     with pytest.raises(RequestError, match=expected):
         config(**changes)
+
+
+RECIPE = Recipe(lr=2**-7)
+SUBJECT = {"model": "model.py:build", "options": {}, "parametrization": "mup", "optimizer": "adamw"}
+VERIFY = "mutransfer verify "
+
+
+def evidence(folder: RunFolder, recipe: Recipe = RECIPE, **changes: Any) -> list[str]:
+    return list(of_evidence(folder, recipe, {**SUBJECT, **changes}, [16, 32]))
+
+
+def proven(folder: RunFolder) -> RunFolder:
+    """A folder in which both commands have ended with "pass"."""
+    question = {**SUBJECT, "recipe": RECIPE.model_dump(mode="json")}
+    for command, path, asked in (
+        ("verify", folder.verify, {"--widths": "16,64", "--seeds": 3}),
+        ("check", folder.check, {"--widths": "16,32"}),
+    ):
+        folder.note_progress(command, planned=60, ended=True, arguments=asked, question=question)
+        write_json(path, {"verdict": "pass", "cause": None})
+    return folder
+
+
+def test_what_nobody_verified_is_said_with_the_command(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "a run")
+    folder.make()
+    verify, check = evidence(folder)
+    assert "never verified" in verify
+    assert f"`{VERIFY}'{folder.path}'`" in verify
+    assert "never checked" in check
+    assert f"--out '{folder.path}' --widths 16,32 --parametrization mup --optimizer adamw`" in check
+    assert evidence(proven(folder)) == []
+
+
+def test_a_model_file_is_the_same_however_its_path_is_written(tmp_path: Path) -> None:
+    folder = proven(RunFolder(tmp_path).make())
+    assert evidence(folder, model=str(Path("model.py").absolute()) + ":build") == []
+    (verify, check) = evidence(folder, model="other.py:build")
+    assert "with another model" in verify
+    assert "with another model" in check
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("verify", {"verdict": "fail", "reasons": ["the optimum moved.", "it costs."]}, "failed (the optimum moved): "),
+        ("verify", {"verdict": "undecided", "reasons": ["add seeds."]}, "verify {run} --widths 16,64 --seeds 6`"),
+        ("verify", {"verdict": "pass", "transferred_log2_lr": -6.0}, "with another recipe"),
+        ("verify", {}, "never verified"),
+        ("check", {"verdict": "fail", "cause": "hidden lr."}, "checked and failed (hidden lr): "),
+        ("check", {"verdict": "undecided", "cause": None}, "checked and is undecided: "),
+    ],
+)
+def test_a_verdict_that_proves_nothing_is_said(name: str, content: Any, said: str, tmp_path: Path) -> None:
+    folder = proven(RunFolder(tmp_path).make())
+    write_json(tmp_path / f"{name}.json", content)
+    (warning,) = evidence(folder)
+    assert said.format(run=tmp_path) in warning
+
+
+@pytest.mark.parametrize("change", [{"parametrization": "sp"}, {"optimizer": "lion"}, {"options": {"head_dim": 8}}])
+def test_a_verdict_about_something_else_is_said(change: dict[str, Any], tmp_path: Path) -> None:
+    warnings = evidence(proven(RunFolder(tmp_path).make()), **change)
+    assert [f"with another {next(iter(change))} than" in warning for warning in warnings] == [True, True]
+    (verify,) = evidence(proven(RunFolder(tmp_path).make()), RECIPE.with_(alpha_output=2.0))
+    assert "with another recipe" in verify
+    assert f"`{VERIFY}{tmp_path}`" in verify  # its widths were the other question's
+
+
+@pytest.mark.parametrize("command", ["verify", "check", "tune", "repeats"])
+def test_what_was_left_unfinished_is_said(command: str, tmp_path: Path) -> None:
+    folder = proven(RunFolder(tmp_path).make())
+    folder.note_progress(command, **{"planned": 60, **folder.progress(command), "ended": False})
+    (warning,) = evidence(folder)
+    search = command in ("tune", "repeats")
+    assert ("search is not finished" if search else "in part only") in warning
+    assert f"`{folder.command('tune' if search else command)}`" in warning
+    assert folder.command("verify") == f"mutransfer verify {tmp_path} --widths 16,64 --seeds 3"
+
+
+def test_a_folder_of_an_earlier_version_is_judged_by_what_it_tells(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path).make()
+    write_json(folder.environment, {"basins": {"recipe": RECIPE.model_dump(mode="json"), "step": 1.0}})
+    write_json(folder.verify, {"verdict": "pass", "transferred_log2_lr": -7.0})
+    write_json(folder.check, {"verdict": "pass", "parametrization": "mup"})
+    assert evidence(folder) == []
+    assert len(evidence(folder, RECIPE.with_(lr=2**-6))) == 1
+    assert len(evidence(folder, parametrization="sp")) == 1

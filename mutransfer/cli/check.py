@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from ..coordinates import Verdict
     from ..family import Family
+    from ..runs import RunFolder
 
 WIDTHS = "64,128,256,512"
 BATCH, LENGTH = 4, 16  # a mean over few examples is as telling: it is taken over features as well (docs/log.md)
@@ -28,7 +29,10 @@ def add_to(app: typer.Typer) -> None:
 
 def check(
     model: Annotated[
-        str, typer.Argument(help="mlp, transformer, resnet, file.py:name, package.module:name or hf:config.json.")
+        str,
+        typer.Argument(
+            help="mlp, transformer, resnet, file.py:name, package.module:name, hf:config.json, or a run's experiment.yaml."
+        ),
     ],
     widths: Annotated[
         str, typer.Option(help="Widths to compare; with --depths the one width, the base's if left.")
@@ -68,7 +72,7 @@ def check(
     from ..proxies.hf_fields import told
     from ..recipe import Recipe
     from ..tables import TABLES
-    from .models import family_for, fields_asked_for, fields_between
+    from .models import family_for, fields_asked_for, fields_between, subject_of
 
     sizes, layers = _sizes(widths, depths)
     options = fields_asked_for(model, width_field, depth_field)
@@ -97,6 +101,14 @@ def check(
 
         folder = RunFolder(out).make()
         folder.note_environment(device=where, **({"data_sha256": source.sha256, "data": source.name} if source else {}))
+        asked: dict[str, Any] = {
+            "--widths": widths,
+            "--depths": depths,
+            "--parametrization": parametrization,
+            "--optimizer": optimizer,
+        }
+        asked |= {"--steps": steps, "--seeds": seeds, "--lr": lr, "--control": control, "--seed": seed}
+        begin(folder, subject_of(model, parametrization, optimizer, options), asked)
     judged, frame = judge(family, sizes, parametrization, optimizer, where, steps, seeds, lr, seed, depths=layers)
     second = None
     if control:
@@ -115,9 +127,17 @@ def check(
 
         COORDINATES.write(frame, folder.coordinates)
         write_json(folder.check, result | {"report": None, "modules": None})
+        folder.note_progress("check", **folder.progress("check") | {"ended": True})
         result["report"] = str(write_report(folder.path))
     emit(result, as_json, _text(judged, parametrization, second, control))
     return 0 if judged.status == "pass" else 1
+
+
+def begin(folder: RunFolder, subject: dict[str, Any], asked: dict[str, Any]) -> None:
+    """Note in the folder which check is beginning, and take the verdict of an earlier one out of it."""
+    arguments = {flag: str(value) for flag, value in asked.items() if value is not None}
+    folder.note_progress("check", planned=None, ended=False, arguments=arguments, question=subject)
+    folder.check.unlink(missing_ok=True)
 
 
 def _sizes(widths: str, depths: str | None) -> tuple[list[int], list[int]]:

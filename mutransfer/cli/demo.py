@@ -53,7 +53,7 @@ def demo(
     from ..sweeps.jobs import family_of
     from ..sweeps.timing import limited
     from ..sweeps.tuning import tune
-    from .check import judge, summary
+    from .check import begin, judge, summary
     from .console import Progress
     from .transfer import target_of
     from .verify import text_of, verify_run
@@ -69,12 +69,15 @@ def demo(
         say(f"best recipe: lr {found.best.lr:.4g}, loss {found.value:.3f}{gain}")
         verified, optima = verify_run(experiment, found.best, folder, WIDTHS, executor, seeds=SEEDS, control="sp")
     family, _ = family_of(experiment)
+    asked = {"--widths": ",".join(map(str, CHECK_WIDTHS)), "--parametrization": "mup", "--seeds": 3, "--control": "sp"}
+    begin(folder, experiment.subject(), asked)
     checked, frame = judge(family, CHECK_WIDTHS, "mup", "adamw", where, steps=4, seeds=3, lr=None)
     control, control_frame = judge(family, CHECK_WIDTHS, "sp", "adamw", where, steps=4, seeds=3, lr=None, patience=1)
     import pandas as pd
 
     COORDINATES.write(pd.concat([frame, control_frame], ignore_index=True), folder.coordinates)
     write_json(folder.check, summary(checked, "mup", control, "sp") | {"modules": None})
+    folder.note_progress("check", **folder.progress("check") | {"ended": True})
     target_of(folder, WIDTHS[-1]).save(folder.target)
     report = write_report(folder.path)
     verdict = "pass" if verified["verdict"] == checked.status == "pass" else "fail"

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from ..family import Family
     from ..proxies.data import Data
     from ..scale import Scale
+    from ..sweeps.experiment import Experiment
 
 
 Parametrization = Annotated[
@@ -67,8 +68,8 @@ def family_for(
 ) -> tuple[Family, Data | None]:
     """Return the family that MODEL names, anchored at the base asked for, and the data it reads.
 
-    Built-in models have default data, depth and (if ``default_width`` is given) base width; others bring their own.
-    ``roles`` are written as PATTERN=ROLE.
+    Built-in models have default data, depth and (if ``default_width`` is given) base width; others bring their own, and an
+    experiment file brings its options, roles, data and base as well. ``roles`` are written as PATTERN=ROLE.
     """
     from ..observing.overrides import roles_from, with_roles
     from ..proxies.builtin import DEFAULT_DATA, DEFAULT_DEPTH
@@ -77,6 +78,12 @@ def family_for(
     from ..scale import Scale
 
     given = roles_from(roles or (), "--role")
+    if (experiment := experiment_of(model)) is not None:
+        from ..sweeps.jobs import loaded
+
+        family, source = loaded(experiment if data is None else experiment.model_copy(update={"data": data}))
+        at = family.base.with_(width=base_width or family.base.width, depth=base_depth or family.base.depth)
+        return with_roles(family.with_base(at), given), source
     source = load_data(data or DEFAULT_DATA[model], sequence_length) if data or model in DEFAULT_DATA else None
     depth = base_depth or DEFAULT_DEPTH.get(model, 2)
     fallback = base_width or (default_width if model in DEFAULT_DATA else None)
@@ -87,6 +94,22 @@ def family_for(
         at = own.base.with_(width=base_width or own.base.width, depth=base_depth or own.base.depth)
         return with_roles(own.with_base(at), given), source
     return load_family(model, source, base, batch_size=batch_size, options=options, roles=given), source
+
+
+def experiment_of(model: str) -> Experiment | None:
+    """Return the experiment if MODEL is the path of an experiment file."""
+    from pathlib import Path
+
+    from ..sweeps.experiment import Experiment
+
+    return Experiment.load(model) if Path(model).suffix in (".yaml", ".yml") else None
+
+
+def subject_of(model: str, parametrization: str, optimizer: str, options: dict[str, Any] | None) -> dict[str, Any]:
+    """Return which model is scaled by which rules (`Experiment.subject`)."""
+    experiment = experiment_of(model)
+    known = {"model": model, "options": options or {}} if experiment is None else experiment.subject()
+    return {**known, "parametrization": parametrization, "optimizer": optimizer}
 
 
 def load_own(

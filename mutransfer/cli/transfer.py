@@ -47,9 +47,10 @@ def transfer(
         written.append(str(write_text(out or run / name, content)))
     path = target.save(out if out is not None and exported is None else run / "target.json")
     written.append(str(path))
-    for warning in target.warnings:
-        say(f"warning: {warning}")
     plan = target.plan
+    for kind, sentences in {"note": plan.notes, "warning": target.warnings}.items():
+        for sentence in sentences:
+            say(f"{kind}: {sentence}")
     text = (
         f"{target.model} at width {plan.scale.width}, depth {plan.scale.depth}: {len(plan.rows)} parameters in "
         f"{len(plan.groups())} groups, {target.steps} steps of {target.batch_size}\nwritten: {', '.join(written)}\n"
@@ -75,6 +76,7 @@ def target_of(
     from ..sweeps.experiment import Experiment
     from ..sweeps.jobs import loaded
     from ..transfer import target_config
+    from ..transferability import of_evidence, regularizers
 
     experiment, recipe = Experiment.load(folder.experiment), Recipe.load(folder.best)
     family, data = loaded(experiment)
@@ -101,6 +103,7 @@ def target_of(
         "commands": before.get("commands"),
     }
     rules = experiment.parametrization, experiment.optimizer, recipe
+    unproven = of_evidence(folder, recipe, experiment.subject(), [experiment.base_scale.width * 2**k for k in range(4)])
     counted = plan(family, experiment.proxy_scale, *rules).rows if recipe.law == "power-lines" else ()
     return target_config(
         plan(family, scale, *rules),
@@ -117,4 +120,6 @@ def target_of(
         tuned=sorted(experiment.search),
         seed=seed,
         provenance=provenance,
+        regularizers=regularizers(family),
+        unproven=list(unproven),
     )

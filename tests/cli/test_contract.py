@@ -227,6 +227,10 @@ def test_transfer(commands: Processes, shop: Path) -> None:
     assert (told["batch_size"], told["steps"]) == (32, 32)  # 1000 / 32, rounded up
     assert told["warnings"]
     assert ended.err.count("warning: ") == len(told["warnings"])
+    assert ended.err.count("note: ") == len(told["notes"])
+    assert not set(told["warnings"]) & set(told["notes"])
+    for command in ("`mutransfer verify run`", "`mutransfer check run/experiment.yaml --out run --widths 8,16,32,64 "):
+        assert any(command in warning for warning in told["warnings"])
     assert json.loads((shop / "run" / "target.json").read_text()) == told
     assert TargetConfig.load(shop / "run" / "target.json").plan.scale.width == 64
 
