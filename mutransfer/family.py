@@ -10,6 +10,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from .errors import RequestError, describe
+from .printing import once
 from .scale import Scale
 
 __all__ = ["Family"]
@@ -40,6 +41,10 @@ class Family:
     def with_base(self, base: Scale) -> Family:
         """Return the same family anchored at another base."""
         return replace(self, base=base)
+
+    def printing_once(self) -> Family:
+        """Return the same family; what its loss, and the model in it, prints again and again is shown once per command."""
+        return replace(self, loss=once(self.loss, self.name, "loss"))
 
     def batch_on(self, device: torch.device | str) -> Any:
         """Return the example batch with every tensor on ``device``."""

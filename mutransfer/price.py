@@ -63,7 +63,7 @@ def step_cost(family: Family, scale: Scale, batch: Any) -> Flops:
         model = build(family, scale)
         fake = tree_map_only(torch.Tensor, values.fake, batch)
         with FlopCounter() as counter:
-            family.loss(model, fake).backward()
+            family.printing_once().loss(model, fake).backward()
     return counter.flops
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from mutransfer.errors import RequestError
+from mutransfer.printing import shown_once
 from mutransfer.scale import Scale
 
 __all__ = ["FORMS", "guarded", "helpers_of", "import_file", "import_module", "said"]
@@ -33,11 +34,11 @@ def guarded(
 
     def build_or_say(scale: Scale) -> torch.nn.Module:
         try:
-            with helpers_of(folder) if folder else contextlib.nullcontext():
+            with shown_once(model, scale), helpers_of(folder) if folder else contextlib.nullcontext():
                 built = build(scale)
         except RequestError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise RequestError(
                 f"{model} could not be built at width {scale.width}, depth {scale.depth}: it raised {said(error, file)}."
             ) from error

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from mutransfer.printing import in_worker
 from mutransfer.proxies.training import Outcome
 
 from .experiment import Experiment
@@ -170,6 +171,7 @@ def _interrupts_held() -> Iterator[None]:
 def _serve(pipe: Connection, compile: bool) -> None:
     """Do the jobs that come through ``pipe`` until it is closed: what the processes run."""
     _quiet()
+    in_worker()
     while True:
         try:
             experiment, job, reports = pipe.recv()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
 
+from .. import printing
 from . import audit, check, demo, doctor, init, plan, report, train, transfer, tune, verify
 
 app = typer.Typer(
@@ -37,3 +40,19 @@ def _options(
 
 for module in (demo, init, doctor, plan, check, tune, verify, transfer, train, audit, report):
     module.add_to(app)
+
+
+def _alone(command: Callable[..., int]) -> Callable[..., int]:
+    """Return ``command`` with standard output kept for its result."""
+
+    @functools.wraps(command)
+    def run(*args: object, **options: object) -> int:
+        with printing.reserved():
+            return command(*args, **options)
+
+    return run
+
+
+for each in app.registered_commands:
+    assert each.callback is not None
+    each.callback = _alone(each.callback)

@@ -18,6 +18,7 @@ import typer
 
 from ..errors import RequestError
 from ..files import naming_the_disk
+from ..printing import results
 
 __all__ = ["AsJson", "Device", "Progress", "Seed", "emit", "numbers", "plain", "say", "table"]
 
@@ -72,26 +73,39 @@ def ended_as_by_ctrl_c() -> Iterator[None]:
 
 def emit(result: dict[str, Any], as_json: bool, text: str) -> None:
     """Print the result on stdout: as one JSON object, or as text for a person."""
-    line = json.dumps(plain(result), ensure_ascii=False, allow_nan=False) if as_json else text
+    if (stream := results()) is None:
+        return
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    line = text.encode(encoding, "backslashreplace").decode(encoding)
+    if as_json:
+        line = json.dumps(plain(result), ensure_ascii=False, allow_nan=False)
+        try:
+            line.encode(encoding)
+        except UnicodeEncodeError:  # a terminal without µ, or a file name that is no text
+            line = json.dumps(plain(result), allow_nan=False)
     try:
         with naming_the_disk("the result to standard output"):
-            print(line, flush=True)
+            print(line, file=stream, flush=True)
     except (BrokenPipeError, RequestError) as error:
         # What is left in the buffer cannot be written at exit either, and the exit code would then be Python's.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         if isinstance(error, RequestError):
             raise
 
 
 def plain(value: Any) -> Any:
-    """JSON has no NaN and no infinity: both become null."""
+    """Return ``value`` as JSON can hold it: NaN, infinities and missing values as null, arrays as lists, paths as text."""
     if isinstance(value, dict):
         return {str(key): plain(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, (list, tuple, set, frozenset)):
         return [plain(inner) for inner in value]
-    if hasattr(value, "item") and not isinstance(value, str):
-        value = value.item()
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if hasattr(value, "tolist") and not isinstance(value, str):  # of numpy and torch
+        return plain(value.tolist())
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    return None if type(value).__name__ == "NAType" else value  # pandas's own missing value
 
 
 def numbers(text: str, flag: str) -> list[int]:

@@ -86,6 +86,7 @@ def record(
         raise RequestError(f"{steps} steps and {len(seeds)} seeds: give at least one of each.")
     if any(isinstance(each, torch.Tensor) and each.isnan().any() for each in tree_leaves(family.batch)):
         raise RequestError(f"the example batch of {family.name} holds NaN: give one without.")
+    family = family.printing_once()
     column = OPTIMIZERS[optimizer].column if optimizer in OPTIMIZERS else "adam"
     base = family.base.with_(depth=depth or family.base.depth)
     scales = [base.with_(depth=each) if depths else base.with_(width=each) for each in sizes]

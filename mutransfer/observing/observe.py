@@ -36,6 +36,7 @@ def observe(family: Family) -> Observation:
         RequestError: a parameter whose role or initialization cannot be told, with its name, shape and the operation
             seen; or a model that does not run on the example batch.
     """
+    family = family.printing_once()
     if family.base.depth > LAYERS:
         with FakeTensorMode(allow_non_fake_inputs=True), InitWatcher() as inits:
             model = build(family, family.base)

@@ -19,7 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Ended", "Processes", "Started", "contents", "group_of", "until"]
+from pydantic import ValidationError
+
+from mutransfer.cli.output import OUTPUTS
+
+__all__ = ["Ended", "Processes", "Started", "contents", "group_of", "until", "validated"]
 
 PATIENCE = 90.0  # seconds after which a command hangs
 
@@ -99,20 +103,21 @@ class Ended:
     code: int
     out: str
     err: str
+    command: str | None = None
 
     @property
     def json(self) -> dict[str, Any]:
         """The one JSON object on stdout."""
         assert self.out.endswith("\n"), (self.out, self.err)
         assert self.out.count("\n") == 1, self.out
-        return json.loads(self.out, parse_constant=_no_constant)
+        return validated(self.command, self.out)
 
 
 class Started:
     """A command that runs."""
 
-    def __init__(self, pid: int, answer: Callable[[], dict[str, Any]]) -> None:
-        self.pid, self._answer = pid, answer
+    def __init__(self, pid: int, answer: Callable[[], dict[str, Any]], command: str | None = None) -> None:
+        self.pid, self._answer, self.command = pid, answer, command
 
     def interrupt(self) -> None:
         """Ctrl-C: the whole group hears it."""
@@ -124,7 +129,7 @@ class Started:
 
     def wait(self) -> Ended:
         """Wait for its end."""
-        return Ended(**self._answer())
+        return Ended(**self._answer(), command=self.command)
 
 
 class Processes:
@@ -142,7 +147,7 @@ class Processes:
         assert self._server.stdin is not None
         job = {"arguments": arguments, "cwd": str(cwd), "limit": limit, "stdout": stdout}
         print(json.dumps(job), file=self._server.stdin, flush=True)
-        return Started(self._answer()["pid"], self._answer)
+        return Started(self._answer()["pid"], self._answer, next(iter(arguments), None))
 
     def run(self, *arguments: str, cwd: Path, limit: int | None = None, stdout: str | None = None) -> Ended:
         """Start it and wait for its end."""
@@ -159,6 +164,19 @@ class Processes:
                 f"no answer for {PATIENCE} s: the command hangs, or left a process that holds its output"
             )
         return json.loads(self._server.stdout.readline())
+
+
+def validated(command: str | None, line: str) -> dict[str, Any]:
+    """Return the JSON object in ``line``, as the command's model describes it: no key more, none less, no NaN."""
+    assert command in OUTPUTS, command
+    try:
+        OUTPUTS[command].model_validate_json(line, strict=True)
+    except ValidationError as error:
+        raise AssertionError(
+            f"{command} --json is not what mutransfer/cli/output.py says of it: change it there, then run "
+            f"`python -m mutransfer.cli.output docs`.\n{error}"
+        ) from None
+    return json.loads(line, parse_constant=_no_constant)
 
 
 def _no_constant(name: str) -> None:

@@ -19,7 +19,7 @@ from mutransfer.recipe import Recipe
 from mutransfer.sweeps.experiment import Experiment
 from mutransfer.transfer import KEYS, TargetConfig
 
-from .processes import Processes
+from .processes import Processes, validated
 
 PARAMETER = {
     "name", "shape", "role", "m_in", "m_out", "init_std", "lr", "weight_decay", "eps", "lr_factor", "wd_factor", "eps_factor",
@@ -31,7 +31,7 @@ def in_process(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int
     code = run([*arguments, "--json"])
     out, err = capsys.readouterr()
     assert out.count("\n") == 1, (out, err)
-    return code, json.loads(out)
+    return code, validated(arguments[0], out)
 
 
 def test_plan(capsys: pytest.CaptureFixture[str]) -> None:
