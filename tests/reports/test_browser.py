@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 from mutransfer.frames import BASINS, COORDINATES, PARAMETERS, TRIALS
 from mutransfer.reports import BasinFigure, HistoryFigure, PlanFigure, SliceFigure, write_report
 
+from ..services import program
 from .conftest import HOSTILE, coordinate_frame, made_optima, made_search, run_folder, stand_in
 
 FLAGS = [
@@ -27,9 +27,7 @@ PHONE, DESK = {"width": 390, "height": 844}, {"width": 1280, "height": 900}
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if found is None:
-        pytest.fail("there is no chromium to open the report in: `apt-get install chromium`, as .ci/run does.")
+    found = program(["chromium", "chromium-browser", "google-chrome"], "chromium")
     with sync_playwright() as playwright:
         opened = playwright.chromium.launch(executable_path=found, args=FLAGS)
         yield opened

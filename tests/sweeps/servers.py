@@ -1,6 +1,7 @@
 """Real servers that hold studies, to be stopped and started: PostgreSQL, Optuna's gRPC proxy before it, and Redis.
 
-They are Debian's (`apt-get install postgresql redis-server`). PostgreSQL refuses to run as root: there it runs as its own user.
+They are Debian's (`apt-get install postgresql redis-server`); a test without its server is left out (`services.program`).
+PostgreSQL refuses to run as root: there it runs as its own user.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import psycopg
+
+from ..services import program
 
 __all__ = ["PASSWORD", "Postgres", "Proxy", "Redis", "postgres", "proxy", "redis", "wait_for"]
 
@@ -55,9 +58,7 @@ class Postgres:
     """A server of its own on a free port, in a folder of its own."""
 
     def __init__(self, folder: Path) -> None:
-        programs = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
-        found = str(programs[-1]) if programs else shutil.which("initdb")
-        assert found, "PostgreSQL is not installed: apt-get install postgresql"
+        found = program(["initdb"], "postgresql", "/usr/lib/postgresql/*/bin/initdb")
         self._bin, self._data, self._log, self._port = Path(found).parent, folder / "data", folder / "log", free_port()
         self._user: dict[str, Any] = {}
         if os.getuid() == 0:
@@ -131,9 +132,9 @@ class Redis:
         return f"redis://:{PASSWORD}@127.0.0.1:{self._port}/0"
 
     def start(self) -> None:
-        assert shutil.which("redis-server"), "Redis is not installed: apt-get install redis-server"
+        found = program(["redis-server"], "redis-server")
         options = f"--port {self._port} --bind 127.0.0.1 --dir {self._folder} --requirepass {PASSWORD} --appendonly yes"
-        command = ["redis-server", *options.split(), "--appendfsync", "always", "--save", ""]
+        command = [found, *options.split(), "--appendfsync", "always", "--save", ""]
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         wait_for(lambda: listening(self._port), "Redis does not listen")
 
