@@ -4,7 +4,8 @@ The convention, for every kind of layer:
 
 - A multiply-add is 2 operations, of complex numbers 8.
 - Counted are products: of matrices, convolutions (padding included), attention, recurrences, distances. Entrywise work,
-  normalizations, reductions, gathers and the optimizer are left out, as in the usual 6·N·D.
+  normalizations, reductions, gathers and entrywise optimizers are left out, as in the usual 6·N·D; Muon's products are
+  `optimizer_flops`.
 - Attention is counted in full whatever its mask, so that causal attention written out and fused cost the same: 4·T·S·d forward
   for T queries, S keys and a width d over all heads, and twice that backward. Scores that a fused kernel computes again in its
   backward pass are its own affair and not counted.
@@ -30,13 +31,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
+from .errors import RequestError
 from .fake_values import FakeValues
 from .family import Family
 from .flop_formulas import FORMULAS, HIGHER_ORDER, Formula, grouped_mm, is_free
-from .observing.running import build, unfused
+from .observing.running import REAL, build, quiet, unfused
+from .optimizers.registry import OPTIMIZERS
+from .optimizers.updates import Muon
+from .plans import Plan
 from .scale import Scale
 
-__all__ = ["FlopCounter", "Flops", "step_cost", "step_flops"]
+__all__ = ["FlopCounter", "Flops", "optimizer_flops", "step_cost", "step_flops"]
+
+NEWTON_SCHULZ = 5  # torch.optim.Muon's ns_steps
 
 
 @dataclass(frozen=True)
@@ -54,17 +61,46 @@ class Flops:
 
 
 def step_cost(family: Family, scale: Scale, batch: Any) -> Flops:
-    """Return the cost of one training step (forward and backward) on ``batch``; nothing of the model's size is allocated.
+    """Return the cost of one training step (forward and backward) on ``batch``.
+
+    Nothing of the model's size is allocated. Only a small model that does not run on fake tensors is run for real.
 
     Raises:
         RequestError: the model cannot be built, or asks for values that cannot be computed without running it.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode, FakeValues(mode) as values:
-        model = build(family, scale)
-        fake = tree_map_only(torch.Tensor, values.fake, batch)
-        with FlopCounter() as counter:
-            family.printing_once().loss(model, fake).backward()
+    size = 0
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode, FakeValues(mode) as values, quiet():
+            model = build(family, scale)
+            size = sum(each.numel() for each in model.parameters())
+            return _counted(family, model, tree_map_only(torch.Tensor, values.fake, batch))
+    except RequestError:
+        if not 0 < size <= REAL:
+            raise
+    except Exception:
+        if size > REAL:
+            raise
+    with torch.random.fork_rng(devices=[]):
+        return _counted(family, family.build(scale), batch)
+
+
+def _counted(family: Family, model: torch.nn.Module, batch: Any) -> Flops:
+    with FlopCounter() as counter:
+        family.printing_once().loss(model, batch).backward()
     return counter.flops
+
+
+def optimizer_flops(plan: Plan) -> float:
+    """Return the floating point operations of one optimizer step: of Muon's Newton-Schulz iteration, 0 for all others.
+
+    Five iterations (Jordan et al. 2024), each of three products: X·Xᵀ, its square, and that times X.
+    """
+    total = 0.0
+    for row in plan.rows:
+        if isinstance(OPTIMIZERS[plan.optimizer].of(row), Muon):
+            short, long = sorted(row.shape)
+            total += NEWTON_SCHULZ * (2 * short * short * long + 2 * short**3 + 2 * short * short * long)
+    return total
 
 
 def step_flops(family: Family, scale: Scale, batch: Any) -> float:

@@ -85,10 +85,23 @@ def answers(run: RunContents, basins: pd.DataFrame | None) -> list[Fact]:
         found.append(_expected(run, basins))
     said = run.verify.get("price")
     if isinstance(said, dict) and isinstance(said.get("ratio"), int | float):
-        sides = f"{number(said.get('tuning_flops'))} against {number(said.get('target_flops'))} FLOPs"
-        widest = max(run.verify.get("widths") or [0])
-        whole = f"one run at width {widest}, the widest verified" if widest else "one run at the widest width"
-        found.append(Fact("Price of tuning", f"{number(100.0 * said['ratio'])}\u00a0% of {whole}", sides))
+        found += _price(said, max(run.verify.get("widths") or [0]))
+    return found
+
+
+def _price(said: dict[str, Any], widest: int) -> list[Fact]:
+    """What tuning, repeats and verifying took, each against one run at the widest width."""
+    target = said.get("target_flops")
+    whole = f"one run at width {widest}, the widest verified" if widest else "one run at the widest width"
+    found = []
+    for name, key in (("tuning", "tuning_flops"), ("repeats", "repeats_flops"), ("verify", "verify_flops")):
+        spent = said.get(key)
+        if isinstance(spent, int | float) and isinstance(target, int | float) and target:
+            sides = f"{number(spent)} against {number(target)} FLOPs"
+            found.append(Fact(f"Price of {name}", f"{number(100.0 * spent / target)}\u00a0% of {whole}", sides))
+    uncounted = said.get("uncounted")
+    if found and isinstance(uncounted, list) and uncounted:
+        found.append(Fact("Not in the price", ", ".join(map(str, uncounted)), "operations without a formula"))
     return found
 
 

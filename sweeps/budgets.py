@@ -1,17 +1,24 @@
-"""What a sweep has cost, and whether another trial is still within its budget."""
+"""What a sweep has cost, beside the run that it is for, and whether another trial is still within its budget."""
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Self
+from pathlib import Path
+from typing import Any, Self
 
 from optuna.trial import FrozenTrial, TrialState
 
-from .experiment import Budget
+from mutransfer.frames import BASINS, REPEATS, TRIALS, Schema
+from mutransfer.runs import RunFolder
+from mutransfer.scale import Scale
 
-__all__ = ["Spent"]
+from .experiment import Budget, Experiment
+from .jobs import cost_of
+
+__all__ = ["Spent", "price"]
 
 
 @dataclass(frozen=True)
@@ -50,3 +57,31 @@ class Spent:
         if budget.seconds is None:
             return True
         return not self.usual or self.seconds + most * self.usual <= budget.seconds
+
+
+def price(experiment: Experiment, folder: RunFolder, target: Scale) -> dict[str, Any]:
+    """Return what was spent in ``folder``, in floating point operations, beside one run of the experiment at ``target``.
+
+    Returns:
+        ``tuning_flops`` (all trials, pruned ones too), ``repeats_flops`` (the best ones with other seeds), ``verify_flops`` (all
+        runs of the basins, the control's too), ``target_flops``; ``ratio`` of tuning to target; ``uncounted``, the
+        names of operations that no figure includes. None for what is not there, or not known (own trainers). Validation
+        is not included, in any of them.
+    """
+    cost = cost_of(experiment, target)
+    known = cost is not None
+    tuning = _spent(folder.trials, TRIALS) if known else None
+    whole = cost.total * experiment.steps if cost is not None else None
+    return {
+        "tuning_flops": tuning,
+        "repeats_flops": _spent(folder.repeats, REPEATS) if known else None,
+        "verify_flops": _spent(folder.basins, BASINS) if known else None,
+        "target_flops": whole,
+        "ratio": tuning / whole if tuning is not None and whole else None,
+        "uncounted": list(cost.uncounted) if cost is not None else [],
+    }
+
+
+def _spent(path: Path, schema: Schema) -> float | None:
+    total = schema.read(path)["flops"].sum(min_count=1) if path.exists() else math.nan
+    return None if math.isnan(total) else float(total)

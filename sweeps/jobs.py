@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 from mutransfer.errors import RequestError, describe
@@ -16,7 +16,7 @@ from mutransfer.family import Family
 from mutransfer.observing.observe import observe
 from mutransfer.planning import Target, plan, target_of
 from mutransfer.plans import Plan
-from mutransfer.price import step_flops
+from mutransfer.price import Flops, optimizer_flops, step_cost
 from mutransfer.proxies.data import Data, load_data
 from mutransfer.proxies.reference import load_family
 from mutransfer.proxies.training import Outcome, Training, train
@@ -28,7 +28,8 @@ from .callables import call
 from .experiment import NO_DATA, Experiment
 
 __all__ = [
-    "Executor", "Job", "OneByOne", "Report", "Reported", "alone", "do", "family_of", "flops_of", "loaded", "plan_of",
+    "Executor", "Job", "OneByOne", "Report", "Reported", "alone", "cost_of", "do", "family_of", "flops_of", "loaded",
+    "plan_of",
 ]  # fmt: skip
 
 
@@ -137,17 +138,19 @@ def _target(key: str, scale: Scale, parametrization: str) -> Target:
     return target_of(_loaded(key)[0], scale, parametrization, _observed(key))
 
 
-def flops_of(experiment: Experiment, scale: Scale) -> float | None:
-    """Return the floating point operations of one training step at ``scale``; None if an own trainer chooses its batches.
+def cost_of(experiment: Experiment, scale: Scale) -> Flops | None:
+    """Return the cost of one training step at ``scale``; None if an own trainer chooses its batches.
+
+    Muon's iteration on hidden matrices is included; other optimizers work entry by entry, which is left out.
 
     Raises:
         RequestError: the model does not take the experiment's data.
     """
     if experiment.trainer is not None:
         return None
-    family, data = family_of(experiment)
+    family_of(experiment)
     try:
-        return step_flops(family, scale, data.batch(0, experiment.batch_size, 0))
+        cost = _step_cost(_key(experiment), scale, experiment.batch_size)
     except RequestError:
         raise
     except Exception as error:  # of the person's own model, which has only seen its own example batch until now
@@ -155,6 +158,21 @@ def flops_of(experiment: Experiment, scale: Scale) -> float | None:
             f"{experiment.model} cannot be trained on {experiment.data} ({describe(error)}): its loss is given batches "
             "(inputs, targets) of the experiment's data."
         ) from error
+    planned = plan_of(experiment, scale, experiment.parametrization, experiment.recipe)
+    return replace(cost, total=cost.total + optimizer_flops(planned))
+
+
+@functools.lru_cache(maxsize=64)
+def _step_cost(key: str, scale: Scale, batch_size: int) -> Flops:
+    family, data = _loaded(key)
+    assert data is not None
+    return step_cost(family, scale, data.batch(0, batch_size, 0))
+
+
+def flops_of(experiment: Experiment, scale: Scale) -> float | None:
+    """Return the floating point operations of `cost_of`."""
+    cost = cost_of(experiment, scale)
+    return None if cost is None else cost.total
 
 
 def plan_of(experiment: Experiment, scale: Scale, parametrization: str, recipe: Recipe) -> Plan:

@@ -42,9 +42,16 @@ class Interval(Output):
 class Price(Output):
     """Compute, in floating point operations; null where a trainer of your own chooses its batches."""
 
-    tuning_flops: Number = Field(description="Of all trials of the study.")
+    tuning_flops: Number = Field(description="Of all trials of the study, pruned ones too.")
+    repeats_flops: Number = Field(
+        description="Of the best trials trained again with other seeds; null where none were asked for."
+    )
+    verify_flops: Number = Field(description="Of all runs of the basins, the control's too.")
     target_flops: Number = Field(description="Of one run at the widest width compared.")
     ratio: Number = Field(description="tuning_flops / target_flops.")
+    uncounted: list[str] = Field(
+        description="Operations that may be work and that no figure includes, as no formula is known."
+    )
 
 
 class Compared(Output):

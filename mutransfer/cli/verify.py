@@ -74,7 +74,7 @@ def verify_run(
     """Measure the basins, judge them, and write verify.json; return it with the optima."""
     from ..basins import judge, optima
     from ..files import write_json
-    from ..sweeps.jobs import flops_of
+    from ..sweeps.budgets import price
     from ..sweeps.locks import only_one
     from ..sweeps.verifying import basins
     from .console import plain
@@ -98,9 +98,6 @@ def verify_run(
     status, reasons = judge(ours)
     first, last = ours.iloc[0], ours.iloc[-1]
     widest = experiment.proxy_scale.with_(width=int(last["width"]))
-    each = flops_of(experiment, widest)  # an own trainer's are not known
-    target_flops = None if each is None else each * experiment.steps
-    tuning_flops = _tuning_flops(folder) if target_flops is not None else None
     result = {
         "verdict": status,
         "reasons": reasons,
@@ -110,11 +107,7 @@ def verify_run(
         "transferred_log2_lr": transferred,
         "drift_octaves": {kind: _by_width(found, kind, "drift") for kind in kinds},
         "regret": {kind: _by_width(found, kind, "regret") for kind in kinds},
-        "price": {
-            "tuning_flops": tuning_flops,
-            "target_flops": target_flops,
-            "ratio": tuning_flops / target_flops if tuning_flops is not None and target_flops else None,
-        },
+        "price": price(experiment, folder, widest),
         "comparison": _comparison(frame, kinds, int(last["width"]), transferred),
     }
     write_json(folder.verify, plain(result))
@@ -158,12 +151,6 @@ def _comparison(frame: pd.DataFrame, kinds: list[str], width: int, transferred: 
     return rows
 
 
-def _tuning_flops(folder: RunFolder) -> float | None:
-    from ..frames import TRIALS
-
-    return float(TRIALS.read(folder.trials)["flops"].sum()) if folder.trials.exists() else None
-
-
 def text_of(result: dict[str, Any], optima: pd.DataFrame) -> str:
     """Return the result for a person."""
     price, widest = result["price"], int(optima["width"].max())
@@ -172,8 +159,19 @@ def text_of(result: dict[str, Any], optima: pd.DataFrame) -> str:
         f"width {widest}: {row['label']} (lr 2^{row['log2_lr']:.1f}): loss {row['loss']:.4f}"
         for row in result["comparison"]
     ]
-    if price["ratio"] is not None:
-        lines.append(
-            f"price: tuning took {price['tuning_flops']:.2e} FLOPs, {price['ratio']:.1%} of one run at width {widest}"
-        )
+    lines += _price_lines(price, widest)
     return "\n".join([*lines, f"verdict: {result['verdict']}", *result["reasons"]])
+
+
+def _price_lines(price: dict[str, Any], widest: int) -> list[str]:
+    target = price["target_flops"]
+    if not target:
+        return []
+    spent = {"tuning": price["tuning_flops"], "repeats": price["repeats_flops"], "verify": price["verify_flops"]}
+    parts = [
+        f"{name} took {flops:.2e} FLOPs ({flops / target:.1%})" for name, flops in spent.items() if flops is not None
+    ]
+    lines = [f"price, relative to one run at width {widest} ({target:.2e} FLOPs): {', '.join(parts)}"] if parts else []
+    if price["uncounted"]:
+        lines.append(f"not counted in the price, as no formula is known: {', '.join(price['uncounted'])}")
+    return lines

@@ -19,7 +19,7 @@ from .copied import CopiedAsValues
 from .scalars import of_buffers
 from .uses import UseWatcher
 
-__all__ = ["LAYERS", "WIDER", "build", "forward", "unfused"]
+__all__ = ["LAYERS", "REAL", "WIDER", "build", "forward", "quiet", "unfused"]
 
 WIDER = 2  # a doubled width keeps every divisibility the base has
 LAYERS = 4  # of a deep base that are watched
@@ -54,7 +54,7 @@ def forward(
     """
     batch = tree_map_only(torch.Tensor, mode.from_tensor, family.batch)
     try:
-        with _quiet():
+        with quiet():
             return _watched(family, model, batch, inits)
     except RequestError:
         raise
@@ -74,7 +74,7 @@ def forward(
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep what fake tensors cannot run out of the log: it is run for real instead."""
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     before, logger.disabled = logger.disabled, True

@@ -210,7 +210,13 @@ def test_verify(commands: Processes, shop: Path) -> None:
         assert set(measured) == {"mup", "sp"}
         assert set(measured["mup"]) == {"8", "16"}
         assert set(measured["mup"]["16"]) == {"value", "low", "high"}
-    assert set(told["price"]) == {"tuning_flops", "target_flops", "ratio"}
+    names = {"tuning_flops", "repeats_flops", "verify_flops", "target_flops", "ratio", "uncounted"}
+    assert set(told["price"]) == names
+    assert told["price"]["uncounted"] == []
+    assert told["price"]["repeats_flops"] is None  # the experiment asks for none
+    basins = BASINS.read(shop / "run" / "basins.csv")
+    assert told["price"]["verify_flops"] == basins["flops"].sum() > told["price"]["target_flops"]
+    assert told["price"]["target_flops"] == basins.loc[basins["width"].eq(16) & ~basins["diverged"], "flops"].max()
     assert told["price"]["ratio"] == told["price"]["tuning_flops"] / told["price"]["target_flops"]
     assert json.loads((shop / "run" / "verify.json").read_text()) == told
     assert set(BASINS.read(shop / "run" / "basins.csv")["parametrization"]) == {"mup", "sp"}

@@ -251,7 +251,14 @@ def run_folder(parent: Path) -> Path:
         {"label": "SP at the transferred lr", "log2_lr": -7.0, "loss": None, "low": None, "high": None},
         {"label": "SP at its own best", "log2_lr": -9.0, "loss": 0.3, "low": 0.29, "high": 0.31},
     ]
-    price = {"tuning_flops": 3.1e14, "target_flops": 3.1e16, "ratio": 0.01}
+    price = {
+        "tuning_flops": 3.1e14,
+        "repeats_flops": 6.2e13,
+        "verify_flops": 9.3e16,
+        "target_flops": 3.1e16,
+        "ratio": 0.01,
+    }
+    price |= {"uncounted": ["mylib::op"]}
     verified = {"verdict": "pass", "transferred_log2_lr": -7.0, "price": price, "comparison": compared}
     write_json(folder / "verify.json", verified)
     write_json(folder / "check.json", {"verdict": "pass", "cause": None, "parametrization": "mup", "control": "sp"})

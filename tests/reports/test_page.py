@@ -60,11 +60,13 @@ def page(report):
 def test_verdict_stands_first(page):
     body = page.text[page.text.index("µTransfer report ·") :]
     order = ["! Warning", "Learning-rate transfer: pass", "Recipe", "Expected loss at width 4096", "Price of tuning"]
+    order += ["Price of repeats", "Price of verify", "Not in the price", "mylib::op"]
     order += ["drift of the best lr", "At the widest width", "Learning rate across widths", "Search", "Slopes"]
     order += ["Settings per parameter", "Throughput", "Warnings", "Provenance", "Commands", "Data"]
     places = [body.index(words) for words in order]
     assert places == sorted(places)
-    assert "1 % of one run at the widest width" in page.text.replace("\u00a0", " ")
+    for percent in ("1", "0.2", "300"):
+        assert f" {percent} % of one run at the widest width" in page.text.replace("\u00a0", " ")
     assert "lr 0.007812 (2⁻⁷), weight_decay 0.1" in page.text
 
 

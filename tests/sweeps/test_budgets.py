@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import optuna
+import pandas as pd
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mutransfer.sweeps.budgets import Spent
+from mutransfer.cli.verify import text_of
+from mutransfer.frames import BASINS, OPTIMA, REPEATS, TRIALS
+from mutransfer.optimizers.muon import orthogonalized
+from mutransfer.price import FlopCounter
+from mutransfer.runs import RunFolder
+from mutransfer.scale import Scale
+from mutransfer.sweeps import budgets
+from mutransfer.sweeps.budgets import Spent, price
 from mutransfer.sweeps.experiment import Budget
+from mutransfer.sweeps.jobs import flops_of
+
+from .small import experiment
 
 
 def trial(**outcome: Any) -> optuna.trial.FrozenTrial:
@@ -50,3 +64,62 @@ def test_seconds_are_judged_by_the_usual_trial() -> None:
 @pytest.mark.parametrize("running", [0, 5])
 def test_no_budget_allows_all(running: int) -> None:
     assert Spent(1e30, 1e9, 1e3).allows(Budget(), running, 1e20)
+
+
+def filled(path: Path) -> RunFolder:
+    folder = RunFolder(path).make()
+    trial = {"state": "COMPLETE", "value": 1.0, "diverged": False, "steps": 4.0, "seconds": 1.0}
+    TRIALS.write(
+        pd.DataFrame([trial | {"number": i, "flops": flops} for i, flops in enumerate((3e6, 1e6, None))]), folder.trials
+    )
+    repeat = {"loss": 1.0, "diverged": False, "flops": 2e6, "seconds": 1.0}
+    REPEATS.write(pd.DataFrame([repeat | {"number": 0, "seed": seed} for seed in (1, 2)]), folder.repeats)
+    basin = {
+        "width": 16,
+        "depth": 1,
+        "seed": 0,
+        "log2_lr": -3.0,
+        "loss": 1.0,
+        "diverged": False,
+        "flops": 7e6,
+        "seconds": 1.0,
+    }
+    BASINS.write(pd.DataFrame([basin | {"parametrization": name} for name in ("mup", "mup", "sp")]), folder.basins)
+    return folder
+
+
+def test_the_price_of_tuning_repeats_and_verify_beside_one_run(tmp_path: Path) -> None:
+    asked, target = experiment(), Scale(64, 1)
+    found = price(asked, filled(tmp_path / "run"), target)
+    whole = found["target_flops"]
+    assert whole == (flops_of(asked, target) or 0) * asked.steps
+    assert found == {
+        "tuning_flops": 4e6, "repeats_flops": 4e6, "verify_flops": 21e6, "target_flops": whole, "ratio": 4e6 / whole,
+        "uncounted": [],
+    }  # fmt: skip
+    missing = price(asked, RunFolder(tmp_path / "other").make(), target)
+    assert [missing[key] for key in ("tuning_flops", "repeats_flops", "verify_flops", "ratio")] == 4 * [None]
+
+
+def test_what_no_figure_includes_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cost = budgets.cost_of
+    monkeypatch.setattr(
+        budgets, "cost_of", lambda *asked: replace(cost(*asked), total=1e6, uncounted=("mylib::op", "aten::_fft_r2c"))
+    )
+    asked = experiment()
+    found = price(asked, filled(tmp_path / "run"), Scale(64, 1))
+    assert found["uncounted"] == ["mylib::op", "aten::_fft_r2c"]
+    row = dict.fromkeys(OPTIMA.columns, 0.0) | {"parametrization": "mup", "width": 64, "at_edge": False}
+    result = {"price": found, "comparison": [], "verdict": "pass", "reasons": []}
+    text = text_of(result, OPTIMA.frame([row]))
+    for words in ("tuning took 4.00e+06 FLOPs", "repeats took 4.00e+06", "verify took 2.10e+07", "one run at width 64"):
+        assert words in text
+    assert "no formula is known: mylib::op, aten::_fft_r2c" in text
+
+
+def test_muons_iteration_is_part_of_a_step() -> None:
+    """One hidden matrix of 32 × 32 in an MLP of depth 2."""
+    plain, muon = (flops_of(experiment(optimizer=name), Scale(32, 2)) or 0 for name in ("adamw", "muon"))
+    with FlopCounter() as counter:
+        orthogonalized(torch.randn(32, 32), torch.float32, (3.4445, -4.775, 2.0315), 5, 1e-7)
+    assert muon - plain == counter.flops.total > 0
