@@ -14,6 +14,8 @@ from typing import Any, NamedTuple, Protocol
 from mutransfer.errors import RequestError, describe
 from mutransfer.family import Family
 from mutransfer.observing.observe import observe
+from mutransfer.optimizers.registry import OPTIMIZERS
+from mutransfer.optimizers.updates import Muon
 from mutransfer.planning import Target, plan, target_of
 from mutransfer.plans import Plan
 from mutransfer.price import Flops, optimizer_flops, step_cost
@@ -158,6 +160,8 @@ def cost_of(experiment: Experiment, scale: Scale) -> Flops | None:
             f"{experiment.model} cannot be trained on {experiment.data} ({describe(error)}): its loss is given batches "
             "(inputs, targets) of the experiment's data."
         ) from error
+    if not isinstance(OPTIMIZERS[experiment.optimizer], Muon):
+        return cost
     planned = plan_of(experiment, scale, experiment.parametrization, experiment.recipe)
     return replace(cost, total=cost.total + optimizer_flops(planned))
 

@@ -89,7 +89,7 @@ def filled(path: Path) -> RunFolder:
 
 
 def test_the_price_of_tuning_repeats_and_verify_beside_one_run(tmp_path: Path) -> None:
-    asked, target = experiment(), Scale(64, 1)
+    asked, target = experiment(), Scale(64, 2)
     found = price(asked, filled(tmp_path / "run"), target)
     whole = found["target_flops"]
     assert whole == (flops_of(asked, target) or 0) * asked.steps
@@ -107,7 +107,7 @@ def test_what_no_figure_includes_is_said(tmp_path: Path, monkeypatch: pytest.Mon
         budgets, "cost_of", lambda *asked: replace(cost(*asked), total=1e6, uncounted=("mylib::op", "aten::_fft_r2c"))
     )
     asked = experiment()
-    found = price(asked, filled(tmp_path / "run"), Scale(64, 1))
+    found = price(asked, filled(tmp_path / "run"), Scale(64, 2))
     assert found["uncounted"] == ["mylib::op", "aten::_fft_r2c"]
     row = dict.fromkeys(OPTIMA.columns, 0.0) | {"parametrization": "mup", "width": 64, "at_edge": False}
     result = {"price": found, "comparison": [], "verdict": "pass", "reasons": []}
