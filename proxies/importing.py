@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from mutransfer.errors import RequestError
+from mutransfer.errors import RequestError, assertion
 from mutransfer.printing import shown_once
 from mutransfer.scale import Scale
 
@@ -76,9 +76,25 @@ def import_file(path: Path, forms: str = FORMS) -> ModuleType:
             spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         del sys.modules[name]
+        if isinstance(error, ImportError) and "relative import" in str(error):
+            raise RequestError(_relative(path, file, error)) from error
         raise RequestError(f"{path} could not be imported: it raised {said(error, str(file))}.") from error
     _loaded[file] = stamp, module
     return module
+
+
+def _relative(path: Path, file: Path, error: ImportError) -> str:
+    """Say how a file that imports from its package is named: as a module, from the folder that holds the package."""
+    folders = [file.parent]
+    while (folders[-1] / "__init__.py").is_file() and (folders[-1].parent / "__init__.py").is_file():
+        folders.append(folders[-1].parent)
+    module = ".".join(
+        [*(folder.name for folder in reversed(folders)), *([] if file.stem == "__init__" else [file.stem])]
+    )
+    return (
+        f"{path} imports from its own package (from . import), which a file by itself has none of: it raised "
+        f"{said(error, str(file))}. Write {module}:name in its place, and run the command in {folders[-1].parent}."
+    )
 
 
 def import_module(name: str, forms: str = FORMS) -> ModuleType:
@@ -106,6 +122,8 @@ def said(error: BaseException, file: str | None = None) -> str:
     text, place = str(error), f"line {line.lineno} of {line.filename}" if line else ""
     if isinstance(error, SyntaxError) and error.filename and not (line and line.filename == file):
         text, place = error.msg, f"line {error.lineno} of {error.filename}"
+    if isinstance(error, AssertionError) and not text:
+        text, place = assertion(error, place=False), f"line {frames[-1].lineno} of {frames[-1].filename}"
     text = " ".join(text.split()).rstrip(".") or "no message"
     return f"{type(error).__name__}: {text}" + (f" ({place})" if place else "")
 

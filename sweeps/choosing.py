@@ -49,7 +49,11 @@ class Choice:
     @property
     def words(self) -> str:
         """The choice by itself."""
-        many = {"one": "one by one", "processes": f"{self.at_once} processes", "fused": f"{self.at_once} fused"}
+        many = {
+            "one": "one by one",
+            "processes": f"in {self.at_once} processes",
+            "fused": f"{self.at_once} at a time, fused",
+        }
         return f"{many[self.how]}{', compiled' if self.compile else ''}"
 
 
@@ -80,7 +84,7 @@ class _Work:
         seconds = work * step * rounds + (START if how == "processes" else 0.0) + (found.first if compile else 0.0)
         choice = Choice(how, at_once, compile, seconds, "")
         about = "about " if how == "processes" else ""
-        return Choice(how, at_once, compile, seconds, f"{choice.words} {about}{1e3 * step:.2f} ms")
+        return Choice(how, at_once, compile, seconds, f"{about}{1e3 * step:.2f} ms {choice.words}")
 
 
 def chosen(
@@ -115,10 +119,14 @@ def chosen(
             if best.seconds <= FAR * soonest and (again := work.choice(how, best.at_once, True)) is not None:
                 found.append(again)
     best = min(found, key=lambda choice: choice.seconds)
-    reason = f"{'; '.join(choice.reason for choice in found)} for a step of one trial"
+    reason = f"a step of one trial takes {'; '.join(choice.reason for choice in found)}"
     why = refusal(experiment, device=device) if only in (None, "fused") else None
     return Choice(
-        best.how, best.at_once, best.compile, best.seconds, reason + (f"; not fused, as {why}" if why else "")
+        best.how,
+        best.at_once,
+        best.compile,
+        best.seconds,
+        reason + (f"; they cannot be fused, as {why}" if why else ""),
     )
 
 

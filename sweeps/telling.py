@@ -31,6 +31,7 @@ def told(
     dead: Callable[[], list[FrozenTrial]],
     executor: Executor,
     flops: float | None,
+    beginning: Callable[[], None] = lambda: None,
 ) -> Iterator[Trial]:
     """Begin trials as the executor has room, while there are any to begin; yield each after it is told.
 
@@ -42,6 +43,7 @@ def told(
         dead: says which trials' workers are dead.
         executor: trains.
         flops: of one step; None if they are not known.
+        beginning: called when the first trial begins, after whatever the executor does before.
 
     Raises:
         RequestError: too many in a row failed.
@@ -50,6 +52,7 @@ def told(
     failures = Failures(executor.capacity)
 
     def begun() -> Iterator[Job]:
+        first = True
         while True:
             claims.give_back(dead())
             sampler = claims.study.sampler
@@ -62,6 +65,9 @@ def told(
                 trial = claims.next()
             if trial is None:
                 return
+            if first:
+                beginning()
+            first = False
             yield _job(experiment, trial)
 
     def report(reported: Sequence[Reported]) -> list[bool]:

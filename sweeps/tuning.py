@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable
 
@@ -94,13 +95,15 @@ def tune(
         while (finished := claims.finished()) < experiment.trials and (
             affordable(experiment, claims, flops) or busy(claims)
         ):
-            progress(finished, experiment.trials, best_so_far(study))
             idle = True
-            for _ in told(experiment, claims, dead, executor, flops):
+            # The time left is told from when the first trial begins: before it, an executor may measure and compile for minutes.
+            beginning = functools.partial(progress, finished, experiment.trials, best_so_far(study))
+            for _ in told(experiment, claims, dead, executor, flops, beginning):
                 idle = False
                 TRIALS.write(trials_frame(claims.trials()), folder.trials)
                 progress(min(claims.finished(), experiment.trials), experiment.trials, best_so_far(study))
             if idle:  # what is missing is being done by other workers
+                beginning()
                 time.sleep(LOOK_EVERY)
         claims.withdraw()
         frame = trials_frame(claims.trials())

@@ -38,7 +38,7 @@ def basins(
     parametrizations: Sequence[str] = ("mup",),
     seeds: int = 3,
     step: float = 1.0,
-    progress: Callable[[int, int, str], None] = lambda done, total, text: None,
+    progress: Callable[[int, int, str, float | None], None] = lambda done, total, text, ahead: None,
 ) -> pd.DataFrame:
     """Train over a grid of learning rates at every width and return the frame `frames.BASINS`.
 
@@ -55,7 +55,7 @@ def basins(
         parametrizations: "mup", and "sp" as a control.
         seeds: repeats of every run; the same ones for all.
         step: octaves between grid points.
-        progress: called with (runs done, runs known to be needed, what runs).
+        progress: called with (runs done, runs known to be needed, what runs, operations left over those done by this call).
 
     Raises:
         RequestError: fewer than two widths, one that the model cannot have, another data hash than the folder's, or a run
@@ -72,6 +72,7 @@ def basins(
     _, data = loaded(experiment)
     folder.note_environment(data_sha256=data and data.sha256)
     done = _known(folder, recipe, step)
+    behind = 0.0  # operations of a step, over the runs of this call; the widest come first and take by far the longest
     while True:
         wanted = [
             Job(
@@ -87,7 +88,8 @@ def basins(
         if missing:
             folder.verify.unlink(missing_ok=True)  # its verdict is about other runs than those that are being done
             _note(folder, experiment, recipe, len(wanted), widths, parametrizations, seeds, step)
-        progress(count, len(wanted), "")
+        ahead = sum(flops[job.scale.width] or 1.0 for job in missing)
+        progress(count, len(wanted), "", ahead / behind if behind else None)
         if not missing:
             break
         # The longest first, so that none is left running alone at the end.
@@ -102,7 +104,8 @@ def basins(
             }  # fmt: skip
             count += 1
             BASINS.write(pd.DataFrame(done.values()), folder.basins)
-            progress(count, len(wanted), f"{name} width {width}")
+            ahead, behind = ahead - (flops[width] or 1.0), behind + (flops[width] or 1.0)
+            progress(count, len(wanted), f"{name} width {width}", ahead / behind)
     _note(folder, experiment, recipe, len(wanted), widths, parametrizations, seeds, step, ended=True)
     keys = {job.key for job in wanted}
     return BASINS.frame([row for key, row in done.items() if key in keys])

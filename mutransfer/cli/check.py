@@ -9,7 +9,7 @@ import typer
 
 from ..errors import RequestError, nearest
 from .console import AsJson, Device, Progress, device_of, emit, numbers, records, say, table
-from .models import DepthField, Optimizer, Roles, WidthField
+from .models import BASE_WIDTH_HELP, MODEL, DepthField, Optimizer, Roles, WidthField
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,9 +30,7 @@ def add_to(app: typer.Typer) -> None:
 def check(
     model: Annotated[
         str,
-        typer.Argument(
-            help="mlp, transformer, resnet, file.py:name, package.module:name, hf:config.json, or a run's experiment.yaml."
-        ),
+        typer.Argument(help=f"{MODEL} Or a run's experiment.yaml."),
     ],
     widths: Annotated[
         str, typer.Option(help="Widths to compare; with --depths the one width, the base's if left.")
@@ -55,7 +53,7 @@ def check(
         str | None, typer.Option(help="Depths to compare instead, such as 2,4,8,16,32; completep has a rule for them.")
     ] = None,
     base_width: Annotated[
-        int | None, typer.Option(min=1, help="Width at which nothing is scaled; the smallest.")
+        int | None, typer.Option(min=1, help=f"{BASE_WIDTH_HELP} Here it is the smallest width.")
     ] = None,
     control: Annotated[str | None, typer.Option(help="A second parametrization to show beside it, such as sp.")] = None,
     data: Annotated[str | None, typer.Option(help="digits, bytes, markov, text:PATH or bin:PATH.")] = None,

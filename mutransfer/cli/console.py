@@ -151,7 +151,8 @@ def _pad(text: str, width: int, right: bool) -> str:
 class Progress:
     """Shows what is done, how far it is, and how long it will take: a bar on a terminal, lines in a log.
 
-    Call it with (done, total, text); use it as a context manager.
+    Call it with (done, total, text); use it as a context manager. The time left is told from the pieces that were finished
+    since the last call without a new one: what comes before the first (measuring, starting processes) is no part of their rate.
     """
 
     LINE_EVERY = 10.0  # seconds between lines in a log
@@ -177,21 +178,27 @@ class Progress:
             say(f"{self.what} …")
         return self
 
-    def __call__(self, done: int, total: int, text: str = "") -> None:
-        """Report that ``done`` of ``total`` pieces of work are finished."""
+    def __call__(self, done: int, total: int, text: str = "", ahead: float | None = None) -> None:
+        """Report that ``done`` of ``total`` pieces of work are finished.
+
+        Where pieces are not alike, ``ahead`` is the work that is left over that done since the first call.
+        """
         if self._bar is not None:
             self._bar.update(self._task, completed=done, total=total, text=text)
             return
         now = time.monotonic()
         if self._first_done is None:
             self._first_done = done
+        fresh = done - self._first_done
+        if fresh <= 0:
+            self._begun = now
         if now - self._last < self.LINE_EVERY and done < total:
             return
         self._last = now
-        fresh = done - self._first_done
-        left = (
-            f", about {(now - self._begun) / fresh * (total - done):.0f} s left" if fresh > 0 and done < total else ""
-        )
+        left = ""
+        if fresh > 0 and done < total:
+            ratio = (total - done) / fresh if ahead is None else ahead
+            left = f", about {(now - self._begun) * ratio:.0f} s left"
         say(f"{self.what}: {done}/{total}{left}{', ' + text if text else ''}")
 
     def __exit__(

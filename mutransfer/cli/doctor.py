@@ -13,6 +13,7 @@ import typer
 
 from .console import AsJson, UnusedDevice, UnusedSeed, emit
 
+ENOUGH = 1.0  # GiB of disk: a run folder takes some megabytes, checkpoints of fused trials some hundred
 REQUIRED = ("torch", "mup", "optuna", "pandas", "matplotlib", "numpy", "scipy", "sklearn", "pydantic", "yaml", "jinja2")
 
 
@@ -114,7 +115,7 @@ def _bfloat16() -> dict[str, Any]:
 
 def _disk() -> dict[str, Any]:
     free = shutil.disk_usage(".").free / 2**30
-    return _check("disk", free > 0.1, f"{free:.1f} GiB free here", "free some disk space")
+    return _check("disk", free > 0.1, f"{free:.1f} GiB free here", "free some disk space" if free < ENOUGH else None)
 
 
 def _first_line(error: Exception) -> str:

@@ -13,6 +13,14 @@ if TYPE_CHECKING:
     from ..sweeps.experiment import Experiment
 
 
+MODEL = (
+    "mlp, transformer, resnet, hf:config.json, or your own file.py:name or package.module:name: a Family, or a function "
+    "build(width, depth), which needs --base-width as well."
+)
+BASE_WIDTH_HELP = (
+    "Width at which nothing is scaled; needed with a bare build function. A Family and a config bring their own, built-in "
+    "models have a default."
+)
 Parametrization = Annotated[
     str, typer.Option(help="mup, sp, completep (with depth), depth-mup, umup, spectral (for muon) or ntk (a control).")
 ]

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from .console import AsJson, UnusedDevice, UnusedSeed, emit, records, table
-from .models import DepthField, Optimizer, Parametrization, Roles, WidthField
+from .models import BASE_WIDTH_HELP, MODEL, DepthField, Optimizer, Parametrization, Roles, WidthField
 
 BASE_WIDTH = 64  # of built-in models, where the command line names none
 
@@ -18,12 +18,10 @@ def add_to(app: typer.Typer) -> None:
 
 
 def plan(
-    model: Annotated[
-        str, typer.Argument(help="mlp, transformer, resnet, file.py:name, package.module:name or hf:config.json.")
-    ],
+    model: Annotated[str, typer.Argument(help=MODEL)],
     width: Annotated[int, typer.Option(min=1, help="Width to plan for.")],
     depth: Annotated[int | None, typer.Option(min=1, help="Depth to plan for; the base's by default.")] = None,
-    base_width: Annotated[int | None, typer.Option(min=1, help="Width at which nothing is scaled.")] = None,
+    base_width: Annotated[int | None, typer.Option(min=1, help=BASE_WIDTH_HELP)] = None,
     base_depth: Annotated[int | None, typer.Option(min=1, help="Depth at which nothing is scaled.")] = None,
     parametrization: Parametrization = "mup",
     optimizer: Optimizer = "adamw",

@@ -46,9 +46,13 @@ def test_narrow_models_are_fused_as_long_as_more_pay(plant: Plant) -> None:
     choice = chosen(experiment(steps=1000), 400)
     assert (choice.how, choice.at_once, choice.compile) == ("fused", 32, True)  # 64 is not tried once 32 hardly pays
     assert str(choice).startswith(
-        "trials are trained 32 fused, compiled: one by one 5.00 ms; 2 processes about 2.75 ms; 4 fused 4.00 ms; "
+        "trials are trained 32 at a time, fused, compiled: a step of one trial takes 5.00 ms one by one; about 2.75 ms in 2 "
+        "processes; 4.00 ms 4 at a time, fused; "
     )
-    assert "32 fused 2.45 ms; 2 processes, compiled about 2.50 ms; 32 fused, compiled 1.53 ms for a step" in str(choice)
+    assert (
+        "2.45 ms 32 at a time, fused; about 2.50 ms in 2 processes, compiled; 1.53 ms 32 at a time, fused, compiled."
+        in str(choice)
+    )
 
 
 def test_wide_models_go_to_processes(plant: Plant) -> None:
@@ -96,14 +100,14 @@ def test_real_measurements(capsys: pytest.CaptureFixture[str]) -> None:
         assert isinstance(executor.chosen, Fused)
         assert executor.capacity == 4
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("trials are trained 4 fused: 4 fused ")
+    assert line.startswith("trials are trained 4 at a time, fused: a step of one trial takes ")
 
 
 def test_auto_says_what_it_chose(capsys: pytest.CaptureFixture[str]) -> None:
     with executor_for(experiment(), "auto") as executor:
         assert isinstance(executor, Planned)
         assert isinstance(executor.chosen, OneByOne)
-    assert capsys.readouterr().err.startswith("trials are trained one by one: one by one ")
+    assert capsys.readouterr().err.startswith("trials are trained one by one: a step of one trial takes ")
 
 
 def test_what_is_not_fused_says_why(plant: Plant, capsys: pytest.CaptureFixture[str]) -> None:
@@ -112,7 +116,7 @@ def test_what_is_not_fused_says_why(plant: Plant, capsys: pytest.CaptureFixture[
     with executor_for(asked, "auto") as executor:
         assert isinstance(executor, Planned)
         assert isinstance(executor.chosen, Processes)
-    assert "; not fused, as adagrad has no update of many trials at once" in capsys.readouterr().err
+    assert "; they cannot be fused, as adagrad has no update of many trials at once" in capsys.readouterr().err
     with executor_for(asked, "fused") as executor:
         assert isinstance(executor, Planned)
         assert isinstance(executor.chosen, OneByOne)
