@@ -12,6 +12,7 @@ from ..family import Family
 from ..inits import Init, InitWatcher
 from .beside import beside
 from .branches import residual_branches
+from .columns import Columns, Joins, Labels, mixed_columns
 from .constants import Constant, common, constants, loose
 from .contracted import contractions
 from .heads import compared, in_attention
@@ -24,6 +25,8 @@ from .stretch import stretched
 from .uses import UseWatcher
 
 __all__ = ["observe", "shapes_of"]
+
+_Met = tuple[Joins, list[tuple[Labels, ...]], list[Use]]  # what is known of the uses of one parameter in one pass
 
 
 def observe(family: Family) -> Observation:
@@ -85,6 +88,7 @@ def _watch(family: Family) -> Observation:
         for name, other in apart
     ]
     mixed = _mixed(seen, seen_wider)
+    columns, columns_wider = seen.columns(), seen_wider.columns()
     own_inits, specs = inits.named(model), {}
     for name, _ in model.named_parameters():
         if name not in shapes:
@@ -103,7 +107,17 @@ def _watch(family: Family) -> Observation:
             layer=_is_layer(model, name),
             constants=found[name], dotted=name in dotted, in_attention=scaled.get(name, 0.0), mixed=name in mixed,
         )  # fmt: skip
-        specs[name] = replace(spec, sizes=seen.sizes.get(name, ""))
+        specs[name] = replace(
+            spec,
+            sizes=seen.sizes.get(name, ""),
+            columns=_columns(
+                grows,
+                (seen.joins, columns[name], uses[name]),
+                (seen_wider.joins, columns_wider[name], uses_wider[name]),
+            ),
+            insisted=role_given(family.roles, name) is not None,
+            unsplittable=_unsplittable(model, name, seen.used_in(name)),
+        )
         if (
             any(each != Constant() for each in found[name])
             and not specs[name].constant
@@ -199,6 +213,29 @@ def _axes_for(role: str, name: str, grows: tuple[bool, ...], uses: list[Use], do
         )
     into = {"hidden": growing[-1:], "output": growing, "bottleneck": growing}.get(role, [])
     return tuple("in" if axis in into else "out" for axis in range(len(grows)))
+
+
+def _columns(grows: tuple[bool, ...], base: _Met, wider: _Met) -> tuple[Columns, ...]:
+    """Return which entries of an axis that is summed over grow in number and which do not, where it has both."""
+    for axis in (axis for axis, each in enumerate(grows) if each):
+        met = [
+            [labels[axis] for labels, use in zip(columns, uses, strict=True) if labels and use.axes[axis] == "in"]
+            for _, columns, uses in (base, wider)
+        ]
+        if all(met) and (found := mixed_columns(axis, (base[0], met[0]), (wider[0], met[1]))):
+            return found
+    return ()
+
+
+def _unsplittable(model: torch.nn.Module, name: str, modules: set[str]) -> str:
+    """Return why features of the input that a parameter meets cannot be multiplied by a hook of the module that owns it."""
+    prefix, _, key = name.rpartition(".")
+    owner = model.get_submodule(prefix)
+    if key != "weight" or not isinstance(owner, torch.nn.Linear | torch.nn.modules.conv._ConvNd):
+        return "it belongs to no plain linear layer or convolution"
+    if modules != {prefix}:
+        return f"it is used outside of {prefix}'s own forward"
+    return "it works in groups" if getattr(owner, "groups", 1) > 1 else ""
 
 
 def _mixed(seen: UseWatcher, wider: UseWatcher) -> frozenset[str]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ..errors import RequestError
 from ..inits import Init
+from .columns import Columns
 from .contracted import Contraction
 from .heads import Heads
 from .noted import Attention
@@ -40,6 +41,9 @@ class ParamSpec:
         sizes: for the sizes of a normalized weight (weight_norm's g), the name of the weight's own parameter.
         mixed: whether its rows have different roles (a fused matrix of which some rows grow and some do not).
         turned: whether one use sums over the axis that survives in another (x @ w and x @ w.T).
+        columns: of an axis that is summed over and made of growing and fixed pieces, which entries are which (`columns`).
+        insisted: whether the role was given and not seen.
+        unsplittable: why the input of a layer with such columns cannot be multiplied column by column; empty where it can.
     """
 
     name: str
@@ -63,11 +67,17 @@ class ParamSpec:
     mixed: bool = False
     sizes: str = ""
     turned: bool = False
+    columns: tuple[Columns, ...] = ()
+    insisted: bool = False
+    unsplittable: str = ""
 
-    def multipliers(self, shape: tuple[int, ...], name: str | None = None, deeper: float = 1.0) -> tuple[float, float]:
+    def multipliers(
+        self, shape: tuple[int, ...], name: str | None = None, deeper: float = 1.0, *, apart: bool = False
+    ) -> tuple[float, float]:
         """Return (m_in, m_out) of the same parameter with another ``shape``: every axis counts by its own ratio.
 
-        An axis that does not grow with the width may be the layers themselves: then it is ``deeper`` times as long.
+        An axis that does not grow with the width may be the layers themselves: then it is ``deeper`` times as long. Of mixed
+        columns all count, or with ``apart`` those that grow.
 
         Raises:
             RequestError: another axis differs.
@@ -84,7 +94,8 @@ class ParamSpec:
                         "the width doubles: build both with the same data, vocabulary and fixed sizes."
                     )
             elif label == "in":
-                m_in *= size / base
+                fixed = self.fixed_columns(axis) if apart else 0
+                m_in *= (size - fixed) / (base - fixed)
             else:
                 m_out *= size / base
         if self.turned and m_in != m_out:
@@ -93,6 +104,47 @@ class ParamSpec:
                 f"{m_out:g} from the base to {list(shape)}: let both grow alike, or give each use its own parameter."
             )
         return m_in, m_out
+
+    @property
+    def role_of_fixed(self) -> str:
+        """The role of columns that meet a fixed number of entries."""
+        return "input" if self.role == "hidden" else "finite"
+
+    def fixed_columns(self, axis: int) -> int:
+        """Return how many entries of an axis meet pieces of a fixed size."""
+        return sum(each.end - each.begin for each in self.columns if each.axis == axis and not each.grows)
+
+    def columns_at(self, shape: tuple[int, ...]) -> tuple[Columns, ...]:
+        """Return the columns of the same parameter with another ``shape``, where all growing pieces grow alike."""
+        found: list[Columns] = []
+        for each in self.columns:
+            fixed = self.fixed_columns(each.axis)
+            ratio = (shape[each.axis] - fixed) / (self.shape[each.axis] - fixed) if each.grows else 1.0
+            begin = found[-1].end if found else 0
+            found.append(replace(each, begin=begin, end=begin + round((each.end - each.begin) * ratio)))
+        return tuple(found)
+
+    def told_columns(self, shape: tuple[int, ...]) -> str:
+        """Say which columns grow and which do not, at another ``shape``."""
+        columns = self.columns_at(shape)
+        growing, fixed = (
+            ", ".join(f"{each.begin}:{each.end}" for each in columns if each.grows == grows) for grows in (True, False)
+        )
+        return (
+            f"{growing} of axis {columns[0].axis} meet pieces that grow with the width, {fixed} pieces of a fixed size"
+        )
+
+    def split_advice(self, shape: tuple[int, ...]) -> str:
+        """Say how to split the layer in two, whose parameters then have a learning rate each."""
+        columns = self.columns_at(shape)
+        growing, fixed = (
+            sum(each.end - each.begin for each in columns if each.grows == grows) for grows in (True, False)
+        )
+        owner = self.name.rpartition(".")[0] or "layer"
+        return (
+            f"Split the layer in two with {growing} and {fixed} inputs and add their results, {owner}(h) + {owner}_fixed(a) in "
+            f"place of {owner}(torch.cat([h, a], ...)), the second with bias=False: its columns then have a rate of their own."
+        )
 
 
 def fits(shapes: Mapping[str, tuple[int, ...]], specs: Mapping[str, ParamSpec]) -> Callable[[str, str], bool]:

@@ -15,9 +15,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..names import pattern_of
 from . import operations as ops
 from .attending import Attentions
 from .carrying import carried
+from .columns import Joins, Labels
 from .cuts import Cuts
 from .dots import SOFTMAX, Dots
 from .factors import Factors
@@ -43,6 +45,7 @@ class UseWatcher(TorchDispatchMode):
         graph: the order of values.
         sizes: name of the parameter that sets the sizes of a normalized weight → name of the weight's own.
         parts: parameters and results of parameters that are cut into pieces.
+        joins: from which pieces the axes of activations are joined.
     """
 
     def __init__(self, model: torch.nn.Module, read: Callable[[torch.Tensor], float | None] | None = None) -> None:
@@ -70,6 +73,9 @@ class UseWatcher(TorchDispatchMode):
         self._pieces = Pieces(self.graph)
         self._spellings = Spellings()
         self.parts = Cuts()
+        self.joins = Joins(self._made_by)
+        self._columns: list[tuple[Labels, ...]] = []
+        self._used_in: dict[str, set[str]] = {name: set() for name in self._names}
 
     def __enter__(self) -> UseWatcher:
         for name, module in self._model.named_modules():
@@ -145,6 +151,7 @@ class UseWatcher(TorchDispatchMode):
         self._scalars.see(name, func, args, kwargs, outputs)
         if not inputs or not outputs or name in ops.CREATIONS:
             self._kept += outputs  # the number that it holds is known by its storage
+            self.joins.made(outputs)
             return out
         known = {storage_key(each) for each in inputs}
         fresh = [each for each in outputs if storage_key(each) not in known]
@@ -152,6 +159,7 @@ class UseWatcher(TorchDispatchMode):
             self._note_parts(inputs[0], outputs)  # a view is what it views
             return out
         self._kept += fresh
+        self.joins.see(name, args, kwargs, inputs, (fresh or outputs)[0], self._modules[-1])
         if fresh and self._derive(name, args, inputs, fresh[0]):
             return out
         begun = len(self._seen)
@@ -277,7 +285,36 @@ class UseWatcher(TorchDispatchMode):
             shift = root.shift if root.linear else 0.0
             use = Use(name, axes, self.decode(carried), on_data, node, operands, shift, alone=alone, summed=summed)
             self._seen.append((root.index, use))
+            self._used_in[self._names[root.index]].add(self._modules[-1])
+            self._columns.append(self._met_by(name, args, inputs, tensor))
         return noted
+
+    def _met_by(self, name: str, args: Any, inputs: list[torch.Tensor], tensor: torch.Tensor) -> tuple[Labels, ...]:
+        """Return from which pieces the entries come that each axis of a parameter meets, as `Joins` numbers them."""
+        root = self._roots.get(tensor)
+        if root is None or not (name in ops.CONTRACTIONS or name in {"mul", "mul_"}):
+            return ()
+        found = self.joins.met(name, args, inputs, tensor)
+        kind = frozenset().union(*(self._made_by(each) for each in inputs if self._roots.get(each) is None))
+        site = self._names[root.index], "use", frozenset({kind})
+        axes = zip(root.layout, self._roots.shape(root), strict=True)
+        return tuple(self.joins.along(axis, size, tensor, found, site, kind) for axis, size in axes)
+
+    def used_in(self, name: str) -> set[str]:
+        """Return the modules in whose forward a parameter is used."""
+        return self._used_in[name]
+
+    def columns(self) -> dict[str, list[tuple[Labels, ...]]]:
+        """Return for every use of a parameter, in the order of `uses`, what each axis meets; nothing where that is unknown."""
+        found: dict[str, list[tuple[Labels, ...]]] = {name: [] for name in self._names}
+        for (index, _), met in zip(self._seen, self._columns, strict=True):
+            found[self._names[index]].append(met)
+        return found
+
+    def _made_by(self, tensor: torch.Tensor) -> frozenset[str]:
+        """Return the parameters that made a tensor, as patterns of their names."""
+        flow = self._flow(tensor)
+        return frozenset(map(pattern_of, self.used_by(flow.direct) or self.decode(flow.depends)))
 
     def _meets_only_parameters(self, inputs: list[torch.Tensor], tensor: torch.Tensor) -> bool:
         met = [each for each in inputs if each is not tensor and numeric(each) and each.dim() > 1]
