@@ -12,7 +12,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from .errors import RequestError
-from .fold import Factors
+from .fold import FOLDS, Factors
+from .gauges import Columns
 from .observing.specs import Observation, ParamSpec
 from .optimizers.registry import Growth, OptimizerRule
 from .recipe import Recipe
@@ -40,6 +41,8 @@ class Draft:
     size: dict[str, Factors] = field(default_factory=dict)
     alpha: dict[str, Factors] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    # parameters whose fixed columns have factors of their own: of the initial weights against the others', and in the input
+    apart: dict[str, tuple[float, tuple[Columns, ...]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.notes += [*self.seen.notes, *([self.rule.about] if self.rule.about else [])]
@@ -69,7 +72,7 @@ class Draft:
 
     def multipliers(self, name: str) -> tuple[float, float]:
         """Return (m_in, m_out) of one parameter of the target."""
-        return self.spec(name).multipliers(self.shapes[name], name, self.deeper)
+        return self.spec(name).multipliers(self.shapes[name], name, self.deeper, apart=name in self.apart)
 
     def fold(self, names: Iterable[str], size: float = 1.0, alpha: float = 1.0) -> None:
         """Write multipliers into the target's parameters that come from ``names`` of the base."""
@@ -85,6 +88,7 @@ class Draft:
     def _size(self, name: str) -> Factors:
         """Return the table's own factors: of the width and, on residual branches, of the depth."""
         spec, rule = self.spec(name), self.rule.of(self.spec(name))
+        self._look_at_columns(name)
         m = self.multipliers(name)
         row = self.rules.rows[spec.role]
         init = row.init(*m) * (_aspect(spec, self.shapes[name]) if self.rules.aspect else 1.0)
@@ -106,6 +110,69 @@ class Draft:
             self.notes.append(f"{name} has rows of different roles: its epsilon is not scaled.")
         decay = rule.decay(lr, growth) ** DECAY_POLICIES[self.recipe.decay_policy]
         return Factors(init, lr, decay, eps, row.gauge(*m))
+
+    def _look_at_columns(self, name: str) -> None:
+        """Give fixed columns beside growing ones their own factors, by a forward multiplier on what they meet.
+
+        A tensor has one learning rate: under a multiplier c on their input, fixed columns learn as those of the role
+        that they have by themselves (`fold`). Where a role is given, all columns have one ratio, and a note says so.
+
+        Raises:
+            RequestError: no multiplier says it, or none can be registered.
+        """
+        spec, shape, rule = self.spec(name), self.shapes[name], self.rule.of(self.spec(name))
+        if not spec.columns:
+            return
+        m = spec.multipliers(shape, name, self.deeper, apart=True)
+        fixed = spec.role_of_fixed
+        (row, lr), (fixed_row, fixed_lr) = (
+            (row, rule.lr(row, Growth(m_, spec.shape, shape, row.init(*m_))))
+            for row, m_ in ((self.rules.rows[spec.role], m), (self.rules.rows[fixed], (1.0, m[1])))
+        )
+        if lr == fixed_lr and not (rule.fold == "muon" and row.spectral):
+            return
+        told = spec.told_columns(shape)
+        if spec.insisted:
+            self.notes.append(
+                f"{name} {list(shape)} has one ratio for all of its columns, as its role is given, though {told}: the latter "
+                f"should have {fixed_lr / lr:g} times the learning rate."
+            )
+            return
+        power, decay_power, _ = FOLDS[rule.fold]
+        c = (fixed_lr / lr) ** (1 / power) if power else 1.0
+        decays = [
+            rule.decay(each, Growth(m, spec.shape, shape, 1.0)) ** DECAY_POLICIES[self.recipe.decay_policy]
+            for each in (lr, fixed_lr)
+        ]
+        why = spec.unsplittable
+        if rule.fold not in ("adam", "adam-l2", "sgd"):
+            why = f"{self.rule.name} updates a matrix as a whole"
+        elif sum(each.grows for each in spec.columns) > 1:
+            why = "there are several growing pieces"
+        elif self.rules.aspect:
+            why = f"{self.rules.name} looks at the matrix as a whole"
+        elif self.recipe.weight_decay and not math.isclose(decays[0], decays[1] * c**-decay_power):
+            why = f"their weight decay under decay_policy {self.recipe.decay_policy!r} differs as well"
+        elif self._density(name) != 1:
+            why = "it is sparse"
+        if why:
+            raise RequestError(
+                f"{name} {list(shape)} sums over columns of two kinds: {told}. {self.rules.name} scales the former as "
+                f"{spec.role} and the latter as {fixed}, one parameter has one learning rate, and no multiplier of its input "
+                f"makes up for that: {why}. {spec.split_advice(shape)} To insist on one ratio for all columns, name the role "
+                f"in the family, roles={{{name!r}: {spec.role!r}}}."
+            )
+        init, gauge = (getattr(fixed_row, key)(1.0, m[1]) / c / getattr(row, key)(*m) for key in ("init", "gauge"))
+        self.apart[name] = (
+            init,
+            tuple(
+                Columns(each.axis, each.begin, each.end, c, gauge) for each in spec.columns_at(shape) if not each.grows
+            ),
+        )
+        self.notes.append(
+            f"{name} {list(shape)} is planned with a forward multiplier of {c:g}: {told}, which are scaled as {fixed}. Call "
+            "plan.attach(model) after building the model and before plan.initialize(model)."
+        )
 
     def _density(self, name: str) -> float:
         """Return m_ρ of one parameter, by which SµPar (2405.15743, Table 1) divides the fan-in that is left."""

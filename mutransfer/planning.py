@@ -147,6 +147,14 @@ def _row(draft: Draft, name: str, target: Init) -> ParameterPlan:
         init = spec.init.carried(target, factor, total.gauge, matrix=bool({"in", "gather"} & {*spec.axes}))
     except RequestError as error:
         raise RequestError(f"{name} {list(draft.shapes[name])} {error}") from None
+    apart, columns = draft.apart.get(name, (1.0, ()))
+    if columns and init.kind != "constant":
+        if init.parts or init.program:
+            raise RequestError(
+                f"{name} {list(draft.shapes[name])} has columns of two kinds and is drawn in pieces, or by operations of its "
+                "own: draw it from one distribution, or split the layer in two."
+            )
+        init = init.with_columns([(each.axis, each.begin, each.end) for each in columns], draft.shapes[name], apart)
     if spec.shift:  # a gain used as s + w: that is what the factor is for, not w
         init = init.shifted((total.gauge - 1) * spec.shift)
     # What is scaled is s + w: decay must not pull w to where s + w is 1.
@@ -170,4 +178,5 @@ def _row(draft: Draft, name: str, target: Init) -> ParameterPlan:
         eps_factor=size.eps if rule.has_eps else None,
         init_factor=None if spec.init.fixed and not init.std else size.init,
         gauge=total.gauge,
+        columns=columns,
     )

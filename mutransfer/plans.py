@@ -18,7 +18,7 @@ from .errors import RequestError, nearest
 from .files import read_json, write_json
 from .fold import Factors
 from .frames import PARAMETERS
-from .gauges import attach, unit
+from .gauges import Columns, attach, unit
 from .inits import Init, draw_
 from .matching import matched
 from .names import plain_name
@@ -37,7 +37,8 @@ class ParameterPlan:
     """What one parameter starts from and is trained with; the columns are those of `frames.PARAMETERS`.
 
     ``*_factor`` compares with the base model under the same recipe; ``gauge`` is the factor between this parameter and
-    the one in the source's own gauge (see `fold.Factors`); ``multiplier`` is what is left in the forward pass (`unit`).
+    the one in the source's own gauge (see `fold.Factors`); ``multiplier`` is what is left in the forward pass (`unit`),
+    and ``columns`` likewise of single columns of the input, where fixed ones lie beside growing ones (`attach`).
     """
 
     name: str
@@ -55,6 +56,7 @@ class ParameterPlan:
     init_factor: float | None
     gauge: float
     multiplier: float = 1.0
+    columns: tuple[Columns, ...] = ()
 
     def times(self, settings: Factors, factors: Factors | None = None) -> ParameterPlan:
         """Return the parameter with its settings multiplied, and its ``*_factor`` columns by ``factors`` (else alike)."""
@@ -74,7 +76,8 @@ class ParameterPlan:
     def as_row(self) -> dict[str, Any]:
         """Return the parameter as plain data, with the shape as a list."""
         row = vars(self) | {"shape": list(self.shape), "init": self.init.as_dict(), "init_std": self.init.std}
-        more = () if self.multiplier == 1 else ("multiplier",)
+        row["columns"] = [vars(each) for each in self.columns]
+        more = *(() if self.multiplier == 1 else ("multiplier",)), *(("columns",) if self.columns else ())
         return {key: row[key] for key in (*PARAMETERS.columns, "gauge", "init", *more)}
 
 
@@ -160,9 +163,12 @@ class Plan:
         return unit(self)
 
     def attach(self, model: torch.nn.Module) -> None:
-        """Register the plan's forward multipliers on ``model`` (`torch.nn.utils.parametrize`), before `initialize`.
+        """Register the plan's forward multipliers on ``model``, before `initialize`, without changing what it computes.
 
-        A parameter's name then ends in ``parametrizations.weight.original``, as in its state_dict.
+        Those of whole parameters (`unit`) by `torch.nn.utils.parametrize`: a parameter's name then ends in
+        ``parametrizations.weight.original``, as in its state_dict. Those of single columns by forward pre-hooks, which leave
+        names and state_dict as they are, and on copies that are not trained (target networks) as well; copy.deepcopy takes
+        them along. Where there are none, nothing happens.
 
         Raises:
             RequestError: the model has multipliers already, or lacks a parameter of the plan.
@@ -244,7 +250,9 @@ class Plan:
         without multipliers the readout's share of the norm would grow with width, and the clipping with it.
         """
         parameters = matched(self, model)
-        return clip_grad_norm_([(row.gauge, parameters[row.name]) for row in self.rows], max_norm)
+        columns = {row.name: row.columns for row in self.rows if row.columns}
+        gauged = [(row.gauge, parameters[row.name], columns.get(row.name, ())) for row in self.rows]
+        return clip_grad_norm_(gauged, max_norm)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the plan as JSON, whole or not at all."""
@@ -291,7 +299,10 @@ class Plan:
 
 def _read_row(row: dict[str, Any]) -> ParameterPlan:
     data = {key: value for key, value in row.items() if key != "init_std"}
-    plan = ParameterPlan(**{**data, "shape": tuple(row["shape"]), "init": Init.from_dict(row["init"])})
+    columns = tuple(Columns(**each) for each in row.get("columns", ()))
+    plan = ParameterPlan(
+        **{**data, "shape": tuple(row["shape"]), "init": Init.from_dict(row["init"]), "columns": columns}
+    )
     numbers = plan.m_in, plan.m_out, plan.lr, plan.weight_decay, plan.lr_factor, plan.wd_factor, plan.gauge
     optional = [number for number in (plan.eps, plan.eps_factor, plan.init_factor) if number is not None]
     if not all(math.isfinite(number) for number in (*numbers, *optional)):

@@ -17,7 +17,7 @@ from .optimizers.registry import optimizer_rule
 from .plans import Plan
 from .scale import Scale
 from .tables import table
-from .transferability import of_depth, of_laws, of_model, of_recipe, of_width
+from .transferability import of_columns, of_depth, of_laws, of_model, of_recipe, of_width
 
 __all__ = ["TargetConfig", "target_config"]
 
@@ -235,6 +235,7 @@ def target_config(
         ),
         *of_depth(plan, proxy),
         *of_width(plan, proxy),
+        *of_columns(plan),
     ]
     scale = plan.scale.with_(batch=batch_size, tokens=target.tokens)
     return replace(target, plan=replace(plan, scale=scale), warnings=tuple(dict.fromkeys(warnings)))

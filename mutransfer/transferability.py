@@ -25,7 +25,7 @@ from .runs import RunFolder
 from .scale import Scale
 from .tables import table
 
-__all__ = ["of_depth", "of_evidence", "of_laws", "of_model", "of_recipe", "of_width", "regularizers"]
+__all__ = ["of_columns", "of_depth", "of_evidence", "of_laws", "of_model", "of_recipe", "of_width", "regularizers"]
 
 TABLE_1 = "TP-V 2203.03466, Table 1"
 DEFAULTS = Recipe()
@@ -290,3 +290,13 @@ def _of_verdict(
             if "--seeds" in more:
                 more["--seeds"] = 2 * int(more["--seeds"])
             yield f"{what} {verb} and is undecided{why}: more seeds may tell, with `{folder.command(command, more)}`."
+
+
+def of_columns(plan: Plan) -> list[str]:
+    """Name the layers that need a forward multiplier on a part of their input."""
+    return [
+        f"{row.name} trains as planned only under a forward multiplier on a part of its input: call plan.attach(model) after "
+        "building the model and before plan.initialize(model), as mutransfer's own training does."
+        for row in plan.rows
+        if row.columns
+    ]

@@ -104,6 +104,18 @@ class Doctor(Output):
     verdict: PassOrFail
 
 
+class ColumnMultiplier(Output):
+    """Entries of an axis that a layer sums over, which `Plan.attach` lets its input enter ``multiplier`` times as large."""
+
+    axis: int
+    begin: int
+    end: int
+    multiplier: float
+    gauge: float = Field(
+        description="Their size against the layer's other columns, relative to the source's own rescaling."
+    )
+
+
 class Parameter(Output):
     """Settings of one parameter; ``*_factor`` is relative to the base model's value."""
 
@@ -120,6 +132,10 @@ class Parameter(Output):
     wd_factor: float
     eps_factor: Number
     init_factor: Number = Field(description="null for constants.")
+    columns: list[ColumnMultiplier] = Field(
+        default=[],
+        description="Fixed columns beside growing ones, which plan.attach(model) multiplies; absent where there are none.",
+    )
 
 
 class Group(Output):

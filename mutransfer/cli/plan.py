@@ -53,7 +53,10 @@ def plan(
         [heading, *([told(grown)] if grown else []), "", text, *(f"note: {note}" for note in planned.notes)]
     )
     parameters = [
-        row | {"shape": list(plan_row.shape)} for row, plan_row in zip(records(frame), planned.rows, strict=True)
+        row
+        | {"shape": list(plan_row.shape)}
+        | ({"columns": [vars(each) for each in plan_row.columns]} if plan_row.columns else {})
+        for row, plan_row in zip(records(frame), planned.rows, strict=True)
     ]
     result = {"parameters": parameters, "groups": planned.groups(), "notes": list(planned.notes)}
     emit(result | ({"fields": grown} if grown else {}), as_json, text)

@@ -54,6 +54,7 @@ def as_planned(family: Family, planned: Plan, seen: Observation, device: str) ->
 
     def build(seed: int) -> torch.nn.Module:
         model = family.build(planned.scale).to(device)
+        planned.attach(model)
         planned.initialize(model, seed)
         return model
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from ..errors import RequestError
 from ..names import pattern_of
 from ..optimizers.registry import OPTIMIZERS, OptimizerRule
 from ..plans import ParameterPlan
@@ -18,7 +19,17 @@ FORMAT = "mutransfer-pytorch/1"
 
 
 def write(target: TargetConfig) -> tuple[str, str]:
-    """Return the file name and the JSON text; see docs/pytorch-export.md for its keys."""
+    """Return the file name and the JSON text; see docs/pytorch-export.md for its keys.
+
+    Raises:
+        RequestError: the plan needs a forward multiplier, which is no setting of a parameter.
+    """
+    for row in target.plan.rows:
+        if row.columns:
+            raise RequestError(
+                f"{row.name} {list(row.shape)} has columns under a forward multiplier, which this format cannot say: let the "
+                "script call TargetConfig.load(path).plan.attach(model) and take the settings from there, or split the layer."
+            )
     data = target.as_dict()
     recipe, rule = target.plan.recipe, OPTIMIZERS[target.plan.optimizer]
     content = {

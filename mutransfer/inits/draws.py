@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
@@ -96,6 +96,14 @@ class Init:
             low, high = high, low
             a, b = (b, a) if self.kind == "uniform" else (a, -b)
         return self._with(lambda init: init.scaled(factor), a, b, low, high)
+
+    def with_columns(self, columns: Sequence[tuple[int, int, int]], shape: Sequence[int], factor: float) -> Init:
+        """Return the same, with the entries (axis, begin, end) of a parameter drawn ``factor`` times as large."""
+        parts = []
+        for axis, begin, end in columns:
+            box = tuple((begin, end - begin, 1) if dim == axis else (0, size, 1) for dim, size in enumerate(shape))
+            parts.append(Part(box, self.scaled(factor)))
+        return replace(self, parts=tuple(parts))
 
     def shifted(self, by: float) -> Init:
         """Return the distribution of a draw plus ``by``; not for recorded ones."""

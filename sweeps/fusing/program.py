@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import register_dataclass
 
+from mutransfer.clipping import parted
+
 from .attention import FoldedAttention
 from .stack import Stack, Tensors
 from .updates import Clock, Kind, Settings, State, stepped
@@ -67,7 +69,7 @@ class Program:
         gradients = {name: each.contiguous() for name, each in zip(leaves, found, strict=True)}
         with torch.no_grad():
             if self.clips:
-                gradients = clipped(gradients, settings, limit)
+                gradients = clipped(gradients, self.kinds, settings, limit)
             after = {
                 name: stepped(self.kinds[name], each.detach(), gradients[name], now.states[name], settings[name], clock)
                 for name, each in leaves.items()
@@ -95,12 +97,12 @@ def losses_of(
         return run(tensors, buffers, batch)
 
 
-def clipped(gradients: Tensors, settings: dict[str, Settings], limit: Tensor) -> Tensors:
+def clipped(gradients: Tensors, kinds: dict[str, Kind], settings: dict[str, Settings], limit: Tensor) -> Tensors:
     """Return gradients ``[K, ...]`` of which each model's norm is at most its ``limit`` (`Plan.clip_grad_norm_`)."""
     norms = [
-        torch.linalg.vector_norm(each.reshape(each.shape[0], -1), dim=1)
-        * settings[name]["gauge"].flatten().to(each.dtype)
+        torch.linalg.vector_norm(piece.flatten(1), dim=1) * more * settings[name]["gauge"].flatten().to(each.dtype)
         for name, each in gradients.items()
+        for more, piece in parted(each, kinds[name].columns, leading=1)
     ]
     total = torch.linalg.vector_norm(torch.stack([each.to(norms[0].dtype) for each in norms]), dim=0)
     scale = torch.clamp(limit.to(total.dtype) / (total + 1e-6), max=1.0)

@@ -75,6 +75,7 @@ class FusedTraining:
         self.places, self.precision = list(places), precision
         first = places[0].plan
         model = family.build(first.scale).to(device)
+        first.attach(model)
         self._batch = functools.lru_cache(maxsize=BATCHES)(lambda step, seed: data.batch(step, batch_size, seed))
         self._held_out = [tree_map(lambda each: each.to(device), batch) for batch in data.validation()]
         trained, moving = moving_parts(family, model, self._to_device(self._batch(0, places[0].seed)))
@@ -104,6 +105,7 @@ class FusedTraining:
         """Begin a training in a place, over whatever was there, or go on with one that `snapshot` took out."""
         if snapshot is None:
             model = self.family.build(place.plan.scale).to(self.device)
+            place.plan.attach(model)
             place.plan.initialize(model, place.seed)
             self.stack.put(index, model)
             tree_map(lambda stack: stack[index].zero_(), self.now.states)

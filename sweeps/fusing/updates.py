@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim._muon import DEFAULT_A, DEFAULT_B, DEFAULT_C, DEFAULT_NS_STEPS, EPS, _adjust_lr
 from torch.utils._pytree import register_dataclass
 
+from mutransfer.gauges import Columns
 from mutransfer.optimizers.muon import iteration_dtype, orthogonalized
 from mutransfer.plans import ParameterPlan, Plan
 
@@ -28,11 +29,15 @@ State = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class Kind:
-    """Which update a parameter follows; ``adjust`` is Muon's factor, by the name that torch gives it, ``iteration`` its dtype."""
+    """Which update a parameter follows; ``adjust`` is Muon's factor, by the name that torch gives it, ``iteration`` its dtype.
+
+    ``columns`` are those with a gauge of their own, which counts in clipping.
+    """
 
     name: str
     adjust: str = ""
     iteration: torch.dtype = torch.bfloat16
+    columns: tuple[Columns, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,7 @@ def kind_of(plan: Plan, row: ParameterPlan, device: str) -> Kind:
     settings = plan.settings_of(row)
     if settings.get("muon"):
         return Kind("muon", settings["adjust_lr_fn"], iteration_dtype(device))
-    return Kind("adam" if "betas" in settings else "sgd")
+    return Kind("adam" if "betas" in settings else "sgd", columns=row.columns)
 
 
 def numbers_of(plan: Plan, row: ParameterPlan) -> dict[str, float]:

@@ -51,6 +51,20 @@ class Normed(torch.nn.Module):
         return self.readout(torch.relu(h))
 
 
+class Skip(torch.nn.Module):
+    """The picture once more beside the features, so that some columns of a layer grow and some do not."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.input, self.mid, self.readout = (
+            torch.nn.Linear(*each) for each in ((64, width), (64 + width, width), (width, 10))
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.flatten(1)
+        return self.readout(torch.relu(self.mid(torch.cat([x, torch.relu(self.input(x))], 1))))
+
+
 @functools.cache
 def family(name: str) -> mt.Family:
     """A family by name; the built-ins as other tests have them."""
@@ -65,6 +79,8 @@ def family(name: str) -> mt.Family:
             return families.resnet(width=8)
         case "normed":
             return mt.Family(lambda s: Normed(s.width), families.image_batch(), families.loss, mt.Scale(16), "normed")
+        case "skip":
+            return mt.Family(lambda s: Skip(s.width), families.image_batch(), families.loss, mt.Scale(16), "skip")
     folder = Path(tempfile.mkdtemp())
     (folder / "config.json").write_text(json.dumps(LLAMA), encoding="utf-8")
     return load_family(f"hf:{folder}/config.json", data_for(name), None)
