@@ -23,12 +23,14 @@ PARQUET = ".parquet"
 class Schema:
     """The columns of one kind of frame: name → (pandas dtype, meaning and unit).
 
-    ``open`` lets a frame carry further columns behind the named ones (a trial's hyperparameters).
+    ``open`` lets a frame carry further columns behind the named ones (a trial's hyperparameters). ``optional`` columns of
+    floats are missing values in frames that were written before there were such columns.
     """
 
     name: str
     columns: dict[str, tuple[str, str]]
     open: bool = False
+    optional: tuple[str, ...] = ()
 
     def frame(self, rows: list[dict[str, object]] | pd.DataFrame) -> pd.DataFrame:
         """Return ``rows`` as a frame with this schema's columns, order and dtypes.
@@ -37,6 +39,7 @@ class Schema:
             RequestError: a column is missing, or unknown while the schema is not open.
         """
         given = pd.DataFrame(rows, columns=None if len(rows) else list(self.columns))
+        given = given.assign(**{column: float("nan") for column in self.optional if column not in given})
         missing = [column for column in self.columns if column not in given]
         extra = [column for column in given if column not in self.columns]
         if missing or (extra and not self.open):
@@ -158,19 +161,30 @@ OPTIMA = Schema(
     {
         "parametrization": ("string", "name of the table in force"),
         "width": ("int64", "width of the model"),
-        "log2_lr": ("float64", "optimal log2 base learning rate, from a local quadratic fit"),
-        "log2_lr_low": ("float64", "lower end of its 95% bootstrap interval over seeds"),
-        "log2_lr_high": ("float64", "upper end"),
+        "log2_lr": ("float64", "optimal log2 base learning rate: the minimum of the fitted basin"),
+        "log2_lr_low": ("float64", "lower end of its 95% interval over seeds, with the whole of an unresolved cell"),
+        "log2_lr_high": ("float64", "upper end; infinite where what was tried does not bound the optimum"),
         "drift": ("float64", "optimum minus the smallest width's optimum, octaves (factors of 2)"),
-        "drift_low": ("float64", "lower end of its 95% bootstrap interval over seeds"),
+        "drift_low": ("float64", "lower end of its 95% interval over seeds"),
         "drift_high": ("float64", "upper end"),
         "best_loss": ("float64", "mean loss at this width's own best grid point"),
-        "transferred_loss": ("float64", "mean loss at the transferred learning rate"),
-        "regret": ("float64", "(transferred_loss − best_loss) / best_loss"),
-        "regret_low": ("float64", "lower end of its 95% bootstrap interval over seeds"),
+        "transferred_loss": ("float64", "mean loss at the transferred learning rate; infinite where it diverged"),
+        "regret": ("float64", "fitted loss at the transferred rate minus the fitted minimum, in the loss's unit"),
+        "regret_low": ("float64", "lower end of its 95% interval over seeds"),
         "regret_high": ("float64", "upper end"),
         "at_edge": ("boolean", "the best grid point is the first or last: the optimum may lie outside"),
+        "regret_relative": ("float64", "regret / best_loss, where that is positive"),
+        "cell": ("float64", "octaves between the best grid point and the other side of a cliff; 0 without one"),
+        "flat_low": ("float64", "lowest log2 learning rate of those that surely cost no more than the regret limit"),
+        "flat_high": ("float64", "highest"),
+        "perhaps_flat_low": (
+            "float64",
+            "lowest log2 learning rate of those that may cost no more than the regret limit",
+        ),
+        "perhaps_flat_high": ("float64", "highest"),
+        "seeds": ("float64", "seeds behind each mean"),
     },
+    optional=("regret_relative", "cell", "flat_low", "flat_high", "perhaps_flat_low", "perhaps_flat_high", "seeds"),
 )
 
 TRIALS = Schema(

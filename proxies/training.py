@@ -34,6 +34,7 @@ class Outcome:
         seconds: wall-clock time of training and validation.
         failed: why it was broken off without a loss, as the end of a sentence about it ("its process was killed by …");
             None for a run that came to its end, or diverged.
+        maximize: the loss is a metric of which more is better, and below its start the run has diverged.
     """
 
     loss: float
@@ -42,11 +43,13 @@ class Outcome:
     stopped: bool
     seconds: float
     failed: str | None = None
+    maximize: bool = False
 
     @property
     def diverged(self) -> bool:
         """The loss is not finite, or training made it worse than it began."""
-        return self.failed is None and (not math.isfinite(self.loss) or self.loss > self.start)
+        worse = self.loss < self.start if self.maximize else self.loss > self.start
+        return self.failed is None and (not math.isfinite(self.loss) or worse)
 
 
 class Training:

@@ -69,6 +69,11 @@ def optimum_strip(axes: Axes, optima: pd.DataFrame, colours: dict[int, str], lim
     if optima.empty:
         return
     axes.axvline(optima["log2_lr"].iloc[0], color=GREY, linestyle=":", linewidth=1.2, zorder=1)
+    # What bounds no optimum goes on to the edge of the picture.
+    optima = optima.assign(
+        log2_lr_low=optima["log2_lr_low"].clip(lower=limits[0]),
+        log2_lr_high=optima["log2_lr_high"].clip(upper=limits[1]),
+    )
     low = optima[["log2_lr", "log2_lr_low"]].min(axis=None)
     high = optima[["log2_lr", "log2_lr_high"]].max(axis=None)
     right = limits[1] - high >= low - limits[0]

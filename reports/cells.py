@@ -11,7 +11,7 @@ import pandas as pd
 
 from mutransfer.frames import OPTIMA, PARAMETERS, SLOPES
 from mutransfer.recipe import Recipe
-from mutransfer.reports.words import interval, label, number, percent, power_of_two
+from mutransfer.reports.words import interval, label, number, percent, power_of_two, regret, signed
 
 __all__ = [
     "Table",
@@ -56,7 +56,7 @@ def optimum_table(optima: pd.DataFrame) -> Table:
     rows = []
     for row in optima.itertuples():
         reference = row.drift == row.drift_low == row.drift_high == 0
-        lost = "diverged" if row.transferred_loss != row.transferred_loss else number(row.transferred_loss)
+        lost = number(row.transferred_loss) if math.isfinite(row.transferred_loss) else "diverged"
         cells = [
             cell(label(row.parametrization)),
             cell(str(row.width)),
@@ -64,7 +64,7 @@ def optimum_table(optima: pd.DataFrame) -> Table:
             cell("reference" if reference else interval(row.drift, row.drift_low, row.drift_high), row.drift),
             cell(number(row.best_loss)),
             cell(lost, row.transferred_loss),
-            cell(percent(row.regret, row.regret_low, row.regret_high), row.regret),
+            cell(regret(row.regret, row.regret_low, row.regret_high), row.regret),
         ]
         rows.append(cells)
     return Table(header, rows)
@@ -89,10 +89,17 @@ def comparison_table(rows: list[dict[str, Any]]) -> Table:
                 cell(power_of_two(_float(row.get("log2_lr"))), row.get("log2_lr")),
                 cell("diverged" if math.isnan(loss) else number(loss), loss),
                 cell("–" if math.isnan(low) or math.isnan(high) else f"{number(low)} to {number(high)}", low),
-                cell("–" if row is rows[0] else percent(loss / first - 1) if first else "–"),
+                cell("–" if row is rows[0] else _against(loss, first), loss - first),
             ]
         )
     return Table(header, table)
+
+
+def _against(loss: float, first: float) -> str:
+    """Return the difference in the loss's own unit, and relative to the first where that is positive."""
+    if math.isnan(loss - first):
+        return "–"
+    return signed(loss - first, 4) + (f" ({percent(loss / first - 1)})" if first > 0 else "")
 
 
 def slope_table(slopes: pd.DataFrame) -> Table:

@@ -86,6 +86,12 @@ class RunContents:
         """The folder's own name, for headings."""
         return self.path.resolve().name
 
+    @property
+    def maximize(self) -> bool:
+        """Whether the experiment's direction is to maximize what its trainer reports."""
+        lines = [line.split("#")[0].split() for line in self.experiment.splitlines()]
+        return ["direction:", "maximize"] in lines
+
     def missing(self, name: str) -> str:
         """Return the sentence that says that ``name`` (a file of a run folder) is not there, and what makes it."""
         what, command = MADE_BY[name]

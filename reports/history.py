@@ -30,6 +30,7 @@ class HistoryFigure(ReportFigure):
     """
 
     trials: pd.DataFrame
+    maximize: bool = False
     title = "Search history"
 
     def __post_init__(self) -> None:
@@ -81,13 +82,13 @@ class HistoryFigure(ReportFigure):
             }
             axes.plot(rows["x"][lost], [0.965] * lost.sum(), "x", label="diverged or failed", **top)
             if len(full):
-                _best(axes, full, float(rows["x"].max()))
+                _best(axes, full, float(rows["x"].max()), self.maximize)
             default = full[full["number"] == 0]
             if len(default):
                 axes.axhline(
                     default["value"].iloc[0], color=INK, linestyle=":", linewidth=1.3, label="default recipe (trial 0)"
                 )
-            axes.set_ylabel("validation loss")
+            axes.set_ylabel("validation metric" if self.maximize else "validation loss")
             axes.set_xlabel(
                 f"compute spent so far ({power_of_ten(power)} floating point operations)" if compute else "trial"
             )
@@ -108,12 +109,12 @@ def _scale(axes: Axes, values: pd.Series) -> None:
         axes.set_ylim(low - 0.14 * span, high + 0.14 * span)
 
 
-def _best(axes: Axes, full: pd.DataFrame, end: float) -> None:
+def _best(axes: Axes, full: pd.DataFrame, end: float, maximize: bool) -> None:
     """Draw the best loss so far as steps, and name the trial that reached it."""
-    best = full["value"].cummin()
+    best = full["value"].cummax() if maximize else full["value"].cummin()
     x, y = [*full["x"], end], [*best, best.iloc[-1]]
     axes.step(x, y, where="post", color=INK, linewidth=1.8, label="best so far", gid="best")
-    winner = full.loc[full["value"].idxmin()]
+    winner = full.loc[full["value"].idxmax() if maximize else full["value"].idxmin()]
     text = f"trial {winner['number']}: {number(float(winner['value']))}"
     axes.plot(winner["x"], winner["value"], "o", markersize=10, mfc="none", color=INK)
     side = "right" if winner["x"] > 0.6 * end else "left"

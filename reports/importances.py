@@ -13,7 +13,7 @@ from matplotlib.ticker import PercentFormatter
 from mutransfer.errors import RequestError
 from mutransfer.reports.figure import ReportFigure
 from mutransfer.reports.optuna_plots import plotted
-from mutransfer.reports.study import drawable, hyperparameters, is_lost, study_of
+from mutransfer.reports.study import as_losses, drawable, hyperparameters, is_lost, study_of
 from mutransfer.reports.style import colour, literal, styled
 from mutransfer.reports.words import plain
 
@@ -33,10 +33,11 @@ class ImportanceFigure(ReportFigure):
     """
 
     trials: pd.DataFrame
+    maximize: bool = False
     title = "Importance of the hyperparameters"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "trials", drawable(self.trials))
+        object.__setattr__(self, "trials", as_losses(drawable(self.trials), self.maximize))
         losses, count = self.trials["value"][self._complete], len(hyperparameters(self.trials))
         if len(losses) < FEWEST or count < 2 or losses.nunique() < 2:
             raise RequestError(
@@ -50,7 +51,7 @@ class ImportanceFigure(ReportFigure):
 
     def frame(self) -> pd.DataFrame:
         """Return the trials: one row each (schema TRIALS, hyperparameters behind)."""
-        return self.trials.copy()
+        return as_losses(self.trials, self.maximize)
 
     @property
     def caption(self) -> str:

@@ -81,13 +81,16 @@ def _analysed(run: RunContents) -> tuple[Any | None, pd.DataFrame | None, dict[s
         except RequestError as error:
             notes["coordinates"] = f"No slopes from coordinates.csv: {error}"
     if run.basins is not None:
+        from mutransfer.basins import REGRET_LIMIT
         from mutransfer.basins import optima as fit
 
         transferred = run.verify.get("transferred_log2_lr")
         rows = run.judged_basins
         assert rows is not None
         try:
-            optima = fit(rows, None if transferred is None else float(transferred))
+            limit = (run.verify.get("limits") or {}).get("regret", REGRET_LIMIT)
+            carried = None if transferred is None else float(transferred)
+            optima = fit(rows, carried, maximize=run.maximize, regret_limit=float(limit))
         except RequestError as error:
             notes["basins"] = f"No optima from basins.csv: {error}"
     return verdict, optima, notes
@@ -101,7 +104,7 @@ def _figures(
     basins = run.judged_basins
     if basins is not None and optima is not None:
         wanted["basins"] = functools.partial(BasinFigure, basins, optima)
-        wanted["wider"] = functools.partial(WiderFigure, basins, optima)
+        wanted["wider"] = functools.partial(WiderFigure, basins, optima, maximize=run.maximize)
     if run.coordinates is not None and slopes is not None and len(slopes):
         wanted["coordinates"] = functools.partial(CoordinateFigure, run.coordinates, slopes)
     if run.trials is not None:
@@ -111,7 +114,9 @@ def _figures(
             "importances": ImportanceFigure,
             "parallel": ParallelFigure,
         }
-        wanted |= {name: functools.partial(figure, run.trials) for name, figure in searched.items()}
+        wanted |= {
+            name: functools.partial(figure, run.trials, maximize=run.maximize) for name, figure in searched.items()
+        }
     if run.parameters is not None:
         wanted["planned"] = functools.partial(PlanFigure, run.parameters)
     figures = {}

@@ -15,7 +15,7 @@ from optuna.distributions import FloatDistribution
 from mutransfer.errors import RequestError
 from mutransfer.reports.figure import ReportFigure
 from mutransfer.reports.optuna_plots import plotted
-from mutransfer.reports.study import drawable, fence_of, hyperparameters, is_lost, search_space, study_of
+from mutransfer.reports.study import as_losses, drawable, fence_of, hyperparameters, is_lost, search_space, study_of
 from mutransfer.reports.style import ORDER, colour, literal, styled, value_axis
 from mutransfer.reports.words import counted, number, plain
 
@@ -37,16 +37,17 @@ class ParallelFigure(ReportFigure):
     """
 
     trials: pd.DataFrame
+    maximize: bool = False
     title = "All hyperparameters at once"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "trials", drawable(self.trials))
+        object.__setattr__(self, "trials", as_losses(drawable(self.trials), self.maximize))
         if len(hyperparameters(self.trials)) < 2:
             raise RequestError("one hyperparameter took more than one value, and lines between axes need at least two.")
 
     def frame(self) -> pd.DataFrame:
         """Return the trials: one row each (schema TRIALS, hyperparameters behind)."""
-        return self.trials.copy()
+        return as_losses(self.trials, self.maximize)
 
     @property
     def names(self) -> list[str]:
@@ -89,7 +90,11 @@ class ParallelFigure(ReportFigure):
             figure.set_size_inches(max(1.35 * len(self.names) + 2.4, 6.4), 3.9)
             main.set_title("")
             main.grid(visible=False)
-            main.set_xticks(range(len(self.names) + 1), ["loss", *(plain(name, 18) for name in self.names)], rotation=0)
+            main.set_xticks(
+                range(len(self.names) + 1),
+                ["−metric" if self.maximize else "loss", *(plain(name, 18) for name in self.names)],
+                rotation=0,
+            )
             (lines,) = (found for found in main.collections if isinstance(found, LineCollection))
             _restyle(lines, fence)
             bottom = float(heights.min())
@@ -103,7 +108,7 @@ class ParallelFigure(ReportFigure):
             )
             if bottom < fence:
                 bar.set_ylim(bottom, fence)
-            bar.set_ylabel("validation loss")
+            bar.set_ylabel("negated metric" if self.maximize else "validation loss")
             for axes, name in zip(others, self.names, strict=True):
                 axes.grid(visible=False)
                 axes.spines["right"].set_visible(True)

@@ -14,7 +14,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution
 
 from mutransfer.reports.figure import ReportFigure
 from mutransfer.reports.optuna_plots import plotted
-from mutransfer.reports.study import drawable, fence_of, hyperparameters, is_lost, search_space, study_of
+from mutransfer.reports.study import as_losses, drawable, fence_of, hyperparameters, is_lost, search_space, study_of
 from mutransfer.reports.style import INK, ORDER, colour, literal, log_loss, styled, value_axis
 from mutransfer.reports.words import counted, plain
 
@@ -33,14 +33,15 @@ class SliceFigure(ReportFigure):
     """
 
     trials: pd.DataFrame
+    maximize: bool = False
     title = "Loss against each hyperparameter"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "trials", drawable(self.trials))
+        object.__setattr__(self, "trials", as_losses(drawable(self.trials), self.maximize))
 
     def frame(self) -> pd.DataFrame:
         """Return the trials: one row each (schema TRIALS, hyperparameters behind)."""
-        return self.trials.copy()
+        return as_losses(self.trials, self.maximize)
 
     @property
     def names(self) -> list[str]:
@@ -71,7 +72,7 @@ class SliceFigure(ReportFigure):
         fence, count = fence_of(values), len(self.names)
         study = study_of(shown, values.where(values <= fence))
         with styled():
-            figure = plotted("plot_slice", study, target_name="validation loss")
+            figure = plotted("plot_slice", study, target_name="negated metric" if self.maximize else "validation loss")
             figure.set_size_inches(max(2.0 * count + 1.2, 5.6), 3.3)
             figure.suptitle("")
             *panels, bar = figure.axes

@@ -75,6 +75,11 @@ def search_space(trials: pd.DataFrame) -> dict[str, BaseDistribution]:
     return space
 
 
+def as_losses(trials: pd.DataFrame, maximize: bool) -> pd.DataFrame:
+    """Return a copy of the trials with values of which less is better: a metric to be maximized is negated."""
+    return trials.assign(value=-trials["value"]) if maximize else trials.copy()
+
+
 def study_of(trials: pd.DataFrame, values: pd.Series) -> optuna.Study:
     """Return a study in memory with every trial under its own number; those without a value in ``values`` have failed."""
     space = search_space(trials)

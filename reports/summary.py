@@ -11,7 +11,8 @@ import pandas as pd
 from mutransfer.recipe import Recipe
 from mutransfer.reports.contents import RunContents
 from mutransfer.reports.expected import expected_loss
-from mutransfer.reports.words import across, label, number, octaves, ordered, percent, power_of_two
+from mutransfer.reports.words import across, label, number, octaves, ordered, power_of_two
+from mutransfer.reports.words import regret as regret_words
 
 __all__ = ["Fact", "Finding", "answers", "facts", "findings", "overall"]
 
@@ -139,17 +140,21 @@ def facts(run: RunContents, optima: pd.DataFrame | None) -> list[Fact]:
         last = rows.iloc[-1]
         drift = octaves(*last[["drift", "drift_low", "drift_high"]])
         drifts.append(Fact(f"{label(name)}: drift of the best lr", drift, across([*rows["width"]])))
-        regret = percent(*last[["regret", "regret_low", "regret_high"]])
+        regret = regret_words(*last[["regret", "regret_low", "regret_high"]])
         regret = "diverged" if pd.isna(last["transferred_loss"]) else regret
-        note = f"loss above its own best, width {last['width']}"
+        note = f"loss above its own best, in the loss's unit, width {last['width']}"
         regrets.append(Fact(f"{label(name)}: regret of the transferred lr", regret, note))
     found = [*drifts, *regrets]
     if run.trials is not None and run.trials["value"].notna().any():
         rows = run.trials[run.trials["state"].eq("COMPLETE")].dropna(subset="value")
         if len(rows):
-            best = rows.loc[rows["value"].idxmin()]
+            best = rows.loc[rows["value"].idxmax() if run.maximize else rows["value"].idxmin()]
             found.append(
-                Fact("best proxy loss", number(float(best["value"])), f"trial {best['number']} of {len(run.trials)}")
+                Fact(
+                    "best proxy metric" if run.maximize else "best proxy loss",
+                    number(float(best["value"])),
+                    f"trial {best['number']} of {len(run.trials)}",
+                )
             )
     return found
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -13,7 +14,7 @@ from mutransfer.errors import RequestError
 from mutransfer.frames import BASINS, OPTIMA
 from mutransfer.reports.figure import ReportFigure
 from mutransfer.reports.style import colour, literal, log_loss, size_axis, styled
-from mutransfer.reports.words import label, ordered, percent, plain
+from mutransfer.reports.words import label, ordered, plain, regret
 
 __all__ = ["WiderFigure"]
 
@@ -31,6 +32,7 @@ class WiderFigure(ReportFigure):
 
     basins: pd.DataFrame
     optima: pd.DataFrame
+    maximize: bool = False
     title = "Wider is better"
 
     def __post_init__(self) -> None:
@@ -47,7 +49,10 @@ class WiderFigure(ReportFigure):
         rows = []
         for best in self.optima.sort_values(["parametrization", "width"]).itertuples():
             key = {"parametrization": best.parametrization, "width": best.width}
-            ends = [best.best_loss * (1 + end) for end in (best.regret_low, best.regret_high)]
+            sign = -1 if self.maximize else 1
+            ends = sorted(
+                best.transferred_loss + sign * (end - best.regret) for end in (best.regret_low, best.regret_high)
+            )
             rows.append({**key, "rate": "transferred", "loss": best.transferred_loss, "low": ends[0], "high": ends[1]})
             seeds = self._seeds_at_best(best.parametrization, best.width)
             rows.append({**key, "rate": "own best", "loss": best.best_loss, "low": seeds.min(), "high": seeds.max()})
@@ -59,13 +64,13 @@ class WiderFigure(ReportFigure):
         return (
             "Solid: trained with the learning rate carried over from the small proxy, with the 95% interval of its regret. "
             "Dashed: with that width's own best learning rate of the grid, the band from the best seed to the worst. The "
-            "percentage is the regret, what not tuning again costs. Where the rule holds the two lines stay together "
-            "and fall with width; × on the top edge means the runs at the carried-over learning rate diverged."
+            "number is the regret, what not tuning again costs, in the loss's unit. Where the rule holds the two lines stay "
+            "together and fall with width; × on the top edge means the runs at the carried-over learning rate diverged."
         )
 
     def draw(self) -> Figure:
         """Return the drawing."""
-        frame = self.frame()
+        frame = self.frame().replace([np.inf, -np.inf], np.nan)
         with styled():
             figure = Figure(figsize=(6.4, 3.9), layout="constrained")
             axes = figure.subplots()
@@ -77,7 +82,7 @@ class WiderFigure(ReportFigure):
             size_axis(axes, self.optima["width"])
             axes.margins(x=0.06, y=0.14)
             axes.set_xlabel("width")
-            axes.set_ylabel("validation loss")
+            axes.set_ylabel("validation metric" if self.maximize else "validation loss")
             literal(figure.legend(loc="outside upper left", ncols=2, handlelength=3.2))
         return figure
 
@@ -85,17 +90,19 @@ class WiderFigure(ReportFigure):
         runs = self.basins[(self.basins["parametrization"] == name) & (self.basins["width"] == width)]
         whole = runs.groupby("log2_lr").filter(lambda group: group["loss"].notna().all())
         runs = whole if len(whole) else runs.dropna(subset="loss")
+        means = runs.groupby("log2_lr")["loss"].mean()
         return (
-            runs["loss"][runs["log2_lr"] == runs.groupby("log2_lr")["loss"].mean().idxmin()]
+            runs["loss"][runs["log2_lr"] == (-means if self.maximize else means).idxmin()]
             if len(runs)
             else runs["loss"]
         )
 
     def _regrets(self, axes: Axes) -> None:
         """Write each parametrization's regret right of its last point, higher ones above their point, lower ones below."""
-        last = self.optima.sort_values("width").groupby("parametrization").tail(1).dropna(subset="transferred_loss")
+        last = self.optima.sort_values("width").groupby("parametrization").tail(1)
+        last = last[np.isfinite(last["transferred_loss"])]
         for rank, row in enumerate(last.sort_values("transferred_loss").itertuples()):
-            words = f"{plain(label(row.parametrization), 14)}: regret\n{percent(row.regret, row.regret_low, row.regret_high)}"
+            words = f"{plain(label(row.parametrization), 14)}: regret\n{regret(row.regret, row.regret_low, row.regret_high)}"
             style: dict[str, Any] = {
                 "ha": "left",
                 "va": "bottom" if rank else "top",

@@ -17,6 +17,7 @@ __all__ = [
     "plain",
     "power_of_ten",
     "power_of_two",
+    "regret",
     "signed",
 ]
 
@@ -42,15 +43,15 @@ def ordered(parametrizations: list[str]) -> list[str]:
 
 def signed(value: float, digits: int = 2) -> str:
     """Return "+0.50" or "−0.50", with a true minus; rounding to zero gives "0.00" without a sign."""
-    text = f"{value:+.{digits}f}".replace("-", "−")
-    return text[1:] if not float(text[1:] if math.isfinite(value) else 1) else text
+    text = f"{value:+.{digits}f}".replace("-", "−").replace("inf", "∞")
+    return text[1:] if math.isfinite(value) and not float(text[1:]) else text
 
 
 def interval(value: float, low: float, high: float, digits: int = 2) -> str:
     """Return "+0.50 [+0.41, +0.60]", or the value alone when no interval is known; "–" for no value."""
     if not math.isfinite(value):
         return "–"
-    if not (math.isfinite(low) and math.isfinite(high)):
+    if math.isnan(low) or math.isnan(high):
         return signed(value, digits)
     return f"{signed(value, digits)} [{signed(low, digits)}, {signed(high, digits)}]"
 
@@ -59,6 +60,15 @@ def percent(value: float, low: float = math.nan, high: float = math.nan) -> str:
     """Return a fraction and its interval in percent."""
     text = interval(100 * value, 100 * low, 100 * high, 1)
     return text if text == "–" else text + "\u00a0%"
+
+
+def regret(value: float, low: float = math.nan, high: float = math.nan) -> str:
+    """Return a difference of losses with its interval, in the loss's own unit; infinite where the run diverged."""
+    if math.isnan(value):
+        return "–"
+    if math.isinf(value):
+        return "diverged"
+    return number(value) + ("" if math.isnan(low) or math.isnan(high) else f" [{number(low)}, {number(high)}]")
 
 
 def octaves(value: float, low: float, high: float) -> str:

@@ -25,16 +25,18 @@ class Attempt:
         steps: length of the whole run.
         rungs: steps at which ``ask`` is asked.
         ask: (step, loss) → whether to stop.
+        maximize: more is better of what is reported as loss, so that below its start a run has diverged.
     """
 
     def __init__(
-        self, steps: int, rungs: tuple[int, ...] = (), ask: Callable[[int, float], bool] | None = None
-    ) -> None:
+        self, steps: int, rungs: tuple[int, ...] = (), ask: Callable[[int, float], bool] | None = None,
+        *, maximize: bool = False,
+    ) -> None:  # fmt: skip
         self.steps, self._rungs, self._ask = steps, sorted(rungs), ask
         self._begun = time.perf_counter()
         self._start = math.nan
         self._last: tuple[int, float] | None = None
-        self.stopped = False
+        self.stopped, self._maximize = False, maximize
 
     @property
     def diverged(self) -> bool:
@@ -72,7 +74,7 @@ class Attempt:
         seconds = time.perf_counter() - self._begun
         step, last = self._last or (0, math.nan)
         if failed is not None:
-            return Outcome(math.nan, self._start, step, False, seconds, failed)
+            return Outcome(math.nan, self._start, step, False, seconds, failed, self._maximize)
         if loss is not None:
-            return Outcome(loss, self._start, self.steps, False, seconds)
-        return Outcome(last, self._start, step, self.stopped, seconds)
+            return Outcome(loss, self._start, self.steps, False, seconds, maximize=self._maximize)
+        return Outcome(last, self._start, step, self.stopped, seconds, maximize=self._maximize)

@@ -63,7 +63,7 @@ class Commands:
                 for job in islice(source, self.capacity - len(running)):
                     slot = min(set(range(self.capacity)) - running.keys())
                     ask = None if report is None else alone(report, job)
-                    attempt = Attempt(experiment.steps, job.rungs, ask)
+                    attempt = Attempt(experiment.steps, job.rungs, ask, maximize=experiment.maximize)
                     running[slot] = _Run(experiment, job, attempt, self._home(job), slot, self._environment())
                 if not running:
                     return

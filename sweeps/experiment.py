@@ -87,7 +87,7 @@ class Experiment(Settings):
 
     ``proxy`` is trained; ``base`` (the proxy unless given) is where µP changes nothing and what the recipe refers to.
     ``roles`` (name pattern → role) goes before what is observed. ``trainer`` trains instead of the built-in loop, and may
-    load its own data (``data: none``).
+    load its own data (``data: none``). With ``direction: maximize`` more of what the trainer reports as its loss is better.
     ``recipe`` holds values that are not searched; ``search`` ranges for those that are.
     """
 
@@ -95,6 +95,7 @@ class Experiment(Settings):
     options: dict[str, Any] = Field(default_factory=dict)
     roles: dict[str, str] = Field(default_factory=dict)
     trainer: Trainer | None = None
+    direction: Literal["minimize", "maximize"] = "minimize"
     data: str = "bytes"
     sequence_length: Count = 64
     proxy: Size = Size(width=64)
@@ -120,6 +121,11 @@ class Experiment(Settings):
         optimizer_rule(self.optimizer, self.recipe)
         if self.data == NO_DATA and self.trainer is None:
             raise ValueError("data none is for a trainer that loads its own: name its trainer, or other data.")
+        if self.maximize and self.trainer is None:
+            raise ValueError(
+                "direction maximize is for a trainer that reports a metric, and the built-in loop's loss is minimized: name "
+                "a trainer, or leave direction out."
+            )
         known = {*Recipe.model_fields, *BETAS} - {"betas", "decay", "decay_policy"}
         for name, range_ in self.search.items():
             if name not in known:
@@ -149,6 +155,11 @@ class Experiment(Settings):
         if "wsd" not in schedules:
             idle["cooldown"] = "only the schedule wsd has one"
         return idle
+
+    @property
+    def maximize(self) -> bool:
+        """Whether more of what is reported is better."""
+        return self.direction == "maximize"
 
     @property
     def rung_steps(self) -> tuple[int, ...]:

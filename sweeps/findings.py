@@ -38,7 +38,13 @@ class Tuned:
 
 def best_so_far(study: optuna.Study) -> str:
     """Return the best loss in words, or nothing before there is one."""
-    values = [trial.value for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)) if trial.value]
+    values = [
+        trial.value
+        for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        if trial.value is not None
+    ]
+    if study.direction is optuna.study.StudyDirection.MAXIMIZE:
+        return f"best metric {max(values):.4f}" if values else ""
     return f"best loss {min(values):.4f}" if values else ""
 
 
@@ -71,8 +77,14 @@ def summary(
         raise RequestError(
             f"all {finished} trials diverged or were pruned: lower search.lr in the experiment and use another --out."
         )
-    losses = {trial.number: float(trial.value or 0.0) for trial in trials} if again is None else means(trials, again)
-    best = study.get_trials(deepcopy=False)[min(losses, key=losses.__getitem__)]
+    losses = (
+        {trial.number: float(trial.value or 0.0) for trial in trials}
+        if again is None
+        else means(trials, again, maximize=experiment.maximize)
+    )
+    best = study.get_trials(deepcopy=False)[
+        max(losses, key=losses.__getitem__) if experiment.maximize else min(losses, key=losses.__getitem__)
+    ]
     if math.isinf(losses[best.number]):
         raise RequestError(
             f"the best {len(losses)} trials all diverged with another seed: lower search.lr in the experiment and use "

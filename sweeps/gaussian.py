@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution, FloatDistribution
-from optuna.study import Study
+from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from scipy import stats
 
@@ -77,11 +77,12 @@ class _Foreseen:
     def _get_trials(
         self, deepcopy: bool = True, states: Container[TrialState] | None = None, use_cache: bool = False
     ) -> list[FrozenTrial]:
-        trials = foreseen(self._study._get_trials(deepcopy=False, use_cache=use_cache))
+        trials = self._study._get_trials(deepcopy=False, use_cache=use_cache)
+        trials = foreseen(trials, maximize=self._study.direction is StudyDirection.MAXIMIZE)
         return [trial for trial in trials if states is None or trial.state in states]
 
 
-def foreseen(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+def foreseen(trials: Sequence[FrozenTrial], *, maximize: bool = False) -> list[FrozenTrial]:
     """Return the trials, the pruned ones as complete with the value that their last report lets expect.
 
     It is on the Theil-Sen line through what complete trials reported at that step and came to, which is all that is known of
@@ -89,7 +90,8 @@ def foreseen(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
     the process its resolution. A trial that was pruned and reported nothing is left as it is.
     """
     complete = [trial for trial in trials if trial.state is TrialState.COMPLETE]
-    worst = max((trial.value for trial in complete if trial.value is not None), default=np.inf)
+    values = [trial.value for trial in complete if trial.value is not None]
+    worst = min(values, default=-np.inf) if maximize else max(values, default=np.inf)
     lines: dict[int, tuple[float, float]] = {}
     seen = []
     for trial in trials:
@@ -99,7 +101,8 @@ def foreseen(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
                 lines[step] = _line(step, complete)
             slope, rest = lines[step]
             trial = copy.copy(trial)
-            trial.state, trial.value = TrialState.COMPLETE, min(worst, slope * trial.intermediate_values[step] + rest)
+            ending = slope * trial.intermediate_values[step] + rest
+            trial.state, trial.value = TrialState.COMPLETE, max(worst, ending) if maximize else min(worst, ending)
         seen.append(trial)
     return seen
 

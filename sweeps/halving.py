@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 
 import optuna
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from .claims import origin
@@ -61,14 +62,15 @@ class Halving(optuna.pruners.BasePruner):
         value = trial.intermediate_values[step]
         if math.isnan(value):
             return True
+        sign = -1 if study.direction is StudyDirection.MAXIMIZE else 1
         rivals = sorted(
-            other.intermediate_values[step]
+            sign * other.intermediate_values[step]
             for other in study.get_trials(deepcopy=False)
             if step in other.intermediate_values
             and other.state is not TrialState.FAIL  # begun again as another trial
             and self._bracket(study, other) == self._bracket(study, trial)
         )
-        return value > rivals[max(1, len(rivals) // self._reduction) - 1]
+        return sign * value > rivals[max(1, len(rivals) // self._reduction) - 1]
 
     def _bracket(self, study: optuna.Study, trial: FrozenTrial) -> int:
         """What was interrupted and is done again stays in its bracket."""

@@ -73,7 +73,7 @@ class Independent(optuna.samplers.BaseSampler):
         """Return the point that is ``trial``'s by its number; what is done again has its parameters already."""
         trials = study.get_trials(deepcopy=False)
         point = self._point(_index(origin(trial, trials), trials))
-        values = self._best(trials, point.phase)
+        values = self._best(trials, point.phase, study.direction is optuna.study.StudyDirection.MAXIMIZE)
         return values if point.name is None else values | {point.name: _on_line(self._space[point.name], point.place)}
 
     def sample_independent(
@@ -92,20 +92,22 @@ class Independent(optuna.samplers.BaseSampler):
         """Return which trial does each point, or did."""
         return {_index(origin(trial, trials), trials): trial for trial in places(trials)}
 
-    def _best(self, trials: list[FrozenTrial], phase: int) -> dict[str, Any]:
+    def _best(self, trials: list[FrozenTrial], phase: int, maximize: bool) -> dict[str, Any]:
         """Return the best value of each hyperparameter on the lines of the phases before; after the last, the best of all."""
         values, point = dict[str, float](), dict(self._defaults)
+        sign = -1 if maximize else 1
         for index, trial in sorted(self._holders(trials).items()):
             before = self._point(index)
             if trial.state is not TrialState.COMPLETE or before.phase >= phase or trial.value is None:
                 continue
             # The recipe itself is a point on every line.
             names = list(self._space) if before.name is None or phase > LAST else [before.name]
-            if phase > LAST and trial.value >= min(values.values(), default=math.inf):
+            value = sign * trial.value
+            if phase > LAST and value >= min(values.values(), default=math.inf):
                 continue
             for each in names:
-                if each in trial.params and trial.value < values.get(each, math.inf):
-                    values[each], point[each] = trial.value, trial.params[each]
+                if each in trial.params and value < values.get(each, math.inf):
+                    values[each], point[each] = value, trial.params[each]
         return point
 
 

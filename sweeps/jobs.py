@@ -199,7 +199,13 @@ def do(experiment: Experiment, job: Job, device: str, report: Report | None, com
     if (trainer := experiment.trainer) is not None:
         if trainer.call is None:
             raise RequestError("the trainer is a command, and this executor calls functions: use executor_for.")
-        return call(trainer.call, job.recipe, planned, job.seed, Attempt(experiment.steps, job.rungs, ask))
+        return call(
+            trainer.call,
+            job.recipe,
+            planned,
+            job.seed,
+            Attempt(experiment.steps, job.rungs, ask, maximize=experiment.maximize),
+        )
     family, data = family_of(experiment)
     training = Training(
         family, planned, data, steps=experiment.steps, batch_size=experiment.batch_size, seed=job.seed, device=device,

@@ -44,7 +44,8 @@ class Repeating:
         self, experiment: Experiment, study: optuna.Study, trials: list[FrozenTrial], owner: str, leases: Leases | None
     ) -> None:
         assert experiment.repeats is not None
-        top = sorted(trials, key=lambda trial: (trial.value, trial.number))[: experiment.repeats.top]
+        sign = -1 if experiment.maximize else 1
+        top = sorted(trials, key=lambda trial: (sign * (trial.value or 0.0), trial.number))[: experiment.repeats.top]
         seeds = range(experiment.seed + 1, experiment.seed + experiment.repeats.seeds)
         self.wanted = [_job(experiment, trial, seed) for seed in seeds for trial in top]
         self.experiment, self.study, self.owner, self.leases = experiment, study, owner, leases
@@ -102,13 +103,14 @@ class Repeating:
         return self.leases is None or self.leases.silent(owner)
 
 
-def means(trials: list[FrozenTrial], repeats: pd.DataFrame) -> dict[int, float]:
-    """Return the mean loss over all seeds of each trial that was repeated; infinite where any of them diverged."""
+def means(trials: list[FrozenTrial], repeats: pd.DataFrame, *, maximize: bool = False) -> dict[int, float]:
+    """Return the mean loss over all seeds of each trial that was repeated; infinitely bad where any of them diverged."""
     own = {trial.number: trial.value for trial in trials}
     found = {}
     for number, rows in repeats.groupby("number"):
         losses = [own[int(number)], *rows["loss"]]
-        found[int(number)] = math.inf if rows["diverged"].any() else sum(losses) / len(losses)
+        lost = -math.inf if maximize else math.inf
+        found[int(number)] = lost if rows["diverged"].any() else sum(losses) / len(losses)
     return found
 
 

@@ -39,7 +39,7 @@ def open_study(experiment: Experiment, storage: Opened, name: str | None, owner:
         study = optuna.create_study(
             storage=storage.backend,
             study_name=name or NAME,
-            direction="minimize",
+            direction=experiment.direction,
             load_if_exists=True,
             pruner=_pruner(experiment),
         )

@@ -147,15 +147,17 @@ def _tell(study: optuna.Study, trial: Trial, outcome: Outcome, flops: float | No
 def _penalty(study: optuna.Study, start: float) -> float:
     """What a diverged trial is told as: a NaN would be a failure, which samplers ignore and `trials` does not count.
 
-    Twice its start; an own trainer may not tell it, and then the worst loss of the others is doubled.
+    Twice its start; an own trainer may not tell it, and then the worst loss of the others is doubled. A metric to be
+    maximized is as far below.
     """
+    sign = -1 if study.direction is optuna.study.StudyDirection.MAXIMIZE else 1
     if not math.isfinite(start):
         told = [trial.user_attrs.get("outcome", {}) for trial in study.get_trials(deepcopy=False, states=FINISHED)]
         losses = [had["loss"] for had in told if not had.get("diverged") and had.get("loss") is not None]
         if not losses:
-            return 100.0
-        start = max(losses)
-    return start + (abs(start) or 1.0)
+            return sign * 100.0
+        start = sign * max(sign * loss for loss in losses)
+    return start + sign * (abs(start) or 1.0)
 
 
 def _job(experiment: Experiment, trial: Trial) -> Job:

@@ -7,11 +7,14 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
+from mutransfer.basins import REGRET_LIMIT, bracket
 from mutransfer.errors import RequestError
 from mutransfer.files import read_json
 from mutransfer.frames import BASINS
+from mutransfer.proxies.builtin import cross_entropy
 from mutransfer.recipe import Recipe
 from mutransfer.runs import RunFolder
 from mutransfer.scale import Scale
@@ -20,12 +23,14 @@ from .experiment import Experiment
 from .failures import needed
 from .jobs import Executor, Job, flops_of, loaded, plan_of
 
-__all__ = ["basins"]
+__all__ = ["basins", "grid", "regret_limit_of", "unit_of"]
 
 REACH = 2  # grid points on each side of the best one, so that a parabola has shoulders
-Done = dict[tuple[str, int, int, int], dict[str, Any]]  # (parametrization, width, seed, grid point) → row
-
 LIMIT = 14  # grid points per width at most: beyond, the loss does not depend on the learning rate
+FINEST = 1 / 8  # octaves to which a cliff beside the best point is resolved: what a cell hides is a part of a drift
+PARTS = 64  # of a step, to which grid points are whole
+
+Done = dict[tuple[str, int, int, float], dict[str, Any]]  # (parametrization, width, seed, grid point in steps) → row
 
 
 def basins(
@@ -43,7 +48,8 @@ def basins(
     """Train over a grid of learning rates at every width and return the frame `frames.BASINS`.
 
     The grid has a point every ``step`` octaves and starts around the recipe's own learning rate; each width's is extended
-    towards its best point until that has two points on both sides. Every finished run is written to the folder's
+    towards its best point until that has two points on both sides. Where the loss diverges or jumps right beside the best
+    point, the cell between the two is halved until it is at most 1/8 octave. Every finished run is written to the folder's
     ``basins.csv`` at once, and runs found there are not done again.
 
     Args:
@@ -80,7 +86,7 @@ def basins(
             )
             for name in parametrizations
             for width in widths
-            for k in _grid(done, name, width)
+            for k in grid(done, name, width, seeds, step, maximize=experiment.maximize)
             for seed in range(seeds)
         ]
         missing = [job for job in wanted if job.key not in done]
@@ -143,23 +149,70 @@ def _known(folder: RunFolder, recipe: Recipe, step: float) -> Done:
         folder.note_environment(basins=question)
         return {}
     center = math.log2(recipe.lr)
-    rows = BASINS.read(folder.basins).to_dict("records")
-    return {(r["parametrization"], r["width"], r["seed"], round((r["log2_lr"] - center) / step)): r for r in rows}
+    known: Done = {}
+    for row in BASINS.read(folder.basins).to_dict("records"):
+        k = round((row["log2_lr"] - center) / step * PARTS) / PARTS
+        known[row["parametrization"], row["width"], row["seed"], k] = row
+    return known
 
 
-def _grid(done: Done, name: str, width: int) -> list[int]:
-    """Grid points that this width needs, in steps from the center, given what is known about it."""
-    known: dict[int, list[float]] = {}
-    for (parametrization, w, _, k), row in done.items():
-        if (parametrization, w) == (name, width):
-            lost = row["diverged"] or row["loss"] is None or not math.isfinite(row["loss"])
-            known.setdefault(k, []).append(math.inf if lost else row["loss"])
-    points = set(range(-REACH, REACH + 1))
-    while known.keys() >= points and len(points) < LIMIT:
-        means = {k: sum(known[k]) / len(known[k]) for k in points}
-        best = min(points, key=lambda k: (means[k], k))
-        needed = set(range(best - REACH, best + REACH + 1))
-        if needed <= points:
+def grid(done: Done, name: str, width: int, seeds: int, step: float, *, maximize: bool = False) -> list[float]:
+    """Return the grid points that this width needs, in steps from the center, given the runs in ``done``."""
+    known: dict[float, dict[int, dict[str, Any]]] = {}
+    for (parametrization, w, seed, k), row in done.items():
+        if (parametrization, w) == (name, width) and seed < seeds:
+            known.setdefault(k, {})[seed] = row
+    points: set[float] = set(range(-REACH, REACH + 1))
+    while all(len(known.get(k, {})) == seeds for k in points):
+        further = _further(sorted(points), known, step, -1 if maximize else 1)
+        if further <= points:
             break
-        points |= needed
+        points |= further
     return sorted(points)
+
+
+def _further(points: list[float], known: dict[float, dict[int, dict[str, Any]]], step: float, sign: int) -> set[float]:
+    """Grid points that the losses at ``points`` ask for."""
+    losses = [[_known_loss(known[k][seed], sign) for k in points] for seed in sorted(known[points[0]])]
+    at = bracket(step * np.array(points), np.array(losses))
+    best = points[at.best]
+    low, high = math.floor(best) - REACH, math.ceil(best) + REACH
+    wanted: set[float] = set()
+    # Beyond a cliff there is nothing to look for.
+    if len(points) < LIMIT:
+        wanted |= set(range(low, math.floor(best) + 1)) if not at.cliff_low else set()
+        wanted |= set(range(math.ceil(best), high + 1)) if not at.cliff_high else set()
+    for cliff, last, lost in ((at.cliff_low, at.first, at.first - 1), (at.cliff_high, at.last, at.last + 1)):
+        if cliff and abs(points[lost] - points[last]) * step > FINEST:
+            wanted.add((points[lost] + points[last]) / 2)
+    return wanted
+
+
+def _known_loss(row: dict[str, Any], sign: int) -> float:
+    lost = row["diverged"] or row["loss"] is None or not math.isfinite(row["loss"])
+    return math.inf if lost else sign * row["loss"]
+
+
+def unit_of(experiment: Experiment) -> str:
+    """Return the unit of the experiment's losses: "nats", or that it is a loss of the person's own."""
+    if experiment.trainer is None:
+        family, _ = loaded(experiment)
+        if experiment.model.startswith("hf:") or family.loss is cross_entropy:
+            return "nats"
+    return "in the metric's unit" if experiment.maximize else "in the loss's unit"
+
+
+def regret_limit_of(experiment: Experiment, basins: pd.DataFrame, given: float | None = None) -> float:
+    """Return what the transferred learning rate may cost: ``given``, 0.02 nats, or 2% of the size of another loss.
+
+    The size is that of the smallest width's best mean loss, negative or not.
+    """
+    if given is not None:
+        return given
+    if unit_of(experiment) == "nats":
+        return REGRET_LIMIT
+    rows = basins[(basins["width"] == basins["width"].min()) & ~basins["diverged"].astype(bool)]
+    rows = rows[rows["parametrization"] == experiment.parametrization]
+    means = rows.groupby("log2_lr")["loss"].mean()
+    best = means.max() if experiment.maximize else means.min()
+    return REGRET_LIMIT * (abs(float(best)) if best == best and best != 0 else 1.0)

@@ -66,7 +66,15 @@ class Compared(Output):
 
 ByWidth = dict[str, dict[str, Interval]]
 DRIFT = "Octaves between the best learning rate at a width and at the proxy's: parametrization → width → interval."
-REGRET = "What the transferred learning rate costs at a width: parametrization → width → interval."
+REGRET = "What the transferred learning rate costs at a width, in the loss's unit: parametrization → width → interval."
+
+
+class Limits(Output):
+    """What a verdict holds drift and regret against."""
+
+    drift_octaves: float
+    regret: float = Field(description="In the loss's unit.")
+    unit: str = Field(description="Of regret and losses: nats, or the unit of a loss of your own.")
 
 
 class Demo(Output):
@@ -237,6 +245,18 @@ class Verify(Output):
     transferred_log2_lr: float = Field(description="The recipe's learning rate, base-2 logarithm.")
     drift_octaves: ByWidth = Field(description=DRIFT)
     regret: ByWidth = Field(description=REGRET)
+    regret_relative: dict[str, dict[str, Number]] = Field(
+        description="Regret over the best loss: parametrization → width → fraction; null where the loss is not positive."
+    )
+    regret_compute: dict[str, Interval | None] = Field(
+        description="Fraction of the compute at the widest width that its regret is worth, by parametrization; null where "
+        "fewer than 3 widths have a loss that falls."
+    )
+    limits: Limits
+    flat_log2_lr: tuple[float, float] | None = Field(
+        description="Ends of the learning rates that cost no more than the limit at every width; null if they span less than "
+        "limits.drift_octaves."
+    )
     price: Price
     comparison: list[Compared]
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 COLUMNS = {
     "parametrization": "", "width": "", "log2_lr": ".2f", "drift": "+.2f", "drift_low": "+.2f", "drift_high": "+.2f",
-    "best_loss": ".4f", "transferred_loss": ".4f", "regret": ".2%",
+    "best_loss": ".4f", "transferred_loss": ".4f", "regret": ".4f", "regret_low": ".4f", "regret_high": ".4f",
 }  # fmt: skip
 
 
@@ -37,6 +37,13 @@ def verify(
     seeds: Annotated[int, typer.Option(min=1, help="Repeats of every run.")] = 3,
     control: Annotated[str | None, typer.Option(help="A second parametrization to compare with, such as sp.")] = None,
     step: Annotated[float, typer.Option(min=0.1, max=4, help="Octaves between learning rates.")] = 1.0,
+    regret_limit: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="What the proxy's rate may cost, in the loss's unit; 0.02 nats, or 2% of the size of another loss.",
+        ),
+    ] = None,
     seed: UnusedSeed = 0,
     executor: Annotated[
         str | None, typer.Option(help="one or processes, as for tune; processes by default on the CPU.")
@@ -62,21 +69,23 @@ def verify(
         raise RequestError(f"--executor {executor!r} is not for verify, whose widths differ: use one or processes.")
     how = executor or ("processes" if where == "cpu" and experiment.trainer is None else "one")
     with executor_for(experiment, how, at_once, where, folder=folder.path) as doing:
-        result, optima = verify_run(experiment, recipe, folder, sizes, doing, seeds=seeds, control=control, step=step)
+        result, optima = verify_run(
+            experiment, recipe, folder, sizes, doing, seeds=seeds, control=control, step=step, regret_limit=regret_limit
+        )  # fmt: skip
     emit(result, as_json, text_of(result, optima))
     return 0 if result["verdict"] == "pass" else 1
 
 
 def verify_run(
     experiment: Experiment, recipe: Any, folder: RunFolder, widths: Sequence[int], executor: Executor, *,
-    seeds: int, control: str | None, step: float = 1.0,
+    seeds: int, control: str | None, step: float = 1.0, regret_limit: float | None = None,
 ) -> tuple[dict[str, Any], pd.DataFrame]:  # fmt: skip
     """Measure the basins, judge them, and write verify.json; return it with the optima."""
-    from ..basins import judge, optima
+    from ..basins import DRIFT_LIMIT, flat_range, judge, optima, worth
     from ..files import write_json
     from ..sweeps.budgets import price
     from ..sweeps.locks import only_one
-    from ..sweeps.verifying import basins
+    from ..sweeps.verifying import basins, regret_limit_of, unit_of
     from .console import plain
 
     name = experiment.parametrization
@@ -93,9 +102,11 @@ def verify_run(
             folder=folder, executor=executor, parametrizations=kinds, seeds=seeds, step=step, progress=progress,
         )  # fmt: skip
     transferred = math.log2(recipe.lr)  # what `transfer` hands over
-    found = optima(frame, transferred)
+    limit = regret_limit_of(experiment, frame, regret_limit)
+    unit = unit_of(experiment)
+    found = optima(frame, transferred, maximize=experiment.maximize, regret_limit=limit)
     ours = found[found["parametrization"] == name]
-    status, reasons = judge(ours)
+    status, reasons = judge(ours, regret_limit=limit, unit=unit)
     first, last = ours.iloc[0], ours.iloc[-1]
     widest = experiment.proxy_scale.with_(width=int(last["width"]))
     result = {
@@ -107,17 +118,24 @@ def verify_run(
         "transferred_log2_lr": transferred,
         "drift_octaves": {kind: _by_width(found, kind, "drift") for kind in kinds},
         "regret": {kind: _by_width(found, kind, "regret") for kind in kinds},
+        "regret_relative": {kind: _values(found, kind, "regret_relative") for kind in kinds},
+        "regret_compute": {
+            kind: worth(found[found["parametrization"] == kind], frame, maximize=experiment.maximize) for kind in kinds
+        },
+        "limits": {"drift_octaves": DRIFT_LIMIT, "regret": limit, "unit": unit},
+        "flat_log2_lr": flat_range(ours),
         "price": price(experiment, folder, widest),
-        "comparison": _comparison(frame, kinds, int(last["width"]), transferred),
+        "comparison": _comparison(frame, kinds, int(last["width"]), transferred, experiment.maximize),
     }
     write_json(folder.verify, plain(result))
     return result, found
 
 
-def _best_point(frame: pd.DataFrame, name: str, width: int) -> float:
+def _best_point(frame: pd.DataFrame, name: str, width: int, maximize: bool) -> float:
     """Best grid point of the mean loss."""
     rows = frame[(frame["parametrization"] == name) & (frame["width"] == width)]
-    means = rows.assign(loss=rows["loss"].where(~rows["diverged"], math.inf)).groupby("log2_lr")["loss"].mean()
+    sign = -1 if maximize else 1
+    means = rows.assign(loss=(sign * rows["loss"]).where(~rows["diverged"], math.inf)).groupby("log2_lr")["loss"].mean()
     return float(means.idxmin())
 
 
@@ -129,7 +147,14 @@ def _by_width(found: pd.DataFrame, kind: str, what: str) -> dict[int, dict[str, 
     }
 
 
-def _comparison(frame: pd.DataFrame, kinds: list[str], width: int, transferred: float) -> list[dict[str, Any]]:
+def _values(found: pd.DataFrame, kind: str, what: str) -> dict[int, float]:
+    rows = found[found["parametrization"] == kind]
+    return {int(width): float(value) for width, value in zip(rows["width"], rows[what], strict=True)}
+
+
+def _comparison(
+    frame: pd.DataFrame, kinds: list[str], width: int, transferred: float, maximize: bool
+) -> list[dict[str, Any]]:
     """Losses at the widest width, ours and the control's, at the transferred learning rate and at their own best."""
     import numpy as np
     from scipy import stats
@@ -137,7 +162,7 @@ def _comparison(frame: pd.DataFrame, kinds: list[str], width: int, transferred: 
     rows = []
     for kind in kinds:
         label = {"mup": "µP", "sp": "SP"}.get(kind, kind)
-        own = _best_point(frame, kind, width)
+        own = _best_point(frame, kind, width, maximize)
         for where, x in (("at the transferred learning rate", transferred), ("at its own best", own)):
             runs = frame[
                 (frame["parametrization"] == kind) & (frame["width"] == width) & np.isclose(frame["log2_lr"], x)
@@ -154,7 +179,19 @@ def _comparison(frame: pd.DataFrame, kinds: list[str], width: int, transferred: 
 def text_of(result: dict[str, Any], optima: pd.DataFrame) -> str:
     """Return the result for a person."""
     price, widest = result["price"], int(optima["width"].max())
-    lines = [table(optima[list(COLUMNS)], **COLUMNS), ""]
+    unit = result["limits"]["unit"]
+    lines = [
+        table(optima[list(COLUMNS)], **COLUMNS),
+        f"regret: fitted loss at the transferred learning rate above the fitted minimum, {unit}, over {result['seeds']} seeds",
+        "",
+    ]
+    for kind, told in result["regret_compute"].items():
+        if told is not None:
+            regret = result["regret"][kind][widest]
+            lines.append(
+                f"width {widest}: a regret of {regret['value']:.4f} {unit} ({kind}) is worth {told['value']:.1%} "
+                f"[{told['low']:.1%}, {told['high']:.1%}] of its compute, as the loss falls from width to width"
+            )
     lines += [
         f"width {widest}: {row['label']} (lr 2^{row['log2_lr']:.1f}): loss {row['loss']:.4f}"
         for row in result["comparison"]

@@ -38,7 +38,10 @@ FLAGS = {
         "--at-once", "--device", "--executor", "--json", "--lease", "--out", "--precision", "--seed", "--set", "--storage",
         "--study", "--trials", "experiment",
     ],
-    "verify": ["--at-once", "--control", "--device", "--executor", "--json", "--seed", "--seeds", "--step", "--widths", "run"],
+    "verify": [
+        "--at-once", "--control", "--device", "--executor", "--json", "--regret-limit", "--seed", "--seeds", "--step",
+        "--widths", "run",
+    ],
     "transfer": ["--batch-size", "--depth", "--device", "--json", "--out", "--seed", "--to", "--tokens", "--width", "run"],
     "train": ["--checkpoint-every", "--device", "--json", "--out", "--seed", "target"],
     "audit": ["--device", "--json", "--seed", "dump", "target"],

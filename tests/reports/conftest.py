@@ -56,9 +56,9 @@ def made_optima() -> pd.DataFrame:
                     "drift_high": drift + spread + 0.03 * i,
                     "best_loss": floor,
                     "transferred_loss": floor * (1 + regret),
-                    "regret": regret,
-                    "regret_low": regret * 0.8 - 0.004 * i,
-                    "regret_high": regret * 1.2 + 0.004 * i,
+                    "regret": floor * regret,
+                    "regret_low": floor * (regret * 0.8 - 0.004 * i),
+                    "regret_high": floor * (regret * 1.2 + 0.004 * i),
                     "at_edge": False,
                 }
             )

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from mutransfer.basins import optima
+from mutransfer.basins import judge, optima
 from mutransfer.errors import RequestError
 from mutransfer.frames import BASINS
 from mutransfer.recipe import Recipe
@@ -86,7 +86,36 @@ def test_diverged_runs_are_kept_and_avoided(folder: RunFolder) -> None:
     lost = frame[frame["log2_lr"] > -6.5]
     assert lost["diverged"].all()
     assert lost["loss"].isna().all()
-    assert set(frame.loc[~frame["diverged"], "log2_lr"]) == {-9, -8, -7}
+    # The cell between the best rate and the one that diverges is halved until it is an eighth of an octave.
+    assert set(frame.loc[~frame["diverged"], "log2_lr"]) == {-9, -8, -7, -6.5}
+    assert set(lost["log2_lr"]) == {-6.375, -6.25, -6, -5, -4}
+
+
+def test_a_cliff_is_resolved_until_it_decides_and_goes_on_where_it_stopped(folder: RunFolder) -> None:
+    """The optimum is right beside divergence at both widths, 0.9 octaves apart: neither seen on the grid nor a parabola."""
+    edges = {8: -5.95, 16: -5.05}
+    planted = Planted(
+        lambda job: math.inf if octaves(job.recipe) > edges[job.scale.width]
+        else 2.5 - 0.1 * (octaves(job.recipe) + 6) + 0.001 * math.sin(1e4 * octaves(job.recipe) + 7 * job.seed)
+    )  # fmt: skip
+    with pytest.raises(ZeroDivisionError):
+        measure(folder, Failing(34, ZeroDivisionError(), planted), seeds=3)
+    frame = measure(folder, rest := Counting(planted), seeds=3)
+    assert len(rest.jobs) == len(frame) - 34
+    assert measure(folder, idle := Counting(planted), seeds=3).equals(frame)
+    assert idle.jobs == []
+    found = optima(frame, -6.0).set_index("width")
+    assert (found["cell"] == 1 / 8).all()
+    assert found.loc[16, "drift_low"] <= 0.9 <= found.loc[16, "drift_high"]
+    assert found.loc[16, "drift_high"] - found.loc[16, "drift_low"] < 0.5
+    assert judge(found.reset_index())[0] == "fail"
+
+
+def test_a_jump_of_the_loss_is_refined_like_divergence(folder: RunFolder) -> None:
+    frame = measure(
+        folder, Planted(lambda job: 8.0 if octaves(job.recipe) > -5.7 else 2.5 - 0.1 * (octaves(job.recipe) + 6))
+    )
+    assert points(frame, 8) == [-8, -7, -6, -5.75, -5.625, -5.5, -5, -4]
 
 
 def test_what_is_measured_is_not_measured_again(folder: RunFolder) -> None:
