@@ -144,8 +144,13 @@ HEALTHY: dict[tuple[str, str], Band] = {
     # Queries and keys whose head dim grows start uncorrelated, and a gradient that passes their product fades until they are not:
     # −1 (queries) and −½ (keys) in the first steps of SGD (docs/coordinate-check.md).
     ("change", "attention"): (-1, 0),
-    # ΔW·x of the readout alone: 0 once its update and the features are aligned, less in narrow models' first steps.
+    # Of parameters, each alone (`coordinates.updates`): ΔW·x of a matrix against x, a gain's or a bias's as it is.
+    ("update", "feature"): (0, 0),
+    # 0 once the readout's update and the features are aligned, less in narrow models' first steps.
     ("update", "output"): (-0.5, 0),
+    ("update", "attention"): (-1, 0),
+    # What the whole model makes of a parameter of its own, in its logits.
+    ("update", "stream"): (-0.5, 0),
     # Of parameters: no row, no health. A readout may start as small as it likes, at zero too.
     ("weight", "feature"): (0, 0),
     ("weight", "output"): (float("-inf"), 0),

@@ -10,10 +10,12 @@ import pandas as pd
 from ..names import pattern_of
 from ..optimizers.registry import OPTIMIZERS
 from .faults import FAULTS, ROLES, Fault, Signature
-from .slopes import slope
+from .slopes import beyond, slope
+from .updates import relative_updates
 
-__all__ = ["column_of", "local_slopes", "nearest_fault", "pattern"]
+__all__ = ["column_of", "few_parameters", "listed", "local_slopes", "nearest_fault", "pattern"]
 
+OFF = 0.25  # beyond its band by more: a parameter is off; faults are powers of 1/2 and more
 NEAR = 0.35  # root mean square distance beyond which no signature fits
 
 
@@ -33,13 +35,50 @@ def nearest_fault(coordinates: pd.DataFrame) -> Fault | None:
     return best if distances[best] <= NEAR else None
 
 
+def few_parameters(slopes: pd.DataFrame, fault: Fault | None) -> tuple[list[str], str, float] | None:
+    """Return the parameters that are off while others of their role are not: names, statistic, median slope beyond health.
+
+    The first step's updates follow from the initial weights, so a wrong learning rate shows in its own parameter only; later
+    ones are looked at where there is no gradient in the first step. Nothing is named where the start itself is off, but
+    for single initial weights.
+
+    Args:
+        slopes: schema SLOPES.
+        fault: what `nearest_fault` found; where there is none, a learning rate that all parameters of a role share is named too.
+    """
+    at_start = slopes[slopes["statistic"].isin(["activation", "weight"]) & slopes["role"].ne("output")]
+    off_at_start = at_start[at_start["ok"].eq(False).fillna(False)]
+    statistic = "update" if off_at_start.empty else "weight"
+    rows = slopes[slopes["statistic"].eq(statistic) & slopes["slope"].notna()]
+    rows = rows.loc[rows.groupby("module")["step"].idxmin()]
+    off_by = [beyond(value, band(expected)) for value, expected in zip(rows["slope"], rows["expected"], strict=True)]
+    failed = slopes[slopes["ok"].eq(False).fillna(False) & slopes["statistic"].isin([statistic, "decay"])]
+    rows = rows.assign(off=off_by, failing=rows["module"].isin(failed["module"]))
+    chosen: list[str] = []
+    for _, members in rows.groupby("role"):
+        off = members[members["off"].abs() > OFF]
+        if not off["failing"].any():
+            continue
+        if 2 * len(off) > len(members) and (fault is not None or statistic == "weight"):
+            return None
+        chosen += [*off["module"]]
+    if not chosen:
+        return None
+    by = rows[rows["module"].isin(chosen)].set_index("module")["off"]
+    worst = by[by.abs().idxmax()]
+    alike = by[(by * worst > 0) & (by.abs() > abs(worst) / 2)]  # what is further off than all others comes first
+    return [str(name) for name in alike.index], statistic, float(np.median(alike))
+
+
 def local_slopes(coordinates: pd.DataFrame) -> Signature:
     """Return, by role, the median slope beyond µP's of what a module adds by itself (`faults.Fault.signature`)."""
-    statistic, step = coordinates["statistic"], coordinates["step"]
-    wanted = statistic.isin(["weight", "activation", "input", "decay"]) & step.eq(0)
-    wanted |= statistic.eq("update") & step.isin([1, coordinates["step"].max()])
+    last = coordinates["step"].max()
+    started = coordinates[coordinates["step"].eq(0)]
+    started = started[started["statistic"].isin(["weight", "activation", "input", "decay"])]
+    updates = relative_updates(coordinates, "output")
+    frame = pd.concat([started, updates[updates["step"].isin([1, last])]])
     keys = ["module", "role", "statistic", "step"]
-    groups = coordinates[coordinates["role"].isin(ROLES) & wanted].groupby(keys, sort=False)
+    groups = frame[frame["role"].isin(ROLES)].groupby(keys, sort=False)
     slopes = {key: slope(group, "width")[0] for key, group in groups}
     found: dict[tuple[str, str], list[float]] = {}
     for (module, role, statistic, step), value in slopes.items():
@@ -53,7 +92,7 @@ def local_slopes(coordinates: pd.DataFrame) -> Signature:
             # In the first step a readout that starts at zero lets no gradient through.
             at_once = not math.isnan(slopes.get((module, role, "update", 1), math.nan))
             if at_once == (step == 1):
-                found.setdefault(("update", role), []).append(value - given)
+                found.setdefault(("update", role), []).append(value)
     return {
         key: float(np.nanmedian(values))
         for key, values in found.items()
@@ -64,6 +103,17 @@ def local_slopes(coordinates: pd.DataFrame) -> Signature:
 def column_of(coordinates: pd.DataFrame) -> str:
     """Return the tables' column of the optimizer that a frame was recorded with."""
     return OPTIMIZERS[str(coordinates["optimizer"].iloc[0])].column
+
+
+def band(expected: str) -> tuple[float, float]:
+    """Return a band from its text in a frame of slopes, such as "-0.5..0"."""
+    low, high = expected.split("..")
+    return float(low), float(high)
+
+
+def listed(names: list[str]) -> str:
+    """Return up to three names as they are, more as their patterns."""
+    return ", ".join(names) if len(names) <= 3 else pattern(names)
 
 
 def pattern(modules: list[str]) -> str:

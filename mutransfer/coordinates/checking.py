@@ -66,7 +66,7 @@ def judge(
         frames.append(record(family, widths, parametrization, optimizer, seeds=chosen, progress=so_far, **options))
         frame = pd.concat(frames, ignore_index=True)
         judged = verdict(frame)
-        if judged.status != "undecided":
+        if judged.status != "undecided" or judged.widen:
             break
         if repeat + 1 < patience:
             more((repeat + 1) * seeds, seeds)

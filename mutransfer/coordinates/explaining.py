@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import pandas as pd
 
-from .causes import column_of, nearest_fault, pattern
+from .causes import column_of, few_parameters, nearest_fault, pattern
+from .causes import listed as named
 from .faults import FAULTS
 
 __all__ = ["cause", "missing"]
@@ -28,6 +31,16 @@ def cause(slopes: pd.DataFrame, coordinates: pd.DataFrame, axis: str) -> tuple[s
     epsilon = failed["statistic"].eq("gradient").any()
     if fault is FAULTS["decay"] and not settings.any():
         fault = None
+    if axis == "width" and not epsilon and (few := few_parameters(slopes, fault)) is not None:
+        names, statistic, value = few
+        what = "learning rate" if statistic == "update" else "initial size"
+        verb = "are" if names[1:] and statistic != "update" else "is"
+        size = "large" if value > 0 else "small"
+        of = _what(slopes[slopes["module"].isin(names) & slopes["statistic"].eq(statistic)].iloc[0], axis, named)
+        return (
+            f"the {what} of {named(names)} {verb} too {size} by width^{_power(value)}: {of}; {listed}",
+            "one-parameter",
+        )
     if epsilon or fault is FAULTS["decay"] or (fault is None and settings.all()):
         return _of_settings(failed[settings]) + f"; {listed}", _kind(failed[settings])
     rows = failed[~settings] if (~settings).any() else failed
@@ -48,9 +61,15 @@ def cause(slopes: pd.DataFrame, coordinates: pd.DataFrame, axis: str) -> tuple[s
     return f"{what}, so {_why(worst, axis)}; {listed}", None
 
 
-def missing(slopes: pd.DataFrame, coordinates: pd.DataFrame, axis: str) -> str:
-    """Return what an undecided check lacks."""
+def missing(slopes: pd.DataFrame, coordinates: pd.DataFrame, axis: str, narrow: Sequence[int] = ()) -> str:
+    """Return what an undecided check lacks; ``narrow`` are the rows that wait for wider models."""
     open_rows = slopes[slopes["ok"].isna()]
+    if narrow and len(narrow) == len(open_rows):
+        worst = open_rows.loc[open_rows["slope"].abs().idxmax()]
+        return (
+            f"{_what(worst, axis)} [{worst['low']:+.2f}, {worst['high']:+.2f}], less so among the wider models: add widths above "
+            f"{coordinates['width'].max()} (open: {pattern([*open_rows['module']])})."
+        )
     still = open_rows[open_rows["slope"].isna()]
     if len(still):
         row = still.iloc[0]
@@ -64,15 +83,23 @@ def missing(slopes: pd.DataFrame, coordinates: pd.DataFrame, axis: str) -> str:
     )
 
 
-def _what(row: pd.Series, axis: str) -> str:
-    name = {
+def _power(value: float) -> str:
+    """Return a slope as the power of the width that it is near to, in halves."""
+    halves = max(1, round(2 * abs(value)))
+    return f"{halves}/2" if halves % 2 else f"{halves // 2}"
+
+
+def _what(row: pd.Series, axis: str, name: Callable[[list[str]], str] = pattern) -> str:
+    kinds = {
         "change": "change",
         "update": "own update",
         "weight": "initial size over µP's",
         "decay": "lr · weight decay",
     }
-    what = name.get(row["statistic"], row["statistic"])
-    return f"the {what} of {pattern([row['module']])} goes as {axis}^{row['slope']:+.2f} where {row['expected']} is healthy"
+    what = kinds.get(row["statistic"], row["statistic"])
+    return (
+        f"the {what} of {name([row['module']])} goes as {axis}^{row['slope']:+.2f} where {row['expected']} is healthy"
+    )
 
 
 def _of_settings(failed: pd.DataFrame) -> str:

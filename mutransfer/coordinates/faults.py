@@ -14,7 +14,7 @@ from typing import Any
 
 from ..plans import ParameterPlan, Plan
 
-__all__ = ["FAULTS", "Fault", "Signature", "plant"]
+__all__ = ["FAULTS", "Fault", "Signature", "plant", "plant_in"]
 
 HALF = Fraction(1, 2)
 ROLES = ("input", "hidden", "output")
@@ -150,5 +150,18 @@ def plant(fault: Fault, planner: Callable[..., Plan], column: str) -> Callable[.
             return replace(row, init=init, lr=lr, weight_decay=decay)
 
         return replace(plan, rows=tuple(map(wrong, plan.rows)))
+
+    return planned
+
+
+def plant_in(parameter: str, power: float, planner: Callable[..., Plan]) -> Callable[..., Plan]:
+    """Return a planner in whose plans the learning rate of one parameter is off by a power of the width."""
+
+    def planned(*args: Any, **kwargs: Any) -> Plan:
+        plan = planner(*args, **kwargs)
+        wider = plan.scale.width / plan.base.width
+        assert any(row.name == parameter for row in plan.rows), parameter
+        rows = (replace(row, lr=row.lr * wider**power) if row.name == parameter else row for row in plan.rows)
+        return replace(plan, rows=tuple(rows))
 
     return planned

@@ -14,7 +14,7 @@ import torch
 from torch.func import functional_call
 
 from ..family import Family
-from .watching import Pass, Tensors, Watched, watch
+from .watching import Inputs, Pass, Tensors, Watched, watch
 
 __all__ = ["Lane", "lanes"]
 
@@ -72,7 +72,7 @@ class Lane:
         """
 
         def observed(
-            parameters: Tensors, buffers: Tensors, before: tuple[Tensors, Tensors], first: Tensors | None
+            parameters: Tensors, buffers: Tensors, before: tuple[Tensors, Inputs], first: Tensors | None
         ) -> Any:
             with watch(self.model, watched, start and Pass({}, *before), first) as seen:
                 if self.size == 1:
@@ -86,7 +86,7 @@ class Lane:
         devices = sorted({each.get_device() for each in self.parameters.values() if each.is_cuda})
         with torch.random.fork_rng(devices):
             torch.manual_seed(0)
-            before = (start.outputs, start.inputs) if start else ({}, {})
+            before: tuple[Tensors, Inputs] = (start.outputs, start.inputs) if start else ({}, {})
             if self.size == 1:
                 loss, sizes, *ends = observed({}, {}, before, first)
                 return loss[None], Pass({key: each[None] for key, each in sizes.items()}, *ends)

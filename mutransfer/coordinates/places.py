@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import torch
 
 from ..names import plain_name
 from ..plans import Plan
+from .watching import Unit
 
-__all__ = ["module_roles", "own_parameters", "places"]
+__all__ = ["module_roles", "places", "units"]
 
 ROOT = "(model)"  # what a module without a name, the whole model, is recorded under
 # Of a module's own parameters the first role in this order is the module's.
@@ -36,22 +37,63 @@ def module_roles(model: torch.nn.Module, planned: Plan, attention: Collection[st
     return roles
 
 
-def own_parameters(model: torch.nn.Module) -> dict[str, dict[str, str]]:
-    """Return, for every module that alone turns its parameters into its output, {local name: name in the model} of its vectors.
+def units(
+    model: torch.nn.Module, ran: Collection[str], roles: Mapping[str, str], known: Mapping[str, str]
+) -> dict[str, Unit]:
+    """Return the modules at which the update of every trainable parameter is measured.
 
-    They are what an update ΔW·x leaves out; a module of vectors only (a norm) has none to leave out. One whose children own
-    parameters as well (the model itself, `nn.MultiheadAttention`) has no update of its own.
+    That is the parameter's own module, or where that does not run itself (`nn.MultiheadAttention`'s output projection) the
+    nearest one around it that does. A tied parameter is measured in both places.
+
+    Args:
+        model: whose parameters they are.
+        ran: the modules that a pass calls.
+        roles: module → role (`module_roles`).
+        known: parameter → role.
     """
     names = {id(each): name for name, each in model.named_parameters()}
-    own: dict[str, dict[str, str]] = {}
-    for name, module in model.named_modules():
-        if ".parametrizations." in f".{name}.":
+    modules = dict(model.named_modules())
+    found: dict[str, dict[str, tuple[str, str]]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        unit = _owner(name)
+        while unit not in ran and unit:
+            unit = unit.rpartition(".")[0]
+        if unit not in ran or not parameter.requires_grad:
             continue
-        inside = list(module.named_parameters(remove_duplicate=False))
-        if inside and all(_owner(local) == "" for local, _ in inside):
-            matrices = any(each.dim() > 1 for _, each in inside)
-            own[name] = {local: names[id(each)] for local, each in inside if matrices and each.dim() < 2}
-    return own
+        local = name[len(unit) + 1 :] if unit else name
+        alone = all(
+            not _owner(each) or _owner(each) not in _inside(unit, ran) for each, _ in modules[unit].named_parameters()
+        )
+        role = _role_of_update(
+            parameter, known.get(plain_name(names[id(parameter)]), "feature"), roles.get(unit), alone
+        )
+        found.setdefault(unit, {})[local] = plain_name(name), role
+    return {
+        unit: Unit(
+            {local: names[id(each)] for local, each in modules[unit].named_parameters() if each.requires_grad},
+            {local: row for local, row in updates.items() if local in dict(modules[unit].named_parameters())},
+        )
+        for unit, updates in found.items()
+    }
+
+
+def _inside(unit: str, ran: Collection[str]) -> set[str]:
+    """Return the local names of the modules inside of ``unit`` that run."""
+    prefix = f"{unit}." if unit else ""
+    return {name[len(prefix) :] for name in ran if name.startswith(prefix) and name != unit}
+
+
+def _role_of_update(parameter: torch.Tensor, role: str, unit: str | None, alone: bool) -> str:
+    """Return the role under which a parameter's update is recorded.
+
+    What the whole model makes of a parameter has gone through all behind it: "stream", whatever the parameter is.
+    """
+    matrix = sum(size > 1 for size in parameter.shape) > 1
+    if unit == "output" and (matrix or not alone):
+        return "output" if alone else "stream"
+    if unit == "attention" and matrix:
+        return "attention"
+    return "vector" if not matrix and role in ("feature", "finite") else role
 
 
 def places(model: torch.nn.Module, owners: set[str], stacks: dict[str, int] | None) -> dict[str, str]:

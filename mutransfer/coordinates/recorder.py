@@ -14,10 +14,11 @@ import torch
 from ..errors import RequestError, nearest
 from ..frames import COORDINATES
 from ..matching import matched
+from ..names import plain_name
 from ..optimizers.registry import OPTIMIZERS
 from ..plans import Plan
 from .parameters import Owned, decays, owned, sizes_of_gradients, sizes_of_weights
-from .places import module_roles, own_parameters, places
+from .places import ROOT, module_roles, places, units
 from .setups import OWN, divisors
 from .watching import Pass, Tensors, Watched, watch
 
@@ -122,8 +123,12 @@ class Recorder:
     def _before_step(self, *_: Any) -> None:
         if self.step == 0:
             self._watched = self._survey()
+            wanted = {name for unit in self._watched.units.values() for name in unit.first.values()}
+            # In main memory: a module's are put beside it while its updates are measured.
             self._first = {
-                name: each.detach().clone() for name, each in _trainable(self.model).items() if each.dim() < 2
+                name: each.detach().to("cpu", copy=True)
+                for name, each in _trainable(self.model).items()
+                if name in wanted
             }
             self._look()
             for name, taken in decays(self.parameters, self.known, self.optimizer):
@@ -141,10 +146,19 @@ class Recorder:
         first = self._first if self._start is not None else None
         with self._aside(), watch(self.model, self._watched, self._start, first) as seen:
             self.probe(self.model)
+        updates = {
+            name: (unit, role) for unit, own in self._watched.units.items() for name, role in own.updates.values()
+        }
         for (name, statistic), value in seen.sizes.items():
+            if statistic == "update":
+                unit, role = updates[name]
+                folded = self._divisors.get(unit, 1.0) if role != "output" else 1.0
+                self._note(name, role, statistic, value / folded)
+                continue
             role = self._watched.roles.get(name, "stream")
             folded = self._divisors.get(name, 1.0) if role != "output" and statistic != "input" else 1.0
-            self._note(self._watched.shown[name], role, statistic, value / folded)
+            shown = self._watched.shown.get(name) or plain_name(name) or ROOT
+            self._note(shown, role, statistic, value / folded)
         for name, value in sizes_of_weights(self.parameters, self.known, False):
             self._note(name, self.known[name].role, "weight", value)
         self._start = self._start or seen
@@ -169,11 +183,14 @@ class Recorder:
             # The whole model's result comes last, and is the logits as well.
             last = [name for name in ran if name][-1:]
             roles |= dict.fromkeys(chosen or [*last, *(name for name in ran if not name)], "output")
-        own = {name: own for name, own in own_parameters(self.model).items() if name in watched.shown}
+        known = {name: owner.role for name, owner in self.known.items()}
+        measured = units(self.model, seen.ran, roles, known)
         sharded = {
-            name for name in own if any(hasattr(p, "placements") for p in self.model.get_submodule(name).parameters())
+            name
+            for name in measured
+            if any(hasattr(p, "placements") for p in self.model.get_submodule(name).parameters())
         }
-        return Watched(watched.shown, roles, {name: each for name, each in own.items() if name not in sharded})
+        return Watched(watched.shown, roles, {name: each for name, each in measured.items() if name not in sharded})
 
     @contextmanager
     def _aside(self) -> Iterator[None]:

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from ..family import Family
+from ..names import plain_name
 from .lanes import Lane, lanes
 from .parameters import decays, sizes_of_gradients, sizes_of_weights
-from .places import own_parameters, places
+from .places import ROOT, places, units
 from .setups import Setup
 from .watching import Pass, Tensors, Watched, watch
 
@@ -88,8 +89,10 @@ def _survey(
             "on the example batch, so the check says nothing about it: give a batch that uses it.",
             stacklevel=2,
         )
-    own = {} if growing is not None else {name: own for name, own in own_parameters(model).items() if name in shown}
-    return replace(watched, own=own)
+    if growing is not None:
+        return watched
+    known = {name: owner.role for name, owner in setup.known.items()}
+    return replace(watched, units=units(model, seen.ran, roles, known))
 
 
 def _silent(family: Family, model: torch.nn.Module, batch: Any, names: list[str], seen: Pass) -> list[str]:
@@ -117,17 +120,23 @@ def _measure(lane: Lane, setup: Setup, watched: Watched, steps: int, parameters:
     start: Pass | None = None
     first: Tensors | None = None
     stacked = lane.size > 1
-    if watched.own:
-        wanted = {name for own in watched.own.values() for name in own.values()}
+    updates = {name: (unit, role) for unit, own in watched.units.items() for name, role in own.updates.values()}
+    if updates:
+        wanted = {name for own in watched.units.values() for name in own.first.values()}
         first = {name: each.detach().clone() for name, each in lane.parameters.items() if name in wanted}
     for step in range(steps + 1):
         losses, seen = lane.forward(watched, start, first if step in (1, steps) else None)
         for (name, statistic), value in seen.sizes.items():
+            if statistic == "update":
+                unit, role = updates[name]
+                folded = setup.divisors.get(unit, 1.0) if role != "output" else 1.0
+                yield name, role, statistic, step, value / folded
+                continue
             role = watched.roles.get(name, "stream")
             # A feature that carries a folded multiplier (queries, a final norm before a tied readout) is compared as
             # it is without it; a logit is what it is.
             folded = setup.divisors.get(name, 1.0) if role != "output" and statistic != "input" else 1.0
-            yield watched.shown[name], role, statistic, step, value / folded
+            yield watched.shown.get(name) or plain_name(name) or ROOT, role, statistic, step, value / folded
         if step == 0:
             start = seen
         if parameters and step in (0, steps):

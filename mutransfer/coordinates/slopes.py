@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-__all__ = ["slope"]
+__all__ = ["beyond", "slope", "wide_and_narrow"]
 
 
 def slope(group: pd.DataFrame, axis: str) -> tuple[float, float, float]:
@@ -37,3 +37,15 @@ def slope(group: pd.DataFrame, axis: str) -> tuple[float, float, float]:
     error = math.sqrt(weight @ (y - fitted * x) ** 2 / freedom / spread)
     half = float(stats.t.ppf(0.975, freedom)) * error
     return fitted, fitted - half, fitted + half
+
+
+def wide_and_narrow(group: pd.DataFrame, axis: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return the rows of the greater half of the sizes, and those of the smaller half; of an odd number both hold the middle."""
+    sizes = np.sort(group[axis].unique())
+    half = (len(sizes) + 1) // 2
+    return group[group[axis] >= sizes[-half]], group[group[axis] <= sizes[half - 1]]
+
+
+def beyond(value: float, band: tuple[float, float]) -> float:
+    """Return how far a slope is above (positive) or below (negative) its band; 0 inside."""
+    return max(value - band[1], 0.0) + min(value - band[0], 0.0)

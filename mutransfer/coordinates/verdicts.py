@@ -15,11 +15,17 @@ from ..optimizers.registry import OPTIMIZERS
 from ..tableau import Band, Table
 from ..tables import HEALTHY, HEALTHY_DECAY, HEALTHY_DEPTH, TABLES
 from .explaining import cause, missing
-from .slopes import slope
+from .slopes import beyond, slope, wide_and_narrow
+from .updates import relative_updates
 
 __all__ = ["MARGIN", "Verdict", "verdict"]
 
 MARGIN = 0.15  # finite width bends every slope a little; healthy and broken are 0.3 and more apart
+OF_UPDATES = (
+    0.1  # more for a single parameter's update, which varies more between seeds; wrong rates are 1/2 and more off
+)
+BROKEN = 0.3  # a slope so far from its band is no effect of finite width (docs/log.md)
+RETURNING = 0.7  # of the narrow half's distance from the band: a wide half nearer than that is on its way back
 FELT = 100.0  # mean |gradient| / epsilon below which epsilon takes part in a step, by 1% and more
 ROUNDING = 1e-4  # of the median gradient: below, a gradient is none
 Status = Literal["pass", "fail", "undecided"]
@@ -30,13 +36,15 @@ class Verdict:
     """What a coordinate check found.
 
     ``slopes`` has the columns of `frames.SLOPES`; ``cause`` says in a sentence what failed, or what is missing; ``fault`` is
-    the key of the fault in `faults.FAULTS` that the slopes look like, or "epsilon", or None.
+    the key of the fault in `faults.FAULTS` that the slopes look like, "epsilon", "one-parameter", or None. ``widen`` says that an
+    undecided check waits for wider models, and more seeds would not decide it.
     """
 
     status: Status
     slopes: pd.DataFrame
     cause: str | None
     fault: str | None = None
+    widen: bool = False
 
 
 def verdict(coordinates: pd.DataFrame, margin: float = MARGIN, *, decay_policy: str = "independent") -> Verdict:
@@ -44,9 +52,10 @@ def verdict(coordinates: pd.DataFrame, margin: float = MARGIN, *, decay_policy: 
 
     Per module, statistic and step, the slope of log2(value) against log2(width), or log2(depth) if that is what varies,
     is fitted over seeds and widths with a 95% interval. It passes when the interval lies within the expected band widened by
-    ``margin``, fails when it lies wholly outside, and is undecided otherwise. Judged are activations at the start, changes and
-    the readout's update after the first and the last step; of the parameters the initial sizes, lr · weight decay, and
-    gradients against epsilon where epsilon is felt. The other rows of the frame name the cause.
+    ``margin``, fails when it lies wholly outside, and is undecided otherwise; it is undecided, too, where the wider models are
+    healthy or on their way there (docs/coordinate-check.md). Judged are activations at the start and changes; of the parameters
+    the initial sizes, the update of each on its module's first input, lr · weight decay, and gradients against epsilon
+    where epsilon is felt. The other rows of the frame name the cause.
 
     Args:
         coordinates: as `record` returns it, or a `Recorder`'s frames of several widths.
@@ -70,16 +79,24 @@ def verdict(coordinates: pd.DataFrame, margin: float = MARGIN, *, decay_policy: 
         raise RequestError("widths and depths both vary, and a slope is along one of them: record one at a time.")
     last = int(coordinates["step"].max())
     column, rules = OPTIMIZERS[str(coordinates["optimizer"].iloc[0])].column, TABLES.get(names[0])
-    rows = []
-    judged = coordinates[_judged(coordinates, last, axis, rules)]
+    rows: list[dict[str, object]] = []
+    narrow: set[int] = set()
+    frame = coordinates
+    if axis == "width":
+        frame = pd.concat([coordinates[coordinates["statistic"] != "update"], relative_updates(coordinates)])
+    judged = frame[_judged(frame, last, axis, rules)]
     rounding = ROUNDING * judged[judged["statistic"] == "gradient"]["value"].median()
     for (module, role, statistic, step), group in judged.groupby(["module", "role", "statistic", "step"], sort=False):
         # A key's bias has no gradient but for rounding.
         if statistic == "gradient" and not rounding < group["value"].min() < FELT:
             continue
         value, low, high = slope(group, axis)
-        expected = _healthy(axis, str(module), str(statistic), str(role), decay_policy)
-        ok = _judge(group, value, low, high, expected, margin, may_rest=step < last)
+        expected = _healthy(axis, str(module), str(statistic), str(role), decay_policy, column)
+        allowed = margin + (OF_UPDATES if statistic == "update" and role != "output" else 0.0)
+        ok = _judge(group, value, low, high, expected, allowed, may_rest=step < last)
+        if ok is False and axis == "width" and not _stays(group, expected, allowed):
+            ok = None
+            narrow.add(len(rows))
         if statistic == "gradient" and ok is None and _bend(group, low, high) < margin:
             continue
         rows.append(
@@ -101,7 +118,9 @@ def verdict(coordinates: pd.DataFrame, margin: float = MARGIN, *, decay_policy: 
     if (slopes["ok"] == False).any():  # noqa: E712 - a nullable column: missing is not False
         return Verdict("fail", slopes, *cause(slopes, coordinates, axis))
     if slopes["ok"].isna().any():
-        return Verdict("undecided", slopes, missing(slopes, coordinates, axis))
+        waiting = slopes["ok"].isna()
+        widen = bool(narrow) and all(i in narrow for i in slopes.index[waiting])
+        return Verdict("undecided", slopes, missing(slopes, coordinates, axis, sorted(narrow)), widen=widen)
     return Verdict("pass", slopes, None)
 
 
@@ -110,16 +129,18 @@ def _judged(coordinates: pd.DataFrame, last: int, axis: str, rules: Table | None
     statistic, step = coordinates["statistic"], coordinates["step"]
     judged = statistic.eq("activation") & step.eq(0) | statistic.eq("change") & step.isin([1, last])
     if axis == "width":
-        judged |= statistic.eq("update") & coordinates["role"].eq("output") & step.isin([1, last])
+        judged |= statistic.eq("update") & step.isin([1, last])
         judged |= statistic.eq("decay") | statistic.eq("gradient") & step.eq(0)
         if rules is not None:  # a model wired by hand may carry its multipliers where it likes
             judged |= statistic.eq("weight") & step.eq(0)
     return judged
 
 
-def _healthy(axis: str, module: str, statistic: str, role: str, decay_policy: str) -> Band:
+def _healthy(axis: str, module: str, statistic: str, role: str, decay_policy: str, column: str) -> Band:
     if statistic == "decay":
         return HEALTHY_DECAY[decay_policy]
+    if (statistic, role, column) == ("update", "attention", "adam"):  # Adam's step does not see that a gradient fades
+        role = "feature"
     kind = role if role == "output" or (axis == "width" and (statistic, role) in HEALTHY) else "feature"
     if axis == "depth" and statistic == "change" and "first" in module.split("."):
         kind = "first"
@@ -132,6 +153,9 @@ def _declared(rules: Table | None, axis: str, column: str, statistic: str, role:
         return expected
     kind = {"output": "output", "input": "first"}.get(role, "feature")
     if statistic == "update":
+        if role in ("attention", "stream", "finite"):
+            return expected
+        kind = "first" if role == "vector" else kind
         derived = float(rules.derived(column, "change", kind))
         return derived, derived
     if statistic == "weight":
@@ -154,6 +178,23 @@ def _judge(
     if band[0] - margin <= low and high <= band[1] + margin:
         return True
     return False if high < band[0] - margin or low > band[1] + margin else None
+
+
+def _stays(group: pd.DataFrame, band: Band, margin: float) -> bool:
+    """Say whether a failing slope is the wide models' as well, and not about to end: finite width bends slopes.
+
+    The wide half's interval has to lie outside too, and unless its slope is `BROKEN`, must not be on its way back.
+    """
+    values = group["value"].to_numpy(dtype=float)
+    if group["width"].nunique() < 3 or not np.isfinite(values).all():
+        return True
+    wide, narrow = wide_and_narrow(group, "width")
+    value, low, high = slope(wide, "width")
+    if not (high < band[0] - margin or low > band[1] + margin):
+        return False
+    off = beyond(value, band)
+    before = beyond(slope(narrow, "width")[0], band)
+    return abs(off) >= BROKEN or off * before <= 0 or abs(off) > RETURNING * abs(before)
 
 
 def _bend(group: pd.DataFrame, low: float, high: float) -> float:

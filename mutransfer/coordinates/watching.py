@@ -1,4 +1,4 @@
-"""One forward pass with the sizes of what every module takes in, gives out, and owes to its own update.
+"""One forward pass with the sizes of what every module takes in, gives out, and owes to the update of each of its parameters.
 
 Sizes are means of |x| (mup's "l1"). Nothing here keeps a tensor alive longer than the caller does, and everything is made of
 tensor operations, so that the same pass runs under `torch.vmap` over several seeds.
@@ -6,6 +6,7 @@ tensor operations, so that the same pass runs under `torch.vmap` over several se
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,9 +18,23 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from ..observing.flows import storage_key
 
-__all__ = ["Pass", "Watched", "watch"]
+__all__ = ["Pass", "Unit", "Watched", "watch"]
 
 Tensors = dict[str, torch.Tensor]
+Inputs = dict[str, list[torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A module that turns some parameters into its output, and so shows what an update of each does.
+
+    Args:
+        first: local name → name in the model, of every trainable parameter that takes part in the module's forward.
+        updates: local name → (name to record under, role), of those whose update is measured here.
+    """
+
+    first: Mapping[str, str]
+    updates: Mapping[str, tuple[str, str]]
 
 
 @dataclass(frozen=True)
@@ -29,21 +44,29 @@ class Watched:
     Args:
         shown: module → the name that it is recorded under.
         roles: module → role (`roles.module_roles`), "output" where its result is a logit.
-        own: module → {local name: name in the model} of its own parameters but matrices, for modules whose update is measured.
+        units: module → what to measure of its parameters' updates.
+        calls: module → how often a pass calls it; counted in the first pass.
+        random: modules that draw random numbers (dropout); found in the first pass.
     """
 
     shown: Mapping[str, str]
     roles: dict[str, str]
-    own: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    units: Mapping[str, Unit] = field(default_factory=dict)
+    calls: Counter[str] = field(default_factory=Counter)
+    random: set[str] = field(default_factory=set)
 
 
 @dataclass(frozen=True)
 class Pass:
-    """What one forward pass showed: ``sizes`` by (module, statistic), and of a first pass what went in and came out."""
+    """What one forward pass showed: ``sizes`` by (module or parameter, statistic), and of a first pass what went in and came out.
+
+    ``inputs`` holds a unit's tensors, in the order of its flattened arguments.
+    """
 
     sizes: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict)
     outputs: Tensors = field(default_factory=dict)
-    inputs: Tensors = field(default_factory=dict)
+    inputs: Inputs = field(default_factory=dict)
+    ran: set[str] = field(default_factory=set)
 
 
 @contextmanager
@@ -56,20 +79,39 @@ def watch(
         model: looked at through forward hooks, which are gone afterwards.
         watched: what to look at.
         start: the first pass, to measure the "change" against; None for the first itself, which has an "activation".
-        first: initial parameters by name, to measure the "update" ΔW·x as well: what a module's matrices of today make of the
-            first pass's input, less what they made of it then. It is the module's own, whatever came to it has changed.
-        survey: also correct the roles in ``watched`` by what only a pass can tell; not possible under `torch.vmap`.
+        first: initial parameters by name, to measure every parameter's "update" as well: what its module makes of the first
+            pass's input with this parameter as it is now and all others as they were, less what it made of it then. It is
+            the parameter's own, whatever else has changed. Of a module that is called several times the last call counts.
+        survey: look at all modules, and correct the roles in ``watched`` by what only a pass can tell; not possible under
+            `torch.vmap`.
     """
-    names = {module: name for name, module in model.named_modules() if name in watched.shown}
+    named = {*watched.shown, *watched.units}
+    names = {module: name for name, module in model.named_modules() if survey or name in named}
     seen = Pass()
     logits: dict[str, torch.Tensor] = {}  # kept, as a freed storage's address would be given to the next tensor
+    calls: Counter[str] = Counter()
+    entered: dict[str, Any] = {}
     inside = False
+
+    def enter(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
+        name = names[module]
+        if not inside and (start is None or (first is not None and name in watched.random)):
+            entered[name] = _random_state((args, kwargs))
 
     def keep(module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         nonlocal inside
-        if inside or (result := first_floating(output)) is None:
+        if inside:
             return
-        name, detached = names[module], result.detach()
+        name = names[module]
+        seen.ran.add(name)
+        calls[name] += 1
+        if start is None and name in watched.units:
+            watched.calls[name] = calls[name]
+            if not _same(entered[name], _random_state((args, kwargs))):
+                watched.random.add(name)
+        if name not in named or (result := first_floating(output)) is None:
+            return
+        detached = result.detach()
         if survey:
             _tell_role(watched.roles, logits, name, (args, kwargs), detached)
         given = first_floating((args, kwargs))
@@ -77,24 +119,35 @@ def watch(
             seen.sizes[name, "input"] = size(given.detach())
         if start is None:
             seen.sizes[name, "activation"] = size(detached)
-            seen.outputs[name] = detached
-            if given is not None:
-                seen.inputs[name] = given.detach()
+            # Copies: what follows may work in place (an activation, a residual sum).
+            seen.outputs[name] = detached.clone()
+            if name in watched.units:
+                seen.inputs[name] = [leaf.detach().clone() for leaf in _replaced((args, kwargs))]
             return
         before = start.outputs.get(name)
         if before is None or before.shape != detached.shape:
             return
         seen.sizes[name, "change"] = size(detached - before)
-        if first is not None and name in watched.own:
+        if first is not None and name in watched.units and calls[name] == watched.calls[name]:
             inside = True  # this is no pass of the model's
             try:
-                own = {local: first[parameter] for local, parameter in watched.own[name].items()}
-                again = _again(module, own, start.inputs.get(name), args, kwargs)
+                args, kwargs = _with(start.inputs[name], args, kwargs)
+                for local, (called, _) in watched.units[name].updates.items():
+                    others = {
+                        other: first[parameter].to(detached.device)
+                        for other, parameter in watched.units[name].first.items()
+                        if other != local
+                    }
+                    with _from(entered.get(name)):
+                        again = _again(module, others, args, kwargs)
+                    seen.sizes[called, "update"] = size(again - before)
             finally:
                 inside = False
-            seen.sizes[name, "update"] = size(again - before)
 
     handles = [module.register_forward_hook(keep, with_kwargs=True) for module in names]
+    handles += [
+        module.register_forward_pre_hook(enter, with_kwargs=True) for module in names if names[module] in watched.units
+    ]
     try:
         yield seen
     finally:
@@ -113,19 +166,57 @@ def first_floating(values: Any) -> torch.Tensor | None:
     return next((leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()), None)
 
 
-@torch.no_grad()
-def _again(module: torch.nn.Module, own: Tensors, given: torch.Tensor | None, args: Any, kwargs: Any) -> torch.Tensor:
-    """Return what ``module`` makes of ``given`` in place of its first floating argument, with the parameters in ``own``."""
+def _replaced(arguments: Any) -> list[torch.Tensor]:
+    """Return the tensors among a module's arguments that may differ from pass to pass: none where no floating one is given.
+
+    Integers beside features may have been chosen by them (a router's experts); alone they are the batch's.
+    """
+    leaves = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, torch.Tensor)]
+    return leaves if any(leaf.is_floating_point() for leaf in leaves) else []
+
+
+def _with(tensors: list[torch.Tensor], args: Any, kwargs: Any) -> Any:
+    """Return the arguments with the first pass's tensors in place of today's."""
     leaves, structure = tree_flatten((args, kwargs))
-    replaced = first_floating((args, kwargs))
-    if given is not None:
-        leaves = [given if leaf is replaced else leaf for leaf in leaves]
-    args, kwargs = tree_unflatten(leaves, structure)
+    if len(tensors) != len(_replaced((args, kwargs))):
+        return args, kwargs
+    former = iter(tensors)
+    leaves = [next(former) if tensors and isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+    return tree_unflatten(leaves, structure)
+
+
+@torch.no_grad()
+def _again(module: torch.nn.Module, others: Tensors, args: Any, kwargs: Any) -> torch.Tensor:
+    """Return what ``module`` makes of these arguments with the parameters in ``others``."""
     # A batch norm moves its running averages in every pass.
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
-    result = first_floating(functional_call(module, {**buffers, **own}, args, kwargs))
+    result = first_floating(functional_call(module, {**buffers, **others}, args, kwargs))
     assert result is not None  # as in the pass that it repeats
     return result.detach()
+
+
+def _random_state(arguments: Any) -> tuple[torch.Tensor, torch.Tensor | None, int]:
+    tensor = next((leaf for leaf in tree_leaves(arguments) if isinstance(leaf, torch.Tensor) and leaf.is_cuda), None)
+    device = -1 if tensor is None else tensor.get_device()
+    return torch.get_rng_state(), None if tensor is None else torch.cuda.get_rng_state(device), device
+
+
+def _same(one: Any, other: Any) -> bool:
+    return torch.equal(one[0], other[0]) and (one[1] is None or torch.equal(one[1], other[1]))
+
+
+@contextmanager
+def _from(state: Any) -> Iterator[None]:
+    """Draw the random numbers that follow from ``state``, and leave the generators as they were."""
+    if state is None:
+        yield
+        return
+    cpu, cuda, device = state
+    with torch.random.fork_rng([] if cuda is None else [device]):
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda, device)
+        yield
 
 
 def _tell_role(roles: dict[str, str], logits: Tensors, name: str, given: Any, output: torch.Tensor) -> None:
