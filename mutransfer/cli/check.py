@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from ..coordinates import Verdict
+    from ..coordinates.kept import Kept
     from ..family import Family
     from ..runs import RunFolder
 
@@ -47,6 +48,10 @@ def check(
     seeds: Annotated[
         int, typer.Option(min=1, help="Seeds to begin with; an open verdict adds up to 4 times as many.")
     ] = 5,
+    max_seeds: Annotated[
+        int | None,
+        typer.Option(min=1, help="Seeds in all at most, while the verdict is open; 4 times --seeds if left."),
+    ] = None,
     lr: Annotated[float | None, typer.Option(help="Base learning rate.")] = None,
     depth: Annotated[int | None, typer.Option(min=1, help="Layers; with --depths those of the base.")] = None,
     depths: Annotated[
@@ -57,7 +62,12 @@ def check(
     ] = None,
     control: Annotated[str | None, typer.Option(help="A second parametrization to show beside it, such as sp.")] = None,
     data: Annotated[str | None, typer.Option(help="digits, bytes, markov, text:PATH or bin:PATH.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for coordinates.csv, the pictures and report.html.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for coordinates.csv, the pictures and report.html; an interrupted check goes on from it."
+        ),
+    ] = None,
     width_field: WidthField = None,
     depth_field: DepthField = None,
     role: Roles = None,
@@ -105,13 +115,34 @@ def check(
             "--parametrization": parametrization,
             "--optimizer": optimizer,
         }
-        asked |= {"--steps": steps, "--seeds": seeds, "--lr": lr, "--control": control, "--seed": seed}
+        asked |= {
+            "--steps": steps,
+            "--seeds": seeds,
+            "--max-seeds": max_seeds,
+            "--lr": lr,
+            "--control": control,
+            "--seed": seed,
+        }
         begin(folder, subject_of(model, parametrization, optimizer, options), asked)
-    judged, frame = judge(family, sizes, parametrization, optimizer, where, steps, seeds, lr, seed, depths=layers)
+    kept = _kept(out, model)
+    judged, frame = judge(
+        family,
+        sizes,
+        parametrization,
+        optimizer,
+        where,
+        steps,
+        seeds,
+        lr,
+        seed,
+        depths=layers,
+        most=max_seeds,
+        kept=kept,
+    )
     second = None
     if control:
         second, control_frame = judge(
-            family, sizes, control, optimizer, where, steps, seeds, lr, seed, patience=1, depths=layers
+            family, sizes, control, optimizer, where, steps, seeds, lr, seed, patience=1, depths=layers, kept=kept
         )
         import pandas as pd
 
@@ -129,6 +160,17 @@ def check(
         result["report"] = str(write_report(folder.path))
     emit(result, as_json, _text(judged, parametrization, second, control))
     return 0 if judged.status == "pass" else 1
+
+
+def _kept(out: Path | None, model: str) -> Kept | None:
+    """Return where the folder keeps what an interrupted check had finished; configs that MODEL names are part of the question."""
+    from ..coordinates.kept import Kept
+
+    if out is None:
+        return None
+    file = Path(model.removeprefix("hf:"))
+    content = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+    return Kept(out / "check", f"{model} {content}")
 
 
 def begin(folder: RunFolder, subject: dict[str, Any], asked: dict[str, Any]) -> None:
@@ -159,6 +201,7 @@ def _sizes(widths: str, depths: str | None) -> tuple[list[int], list[int]]:
 def judge(
     family: Family, widths: list[int], parametrization: str, optimizer: str, device: str, steps: int, seeds: int,
     lr: float | None, first: int = 0, patience: int | None = None, depths: list[int] | None = None,
+    most: int | None = None, kept: Kept | None = None,
 ) -> tuple[Verdict, pd.DataFrame]:  # fmt: skip
     """Record and judge with a bar, and what cannot be measured said on stderr."""
     import warnings
@@ -169,8 +212,8 @@ def judge(
     with warnings.catch_warnings(record=True) as caught, Progress(_title(family, parametrization)) as progress:
         warnings.simplefilter("always", UserWarning)
         check = reach(
-            family, widths, parametrization, optimizer, seeds=seeds, first=first, patience=patience or PATIENCE,
-            more=lambda done, adding: say(f"not decided with {done} seeds: adding {adding}."),
+            family, widths, parametrization, optimizer, seeds=seeds, first=first, patience=patience or PATIENCE, most=most,
+            kept=kept, more=lambda done, adding, open_: say(f"not decided with {done} seeds, adding {adding}: {open_.cause}"),
             lr=lr, depths=depths or (), steps=steps, device=device, progress=progress,
         )  # fmt: skip
     for text in dict.fromkeys(str(each.message) for each in caught):

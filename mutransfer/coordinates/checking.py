@@ -38,7 +38,8 @@ def judge(
     seeds: int = 5,
     first: int = 0,
     patience: int = PATIENCE,
-    more: Callable[[int, int], None] = lambda done, adding: None,
+    most: int | None = None,
+    more: Callable[[int, int, Verdict], None] = lambda done, adding, judged: None,
     **options: Any,
 ) -> Check:
     """Record ``family`` and judge it; an open verdict adds as many seeds again, up to ``patience`` times the first ones.
@@ -51,7 +52,8 @@ def judge(
         seeds: to begin with.
         first: the first seed's number.
         patience: 1 to take what the first seeds say.
-        more: called with (seeds so far, seeds to add) before more are added.
+        most: seeds in all at most, in place of ``patience``.
+        more: called with (seeds so far, seeds to add, the open verdict) before more are added.
         options: further arguments of `record`.
 
     Raises:
@@ -60,14 +62,17 @@ def judge(
     begun = time.perf_counter()
     tell = options.pop("progress", lambda done, total: None)
     frames: list[pd.DataFrame] = []
-    for repeat in range(patience):
-        chosen = range(first + repeat * seeds, first + (repeat + 1) * seeds)
-        so_far = partial(lambda repeat, done, total: tell(repeat * total + done, (repeat + 1) * total), repeat)
+    bound, done, runs = patience * seeds if most is None else most, 0, 0
+    while True:
+        adding = max(1, min(seeds, bound - done))
+        chosen = range(first + done, first + done + adding)
+        so_far = partial(lambda before, now, total: tell(before + now, before + total), runs)
         frames.append(record(family, widths, parametrization, optimizer, seeds=chosen, progress=so_far, **options))
+        runs += adding * len(frames[-1][["width", "depth"]].drop_duplicates())
+        done += adding
         frame = pd.concat(frames, ignore_index=True)
         judged = verdict(frame)
-        if judged.status != "undecided" or judged.widen:
+        if judged.status != "undecided" or judged.widen or done >= bound:
             break
-        if repeat + 1 < patience:
-            more((repeat + 1) * seeds, seeds)
-    return Check(judged, frame, len(frames) * seeds, time.perf_counter() - begun)
+        more(done, min(seeds, bound - done), judged)
+    return Check(judged, frame, done, time.perf_counter() - begun)

@@ -77,9 +77,10 @@ def missing(slopes: pd.DataFrame, coordinates: pd.DataFrame, axis: str, narrow: 
             f"no slope for the {row['statistic']} of {row['module']}: it is exactly 0 at some {axis} after {row['step']} steps, "
             "so either nothing reaches it, or it gets no gradient: look at what it is connected to."
         )
+    worst = open_rows.loc[(open_rows["high"] - open_rows["low"]).idxmax()]
     return (
         f"not enough evidence for {pattern([*open_rows['module']])}: add seeds (now {coordinates['seed'].nunique()}) or "
-        f"{axis}s (now {coordinates[axis].nunique()})."
+        f"{axis}s (now {coordinates[axis].nunique()}); {_what(worst, axis)}, [{worst['low']:+.2f}, {worst['high']:+.2f}]."
     )
 
 

@@ -25,8 +25,9 @@ from ..plans import Plan
 from ..recipe import Recipe
 from ..scale import Scale
 from ..tables import table
+from .kept import Kept
 from .runs import layers, run
-from .setups import OWN, as_built, as_planned
+from .setups import OWN, Setup, as_built, as_planned
 
 __all__ = ["record"]
 
@@ -50,6 +51,7 @@ def record(
     progress: Callable[[int, int], None] = lambda done, total: None,
     planner: Callable[..., Plan] | None = None,
     observation: Observation | None = None,
+    kept: Kept | None = None,
 ) -> pd.DataFrame:
     """Train ``family`` a few steps at each width and record the size of every module's output.
 
@@ -70,6 +72,7 @@ def record(
         progress: called with (runs done, runs in all).
         planner: plans in place of `plan`, called with the same arguments: to measure a plan that was changed.
         observation: what `observe` returned for this family, to save doing it again.
+        kept: where finished sizes are kept, and taken from when they are asked for again.
 
     Returns:
         A frame with the columns of `frames.COORDINATES`.
@@ -99,20 +102,29 @@ def record(
     recipe = Recipe(lr=lr or _check_lr(column, seen), weight_decay=decay, schedule="constant", warmup=0)
     growing = _stacks(family, scales) if depths else None
     make = planner or plan
-    rows: list[dict[str, Any]] = []
+    frames: list[pd.DataFrame] = []
     for i, scale in enumerate(scales):
         if parametrization == OWN:
+            planned = None
             setup = as_built(family, scale, seen, optimizer, recipe.lr, device)
         else:
-            setup = as_planned(
-                family, make(family, scale, parametrization, optimizer, recipe, observation=seen), seen, device
-            )
+            planned = make(family, scale, parametrization, optimizer, recipe, observation=seen)
+            setup = as_planned(family, planned, seen, device)
         common: dict[str, Any] = {"parametrization": parametrization, "optimizer": optimizer}
         common |= {"width": scale.width, "depth": scale.depth}
         done = partial(lambda i, n: progress(i * len(seeds) + n, len(scales) * len(seeds)), i)
-        rows += [row | common for row in run(family, setup, seeds, steps, device, growing, done)]
+
+        def measured(setup: Setup = setup, common: dict[str, Any] = common, done: Any = done) -> pd.DataFrame:
+            return COORDINATES.frame([row | common for row in run(family, setup, seeds, steps, device, growing, done)])
+
+        if kept is None:
+            frames.append(measured())
+            continue
+        facts = {**common, "seeds": seeds, "steps": steps, "lr": recipe.lr, "growing": growing, "device": device}
+        facts["plan"] = planned and planned.as_dict()
+        frames.append(kept.piece(measured, family.batch, base=family.base.as_dict(), **facts))
     progress(len(scales) * len(seeds), len(scales) * len(seeds))
-    return COORDINATES.frame(rows)
+    return pd.concat(frames, ignore_index=True)
 
 
 def _check_lr(column: str, seen: Observation) -> float:

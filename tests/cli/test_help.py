@@ -31,7 +31,7 @@ FLAGS = {
     ],
     "check": [
         "--base-width", "--control", "--data", "--depth", "--depth-field", "--depths", "--device", "--json", "--lr",
-        "--optimizer", "--out", "--parametrization", "--role", "--seed", "--seeds", "--steps", "--width-field",
+        "--max-seeds", "--optimizer", "--out", "--parametrization", "--role", "--seed", "--seeds", "--steps", "--width-field",
         "--widths", "model",
     ],
     "tune": [
