@@ -29,7 +29,7 @@ def throughput_table(trials: pd.DataFrame | None, basins: pd.DataFrame | None) -
         ("runs", "that ended, pruned and diverged ones included"),
         ("seconds per run", "mean wall-clock time"),
         ("runs per minute", "one after the other"),
-        ("FLOP/s", "floating point operations per second while running; matrix products only, as in the price"),
+        ("FLOP/s", "floating point operations per second while running; products only, as in the price"),
         ("seconds in all", "sum over the runs"),
     ]
     return Table(header, known) if known else None

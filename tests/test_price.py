@@ -186,6 +186,15 @@ def test_work_without_a_formula_is_named(run: Callable[[], Any], names: set[str]
     assert uncounted >= names
 
 
+def test_sequences_of_several_lengths() -> None:
+    """3 and 5 positions in one ragged tensor, through a linear layer and attention."""
+    rows = [torch.randn(3, D), torch.randn(5, D)]
+    with FlopCounter() as counter:
+        ragged = torch.nested.nested_tensor(rows, layout=torch.jagged, requires_grad=True)
+        F.linear(ragged, leaf(7, D)).values().sum().backward()
+    assert (counter.flops.total, counter.flops.uncounted) == (6 * 8 * D * 7, ())
+
+
 def test_sparse_products_are_named() -> None:
     with FlopCounter() as counter:
         torch.sparse.mm(torch.eye(8).to_sparse(), torch.randn(8, 8))
