@@ -196,11 +196,12 @@ def text_of(result: dict[str, Any], optima: pd.DataFrame) -> str:
         f"width {widest}: {row['label']} (lr 2^{row['log2_lr']:.1f}): loss {row['loss']:.4f}"
         for row in result["comparison"]
     ]
-    lines += _price_lines(price, widest)
+    lines += price_lines(price, widest)
     return "\n".join([*lines, f"verdict: {result['verdict']}", *result["reasons"]])
 
 
-def _price_lines(price: dict[str, Any], widest: int) -> list[str]:
+def price_lines(price: dict[str, Any], widest: int) -> list[str]:
+    """Return for a person what was spent, beside one run at the ``widest`` width, and what no figure includes."""
     target = price["target_flops"]
     if not target:
         return []
