@@ -7,6 +7,7 @@ gradients, have a size of about 1 whatever the width: what low precision needs. 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from .optimizers.registry import OPTIMIZERS
 if TYPE_CHECKING:
     from .plans import ParameterPlan, Plan
 
-__all__ = ["ColumnMultiplier", "Columns", "Multiplier", "attach", "refuse_other_gauge", "unit"]
+__all__ = ["ColumnMultiplier", "Columns", "Multiplier", "as_entered", "attach", "refuse_other_gauge", "unit"]
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,12 @@ class ColumnMultiplier:
 
     def __init__(self, columns: tuple[Columns, ...], axes: int) -> None:
         self.columns, self.dim = columns, 1 - axes  # of a convolution with k spatial axes, the channels are dim −k−1
+        self.paused = False
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Return the layer's arguments with the input multiplied."""
+        if self.paused:
+            return args, kwargs
         if args:
             return (self.multiplied(args[0], self.dim), *args[1:]), kwargs
         return args, {**kwargs, "input": self.multiplied(kwargs["input"], self.dim)}
@@ -143,6 +147,19 @@ def _copies(other: torch.Tensor | None, weight: torch.Tensor) -> bool:
     if other is None or other is weight or other.requires_grad or other.shape != weight.shape or weight.is_meta:
         return False
     return bool(torch.equal(other, weight))
+
+
+@contextmanager
+def as_entered(module: nn.Module) -> Iterator[None]:
+    """Let ``module`` be called with what entered its forward once, which its multiplier is in already."""
+    hooks = [each for each in module._forward_pre_hooks.values() if isinstance(each, ColumnMultiplier)]
+    for each in hooks:
+        each.paused = True
+    try:
+        yield
+    finally:
+        for each in hooks:
+            each.paused = False
 
 
 def _columns_of(module: nn.Module) -> tuple[Columns, ...]:

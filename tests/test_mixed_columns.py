@@ -12,8 +12,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import mutransfer as mt
+from mutransfer.coordinates.checking import judge
 from mutransfer.errors import RequestError
 from mutransfer.export import export
+from mutransfer.gauges import as_entered
 from mutransfer.proxies.training import Training
 from mutransfer.transfer import target_config
 
@@ -289,3 +291,26 @@ def test_sixty_steps_at_any_width(width: int) -> None:
     exact, wrong = (after_sixty_steps(of, mt.plan(of, mt.Scale(width), recipe=recipe), 0) for of in (critic(), one))
     assert exact < 0.24
     assert wrong > 0.3
+
+
+def test_the_check_passes_what_is_planned_exactly_and_names_a_mixed_axis() -> None:
+    options: dict[str, Any] = {"seeds": 2, "steps": 2}
+    assert judge(critic(base=32), (32, 64, 128, 256), **options).verdict.status != "fail"
+    found = judge(replace(critic(base=32), roles={"mid.weight": "hidden"}), (32, 64, 128, 256), **options).verdict
+    assert (found.status, found.fault) == ("fail", "mixed-columns")
+    assert "the columns of mid.weight [32, 38] are of two kinds" in str(found.cause)
+    assert "32:38 pieces of a fixed size" in str(found.cause)
+
+
+def test_the_update_of_multiplied_columns_is_measured_once_multiplied() -> None:
+    """As in the layer split in two: the fixed columns' share of the update is theirs there."""
+    of, scale = critic(base=16), mt.Scale(64)
+    planned = mt.plan(of, scale)
+    model = of.build(scale)
+    planned.attach(model)
+    entered: list[torch.Tensor] = []
+    model.mid.register_forward_hook(lambda module, args, output: entered.extend(args))  # type: ignore[union-attr, operator]
+    output = model.mid(torch.ones(2, 70))  # type: ignore[operator]
+    with as_entered(model.mid):  # type: ignore[arg-type]
+        assert torch.equal(model.mid(entered[0]), output)  # type: ignore[operator]
+    assert not torch.allclose(model.mid(entered[0]), output)  # type: ignore[operator]

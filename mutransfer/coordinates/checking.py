@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import pandas as pd
 
 from ..family import Family
+from ..observing.observe import observe
+from ..observing.specs import Observation
+from ..optimizers.registry import OPTIMIZERS
+from ..tables import table
 from .recording import record
+from .setups import OWN
 from .verdicts import Verdict, verdict
 
 __all__ = ["PATIENCE", "Check", "judge"]
@@ -62,6 +67,10 @@ def judge(
     begun = time.perf_counter()
     tell = options.pop("progress", lambda done, total: None)
     frames: list[pd.DataFrame] = []
+    reason = None
+    if len(set(widths)) > 1 and parametrization != OWN:
+        options["observation"] = options.get("observation") or observe(family)
+        reason = _mixed(options["observation"], parametrization, optimizer)
     bound, done, runs = patience * seeds if most is None else most, 0, 0
     while True:
         adding = max(1, min(seeds, bound - done))
@@ -72,7 +81,28 @@ def judge(
         done += adding
         frame = pd.concat(frames, ignore_index=True)
         judged = verdict(frame)
+        if reason is not None:
+            judged = replace(judged, status="fail", cause=reason, fault="mixed-columns")
         if judged.status != "undecided" or judged.widen or done >= bound:
             break
         more(done, min(seeds, bound - done), judged)
     return Check(judged, frame, done, time.perf_counter() - begun)
+
+
+def _mixed(seen: Observation, parametrization: str, optimizer: str) -> str | None:
+    """Return what is wrong with one ratio for columns of two kinds, which a given role insists on.
+
+    A matrix's update as a whole does not show it: there are more growing columns than fixed ones.
+    """
+    rows, column = table(parametrization).rows, OPTIMIZERS[optimizer].column if optimizer in OPTIMIZERS else "adam"
+    for name, spec in seen.specs.items():
+        if not (spec.columns and spec.insisted):
+            continue
+        growing, fixed = (rows[role].lr(column) for role in (spec.role, spec.role_of_fixed))
+        if growing(2.0, 2.0) != fixed(1.0, 2.0):
+            return (
+                f"the columns of {name} {list(spec.shape)} are of two kinds and have one ratio, as its role is given: "
+                f"{spec.told_columns(spec.shape)}, and a learning rate that is right for the former lets the update of the "
+                f"latter fade with the width. Leave the role to be seen, or split the layer in two."
+            )
+    return None

@@ -16,6 +16,7 @@ import torch
 from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from ..gauges import as_entered
 from ..observing.flows import storage_key
 
 __all__ = ["Pass", "Unit", "Watched", "watch"]
@@ -190,7 +191,8 @@ def _again(module: torch.nn.Module, others: Tensors, args: Any, kwargs: Any) -> 
     """Return what ``module`` makes of these arguments with the parameters in ``others``."""
     # A batch norm moves its running averages in every pass.
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
-    result = first_floating(functional_call(module, {**buffers, **others}, args, kwargs))
+    with as_entered(module):
+        result = first_floating(functional_call(module, {**buffers, **others}, args, kwargs))
     assert result is not None  # as in the pass that it repeats
     return result.detach()
 
