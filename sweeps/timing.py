@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from mutransfer.proxies.training import Training
+from mutransfer.scale import Scale
 
 from .experiment import Experiment
 from .fusing.memory import is_out_of_memory
@@ -30,10 +31,15 @@ class Timed(NamedTuple):
     first: float
 
 
-def single_step(experiment: Experiment, device: str, threads: int | None = None, compile: bool = False) -> Timed | None:
-    """Time one trial by itself, with ``threads`` on the CPU (those set if None); None if it cannot be compiled."""
+def single_step(
+    experiment: Experiment, device: str, threads: int | None = None, compile: bool = False, scale: Scale | None = None
+) -> Timed | None:
+    """Time one trial by itself, with ``threads`` on the CPU (those set if None); None if it cannot be compiled.
+
+    ``scale`` is the proxy's by default.
+    """
     family, data = family_of(experiment)
-    plan = plan_of(experiment, experiment.proxy_scale, experiment.parametrization, experiment.recipe)
+    plan = plan_of(experiment, scale or experiment.proxy_scale, experiment.parametrization, experiment.recipe)
     with limited(threads):
         training = Training(
             family, plan, data, steps=10**6, batch_size=experiment.batch_size, seed=experiment.seed, device=device,

@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Annotated, Any
 
@@ -153,12 +153,13 @@ class Progress:
 
     Call it with (done, total, text); use it as a context manager. The time left is told from the pieces that were finished
     since the last call without a new one: what comes before the first (measuring, starting processes) is no part of their rate.
+    ``left`` says it instead, in seconds, where more is known than the pieces of this phase, as of the phases to come.
     """
 
     LINE_EVERY = 10.0  # seconds between lines in a log
 
-    def __init__(self, what: str) -> None:
-        self.what = what
+    def __init__(self, what: str, left: Callable[[], float] | None = None) -> None:
+        self.what, self._left = what, left
         self._begun = self._last = time.monotonic()
         self._first_done: int | None = None
         self._bar: Any = None
@@ -170,12 +171,13 @@ class Progress:
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
             from rich.progress import Progress as Bar
 
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            self._bar = Bar(*columns, TextColumn("{task.fields[text]}"), console=Console(stderr=True))
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+            remaining = (TimeRemainingColumn(),) if self._left is None else ()
+            self._bar = Bar(*columns, *remaining, TextColumn("{task.fields[text]}"), console=Console(stderr=True))
             self._bar.start()
-            self._task = self._bar.add_task(self.what, total=None, text="")
+            self._task = self._bar.add_task(self.what, total=None, text=self._known())
         else:
-            say(f"{self.what} …")
+            say(f"{self.what} …{' ' if self._left else ''}{self._known()}")
         return self
 
     def __call__(self, done: int, total: int, text: str = "", ahead: float | None = None) -> None:
@@ -184,7 +186,8 @@ class Progress:
         Where pieces are not alike, ``ahead`` is the work that is left over that done since the first call.
         """
         if self._bar is not None:
-            self._bar.update(self._task, completed=done, total=total, text=text)
+            known = ", ".join(part for part in (self._known(), text) if part)
+            self._bar.update(self._task, completed=done, total=total, text=known)
             return
         now = time.monotonic()
         if self._first_done is None:
@@ -196,10 +199,16 @@ class Progress:
             return
         self._last = now
         left = ""
-        if fresh > 0 and done < total:
+        if self._left is not None:
+            left = f", {self._known()}"
+        elif fresh > 0 and done < total:
             ratio = (total - done) / fresh if ahead is None else ahead
             left = f", about {(now - self._begun) * ratio:.0f} s left"
         say(f"{self.what}: {done}/{total}{left}{', ' + text if text else ''}")
+
+    def _known(self) -> str:
+        """The time left in words, where it is known from elsewhere than the pieces done here."""
+        return "" if self._left is None else f"about {self._left():.0f} s left in all"
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
