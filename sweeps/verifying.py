@@ -47,7 +47,8 @@ def basins(
 ) -> pd.DataFrame:
     """Train over a grid of learning rates at every width and return the frame `frames.BASINS`.
 
-    The grid has a point every ``step`` octaves and starts around the recipe's own learning rate; each width's is extended
+    The grid has a point every ``step`` octaves and starts around the recipe's own learning rate, another parametrization's
+    around that at which no matrix gets a higher one than under the experiment's own; each width's is extended
     towards its best point until that has two points on both sides. Where the loss diverges or jumps right beside the best
     point, the cell between the two is halved until it is at most 1/8 octave. Every finished run is written to the folder's
     ``basins.csv`` at once, and runs found there are not done again.
@@ -74,6 +75,10 @@ def basins(
     for name, width in itertools.product(parametrizations, widths):
         plan_of(experiment, _scale(experiment, width), name, recipe)
     flops = {width: flops_of(experiment, _scale(experiment, width)) for width in widths}
+    middle = {
+        (name, width): _middle(experiment, _scale(experiment, width), name, recipe, step)
+        for name, width in itertools.product(parametrizations, widths)
+    }
     center = math.log2(recipe.lr)
     _, data = loaded(experiment)
     folder.note_environment(data_sha256=data and data.sha256)
@@ -86,7 +91,9 @@ def basins(
             )
             for name in parametrizations
             for width in widths
-            for k in grid(done, name, width, seeds, step, maximize=experiment.maximize)
+            for k in grid(
+                done, name, width, seeds, step, middle=middle[name, width], maximize=experiment.maximize
+            )
             for seed in range(seeds)
         ]
         missing = [job for job in wanted if job.key not in done]
@@ -156,13 +163,30 @@ def _known(folder: RunFolder, recipe: Recipe, step: float) -> Done:
     return known
 
 
-def grid(done: Done, name: str, width: int, seeds: int, step: float, *, maximize: bool = False) -> list[float]:
-    """Return the grid points that this width needs, in steps from the center, given the runs in ``done``."""
+def _middle(experiment: Experiment, scale: Scale, name: str, recipe: Recipe, step: float) -> int:
+    """Return the grid point around which a grid is first laid: 0 for the experiment's own parametrization.
+
+    Another one is likely to have its best where no matrix gets a higher learning rate than under the experiment's own.
+    """
+    own = {row.name: row.lr for row in plan_of(experiment, scale, experiment.parametrization, recipe).rows}
+    ratios = [
+        own[row.name] / row.lr for row in plan_of(experiment, scale, name, recipe).rows if row.lr and own[row.name]
+    ]
+    return round(math.log2(min(ratios, default=1.0)) / step)
+
+
+def grid(
+    done: Done, name: str, width: int, seeds: int, step: float, *, middle: int = 0, maximize: bool = False
+) -> list[float]:
+    """Return the grid points that this width needs, in steps from the center, given the runs in ``done``.
+
+    It is first laid around ``middle``; 0, the transferred learning rate, is always among them.
+    """
     known: dict[float, dict[int, dict[str, Any]]] = {}
     for (parametrization, w, seed, k), row in done.items():
         if (parametrization, w) == (name, width) and seed < seeds:
             known.setdefault(k, {})[seed] = row
-    points: set[float] = set(range(-REACH, REACH + 1))
+    points: set[float] = {0, *range(middle - REACH, middle + REACH + 1)}
     while all(len(known.get(k, {})) == seeds for k in points):
         further = _further(sorted(points), known, step, -1 if maximize else 1)
         if further <= points:

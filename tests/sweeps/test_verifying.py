@@ -55,6 +55,20 @@ def test_a_bracketed_optimum_needs_no_more_than_its_neighbours(folder: RunFolder
     pd.testing.assert_frame_equal(BASINS.read(folder.basins), frame)
 
 
+def test_another_parametrizations_grid_is_laid_where_its_best_is_likely(folder: RunFolder) -> None:
+    planted = Planted(
+        lambda job: (
+            1 + (octaves(job.recipe) + 6 + (job.parametrization == "sp") * math.log2(job.scale.width / 8)) ** 2 / 100
+        )
+    )
+    frame = measure(folder, planted, widths=(8, 16, 128), parametrizations=("mup", "sp"))
+    found = {(name, width): points(rows, width) for (name, width), rows in frame.groupby(["parametrization", "width"])}
+    around = [-8.0, -7.0, -6.0, -5.0, -4.0]
+    assert found["mup", 8] == found["mup", 16] == found["mup", 128] == found["sp", 8] == around
+    assert found["sp", 16] == [-9, -8, -7, -6, -5]
+    assert found["sp", 128] == [-12, -11, -10, -9, -8, -6]  # with the transferred learning rate, whose price is asked
+
+
 @pytest.mark.parametrize("shift", [4.1, -4.1])
 def test_a_grid_follows_its_optimum_until_it_is_bracketed(shift: float, folder: RunFolder) -> None:
     frame = measure(folder, parabola({8: 0, 16: shift}))
@@ -134,7 +148,7 @@ def test_what_is_measured_is_not_measured_again(folder: RunFolder) -> None:
     assert {job.parametrization for job in control.jobs} == {"sp"}
     # Asked for less, only that is returned, and nothing is forgotten.
     pd.testing.assert_frame_equal(measure(folder, idle, seeds=2).reset_index(drop=True), first)
-    assert len(BASINS.read(folder.basins)) == len(more) + 2 * 2 * PER_WIDTH
+    assert len(BASINS.read(folder.basins)) == len(more) + 2 * (2 * PER_WIDTH + 1)  # SP's is first laid an octave lower
     assert idle.jobs == []
 
 
