@@ -11,7 +11,7 @@ import pandas as pd
 
 from mutransfer.frames import OPTIMA, PARAMETERS, SLOPES
 from mutransfer.recipe import Recipe
-from mutransfer.reports.words import interval, label, number, percent, power_of_two, regret, signed
+from mutransfer.reports.words import interval, label, number, percent, power_of_two, regret
 
 __all__ = [
     "Table",
@@ -71,35 +71,36 @@ def optimum_table(optima: pd.DataFrame) -> Table:
 
 
 def comparison_table(rows: list[dict[str, Any]]) -> Table:
-    """Return the runs at the widest width side by side: lr, loss with its interval, distance from the first row."""
+    """Return the runs at the widest width side by side: lr, loss with its interval, difference from the first row.
+
+    The difference is paired by seed where the run folder holds that, with the interval of the pairs.
+    """
     header = [
-        ("run", "parametrization and where its learning rate came from"),
+        ("run", "parametrization, and where its hyperparameters came from"),
         ("lr", "base learning rate"),
         ("validation loss", "mean over seeds"),
-        ("interval", "over seeds"),
-        ("against the first", "difference in loss"),
+        ("interval", "95%, over seeds"),
+        ("minus the first", "difference in loss, of the same seeds, with its 95% interval"),
+        ("relative", "difference over the first row's loss"),
     ]
     table = []
     first = _float(rows[0].get("loss")) if rows else math.nan
     for row in rows:
         loss, low, high = (_float(row.get(key)) for key in ("loss", "low", "high"))
+        difference, least, most = (_float(row.get(f"difference{end}")) for end in ("", "_low", "_high"))
+        if math.isnan(difference) and row is not rows[0]:  # of a version that did not pair them
+            difference = loss - first
         table.append(
             [
                 cell(str(row.get("label", ""))),
                 cell(power_of_two(_float(row.get("log2_lr"))), row.get("log2_lr")),
                 cell("diverged" if math.isnan(loss) else number(loss), loss),
                 cell("–" if math.isnan(low) or math.isnan(high) else f"{number(low)} to {number(high)}", low),
-                cell("–" if row is rows[0] else _against(loss, first), loss - first),
+                cell(interval(difference, least, most, 4), difference),
+                cell("–" if row is rows[0] or not first > 0 else percent(difference / first)),
             ]
         )
     return Table(header, table)
-
-
-def _against(loss: float, first: float) -> str:
-    """Return the difference in the loss's own unit, and relative to the first where that is positive."""
-    if math.isnan(loss - first):
-        return "–"
-    return signed(loss - first, 4) + (f" ({percent(loss / first - 1)})" if first > 0 else "")
 
 
 def slope_table(slopes: pd.DataFrame) -> Table:

@@ -151,6 +151,7 @@ def _render(
         notes=notes,
         along=None if run.coordinates is None else varying(run.coordinates),
         comparison=comparison_table(compared) if compared else None,
+        conclusion=(run.verify.get("control") or {}).get("conclusion"),
         recipe=recipe_table(run.recipe) if run.recipe else None,
         optima=optimum_table(optima) if optima is not None else None,
         figures={name: (figure.title, Markup(figure.svg(name)), figure.caption) for name, figure in figures.items()},

@@ -18,7 +18,7 @@ from .experiment import Experiment, with_values
 from .repeating import means
 from .study import baseline
 
-__all__ = ["Tuned", "best_so_far", "summary", "usable"]
+__all__ = ["Tuned", "at_edges", "best_so_far", "summary", "usable"]
 
 EDGE = 0.03  # of a range, in its own scale: closer to an end than this is "at the edge"
 
@@ -120,7 +120,8 @@ def _unheard(experiment: Experiment, study: optuna.Study) -> list[str]:
     ]
 
 
-def _at_edges(experiment: Experiment, params: dict[str, Any]) -> list[str]:
+def at_edges(experiment: Experiment, params: dict[str, Any]) -> list[tuple[str, Any, str]]:
+    """Return (name, value, "low" or "high") of every searched value that lies at an end of its range."""
     found = []
     for name, range_ in experiment.search.items():
         if range_.low is None or range_.high is None:
@@ -128,8 +129,12 @@ def _at_edges(experiment: Experiment, params: dict[str, Any]) -> list[str]:
         value, low, high = (math.log(x) if range_.log else x for x in (params[name], range_.low, range_.high))
         place = (value - low) / (high - low)
         if place < EDGE or place > 1 - EDGE:
-            end = "low" if place < EDGE else "high"
-            found.append(
-                f"the best {name} {params[name]:.4g} is at the {end} end of its range: widen search.{name}.{end}."
-            )
+            found.append((name, params[name], "low" if place < EDGE else "high"))
     return found
+
+
+def _at_edges(experiment: Experiment, params: dict[str, Any]) -> list[str]:
+    return [
+        f"the best {name} {value:.4g} is at the {end} end of its range: widen search.{name}.{end}."
+        for name, value, end in at_edges(experiment, params)
+    ]

@@ -27,7 +27,7 @@ from mutransfer.scale import Scale
 
 from .attempt import Attempt
 from .callables import call
-from .experiment import NO_DATA, Experiment
+from .experiment import NO_DATA, Experiment, Size
 
 __all__ = [
     "Executor", "Job", "OneByOne", "Report", "Reported", "alone", "cost_of", "do", "family_of", "flops_of", "loaded",
@@ -119,7 +119,8 @@ def family_of(experiment: Experiment) -> tuple[Family, Data]:
 def _key(experiment: Experiment) -> str:
     """All that the family and the data depend on."""
     keys = {"model", "options", "roles", "data", "sequence_length", "proxy", "base", "trainer"}
-    return experiment.model_dump_json(include=keys)
+    base = Size(width=experiment.base_scale.width, depth=experiment.base_scale.depth)  # whatever the proxy is
+    return experiment.model_copy(update={"proxy": base, "base": base}).model_dump_json(include=keys)
 
 
 @functools.lru_cache(maxsize=4)

@@ -91,9 +91,7 @@ def basins(
             )
             for name in parametrizations
             for width in widths
-            for k in grid(
-                done, name, width, seeds, step, middle=middle[name, width], maximize=experiment.maximize
-            )
+            for k in grid(done, name, width, seeds, step, middle=middle[name, width], maximize=experiment.maximize)
             for seed in range(seeds)
         ]
         missing = [job for job in wanted if job.key not in done]

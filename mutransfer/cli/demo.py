@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .console import AsJson, Device, Seed, device_of, emit, say
+
+if TYPE_CHECKING:
+    from ..scale import Scale
+    from ..sweeps.experiment import Experiment
 
 # A language model on the source of this Python's own standard library: real data that everyone has.
 EXPERIMENT: dict[str, Any] = {
@@ -27,6 +33,12 @@ EXPERIMENT: dict[str, Any] = {
     },
     "trials": 24,
 }
+# What the forecast of the time left takes for granted, measured on two cores of an EPYC.
+PRUNED = 0.7  # of a whole run, what a trial takes on average where the worse half ends at 40%
+ASKING = 0.1  # seconds in which the sampler proposes a trial
+BESIDE = 1.1  # how much slower a run is beside another
+START = 5.0  # seconds until processes have imported torch
+CHECK_AND_REPORT = 18.0  # seconds
 WIDTHS = (16, 64, 256)
 CHECK_WIDTHS = [16, 32, 64, 128, 256]
 SEEDS = 5
@@ -43,14 +55,15 @@ def demo(
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> int:
-    """Check, tune a proxy of width 16, verify up to width 256 against SP, transfer, report: at most 3 minutes on two cores."""
+    """Check, tune a proxy of width 16, verify up to width 256 against SP, transfer, report: some three minutes on two cores."""
     from ..files import write_json
     from ..frames import COORDINATES
     from ..reports import write_report
     from ..runs import RunFolder
     from ..sweeps.executors import executor_for
     from ..sweeps.experiment import Experiment
-    from ..sweeps.jobs import family_of
+    from ..sweeps.forecast import Forecast, Watched, run_seconds
+    from ..sweeps.jobs import OneByOne, family_of
     from ..sweeps.timing import limited
     from ..sweeps.tuning import tune
     from .check import begin, judge, summary
@@ -61,16 +74,26 @@ def demo(
     begun = time.perf_counter()
     experiment, where = Experiment.read({**EXPERIMENT, "seed": seed}, "demo"), device_of(device)
     folder = RunFolder(out).make()
-    with executor_for(experiment, "processes" if where == "cpu" else "one", device=where) as executor:
-        # So small a proxy gains nothing from a second thread, and on a busy machine would wait for it far longer than it works.
-        with Progress("tuning the proxy, width 16") as progress, limited(1):
-            found = tune(experiment, folder, device=where, progress=progress)
+    how = "processes" if where == "cpu" else "one"
+    # So small a proxy gains nothing from a second thread, and on a busy machine would wait for it far longer than it works.
+    with executor_for(experiment, how, device=where) as executor, limited(1):
+        scales = [experiment.proxy_scale.with_(width=width) for width in WIDTHS]
+        seconds = {scale: run_seconds(experiment, scale, where) for scale in scales}
+        forecast = Forecast(_phases(experiment, seconds, executor.capacity))
+        forecast.begin("tuning")
+        with Progress(f"tuning the proxy, width {WIDTHS[0]}", forecast.left) as progress:
+            alone = Watched(OneByOne(where), forecast, seconds)
+            found = tune(experiment, folder, executor=alone, device=where, progress=progress)
         gain = f", the default recipe's is {found.default:.3f}" if found.default is not None else ""
         say(f"best recipe: lr {found.best.lr:.4g}, loss {found.value:.3f}{gain}")
-        verified, optima = verify_run(experiment, found.best, folder, WIDTHS, executor, seeds=SEEDS, control="sp")
+        verified, optima = verify_run(
+            experiment, found.best, folder, WIDTHS, Watched(executor, forecast, seconds),
+            seeds=SEEDS, control="sp", device=where, forecast=forecast,
+        )  # fmt: skip
     family, _ = family_of(experiment)
     asked = {"--widths": ",".join(map(str, CHECK_WIDTHS)), "--parametrization": "mup", "--seeds": 3, "--control": "sp"}
     begin(folder, experiment.subject(), asked)
+    forecast.begin("check and report")
     checked, frame = judge(family, CHECK_WIDTHS, "mup", "adamw", where, steps=4, seeds=3, lr=None)
     control, control_frame = judge(family, CHECK_WIDTHS, "sp", "adamw", where, steps=4, seeds=3, lr=None, patience=1)
     import pandas as pd
@@ -81,7 +104,7 @@ def demo(
     target_of(folder, WIDTHS[-1]).save(folder.target)
     report = write_report(folder.path)
     verdict = "pass" if verified["verdict"] == checked.status == "pass" else "fail"
-    seconds = time.perf_counter() - begun
+    took = time.perf_counter() - begun
     result = {
         "verdict": verdict,
         "report": str(report),
@@ -89,13 +112,30 @@ def demo(
         "regret": verified["regret"],
         "price": verified["price"],
         "comparison": verified["comparison"],
+        "control": verified["control"],
         "coordinate_check": {"mup": checked.status, "sp": control.status},
-        "seconds": seconds,
+        "seconds": took,
     }
     text = (
         f"{text_of(verified, optima)}\n"
         f"coordinate check: µP {checked.status}, SP {control.status} ({control.cause or 'healthy'})\n"
-        f"{seconds:.0f} s in all\nreport: {report}"
+        f"{took:.0f} s in all\nreport: {report}"
     )
     emit(result, as_json, text)
     return 0 if verdict == "pass" else 1
+
+
+def _phases(experiment: Experiment, seconds: Mapping[Scale, float], at_once: int) -> dict[str, float]:
+    """Return what each phase should take: ``seconds`` are those of one run at each scale, by itself."""
+    from ..sweeps.verifying import REACH
+
+    proxy, *_, widest = seconds
+    # Around the transferred learning rate; SP's around its own likely best, beside the transferred one.
+    points = {scale: 2 * (2 * REACH + 1) + (math.log2(scale.width / proxy.width) > REACH) for scale in seconds}
+    beside = BESIDE / at_once if at_once > 1 else 1.0
+    return {
+        "tuning": experiment.trials * (PRUNED * seconds[proxy] + ASKING),
+        "basins": beside * SEEDS * sum(points[scale] * each for scale, each in seconds.items()) + (at_once > 1) * START,
+        "control": beside * (experiment.trials * PRUNED + SEEDS) * seconds[widest] + experiment.trials * ASKING,
+        "check and report": CHECK_AND_REPORT,
+    }

@@ -55,13 +55,28 @@ class Price(Output):
 
 
 class Compared(Output):
-    """Losses of one parametrization at one learning rate, at the widest width."""
+    """Losses of one recipe at the widest width, over seeds; intervals are 95% ones (Student's t)."""
 
-    label: str = Field(description="Parametrization and learning rate, in words.")
+    label: str = Field(description="Parametrization, and where its hyperparameters came from.")
     log2_lr: float = Field(description="Base-2 logarithm of the learning rate.")
     loss: Number = Field(description="Mean over seeds, in nats; null where a run diverged.")
     low: Number
     high: Number
+    seeds: Count
+    difference: Number = Field(description="Loss minus the first row's, paired by seed; null in the first row.")
+    difference_low: Number
+    difference_high: Number
+
+
+class TunedControl(Output):
+    """The control as tuned at the widest width, and what it was compared with."""
+
+    parametrization: str
+    trials: Count = Field(description="Finished trials of its search; 0 where its learning rate alone was searched.")
+    searched: list[str]
+    params: dict[str, Any] = Field(description="Its best values of what was searched.")
+    flops: Number = Field(description="Of its search and of its best recipe over seeds.")
+    conclusion: str = Field(description="What was compared, the difference, and what the search cost, in sentences.")
 
 
 ByWidth = dict[str, dict[str, Interval]]
@@ -86,6 +101,7 @@ class Demo(Output):
     regret: ByWidth = Field(description=REGRET)
     price: Price
     comparison: list[Compared]
+    control: TunedControl | None
     coordinate_check: dict[str, Verdict] = Field(description="Parametrization → verdict of its coordinate check.")
     seconds: float
 
@@ -259,6 +275,7 @@ class Verify(Output):
     )
     price: Price
     comparison: list[Compared]
+    control: TunedControl | None
 
 
 class Size(Output):

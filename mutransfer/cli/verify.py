@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from ..runs import RunFolder
     from ..sweeps.experiment import Experiment
+    from ..sweeps.forecast import Forecast
     from ..sweeps.jobs import Executor
 
 COLUMNS = {
@@ -36,6 +37,14 @@ def verify(
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Repeats of every run.")] = 3,
     control: Annotated[str | None, typer.Option(help="A second parametrization to compare with, such as sp.")] = None,
+    control_trials: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Trials of the control's own search at the widest width, over all that `tune` searched; as many as `tune` had "
+            "by default, 0 for its learning rate alone.",
+        ),
+    ] = None,
     step: Annotated[float, typer.Option(min=0.1, max=4, help="Octaves between learning rates.")] = 1.0,
     regret_limit: Annotated[
         float | None,
@@ -70,7 +79,9 @@ def verify(
     how = executor or ("processes" if where == "cpu" and experiment.trainer is None else "one")
     with executor_for(experiment, how, at_once, where, folder=folder.path) as doing:
         result, optima = verify_run(
-            experiment, recipe, folder, sizes, doing, seeds=seeds, control=control, step=step, regret_limit=regret_limit
+            experiment, recipe, folder, sizes, doing,
+            seeds=seeds, control=control, control_trials=control_trials, step=step, device=where,
+            regret_limit=regret_limit,
         )  # fmt: skip
     emit(result, as_json, text_of(result, optima))
     return 0 if result["verdict"] == "pass" else 1
@@ -78,29 +89,49 @@ def verify(
 
 def verify_run(
     experiment: Experiment, recipe: Any, folder: RunFolder, widths: Sequence[int], executor: Executor, *,
-    seeds: int, control: str | None, step: float = 1.0, regret_limit: float | None = None,
+    seeds: int, control: str | None, control_trials: int | None = None, step: float = 1.0, device: str = "cpu",
+    regret_limit: float | None = None, forecast: Forecast | None = None,
 ) -> tuple[dict[str, Any], pd.DataFrame]:  # fmt: skip
-    """Measure the basins, judge them, and write verify.json; return it with the optima."""
+    """Measure the basins, judge them, and write verify.json; return it with the optima.
+
+    ``forecast``, if there is one, has the phases "basins" and "control", and is told of the executor's runs.
+    """
     from ..basins import DRIFT_LIMIT, flat_range, judge, optima, worth
     from ..files import write_json
     from ..sweeps.budgets import price
+    from ..sweeps.control import announcement, comparison, conclusion, finished_trials, tune_control
     from ..sweeps.locks import only_one
     from ..sweeps.verifying import basins, regret_limit_of, unit_of
-    from .console import plain
+    from .console import plain, say
 
     name = experiment.parametrization
     widths = sorted({experiment.proxy.width, *widths})  # the drift is measured from where the recipe was tuned
     kinds = [name, *([control] if control and control != name else [])]
+    trials, tuned = finished_trials(experiment, folder), None
+    count = trials if control_trials is None else control_trials
+    if kinds[1:] and count:
+        say(announcement(experiment, kinds[1], widths[-1], count, seeds))
+    left = None if forecast is None else forecast.left
+    if forecast is not None:
+        forecast.begin("basins")
     with (
         only_one(folder),
         Progress(
-            f"learning-rate basins of {experiment.model} at widths {', '.join(map(str, sorted(widths)))}"
+            f"learning-rate basins of {experiment.model} at widths {', '.join(map(str, sorted(widths)))}", left
         ) as progress,
     ):
         frame = basins(
             experiment, recipe, widths,
             folder=folder, executor=executor, parametrizations=kinds, seeds=seeds, step=step, progress=progress,
         )  # fmt: skip
+    if kinds[1:] and count:
+        if forecast is not None:
+            forecast.begin("control")
+        with Progress(f"tuning {control} at width {widths[-1]}, {count} trials and {seeds} seeds", left) as progress:
+            tuned = tune_control(
+                experiment, folder, kinds[1], widths[-1],
+                executor=executor, trials=count, seeds=seeds, device=device, progress=progress,
+            )  # fmt: skip
     transferred = math.log2(recipe.lr)  # what `transfer` hands over
     limit = regret_limit_of(experiment, frame, regret_limit)
     unit = unit_of(experiment)
@@ -109,6 +140,8 @@ def verify_run(
     status, reasons = judge(ours, regret_limit=limit, unit=unit)
     first, last = ours.iloc[0], ours.iloc[-1]
     widest = experiment.proxy_scale.with_(width=int(last["width"]))
+    compared = comparison(frame, kinds, recipe, experiment.proxy.width, tuned, maximize=experiment.maximize)
+    paid = price(experiment, folder, widest)
     result = {
         "verdict": status,
         "reasons": reasons,
@@ -124,19 +157,23 @@ def verify_run(
         },
         "limits": {"drift_octaves": DRIFT_LIMIT, "regret": limit, "unit": unit},
         "flat_log2_lr": flat_range(ours),
-        "price": price(experiment, folder, widest),
-        "comparison": _comparison(frame, kinds, int(last["width"]), transferred, experiment.maximize),
+        "price": paid,
+        "comparison": compared,
+        "control": None
+        if not kinds[1:]
+        else {
+            "parametrization": kinds[1],
+            "trials": tuned.trials if tuned is not None else 0,
+            "searched": list(tuned.searched) if tuned is not None else ["lr"],
+            "params": tuned.params if tuned is not None else {"lr": 2 ** compared[-1]["log2_lr"]},
+            "flops": tuned.flops if tuned is not None else None,
+            "conclusion": conclusion(
+                compared, kinds, trials, tuned, paid["tuning_flops"], maximize=experiment.maximize
+            ),
+        },
     }
     write_json(folder.verify, plain(result))
     return result, found
-
-
-def _best_point(frame: pd.DataFrame, name: str, width: int, maximize: bool) -> float:
-    """Best grid point of the mean loss."""
-    rows = frame[(frame["parametrization"] == name) & (frame["width"] == width)]
-    sign = -1 if maximize else 1
-    means = rows.assign(loss=(sign * rows["loss"]).where(~rows["diverged"], math.inf)).groupby("log2_lr")["loss"].mean()
-    return float(means.idxmin())
 
 
 def _by_width(found: pd.DataFrame, kind: str, what: str) -> dict[int, dict[str, float]]:
@@ -150,30 +187,6 @@ def _by_width(found: pd.DataFrame, kind: str, what: str) -> dict[int, dict[str, 
 def _values(found: pd.DataFrame, kind: str, what: str) -> dict[int, float]:
     rows = found[found["parametrization"] == kind]
     return {int(width): float(value) for width, value in zip(rows["width"], rows[what], strict=True)}
-
-
-def _comparison(
-    frame: pd.DataFrame, kinds: list[str], width: int, transferred: float, maximize: bool
-) -> list[dict[str, Any]]:
-    """Losses at the widest width, ours and the control's, at the transferred learning rate and at their own best."""
-    import numpy as np
-    from scipy import stats
-
-    rows = []
-    for kind in kinds:
-        label = {"mup": "µP", "sp": "SP"}.get(kind, kind)
-        own = _best_point(frame, kind, width, maximize)
-        for where, x in (("at the transferred learning rate", transferred), ("at its own best", own)):
-            runs = frame[
-                (frame["parametrization"] == kind) & (frame["width"] == width) & np.isclose(frame["log2_lr"], x)
-            ]
-            losses = runs["loss"].where(~runs["diverged"]).dropna()
-            error = stats.t.ppf(0.975, len(losses) - 1) * losses.sem() if len(losses) > 1 else float("nan")
-            mean = losses.mean() if len(losses) == len(runs) else float("nan")
-            rows.append(
-                {"label": f"{label} {where}", "log2_lr": x, "loss": mean, "low": mean - error, "high": mean + error}
-            )
-    return rows
 
 
 def text_of(result: dict[str, Any], optima: pd.DataFrame) -> str:
@@ -196,6 +209,8 @@ def text_of(result: dict[str, Any], optima: pd.DataFrame) -> str:
         f"width {widest}: {row['label']} (lr 2^{row['log2_lr']:.1f}): loss {row['loss']:.4f}"
         for row in result["comparison"]
     ]
+    if result["control"] is not None:
+        lines.append(f"compared at width {widest}: {result['control']['conclusion']}")
     lines += price_lines(price, widest)
     return "\n".join([*lines, f"verdict: {result['verdict']}", *result["reasons"]])
 

@@ -220,6 +220,24 @@ def test_verify(commands: Processes, shop: Path) -> None:
     assert told["price"]["ratio"] == told["price"]["tuning_flops"] / told["price"]["target_flops"]
     assert json.loads((shop / "run" / "verify.json").read_text()) == told
     assert set(BASINS.read(shop / "run" / "basins.csv")["parametrization"]) == {"mup", "sp"}
+    # The control is tuned where it is compared, with as many trials as the proxy had.
+    finished = TRIALS.read(shop / "run" / "trials.csv")["state"].isin(["COMPLETE", "PRUNED"]).sum()
+    control = told["control"]
+    assert (control["parametrization"], control["trials"], control["searched"]) == ("sp", finished, ["lr"])
+    assert control["params"] == {"lr": pytest.approx(2 ** told["comparison"][-1]["log2_lr"])}
+    assert len(TRIALS.read(shop / "run" / "control-sp-16" / "trials.csv")) == finished
+    assert [row["label"].split(",")[0] for row in told["comparison"]] == ["µP", "µP", "SP", "SP", "SP"]
+    assert "control: sp is tuned at width 16 as well, with 3 trials and 2 seeds" in ended.err
+
+
+def test_a_control_may_keep_our_other_values_and_says_so(commands: Processes, shop: Path) -> None:
+    asked = ("verify", "run", "--widths", "8,16", "--seeds", "2", "--control", "sp", "--control-trials", "0", "--json")
+    told = commands.run(*asked, cwd=shop).json
+    assert (told["control"]["trials"], told["control"]["searched"], told["control"]["flops"]) == (0, ["lr"], None)
+    assert "SP, learning rate alone tuned at width 16, other values as µP's" in told["control"]["conclusion"]
+    assert not (shop / "run" / "control-sp-16").exists()
+    assert len(told["comparison"]) == 4
+    assert commands.run("verify", "run", "--widths", "8,16", "--seeds", "2", "--json", cwd=shop).json["control"] is None
 
 
 def test_transfer(commands: Processes, shop: Path) -> None:

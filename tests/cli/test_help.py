@@ -39,7 +39,8 @@ FLAGS = {
         "--study", "--trials", "experiment",
     ],
     "verify": [
-        "--at-once", "--control", "--device", "--executor", "--json", "--regret-limit", "--seed", "--seeds", "--step",
+        "--at-once", "--control", "--control-trials", "--device", "--executor", "--json", "--regret-limit", "--seed", "--seeds",
+        "--step",
         "--widths", "run",
     ],
     "transfer": ["--batch-size", "--depth", "--device", "--json", "--out", "--seed", "--to", "--tokens", "--width", "run"],

@@ -250,6 +250,16 @@ def run_folder(parent: Path) -> Path:
         {"label": "µP at the transferred lr", "log2_lr": -7.0, "loss": 0.24, "low": 0.23, "high": 0.25},
         {"label": "SP at the transferred lr", "log2_lr": -7.0, "loss": None, "low": None, "high": None},
         {"label": "SP at its own best", "log2_lr": -9.0, "loss": 0.3, "low": 0.29, "high": 0.31},
+        {
+            "label": "SP, tuned at width 1024 over lr and alpha_output",
+            "log2_lr": -9.5,
+            "loss": 0.252,
+            "low": 0.24,
+            "high": 0.26,
+            "difference": 0.012,
+            "difference_low": 0.008,
+            "difference_high": 0.016,
+        },
     ]
     price = {
         "tuning_flops": 3.1e14,
@@ -260,6 +270,11 @@ def run_folder(parent: Path) -> Path:
     }
     price |= {"uncounted": ["mylib::op"]}
     verified = {"verdict": "pass", "transferred_log2_lr": -7.0, "price": price, "comparison": compared}
+    verified["control"] = {
+        "parametrization": "sp",
+        "trials": 24,
+        "conclusion": f"SP is 0.0120 higher, paired {HOSTILE}.",
+    }
     write_json(folder / "verify.json", verified)
     write_json(folder / "check.json", {"verdict": "pass", "cause": None, "parametrization": "mup", "control": "sp"})
     return folder

@@ -137,6 +137,12 @@ def test_comparison_says_what_diverged(page):
     assert "+25.0 %" in page.text
 
 
+def test_comparison_says_what_was_compared_and_the_paired_difference(page):
+    row = page.text[page.text.index("SP, tuned at width 1024 over lr and alpha_output") :][:140]
+    assert "+0.0120 [+0.0080, +0.0160] +5.0 %" in row
+    assert f"SP is 0.0120 higher, paired {HOSTILE}." in page.text
+
+
 def test_plots_are_written(report):
     assert {path.name for path in (report.parent / "plots").iterdir()} == {f"{name}.png" for name in FIGURES}
 

@@ -1,0 +1,354 @@
+"""The control of a transfer: another parametrization, tuned at the width where the two are compared, with as many trials.
+
+µTransfer claims that a recipe tuned on a small proxy is as good as one tuned on the wide model. What it is compared with
+must therefore be tuned on the wide model, over everything that the proxy was tuned over: a control that keeps values that
+were tuned for another parametrization loses for that reason alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from mutransfer.files import read_json
+from mutransfer.frames import BASINS, TRIALS
+from mutransfer.recipe import Recipe
+from mutransfer.runs import RunFolder
+
+from .commands import Commands
+from .experiment import Experiment, Range
+from .failures import needed
+from .findings import at_edges
+from .jobs import Executor, Job, flops_of, plan_of
+from .tuning import tune
+
+__all__ = [
+    "Control", "announcement", "comparison", "conclusion", "control_experiment", "control_folder", "finished_trials", "short",
+    "tune_control",
+]  # fmt: skip
+
+SHORT = {"mup": "µP", "sp": "SP"}
+SEEDS = "seeds.csv"  # in the control's folder: its best recipe over seeds
+LR_WITHOUT_A_RANGE = 4.0  # a factor to either side of a learning rate that the experiment does not search
+
+
+@dataclass(frozen=True)
+class Control:
+    """A parametrization tuned at ``width``, and its best recipe's losses over seeds.
+
+    Args:
+        parametrization: name of the table in force.
+        width: where it was tuned and trained.
+        trials: finished trials of its study.
+        searched: the hyperparameters that were searched.
+        recipe: its best one.
+        params: the searched values of that.
+        runs: that recipe over seeds (`frames.BASINS`).
+        flops: floating point operations of its trials and of ``runs``; None if they are not known.
+        edges: the searched values that lie at an end of their range, in words.
+    """
+
+    parametrization: str
+    width: int
+    trials: int
+    searched: tuple[str, ...]
+    recipe: Recipe
+    params: dict[str, Any]
+    runs: pd.DataFrame
+    flops: float | None
+    edges: tuple[str, ...] = ()
+
+
+def control_folder(folder: RunFolder, parametrization: str, width: int) -> RunFolder:
+    """Return the run folder of a control inside of ``folder``: one study per folder, so one for each width."""
+    return RunFolder(folder.path / f"control-{parametrization}-{width}")
+
+
+def control_experiment(experiment: Experiment, parametrization: str, width: int, trials: int) -> Experiment:
+    """Return ``experiment`` as the control's: tuned at ``width`` instead of the proxy, over the same hyperparameters.
+
+    Its learning rate's range is extended by the ratio of ``width`` to the base width, downwards for a wider model: under
+    Adam the best learning rate of the standard parametrization falls as 1/width (TP-V 2203.03466, Figure 1). The other
+    ranges, the sampler and the pruner are the experiment's own.
+    """
+    ratio = width / experiment.base_scale.width
+    search = {name: range_.model_dump(mode="json") for name, range_ in experiment.search.items()}
+    search["lr"] = _extended(experiment.search.get("lr"), experiment.recipe.lr, ratio).model_dump(mode="json")
+    base = experiment.base or experiment.proxy
+    changed = {
+        "parametrization": parametrization,
+        "proxy": {"width": width, "depth": experiment.proxy.depth},
+        "base": base.model_dump(mode="json"),
+        "search": search,
+        "trials": trials,
+        "budget": {},
+    }
+    return Experiment.read(
+        experiment.model_dump(mode="json") | changed, f"the control's experiment ({parametrization})"
+    )
+
+
+def _extended(range_: Range | None, lr: float, ratio: float) -> Range:
+    """Return the learning rate's range with its lower end divided by ``ratio``, or its upper end by one below 1."""
+    if range_ is None:
+        range_ = Range(low=lr / LR_WITHOUT_A_RANGE, high=lr * LR_WITHOUT_A_RANGE, log=True)
+    if range_.choices is not None:
+        return Range(choices=tuple(sorted({*range_.choices, *(float(value) / ratio for value in range_.choices)})))
+    assert range_.low is not None
+    assert range_.high is not None
+    return Range(low=range_.low / max(ratio, 1.0), high=range_.high / min(ratio, 1.0), log=range_.log or ratio != 1)
+
+
+def finished_trials(experiment: Experiment, folder: RunFolder) -> int:
+    """Return how many finished trials the study in ``folder`` has; those that the experiment asks for before it is tuned."""
+    if not folder.trials.exists():
+        return experiment.trials
+    return max(1, int(TRIALS.read(folder.trials)["state"].isin(["COMPLETE", "PRUNED"]).sum()))
+
+
+def announcement(experiment: Experiment, parametrization: str, width: int, trials: int, seeds: int) -> str:
+    """Return in one line what the control's search will cost at most, before it is begun.
+
+    Raises:
+        RequestError: ``parametrization`` is not known, or the model cannot have ``width``.
+    """
+    given = control_experiment(experiment, parametrization, width, trials)
+    plan_of(given, given.proxy_scale, parametrization, given.recipe)
+    each = flops_of(given, given.proxy_scale)
+    cost = "" if each is None else f", at most {(trials + seeds) * given.steps * each:.2e} FLOPs"
+    return (
+        f"control: {parametrization} is tuned at width {width} as well, with {_count(trials, 'trial')} and "
+        f"{_count(seeds, 'seed')}{cost}; --control-trials 0 searches its learning rate alone, with the other values of "
+        f"{short(experiment.parametrization)}"
+    )
+
+
+def tune_control(
+    experiment: Experiment,
+    folder: RunFolder,
+    parametrization: str,
+    width: int,
+    *,
+    executor: Executor,
+    trials: int,
+    seeds: int,
+    device: str = "cpu",
+    progress: Callable[[int, int, str], None] = lambda done, total, text: None,
+) -> Control:
+    """Tune ``parametrization`` at ``width`` with ``trials`` trials, and train its best recipe with ``seeds`` seeds.
+
+    Its study is in a run folder of its own inside of ``folder`` (`control_folder`), where an interrupted search goes on.
+
+    Args:
+        experiment: the one that the proxy was tuned with.
+        folder: its run folder.
+        parametrization: of the control.
+        width: where the two are compared.
+        executor: how runs are done.
+        trials: finished trials in all.
+        seeds: the same ones as those of the runs it is compared with: 0, 1, …
+        device: noted in the folder.
+        progress: called with (runs done, runs in all, what was found).
+
+    Raises:
+        RequestError: as `tune`; or a run failed.
+    """
+    given = control_experiment(experiment, parametrization, width, trials)
+    inside = control_folder(folder, parametrization, width)
+    if isinstance(executor, Commands):  # its trials have folders, whose names are the trials' numbers
+        executor = Commands(inside.path, executor.capacity)
+    total = trials + seeds
+    found = tune(
+        given, inside, executor=executor, device=device, progress=lambda done, _, text: progress(done, total, text)
+    )
+    runs = _over_seeds(given, found.best, inside, executor, seeds, lambda done: progress(trials + done, total, ""))
+    spent = [found.trials["flops"].sum(min_count=1), runs["flops"].sum(min_count=1)]
+    finished = int(found.trials["state"].isin(["COMPLETE", "PRUNED"]).sum())
+    return Control(
+        parametrization, width, finished, tuple(given.search), found.best, found.params, runs,
+        None if pd.isna(spent).any() else float(sum(spent)),
+        tuple(f"{name} {value:.3g} at the {end} end of its range" for name, value, end in at_edges(given, found.params)),
+    )  # fmt: skip
+
+
+def _over_seeds(
+    given: Experiment,
+    recipe: Recipe,
+    inside: RunFolder,
+    executor: Executor,
+    seeds: int,
+    progress: Callable[[int], None],
+) -> pd.DataFrame:
+    """Train ``recipe`` with every seed that the folder does not hold for it yet."""
+    question = {"recipe": recipe.model_dump(mode="json")}
+    before = read_json(inside.environment, "the run's environment") if inside.environment.exists() else {}
+    rows: dict[int, dict[str, Any]] = {}
+    path = inside.path / SEEDS
+    if before.get("control") == question and path.exists():
+        rows = {int(row["seed"]): row for row in BASINS.read(path).to_dict("records")}
+    else:
+        path.unlink(missing_ok=True)
+        inside.note_environment(control=question)
+    flops = flops_of(given, given.proxy_scale)
+    missing = [
+        Job(("seed", seed), given.proxy_scale, given.parametrization, recipe, seed)
+        for seed in range(seeds)
+        if seed not in rows
+    ]
+    progress(seeds - len(missing))
+    for job, outcome in executor.run(given, missing):
+        needed(outcome, f"the best recipe of {given.parametrization} at width {job.scale.width} with seed {job.seed}")
+        rows[job.seed] = {
+            "parametrization": given.parametrization, "width": job.scale.width, "depth": job.scale.depth, "seed": job.seed,
+            "log2_lr": math.log2(recipe.lr), "loss": outcome.loss if math.isfinite(outcome.loss) else None,
+            "diverged": outcome.diverged, "flops": None if flops is None else flops * outcome.steps,
+            "seconds": outcome.seconds,
+        }  # fmt: skip
+        BASINS.write(pd.DataFrame([rows[seed] for seed in sorted(rows)]), path)
+        progress(sum(seed < seeds for seed in rows))
+    return BASINS.frame([rows[seed] for seed in range(seeds)])
+
+
+def comparison(
+    basins: pd.DataFrame,
+    parametrizations: Sequence[str],
+    recipe: Recipe,
+    proxy: int,
+    control: Control | None,
+    *,
+    maximize: bool = False,
+) -> list[dict[str, Any]]:
+    """Return the losses at the widest width side by side, the recipe from the proxy first.
+
+    A row has a ``label``, ``log2_lr``, the mean ``loss`` over seeds with its 95% interval ``low`` to ``high`` (Student's t),
+    and ``difference`` with its own: its loss minus the first row's, paired by seed, as a seed's weights and order of data
+    are the same in both. A row of which any run diverged has no loss.
+
+    Args:
+        basins: runs (`frames.BASINS`).
+        parametrizations: ours, and the control's if there is one.
+        recipe: the one from the proxy.
+        proxy: the width where it was tuned.
+        control: the control as tuned at the widest width; None if its learning rate alone was searched.
+        maximize: whether higher is better.
+    """
+    width, transferred = int(basins["width"].max()), math.log2(recipe.lr)
+    rows: list[tuple[str, float, pd.Series]] = []
+    for name in parametrizations:
+        runs = basins[(basins["parametrization"] == name) & (basins["width"] == width)]
+        own = _best_log2_lr(runs, -1 if maximize else 1)
+        others = "" if name == parametrizations[0] else f", other values as {short(parametrizations[0])}'s"
+        rows += [
+            (f"{short(name)}, recipe from width {proxy}", transferred, _losses(runs, transferred)),
+            (f"{short(name)}, learning rate alone tuned at width {width}{others}", own, _losses(runs, own)),
+        ]
+    if control is not None:
+        rows.append((_tuned(control), math.log2(control.recipe.lr), _losses(control.runs)))
+    first = rows[0][2]
+    return [
+        {"label": label, "log2_lr": log2_lr, **_interval("loss", losses), "seeds": len(losses)}
+        | _interval("difference", losses - first if index else losses[:0])
+        for index, (label, log2_lr, losses) in enumerate(rows)
+    ]
+
+
+def conclusion(
+    rows: Sequence[dict[str, Any]], parametrizations: Sequence[str], trials: int, control: Control | None,
+    tuning: float | None, *, maximize: bool = False,
+) -> str:  # fmt: skip
+    """Return what was compared with what, how it came out, and what it cost, in sentences.
+
+    Of the control's rows the best one is compared: a search of both values finds no worse a recipe than one
+    over the learning rate alone, except by chance.
+
+    Args:
+        rows: of `comparison`, with a control.
+        parametrizations: ours and the control's.
+        trials: finished trials on the proxy.
+        control: as for `comparison`.
+        tuning: floating point operations of the proxy's trials; None if they are not known.
+        maximize: whether higher is better.
+    """
+    ours, us, them = rows[0], *map(short, parametrizations)
+    sign = -1 if maximize else 1
+    theirs = min(reversed(rows[2:]), key=lambda row: math.inf if math.isnan(row["loss"]) else sign * row["loss"])
+    said = [f"{theirs['label']}: {_loss(theirs)}; {ours['label']} ({_count(trials, 'trial')} there): {_loss(ours)}."]
+    if not math.isnan(theirs["difference"]):
+        said.append(_difference(theirs, ours["loss"], them))
+    if control is None:
+        said.append(
+            f"This {them} keeps the other values that were tuned for {us}, which need not be its own best ones."
+        )
+    elif control.flops is not None:
+        times = f", {control.flops / tuning:.3g} times the proxy's" if tuning else ""
+        said.append(f"The search of {them} cost {control.flops:.2e} FLOPs{times}.")
+    if control is not None and control.edges:
+        said.append(f"{them} may do better still: {'; '.join(control.edges)}.")
+    return " ".join(said)
+
+
+def _difference(theirs: dict[str, Any], loss: float, them: str) -> str:
+    """Say by how much ``theirs`` differs from ``loss``, ours, with an interval of the same sign convention."""
+    sign = 1 if theirs["difference"] >= 0 else -1
+    value, *ends = (sign * theirs[key] for key in ("difference", "difference_low", "difference_high"))
+    low, high = sorted(ends)
+    between = "" if math.isnan(low) else f" [{low:.4f}, {high:.4f}]"
+    share = f" ({value / loss:.1%})" if loss > 0 else ""
+    unclear = "" if low > 0 else ", which does not tell which of them is better"
+    return (
+        f"{them} is {value:.4f}{between} {'higher' if sign > 0 else 'lower'}{share}, paired over "
+        f"{_count(theirs['seeds'], 'seed')}{unclear}."
+    )
+
+
+def short(parametrization: str) -> str:
+    """Return the name papers use for a parametrization ("mup" → "µP")."""
+    return SHORT.get(parametrization, parametrization)
+
+
+def _tuned(control: Control) -> str:
+    *others, last = control.searched
+    searched = f"{', '.join(others)} and {last}" if others else last
+    return (
+        f"{short(control.parametrization)}, tuned at width {control.width} over {searched} with "
+        f"{_count(control.trials, 'trial')}"
+    )
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' if number != 1 else ''}"
+
+
+def _loss(row: dict[str, Any]) -> str:
+    if math.isnan(row["loss"]):
+        return "diverged"
+    return f"{row['loss']:.4f}" + ("" if math.isnan(row["low"]) else f" [{row['low']:.4f}, {row['high']:.4f}]")
+
+
+def _best_log2_lr(runs: pd.DataFrame, sign: int) -> float:
+    """Return the grid point of the lowest mean of ``sign`` times the loss; a diverged run's is infinite."""
+    losses = (sign * runs["loss"]).where(~runs["diverged"], math.inf)
+    return float(losses.groupby(runs["log2_lr"]).mean().idxmin())
+
+
+def _losses(runs: pd.DataFrame, log2_lr: float | None = None) -> pd.Series:
+    """Return the losses by seed, of one learning rate if it is given; NaN where a run diverged."""
+    if log2_lr is not None:
+        runs = runs[np.isclose(runs["log2_lr"], log2_lr)]
+    return runs["loss"].where(~runs["diverged"]).set_axis(runs["seed"]).astype(float)
+
+
+def _interval(name: str, values: pd.Series) -> dict[str, float]:
+    """Return the mean with its 95% interval; NaN if a value is missing, no interval for fewer than two."""
+    low, high = ("low", "high") if name == "loss" else (f"{name}_low", f"{name}_high")
+    if values.empty or values.isna().any():
+        return dict.fromkeys((name, low, high), math.nan)
+    mean, count = float(values.mean()), len(values)
+    error = float(stats.t.ppf(0.975, count - 1) * values.sem()) if count > 1 else math.nan
+    return {name: mean, low: mean - error, high: mean + error}
