@@ -189,7 +189,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Stand in for what computes optima and slopes, so that these tests are about the page; return what it was given."""
     given: dict[str, Any] = {}
 
-    def fit(basins: pd.DataFrame, transferred: float | None = None) -> pd.DataFrame:
+    def fit(basins: pd.DataFrame, transferred: float | None = None, **options: Any) -> pd.DataFrame:
         given.update(basins=basins, transferred=transferred)
         return made_optima()
 
@@ -197,7 +197,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         given.update(coordinates=coordinates)
         return Verdict("pass", slope_frame(coordinates), None)
 
-    for name, members in {"basins": {"optima": fit}, "coordinates": {"verdict": judge}}.items():
+    for name, members in {"basins": {"optima": fit, "REGRET_LIMIT": 0.02}, "coordinates": {"verdict": judge}}.items():
         module = types.ModuleType(f"mutransfer.{name}")
         module.__dict__.update(members)
         monkeypatch.setitem(sys.modules, module.__name__, module)
