@@ -20,8 +20,9 @@ from harness import Claim, publish
 from scipy.stats import beta
 
 import mutransfer as mt
+from mutransfer.coordinates import Verdict
 from mutransfer.coordinates.checking import judge
-from mutransfer.coordinates.faults import FAULTS, Fault, plant
+from mutransfer.coordinates.faults import FAULTS, Fault, plant, plant_in
 from mutransfer.observing.observe import observe
 from mutransfer.observing.specs import Observation
 from mutransfer.optimizers.registry import OPTIMIZERS
@@ -32,6 +33,17 @@ WIDTHS = (64, 128, 256, 512)
 MODELS, KINDS = ("mlp", "transformer", "resnet"), ("adamw", "sgd")
 FIRST = {"mlp": "input", "transformer": "embedding", "resnet": "stem"}
 HEALTHY = "healthy"
+# With --single: the learning rate of one parameter of the transformer is off by a power of the width.
+SINGLE = {
+    f"{parameter} x width^{power:+g}": (parameter, power)
+    for parameter in (
+        *(f"blocks.1.attention.{name}.weight" for name in ("q", "k", "v", "out")),
+        *(f"blocks.0.ffn.{name}.weight" for name in ("up", "down")),
+        "blocks.1.norm1.weight",
+    )
+    for power in (1, 0.5, -0.5, -1)
+}
+ONE = "one-parameter"
 FELT_EPS = 1e-2
 COLUMNS = ["model", "optimizer", "fault", "group", "status", "named", "seeds", "seconds"]
 
@@ -55,6 +67,8 @@ def planted(family: mt.Family, seen: Observation, fault: str, optimizer: str) ->
             plan = replace(plan, rows=tuple(replace(row, eps=FELT_EPS) for row in plan.rows))
         return plan
 
+    if fault in SINGLE:
+        return family, plant_in(*SINGLE[fault], planner)
     known = FAULTS.get(fault)
     if known is None:
         return family, planner
@@ -83,6 +97,8 @@ def missing(done: pd.DataFrame, given: argparse.Namespace) -> Iterator[tuple[str
         for model in given.models:
             for optimizer in KINDS:
                 kinds = [*FAULTS, *(["epsilon"] if optimizer == "adamw" else [])] if group < given.groups else []
+                if given.single:
+                    kinds = [*SINGLE] if group < given.groups else []
                 for fault in [HEALTHY, *kinds] if group < given.healthy else kinds:
                     if (model, optimizer, fault, group) not in have:
                         yield model, optimizer, fault, group
@@ -114,7 +130,7 @@ def measure(given: argparse.Namespace) -> pd.DataFrame:
             fault,
             group,
             found.verdict.status,
-            found.verdict.fault,
+            named(found.verdict, fault),
             found.seeds,
             round(found.seconds, 2),
         )
@@ -126,6 +142,15 @@ def measure(given: argparse.Namespace) -> pd.DataFrame:
             print(*("" if value is None else value for value in row), sep=",", file=file)
         print(f"{i + 1}/{len(todo)}", *row, flush=True)
     return done
+
+
+def named(found: Verdict, fault: str) -> str | None:
+    """Return the fault that a verdict names: a single parameter's only with its name and which way it is off."""
+    if fault not in SINGLE:
+        return found.fault
+    parameter, power = SINGLE[fault]
+    says = f"the learning rate of {parameter} is too {'large' if power > 0 else 'small'}"
+    return fault if found.fault == ONE and str(found.cause).startswith(says) else found.fault
 
 
 def interval(hits: int, of: int) -> tuple[float, float]:
@@ -163,10 +188,13 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     parser.add_argument("--groups", type=int, default=20, help="groups of seeds per fault, model and optimizer")
     parser.add_argument("--healthy", type=int, default=100, help="groups of seeds per healthy model and optimizer")
+    parser.add_argument("--single", action="store_true", help="single parameters' rates instead, in the transformer")
     parser.add_argument("--out", type=Path, default=Path("runs/coordinate_power.csv"))
     given = parser.parse_args()
+    if given.single:
+        given.models, given.healthy = ["transformer"], 0
     if given.quick:
-        given.models, given.groups, given.healthy = ["mlp"], 1, 1
+        given.models, given.groups, given.healthy, given.single = ["mlp"], 1, 1, False
         given.out = given.out.with_name("coordinate_power_quick.csv")
         given.out.unlink(missing_ok=True)
     publish(shares(measure(given)), given.json)
