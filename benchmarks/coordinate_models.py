@@ -188,31 +188,48 @@ class Mixer(nn.Module):
         return self.readout(self.norm(h).mean(1))
 
 
-def _llama(width: int, depth: int) -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
+class LlamaBlock(nn.Module):
+    """RMSNorm, rotary positions, two query heads for each of keys and values, SwiGLU."""
 
-    config = LlamaConfig(
-        vocab_size=SYMBOLS,
-        hidden_size=width,
-        intermediate_size=2 * width,
-        num_hidden_layers=depth,
-        num_attention_heads=width // HEAD,
-        num_key_value_heads=width // HEAD,
-        initializer_range=32**-0.5,
-        use_cache=False,
-        attn_implementation="eager",
-    )
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.heads, self.groups = width // HEAD, width // HEAD // 2
+        self.norm1, self.norm2 = nn.RMSNorm(width), nn.RMSNorm(width)
+        self.q_proj, self.o_proj = _linear(width, width), _linear(width, width)
+        self.k_proj, self.v_proj = _linear(width, width // 2), _linear(width, width // 2)
+        self.gate_proj, self.up_proj = _linear(width, 2 * width), _linear(width, 2 * width)
+        self.down_proj = _linear(2 * width, width)
 
-    class Logits(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.llama = LlamaForCausalLM(config)
+    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        b, t, width = x.shape
+        h = self.norm1(x)
+        q = self.q_proj(h).view(b, t, self.heads, HEAD).transpose(1, 2)
+        k, v = (part(h).view(b, t, self.groups, HEAD).transpose(1, 2) for part in (self.k_proj, self.v_proj))
+        q, k = (each * cos + torch.cat([-each[..., HEAD // 2 :], each[..., : HEAD // 2]], -1) * sin for each in (q, k))
+        k, v = (each.repeat_interleave(2, dim=1) for each in (k, v))
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.o_proj(mixed.transpose(1, 2).reshape(b, t, width))
+        h = self.norm2(x)
+        return x + self.down_proj(F.silu(self.gate_proj(h)) * self.up_proj(h))
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            logits: torch.Tensor = self.llama(input_ids=x).logits
-            return logits
 
-    return Logits()
+class Llama(nn.Module):
+    """Llama written out."""
+
+    def __init__(self, width: int, depth: int) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(SYMBOLS, width)
+        self.layers = nn.ModuleList(LlamaBlock(width) for _ in range(depth))
+        self.norm, self.lm_head = nn.RMSNorm(width), _linear(width, SYMBOLS)
+        angle = torch.arange(LENGTH)[:, None] * 10000.0 ** (-torch.arange(0, HEAD, 2) / HEAD)
+        self.register_buffer("cos", angle.cos().repeat(1, 2))
+        self.register_buffer("sin", angle.sin().repeat(1, 2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.embed_tokens(x)
+        for layer in self.layers:
+            h = layer(h, self.cos, self.sin)
+        return self.lm_head(self.norm(h))
 
 
 def _loss(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
@@ -239,7 +256,7 @@ MODELS: dict[str, Callable[[int], mt.Family]] = {
     for name, make, kind in (
         ("pre_norm_gpt", lambda w, d: GPT(w, d, post=False), "tokens"),
         ("post_norm_gpt", lambda w, d: GPT(w, d, post=True), "tokens"),
-        ("llama", _llama, "tokens"),
+        ("llama", Llama, "tokens"),
         ("vit", ViT, "images"),
         ("convnet", lambda w, d: ConvNet(w), "images"),
         ("lstm", lambda w, d: LSTM(w), "tokens"),
