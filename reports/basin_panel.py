@@ -8,23 +8,31 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from mutransfer.reports.style import GREY, INK, log_loss
-from mutransfer.reports.words import across, interval, long_label, plain
+from mutransfer.reports.words import across, counted, interval, long_label, plain
 
 __all__ = ["basin_panel", "optimum_strip", "share_loss_scale"]
 
 
-def basin_panel(axes: Axes, name: str, runs: pd.DataFrame, optima: pd.DataFrame, colours: dict[int, str]) -> None:
-    """Draw one parametrization's ``runs`` (schema BASINS), a line per width, with its ``optima`` sorted by width."""
+def basin_panel(
+    axes: Axes, name: str, runs: pd.DataFrame, optima: pd.DataFrame, colours: dict[int, str], seeds: int
+) -> None:
+    """Draw one parametrization's ``runs`` (schema BASINS), a line per width, with its ``optima`` sorted by width.
+
+    Points that are means over fewer than ``seeds`` losses are hollow.
+    """
     axes.set_title(plain(long_label(name), 60), pad=21, parse_math=False)
-    axes.annotate(_headline(optima), (0, 1), (0, 6), "axes fraction", "offset points", va="bottom")
+    axes.annotate(_headline(optima, runs), (0, 1), (0, 6), "axes fraction", "offset points", va="bottom")
     axes.tick_params(labelbottom=False, length=0)
     if len(optima):
         axes.axvline(optima["log2_lr"].iloc[0], color=GREY, linestyle=":", linewidth=1.2, zorder=1)
     for row, (width, hue) in enumerate(colours.items()):
         here = runs[runs["width"] == width]
-        over_seeds = here.dropna(subset="loss").groupby("log2_lr")["loss"].agg(["mean", "min", "max"])
+        over_seeds = here.dropna(subset="loss").groupby("log2_lr")["loss"].agg(["mean", "min", "max", "count"])
         axes.fill_between(over_seeds.index, over_seeds["min"], over_seeds["max"], color=hue, alpha=0.18, linewidth=0)
         axes.plot(over_seeds.index, over_seeds["mean"], color=hue, marker="o", markersize=2.5, gid=f"width {width}")
+        few = over_seeds[over_seeds["count"] < seeds]
+        ring: dict[str, Any] = {"color": hue, "marker": "o", "markersize": 4.5, "mfc": "white", "linestyle": ""}
+        axes.plot(few.index, few["mean"], zorder=4, gid="fewer seeds", **ring)
         _crosses(axes, here[here["diverged"].fillna(False) | here["loss"].isna()], 0.965 - 0.035 * row, hue)
     for best in optima.itertuples():
         hue = colours.get(best.width, INK)
@@ -88,10 +96,11 @@ def optimum_strip(axes: Axes, optima: pd.DataFrame, colours: dict[int, str], lim
         axes.text(y=row, s=words, va="center", transform=axes.get_yaxis_transform(), fontsize=8, color=INK, **side)
 
 
-def _headline(optima: pd.DataFrame) -> str:
+def _headline(optima: pd.DataFrame, runs: pd.DataFrame) -> str:
     """Return what the panel shows in one line: how far the optimum moved from the smallest width to the largest."""
     if optima.empty:
-        return "no optimum: too few runs ended with a loss"
+        some = runs["loss"].notna().any()
+        return f"no verdict yet, {counted(len(runs), 'run')} so far" if some else "no optimum: no run ended with a loss"
     if len(optima) < 2:
         return "one width: no drift to tell"
     last = optima.iloc[-1]

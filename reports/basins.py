@@ -24,7 +24,8 @@ class BasinFigure(ReportFigure):
     """Learning-rate basins, one panel per parametrization; below each, every width's optimum with its interval.
 
     ``basins`` and ``optima`` are frames of the schemas BASINS and OPTIMA; every run is drawn, the diverged ones as
-    crosses along the top.
+    crosses along the top. A point that is the mean of fewer losses than ``seeds`` (as many as the frame has, unless given)
+    is hollow. Without optima, as while runs are missing, the lines stand alone.
 
     Raises:
         RequestError: a frame lacks a column, or holds no run.
@@ -32,6 +33,7 @@ class BasinFigure(ReportFigure):
 
     basins: pd.DataFrame
     optima: pd.DataFrame
+    seeds: int | None = None
     title = "Learning-rate basins across widths"
 
     def __post_init__(self) -> None:
@@ -45,8 +47,44 @@ class BasinFigure(ReportFigure):
         return self.basins.copy()
 
     @property
+    def whole(self) -> int:
+        """How many losses a point's mean is over, unless some diverged or are missing."""
+        return self.seeds or int(self.basins["seed"].nunique())
+
+    @property
+    def hollow(self) -> bool:
+        """Whether some point is the mean of fewer losses than the others."""
+        counts = self.basins.groupby(["parametrization", "width", "log2_lr"])["loss"].count()
+        return bool(((counts > 0) & (counts < self.whole)).any())
+
+    @property
+    def _diverged(self) -> pd.Series:
+        return self.basins["diverged"].fillna(False) | self.basins["loss"].isna()
+
+    @property
+    def _why_fewer(self) -> str:
+        runs = self.basins.groupby(["parametrization", "width", "log2_lr"])["seed"].count()
+        reasons = ["as some runs diverged"] if self._diverged.any() else []
+        return " or ".join(reasons + (["as some are not done yet"] if (runs < self.whole).any() else []))
+
+    @property
     def caption(self) -> str:
         """How to read the figure."""
+        text = self._lines
+        if self.hollow:
+            text += (
+                f" Hollow points are means over fewer than {self.whole} losses, {self._why_fewer}: do not compare them with "
+                "the others."
+            )
+        return text if len(self.optima) else text + " No optimum is marked, as there is no verdict on these runs yet."
+
+    @property
+    def _lines(self) -> str:
+        if self.optima.empty:
+            text = "Each line is one width: the mean validation loss over the seeds that are done, with a band from the best "
+            text += "seed to the worst."
+            crosses = " × along the top are runs that diverged, one per seed, in their width's colour."
+            return text + (crosses if self._diverged.any() else "")
         return (
             "Each line is one width: the mean validation loss over seeds, with a band from the best seed to the worst. "
             "× along the top are runs that diverged, one per seed, in their width's colour; the mean is over the others. "
@@ -70,20 +108,28 @@ class BasinFigure(ReportFigure):
             share_loss_scale(grid[0, 0], self.basins, rows=len(colours))
             for panel, strip, name in zip(*grid, names, strict=True):
                 optima = self.optima[self.optima["parametrization"] == name].sort_values("width")
-                basin_panel(panel, name, self.basins[self.basins["parametrization"] == name], optima, colours)
+                basin_panel(
+                    panel, name, self.basins[self.basins["parametrization"] == name], optima, colours, self.whole
+                )
                 optimum_strip(strip, optima, colours, (lrs.min(), lrs.max()))
                 strip.set_xlabel("base learning rate")
                 lr_axis(strip, lrs.min(), lrs.max())
             grid[0, 0].set_xlim(lrs.min() - 0.4, lrs.max() + 0.4)
             grid[0, 0].set_ylabel("validation loss")
             grid[1, 0].set_ylabel("width")
-            figure.legend(handles=_legend(colours), loc="outside upper left", ncols=len(colours) + 3, handlelength=1.6)
+            figure.legend(
+                handles=_legend(colours, self.hollow, len(self.optima) > 0, bool(self._diverged.any())),
+                loc="outside upper left",
+                ncols=len(colours) + 4,
+                handlelength=1.6,
+            )
         return figure
 
 
-def _legend(colours: dict[int, str]) -> list[Line2D]:
+def _legend(colours: dict[int, str], hollow: bool, judged: bool, lost: bool) -> list[Line2D]:
     lines = [Line2D([], [], color=hue, linewidth=2.4, label=f"width {width}") for width, hue in colours.items()]
     dot = Line2D([], [], color=GREY, marker="o", markersize=7, linestyle="", label="optimum")
     cross = Line2D([], [], color=GREY, marker="x", markersize=5, linestyle="", label="diverged run")
     reference = Line2D([], [], color=GREY, linestyle=":", label=f"optimum of width {min(colours)}")
-    return [*lines, dot, reference, cross]
+    ring = Line2D([], [], color=GREY, marker="o", markersize=4.5, mfc="white", linestyle="", label="fewer seeds")
+    return [*lines, *([dot, reference] if judged else []), *([cross] if lost else []), *([ring] if hollow else [])]

@@ -56,14 +56,14 @@ def optimum_table(optima: pd.DataFrame) -> Table:
     rows = []
     for row in optima.itertuples():
         reference = row.drift == row.drift_low == row.drift_high == 0
-        lost = number(row.transferred_loss) if math.isfinite(row.transferred_loss) else "diverged"
+        lost = "diverged" if math.isinf(row.transferred_loss) else number(row.transferred_loss)
         cells = [
             cell(label(row.parametrization)),
             cell(str(row.width)),
             cell(power_of_two(row.log2_lr) + (" (edge of the grid)" if row.at_edge else ""), row.log2_lr),
             cell("reference" if reference else interval(row.drift, row.drift_low, row.drift_high), row.drift),
             cell(number(row.best_loss)),
-            cell(lost, row.transferred_loss),
+            cell("not run" if math.isnan(row.transferred_loss) else lost, row.transferred_loss),
             cell(regret(row.regret, row.regret_low, row.regret_high), row.regret),
         ]
         rows.append(cells)
@@ -78,8 +78,8 @@ def comparison_table(rows: list[dict[str, Any]]) -> Table:
     header = [
         ("run", "parametrization, and where its hyperparameters came from"),
         ("lr", "base learning rate"),
-        ("validation loss", "mean over seeds"),
-        ("interval", "95%, over seeds"),
+        ("mean loss", "validation loss, mean over seeds"),
+        ("95% of the mean", "interval of the mean over seeds, Student's t"),
         ("minus the first", "difference in loss, of the same seeds, with its 95% interval"),
         ("relative", "difference over the first row's loss"),
     ]

@@ -52,10 +52,15 @@ def expected_loss(basins: pd.DataFrame, transferred: float, target: dict[str, An
     logs = {int(size): np.log(rows["loss"].to_numpy(float)) for size, rows in mine.groupby("width")}
     spread, freedom = _seed_spread(logs)
     if width in logs:
-        middle, count = float(logs[width].mean()), len(logs[width])
+        losses = np.exp(logs[width])
+        middle, count = math.log(losses.mean()), len(losses)  # the mean that every table shows
         half = _half(freedom) * spread * math.sqrt(1 + 1 / count)
         return _of(
-            middle, middle - half, middle + half, f"measured at this width over {count} seeds; 95% interval of one run"
+            middle,
+            middle - half,
+            middle + half,
+            f"the mean of {count} seeds measured at this width, with the 95% interval of one more run on a new seed: wider than "
+            "the interval of the mean",
         )
     return _beyond(logs, width, spread, freedom)
 
@@ -82,7 +87,7 @@ def _beyond(logs: dict[int, np.ndarray], width: int, spread: float, freedom: int
         high,
         f"if the pace from width {last} to {widest} goes on to {width}, a factor of {number(width / widest)} beyond what was "
         f"measured. Low end: the best pace between any two widths goes on; high end: nothing is gained beyond {widest}; each "
-        "with the 95% interval of one run over seeds. Assumes that gains do not speed up with width",
+        "with the 95% interval of one run on a new seed. Assumes that gains do not speed up with width",
     )
 
 

@@ -46,7 +46,10 @@ class HistoryFigure(ReportFigure):
     def caption(self) -> str:
         """How to read the figure."""
         running = int((~self.trials["state"].isin(FINISHED)).sum())
-        left_out = f" Not drawn: {running} not finished yet." if running else ""
+        cut = int((self.trials["state"].eq("FAIL") & self.trials["steps"].isna()).sum())
+        counts = {"not finished yet": running, "interrupted and done again": cut}
+        said = " and ".join(f"{count} {what}" for what, count in counts.items() if count)
+        left_out = f" Not drawn: {said}." if said else ""
         return (
             "Each mark is one trial on the proxy, placed where its compute ends. The line is the best loss so far; the "
             "dotted line is the default recipe (trial 0), so the gap between the two is what the search has gained. "
@@ -56,7 +59,8 @@ class HistoryFigure(ReportFigure):
 
     def draw(self) -> Figure:
         """Return the drawing."""
-        rows = self.trials[self.trials["state"].isin(FINISHED)].sort_values("number")
+        there = self.trials["state"].isin(FINISHED) & ~(self.trials["state"].eq("FAIL") & self.trials["steps"].isna())
+        rows = self.trials[there].sort_values("number")
         # An interrupted trial has failed and noted no compute; the others' places do not depend on it.
         rows = rows.assign(flops=rows["flops"].where(rows["state"].ne("FAIL"), rows["flops"].fillna(0.0)))
         compute = rows["flops"].notna().all() and rows["flops"].sum() > 0

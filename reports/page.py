@@ -16,7 +16,7 @@ from markupsafe import Markup
 
 from mutransfer.errors import RequestError
 from mutransfer.files import write_text
-from mutransfer.frames import varying
+from mutransfer.frames import OPTIMA, varying
 from mutransfer.reports.basins import BasinFigure
 from mutransfer.reports.cells import (
     comparison_table,
@@ -41,14 +41,16 @@ from mutransfer.reports.wider import WiderFigure
 
 __all__ = ["write_report"]
 
+FIGURES = {"basins", "wider", "coordinates", "history", "slices", "importances", "parallel", "planned"}
 HERE = Path(__file__).parent
 
 
 def write_report(folder: str | os.PathLike[str]) -> Path:
     """Write ``report.html`` and ``plots/*.png`` into a run folder from what is there; return the page's path.
 
-    Read are coordinates.csv, basins.csv, trials.csv, experiment.yaml, best.json, target.json, environment.json, verify.json
-    and check.json. The page says in one line what is missing and which command makes it.
+    Read are coordinates.csv, basins.csv, trials.csv, experiment.yaml, best.json, target.json, environment.json, verify.json,
+    repeats.csv and check.json. The page says in one line what is missing and which command makes it, and of what is unfinished
+    how much is done; nothing is concluded from a part.
 
     Raises:
         RequestError: no such folder, none of these files in it, a file that does not hold what its name says, or a
@@ -60,10 +62,14 @@ def write_report(folder: str | os.PathLike[str]) -> Path:
     figures = _figures(run, slopes, optima, notes)
     for name, figure in figures.items():
         figure.save(run.path / "plots" / f"{name}.png")
+    for name in FIGURES - figures.keys():  # of an earlier report
+        (run.path / "plots" / f"{name}.png").unlink(missing_ok=True)
     made = {"slopes": slopes, "optima": optima, "parameters": run.parameters}
     for name, rows in made.items():
         if rows is not None:
             write_text(run.path / f"{name}.csv", rows.to_csv(index=False))
+        else:
+            (run.path / f"{name}.csv").unlink(missing_ok=True)
     return write_text(run.path / "report.html", _render(run, verdict, optima, figures, notes))
 
 
@@ -80,7 +86,7 @@ def _analysed(run: RunContents) -> tuple[Any | None, pd.DataFrame | None, dict[s
             verdict = judge(run.coordinates[run.coordinates["parametrization"] == run.checked])
         except RequestError as error:
             notes["coordinates"] = f"No slopes from coordinates.csv: {error}"
-    if run.basins is not None:
+    if run.basins is not None and run.verify.get("verdict"):  # before there is one, an optimum may still move
         from mutransfer.basins import REGRET_LIMIT
         from mutransfer.basins import optima as fit
 
@@ -102,8 +108,10 @@ def _figures(
     """Return the figures that can be drawn; ``notes`` gets a sentence for each that cannot though its file is there."""
     wanted: dict[str, Callable[[], ReportFigure]] = {}
     basins = run.judged_basins
+    if basins is not None and len(basins):
+        drawn = OPTIMA.frame([]) if optima is None else optima
+        wanted["basins"] = functools.partial(BasinFigure, basins, drawn, seeds=run.seeds_planned)
     if basins is not None and optima is not None:
-        wanted["basins"] = functools.partial(BasinFigure, basins, optima)
         wanted["wider"] = functools.partial(WiderFigure, basins, optima, maximize=run.maximize)
     if run.coordinates is not None and slopes is not None and len(slopes):
         wanted["coordinates"] = functools.partial(CoordinateFigure, run.coordinates, slopes)
@@ -136,7 +144,10 @@ def _render(
     notes: dict[str, str],
 ) -> str:
     slopes = None if verdict is None else verdict.slopes
-    found, warnings = findings(run, verdict), [str(warning) for warning in run.target.get("warnings") or []]
+    found = findings(run, verdict)
+    # What was not verified then may be by now: the findings say what is true today.
+    then = set((run.target.get("provenance") or {}).get("unproven") or ())
+    warnings = [str(warning) for warning in run.target.get("warnings") or [] if warning not in then]
     script = (HERE / "report.js").read_text(encoding="utf-8")
     compared = run.verify.get("comparison") or []
     environment = Environment(
@@ -159,6 +170,7 @@ def _render(
         parameters=parameter_table(run.parameters) if run.parameters is not None else None,
         throughput=throughput_table(run.trials, run.basins),
         warnings=warnings,
+        remarks=[str(note) for note in run.target.get("notes") or []],
         environment=environment_table(run.facts) if run.environment else None,
         files=downloads(_files(run, slopes, optima)),
         style=Markup((HERE / "report.css").read_text(encoding="utf-8")),

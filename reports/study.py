@@ -26,9 +26,14 @@ def hyperparameters(trials: pd.DataFrame) -> list[str]:
 
 
 def is_lost(trials: pd.DataFrame) -> pd.Series:
-    """Return which trials diverged or failed: they have no loss to compare, and are drawn as crosses."""
+    """Return which trials diverged or failed: they have no loss to compare, and are drawn as crosses.
+
+    An interrupted trial, which is done again under another number, has neither: it did no step.
+    """
     ended = trials["state"].isin(["COMPLETE", "PRUNED"])
-    return trials["state"].eq("FAIL") | (ended & (trials["diverged"].fillna(False) | trials["value"].isna()))
+    return (trials["state"].eq("FAIL") & trials["steps"].notna()) | (
+        ended & (trials["diverged"].fillna(False) | trials["value"].isna())
+    )
 
 
 def drawable(trials: pd.DataFrame) -> pd.DataFrame:

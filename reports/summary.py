@@ -29,7 +29,7 @@ DEFAULT = {
 
 @dataclass(frozen=True)
 class Finding:
-    """One verdict: what was asked, "pass", "fail", "undecided" or "none", and why in one line."""
+    """One verdict: what was asked, "pass", "fail", "undecided", "unfinished" or "none", and why in one line."""
 
     name: str
     status: str
@@ -58,21 +58,25 @@ def findings(run: RunContents, verdict: Any | None) -> list[Finding]:
     check = run.check
     if not check and verdict is not None:
         check = {"verdict": verdict.status, "cause": verdict.cause}
-    return [
-        _finding("Learning-rate transfer", "verify", run.verify, run.missing("verify.json")),
-        _finding("Coordinate check", "check", check, run.missing("check.json")),
+    found = [
+        _finding(run, "Learning-rate transfer", "verify", run.verify),
+        _finding(run, "Coordinate check", "check", check),
     ]
+    search = [Finding("Search", "unfinished", run.unfinished["tune"])] if "tune" in run.unfinished else []
+    return [*search, *found]
 
 
 def overall(found: list[Finding], warnings: list[str]) -> str:
     """Return the verdict on the run: "fail" if any fails, "warn" if any is undecided or the target has warnings, else "pass".
+
+    A "pass" beside something unfinished is a "warn" as well.
 
     "none" without any verdict.
     """
     there = {finding.status for finding in found}
     if "fail" in there:
         return "fail"
-    if "undecided" in there or ("pass" in there and warnings):
+    if "undecided" in there or ("pass" in there and (warnings or "unfinished" in there)):
         return "warn"
     return "pass" if "pass" in there else "none"
 
@@ -121,7 +125,7 @@ def _expected(run: RunContents, basins: pd.DataFrame | None) -> Fact:
         return Fact(
             "Expected target loss", "not told", "target.json holds no size: make it again with mutransfer transfer"
         )
-    name = f"Expected loss at width {size['width']}"
+    name = f"Expected loss of one run at width {size['width']}"
     if basins is None or not isinstance(transferred, int | float):
         return Fact(name, "not told", run.missing("verify.json"))
     told = expected_loss(basins, float(transferred), run.target)
@@ -140,29 +144,44 @@ def facts(run: RunContents, optima: pd.DataFrame | None) -> list[Fact]:
         last = rows.iloc[-1]
         drift = octaves(*last[["drift", "drift_low", "drift_high"]])
         drifts.append(Fact(f"{label(name)}: drift of the best lr", drift, across([*rows["width"]])))
+        if pd.isna(last["transferred_loss"]):  # no run at the transferred learning rate
+            continue
         regret = regret_words(*last[["regret", "regret_low", "regret_high"]])
-        regret = "diverged" if pd.isna(last["transferred_loss"]) else regret
+        regret = "diverged" if math.isinf(last["transferred_loss"]) else regret
         note = f"loss above its own best, in the loss's unit, width {last['width']}"
         regrets.append(Fact(f"{label(name)}: regret of the transferred lr", regret, note))
-    found = [*drifts, *regrets]
-    if run.trials is not None and run.trials["value"].notna().any():
-        rows = run.trials[run.trials["state"].eq("COMPLETE")].dropna(subset="value")
-        if len(rows):
-            best = rows.loc[rows["value"].idxmax() if run.maximize else rows["value"].idxmin()]
-            found.append(
-                Fact(
-                    "best proxy metric" if run.maximize else "best proxy loss",
-                    number(float(best["value"])),
-                    f"trial {best['number']} of {len(run.trials)}",
-                )
-            )
-    return found
+    return [*drifts, *regrets, *_best_proxy(run)]
 
 
-def _finding(name: str, kind: str, content: dict[str, Any], missing: str) -> Finding:
-    status = content.get("verdict")
-    if not isinstance(status, str):
-        return Finding(name, "none", missing)
+def _best_proxy(run: RunContents) -> list[Fact]:
+    """Return the best proxy loss, or metric: a mean over seeds where the best trials were repeated, else that of one run."""
+    if run.trials is None:
+        return []
+    rows = run.trials[run.trials["state"].eq("COMPLETE") & ~run.trials["diverged"].fillna(False)].dropna(subset="value")
+    if rows.empty:
+        return []
+    own, what = rows.set_index("number")["value"], "metric" if run.maximize else "loss"
+    if run.repeats is not None and "tune" not in run.unfinished:
+        again = run.repeats[run.repeats["number"].isin(own.index)]
+        whole = again.groupby("number").filter(
+            lambda group: not group["diverged"].any() and group["loss"].notna().all()
+        )
+        means = {number: [own[number], *group["loss"]] for number, group in whole.groupby("number")}
+        if means:
+            choose = max if run.maximize else min
+            number_, losses = choose(means.items(), key=lambda each: sum(each[1]) / len(each[1]))
+            value = number(float(sum(losses) / len(losses)))
+            return [Fact(f"proxy {what} of the recipe", value, f"mean over {len(losses)} seeds, trial {number_}")]
+    ended = f"{run.trials_done} trials" if "tune" not in run.unfinished else f"the {run.trials_done} trials so far"
+    best = own.idxmax() if run.maximize else own.idxmin()
+    return [Fact(f"best proxy {what} of one run", number(float(own[best])), f"trial {best} of {ended}")]
+
+
+def _finding(run: RunContents, name: str, kind: str, content: dict[str, Any]) -> Finding:
+    status, file = content.get("verdict"), f"{kind}.json"
+    if not isinstance(status, str) or file in run.absent:
+        going_on = run.unfinished.get(kind) == run.missing(file)
+        return Finding(name, "unfinished" if going_on else "none", run.missing(file))
     reasons = [content[key] for key in ("cause", "reason", "reasons") if content.get(key)]
     lines = [str(line) for reason in reasons for line in (reason if isinstance(reason, list) else [reason])]
     return Finding(name, status, " ".join(lines) or DEFAULT.get((kind, status), ""))

@@ -70,7 +70,9 @@ class WiderFigure(ReportFigure):
 
     def draw(self) -> Figure:
         """Return the drawing."""
-        frame = self.frame().replace([np.inf, -np.inf], np.nan)
+        frame = self.frame()
+        frame.insert(2, "diverged", np.isinf(frame["loss"]))  # what is missing was not run, and is not drawn
+        frame = frame.replace([np.inf, -np.inf], np.nan)
         with styled():
             figure = Figure(figsize=(6.4, 3.9), layout="constrained")
             axes = figure.subplots()
@@ -121,5 +123,5 @@ def _curve(axes: Axes, name: str, carried: pd.DataFrame, own: pd.DataFrame) -> N
     errors = [(carried["loss"] - carried["low"]).clip(lower=0), (carried["high"] - carried["loss"]).clip(lower=0)]
     line: dict[str, Any] = {"marker": "o", "markersize": 5.5, "capsize": 3, "elinewidth": 1.0, "gid": "transferred"}
     axes.errorbar(carried.index, carried["loss"], yerr=errors, color=hue, label=f"{short}, transferred lr", **line)
-    lost = carried.index[carried["loss"].isna()]
+    lost = carried.index[carried["diverged"]]
     axes.plot(lost, [0.97] * len(lost), "x", color=hue, markersize=7, transform=axes.get_xaxis_transform(), gid="lost")

@@ -104,10 +104,29 @@ def test_basins_where_everything_diverged(basins, optima):
 
 def test_wider_shows_a_diverged_transfer(basins, optima):
     lost = (optima["parametrization"] == "sp") & (optima["width"] == 1024)
-    optima.loc[lost, ["transferred_loss", "regret", "regret_low", "regret_high"]] = np.nan
+    optima.loc[lost, ["transferred_loss", "regret", "regret_low", "regret_high"]] = np.inf
     figure = WiderFigure(basins, optima)
     assert points(figure.draw(), "lost") == 1
     figure.png()
+    optima.loc[lost, ["transferred_loss", "regret", "regret_low", "regret_high"]] = np.nan  # no run at that rate
+    assert points(WiderFigure(basins, optima).draw(), "lost") == 0
+
+
+def test_a_point_of_fewer_seeds_is_hollow(basins, optima):
+    assert points(BasinFigure(basins, optima).draw(), "fewer seeds") > 0  # runs that diverged
+    whole = basins[
+        ~basins["diverged"].groupby([basins[c] for c in ("parametrization", "width", "log2_lr")]).transform("any")
+    ]
+    assert points(BasinFigure(whole, optima).draw(), "fewer seeds") == 0
+    assert "Hollow" not in BasinFigure(whole, optima).caption
+    key = (whole["parametrization"] == "mup") & (whole["width"] == 256) & (whole["log2_lr"] == -7)
+    short = BasinFigure(whole[~(key & (whole["seed"] > 2))], optima)
+    assert points(short.draw(), "fewer seeds") == 1
+    assert "fewer than 5 losses" in short.caption
+    alone = BasinFigure(whole[whole["seed"] < 2], optima.iloc[:0], seeds=5)
+    assert points(alone.draw(), "fewer seeds") == len(whole[["parametrization", "width", "log2_lr"]].drop_duplicates())
+    assert points(alone.draw(), "diverged") == 0
+    assert "optimum" not in alone.caption.replace("No optimum is marked", "")
 
 
 def test_wider_frame_has_both_rates(basins, optima):

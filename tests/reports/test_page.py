@@ -59,8 +59,8 @@ def page(report):
 
 def test_verdict_stands_first(page):
     body = page.text[page.text.index("µTransfer report ·") :]
-    order = ["! Warning", "Learning-rate transfer: pass", "Recipe", "Expected loss at width 4096", "Price of tuning"]
-    order += ["Price of repeats", "Price of verify", "Not in the price", "mylib::op"]
+    order = ["! Warning", "Learning-rate transfer: pass", "Recipe", "Expected loss of one run at width 4096"]
+    order += ["Price of tuning", "Price of repeats", "Price of verify", "Not in the price", "mylib::op"]
     order += ["drift of the best lr", "At the widest width", "Learning rate across widths", "Search", "Slopes"]
     order += ["Settings per parameter", "Throughput", "Warnings", "Provenance", "Commands", "Data"]
     places = [body.index(words) for words in order]
@@ -180,7 +180,7 @@ def test_trials_alone(tmp_path, trials):
     TRIALS.write(trials, tmp_path / "trials.csv")
     page = Page(write_report(tmp_path))
     assert "No verdict yet" in page.text
-    assert "best proxy loss" in page.text
+    assert "best proxy loss of one run" in page.text
     for command in ("mutransfer verify", "mutransfer check MODEL --out", "mutransfer transfer"):
         assert command in page.text
     assert "No learning-rate basins yet: run mutransfer verify" in page.text.replace(" mutransfer", " mutransfer")
