@@ -149,6 +149,8 @@ HEALTHY: dict[tuple[str, str], Band] = {
     # 0 once the readout's update and the features are aligned, less in narrow models' first steps.
     ("update", "output"): (-0.5, 0),
     ("update", "attention"): (-1, 0),
+    # The gradient of what all channels share (MLP-Mixer's layers over the patches) is a sum over them, incoherent at first.
+    ("update", "finite"): (-0.5, 0),
     # What the whole model makes of a parameter of its own, in its logits.
     ("update", "stream"): (-0.5, 0),
     # Of parameters: no row, no health. A readout may start as small as it likes, at zero too.

@@ -93,7 +93,7 @@ def _role_of_update(parameter: torch.Tensor, role: str, unit: str | None, alone:
         return "output" if alone else "stream"
     if unit == "attention" and matrix:
         return "attention"
-    return "vector" if not matrix and role in ("feature", "finite") else role
+    return "vector" if not matrix and role == "feature" else role
 
 
 def places(model: torch.nn.Module, owners: set[str], stacks: dict[str, int] | None) -> dict[str, str]:

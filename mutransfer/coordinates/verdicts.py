@@ -139,7 +139,9 @@ def _judged(coordinates: pd.DataFrame, last: int, axis: str, rules: Table | None
 def _healthy(axis: str, module: str, statistic: str, role: str, decay_policy: str, column: str) -> Band:
     if statistic == "decay":
         return HEALTHY_DECAY[decay_policy]
-    if (statistic, role, column) == ("update", "attention", "adam"):  # Adam's step does not see that a gradient fades
+    if (
+        statistic == "update" and role in ("attention", "finite") and column == "adam"
+    ):  # whose step sees no gradient fade
         role = "feature"
     kind = role if role == "output" or (axis == "width" and (statistic, role) in HEALTHY) else "feature"
     if axis == "depth" and statistic == "change" and "first" in module.split("."):
