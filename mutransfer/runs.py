@@ -13,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from . import paths
 from .errors import RequestError
 from .files import naming_the_disk, read_json, write_json
 from .masking import masked
@@ -69,13 +70,20 @@ class RunFolder:
             )
         return self
 
+    def noted(self) -> dict[str, Any]:
+        """Return what `note_environment` has written, or nothing before it has."""
+        found = read_json(self.environment, "the run's environment") if self.environment.exists() else {}
+        return found if isinstance(found, dict) else {}
+
     def note_environment(self, **facts: Any) -> None:
         """Write versions, device, command and ``facts``; refuse to mix results of another data hash.
 
         Raises:
             RequestError: the folder holds results on data with another SHA-256.
         """
-        before = self._environment()
+        before = self.noted()
+        if "places" in facts:  # those of before a move still lead to what is there now
+            facts["places"] = {**before.get("places", {}), **facts["places"]}
         known, now = before.get("data_sha256"), facts.get("data_sha256")
         if known and now and known != now:
             raise RequestError(
@@ -100,7 +108,7 @@ class RunFolder:
             arguments: options of the command line that make it go on, flag → value.
             question: what it is about, such as the recipe: plain data.
         """
-        before = self._environment()
+        before = self.noted()
         record = {
             "planned": planned,
             "ended": ended,
@@ -114,7 +122,7 @@ class RunFolder:
 
     def progress(self, command: str) -> dict[str, Any]:
         """Return what `note_progress` wrote of ``command``; empty where nothing was."""
-        progress = self._environment().get("progress")
+        progress = self.noted().get("progress")
         found = progress.get(command) if isinstance(progress, dict) else None
         return found if isinstance(found, dict) else {}
 
@@ -133,10 +141,12 @@ class RunFolder:
         known = dict(self.progress(command).get("question") or {})
         content = self.verdict(command) or {}
         if command == "verify" and "recipe" not in known:
-            basins = self._environment().get("basins")
+            basins = self.noted().get("basins")
             known |= {"recipe": basins["recipe"]} if isinstance(basins, dict) and "recipe" in basins else {}
         known |= {key: content[key] for key in ("parametrization", "optimizer") if key in content and key not in known}
-        found = [key for key, value in question.items() if key in known and _plain(known[key]) != _plain(value)]
+        found = [
+            key for key, value in question.items() if key in known and self._plain(known[key]) != self._plain(value)
+        ]
         lr, judged = (question.get("recipe") or {}).get("lr"), content.get("transferred_log2_lr")
         if "recipe" not in found and lr and isinstance(judged, int | float) and abs(judged - math.log2(lr)) > 1e-6:
             found.append("recipe")
@@ -154,17 +164,16 @@ class RunFolder:
         }[command]
         return shlex.join(["mutransfer", *line, *(str(part) for pair in given.items() for part in pair)])
 
-    def _environment(self) -> dict[str, Any]:
-        found = read_json(self.environment, "the run's environment") if self.environment.exists() else {}
-        return found if isinstance(found, dict) else {}
-
-
-def _plain(value: Any) -> Any:
-    """Return a model's reference with the whole path of its file, and everything else as it is."""
-    if not isinstance(value, str):
-        return value
-    kind, path, name = ("hf:", value[3:], "") if value.startswith("hf:") else ("", *value.rpartition(":")[::2])
-    return f"{kind}{os.path.abspath(path)}:{name}" if kind or path.endswith(".py") else value
+    def _plain(self, value: Any) -> Any:
+        """Return a model's reference with the whole path of its file, where it is now, and everything else as it is."""
+        if not isinstance(value, str) or (path := paths.path_of("model", value)) is None:
+            return value
+        whole = os.path.abspath(path)
+        for before, relative in self.noted().get("places", {}).items():
+            if whole == before or whole.startswith(f"{before}/"):
+                moved = os.path.normpath(os.path.realpath(self.path / relative) + whole[len(before) :])
+                return paths.with_path("model", value, moved if os.path.exists(moved) else whole)
+        return paths.with_path("model", value, whole)
 
 
 def environment() -> dict[str, Any]:

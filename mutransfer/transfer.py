@@ -6,10 +6,11 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from . import paths
 from .batch_duration import apply
 from .errors import RequestError, nearest
 from .files import read_json, write_json
@@ -43,6 +44,7 @@ class TargetConfig:
         seed: of the initial weights and of the order of the data.
         provenance: where the recipe came from (plain JSON data): proxy, study, hashes, versions.
         warnings: what does not, or may not, transfer; one sentence each.
+        beside: the folder of the file that it was read from.
 
     Raises:
         RequestError: a value of the wrong kind, or one that JSON cannot hold.
@@ -58,6 +60,7 @@ class TargetConfig:
     seed: int
     provenance: dict[str, Any]
     warnings: tuple[str, ...] = ()
+    beside: Path = field(default=Path(), compare=False)
 
     def __post_init__(self) -> None:
         for name, least in (("sequence_length", 1), ("batch_size", 1), ("steps", 1), ("seed", 0)):
@@ -78,6 +81,23 @@ class TargetConfig:
             object.__setattr__(self, name, plain)
         if not all(isinstance(text, str) for text in self.warnings):
             raise RequestError(f"warnings is {self.warnings!s:.200}: give sentences.")
+
+    def found(self) -> tuple[dict[str, str], str | None]:
+        """Return the references to model, data and trainer as they lead from the current folder, and the folder they are in.
+
+        What was recorded is looked for from the file of the target, then where it was (`paths.found`).
+
+        Raises:
+            RequestError: one of them is gone.
+        """
+        call = (self.provenance.get("trainer") or {}).get("call")
+        references = {"model": self.model, "data": self.data, **({} if call is None else {"call": str(call)})}
+        folder = self.provenance.get("folder")
+        if folder is None:  # written by an earlier version, whose paths led from the current folder
+            return references, None
+        places = self.provenance.get("places", {})
+        now, home = paths.found(references, folder, places, self.beside, f"the target {self.model}")
+        return {key: paths.from_here(key, each, home) for key, each in now.items()}, home
 
     @property
     def tokens(self) -> int:
@@ -133,7 +153,10 @@ class TargetConfig:
             plan = Plan.from_dict({**data, "optimizer": data["optimizer"]["name"]}, str(path))
             table(plan.parametrization)
             names = ("model", "options", "data", "sequence_length", "batch_size", "steps", "seed", "provenance")
-            target = cls(plan=plan, warnings=tuple(data["warnings"]), **{name: data[name] for name in names})
+            target = cls(
+                plan=plan, warnings=tuple(data["warnings"]), beside=Path(path).parent,
+                **{name: data[name] for name in names},
+            )  # fmt: skip
             again = json.loads(json.dumps(target.as_dict()))
         except RequestError as error:
             sentence = str(error)

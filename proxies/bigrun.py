@@ -20,6 +20,7 @@ from mutransfer.transfer import TargetConfig
 
 from .checkpoints import restore, save
 from .data import Data, load_data
+from .importing import modules_in
 from .reference import load_family
 from .training import FINITE_EVERY, Training
 
@@ -62,10 +63,12 @@ def run_target(
         raise RequestError(f"checkpoint_every is {checkpoint_every!r}: give a number of steps of at least 1.")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise RequestError(f"the device is {device} and torch sees no GPU here: use --device cpu.")
-    data = load_data(target.data, target.sequence_length)
+    references, folder = target.found()
+    data = load_data(references["data"], target.sequence_length)
     _refuse_other_data(target, data)
     torch.manual_seed(target.seed)  # for what the plan does not draw: buffers, dropout
-    family = load_family(target.model, data, target.plan.base, options=target.options)
+    with modules_in(folder):
+        family = load_family(references["model"], data, target.plan.base, options=target.options)
     training = Training(
         family, target.plan, data, steps=target.steps, batch_size=target.batch_size, seed=target.seed, device=device
     )

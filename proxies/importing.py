@@ -19,11 +19,12 @@ from mutransfer.errors import RequestError, assertion
 from mutransfer.printing import shown_once
 from mutransfer.scale import Scale
 
-__all__ = ["FORMS", "guarded", "helpers_of", "import_file", "import_module", "said"]
+__all__ = ["FORMS", "guarded", "helpers_of", "import_file", "import_module", "modules_in", "said"]
 
 FORMS = "a built-in (mlp, resnet, transformer), path/to/file.py:name, package.module:name or hf:config.json"
 
 _loaded: dict[Path, tuple[tuple[int, int], ModuleType]] = {}  # file → (its time and size when read, what it gave)
+_folders: list[str | None] = []  # of `modules_in`
 _beside: dict[str, Path] = {}  # helper module → the folder it was imported from
 
 
@@ -97,14 +98,26 @@ def _relative(path: Path, file: Path, error: ImportError) -> str:
     )
 
 
+@contextlib.contextmanager
+def modules_in(folder: str | None) -> Iterator[None]:
+    """Let `import_module` look below ``folder`` as well, before the current one."""
+    _folders.append(folder)
+    try:
+        yield
+    finally:
+        _folders.pop()
+
+
 def import_module(name: str, forms: str = FORMS) -> ModuleType:
-    """Import an installed module, or one below the current folder.
+    """Import an installed module, or one below the current folder or that of `modules_in`.
 
     Raises:
         RequestError: there is no such module, or it raised.
     """
     try:
-        with _on_path(Path.cwd()):
+        with contextlib.ExitStack() as held:
+            for folder in dict.fromkeys([Path.cwd(), *(Path(each) for each in _folders if each is not None)]):
+                held.enter_context(_on_path(folder))
             return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name and f"{name}.".startswith(f"{error.name}."):

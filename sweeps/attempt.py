@@ -26,13 +26,14 @@ class Attempt:
         rungs: steps at which ``ask`` is asked.
         ask: (step, loss) → whether to stop.
         maximize: more is better of what is reported as loss, so that below its start a run has diverged.
+        on_report: called with every step that is reported.
     """
 
     def __init__(
         self, steps: int, rungs: tuple[int, ...] = (), ask: Callable[[int, float], bool] | None = None,
-        *, maximize: bool = False,
+        on_report: Callable[[int], None] = lambda step: None, *, maximize: bool = False,
     ) -> None:  # fmt: skip
-        self.steps, self._rungs, self._ask = steps, sorted(rungs), ask
+        self.steps, self._rungs, self._ask, self._on_report = steps, sorted(rungs), ask, on_report
         self._begun = time.perf_counter()
         self._start = math.nan
         self._last: tuple[int, float] | None = None
@@ -59,6 +60,7 @@ class Attempt:
     def heard(self, step: int, loss: float) -> bool:
         """Note a report, and return whether the run should end here: it is pruned, or has diverged."""
         self._last = step, loss
+        self._on_report(step)
         if not math.isfinite(loss):
             return True
         if step == 0:

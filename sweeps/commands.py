@@ -16,7 +16,6 @@ from typing import Any
 from mutransfer.errors import RequestError
 from mutransfer.export import export
 from mutransfer.files import naming_the_disk, write_text
-from mutransfer.plans import Plan
 from mutransfer.proxies.training import Outcome
 from mutransfer.transfer import TargetConfig
 
@@ -28,15 +27,15 @@ from .told import told
 from .trainers import Trainer
 from .wards import Ward
 
-__all__ = ["Commands", "check_command"]
+__all__ = ["CommandRun", "Commands", "check_command", "environment", "look"]
 
 LOOK_EVERY = 0.05  # seconds between looks at commands that say nothing
 
 
-def check_command(trainer: Trainer) -> None:
-    """Raise a RequestError if the program of ``trainer``'s command is not there."""
+def check_command(trainer: Trainer, folder: str | None = None) -> None:
+    """Raise a RequestError if the program of ``trainer``'s command, which runs in ``folder``, is not there."""
     program = shlex.split(str(trainer.command))[0]
-    if "{" not in program and shutil.which(program) is None:
+    if "{" not in program and shutil.which(os.path.join(folder or "", program) if "/" in program else program) is None:
         raise RequestError(
             f"trainer.command begins with {program!r}, which is no program here: check its name and PATH; a script is run by "
             "its interpreter, as in python train.py."
@@ -57,58 +56,72 @@ class Commands:
         self, experiment: Experiment, jobs: Iterable[Job], report: Report | None = None
     ) -> Iterator[tuple[Job, Outcome]]:
         """See `Executor.run`; whatever ends it early ends the commands at work."""
-        source, running = iter(jobs), dict[int, _Run]()
+        assert experiment.trainer is not None
+        source, running = iter(jobs), dict[int, tuple[Job, CommandRun]]()
         try:
             while True:
                 for job in islice(source, self.capacity - len(running)):
                     slot = min(set(range(self.capacity)) - running.keys())
                     ask = None if report is None else alone(report, job)
                     attempt = Attempt(experiment.steps, job.rungs, ask, maximize=experiment.maximize)
-                    running[slot] = _Run(experiment, job, attempt, self._home(job), slot, self._environment())
+                    home = self._home(job)
+                    # Of another job of that name, whose checkpoint is not this one's.
+                    shutil.rmtree(home / "out", ignore_errors=True)
+                    running[slot] = job, CommandRun(
+                        experiment.trainer, _target(experiment, job), attempt, home, experiment.folder, slot=slot,
+                        environment=environment(self.capacity),
+                    )  # fmt: skip
                 if not running:
                     return
-                ends = [end for run in running.values() if (end := run.ward.readable) is not None]
-                select.select(ends, [], [], LOOK_EVERY)
-                for slot, run in list(running.items()):
+                look(run for _, run in running.values())
+                for slot, (job, run) in list(running.items()):
                     if (outcome := run.advance()) is not None:
                         del running[slot]
-                        yield run.job, outcome
+                        yield job, outcome
         finally:
-            for run in running.values():
+            for _, run in running.values():
                 run.ward.stop()  # all at once, before waiting for any
-            for run in running.values():
+            for _, run in running.values():
                 run.ward.close()
 
     def _home(self, job: Job) -> Path:
         key = job.key if isinstance(job.key, tuple) else (job.key,)
         return self.folder / "trials" / "_".join(map(str, key))
 
-    def _environment(self) -> dict[str, str]:
-        """Reports are to come when they are printed, and commands side by side to share the cores."""
-        share = max(1, len(os.sched_getaffinity(0)) // self.capacity)
-        threads = {} if self.capacity == 1 else {"OMP_NUM_THREADS": str(share)}
-        return {"PYTHONUNBUFFERED": "1", **threads, **os.environ}
+
+def environment(side_by_side: int = 1) -> dict[str, str]:
+    """Return a command's environment: reports are to come when they are printed, and commands to share the cores."""
+    share = max(1, len(os.sched_getaffinity(0)) // side_by_side)
+    threads = {} if side_by_side == 1 else {"OMP_NUM_THREADS": str(share)}
+    return {"PYTHONUNBUFFERED": "1", **threads, **os.environ}
 
 
-class _Run:
-    """A job's command, over all its tries."""
+def look(runs: Iterable[CommandRun]) -> None:
+    """Wait until one of ``runs`` says something, or for a moment."""
+    select.select([end for run in runs if (end := run.ward.readable) is not None], [], [], LOOK_EVERY)
+
+
+class CommandRun:
+    """A trainer's command at work on ``target``, over all its tries.
+
+    ``home`` holds its files, recipe.json and plan.json among them, and its folder out; ``folder`` is where it runs.
+    """
 
     def __init__(
-        self, experiment: Experiment, job: Job, attempt: Attempt, home: Path, slot: int, environment: dict[str, str]
-    ) -> None:
-        assert experiment.trainer is not None
-        self.job, self.attempt, self.home = job, attempt, home
-        self.trainer, self.environment = experiment.trainer, environment
+        self, trainer: Trainer, target: TargetConfig, attempt: Attempt, home: Path, folder: str | None, *, slot: int = 0,
+        environment: dict[str, str],
+    ) -> None:  # fmt: skip
+        self.attempt, self.home, self.folder = attempt, home, folder
+        self.trainer, self.environment = trainer, environment
         with naming_the_disk(home):
-            shutil.rmtree(
-                home / "out", ignore_errors=True
-            )  # of another job of that name, whose checkpoint is not this one's
-            (home / "out").mkdir(parents=True)
-        plan = plan_of(experiment, job.scale, job.parametrization, job.recipe)
-        files = {"recipe": job.recipe.save(home / "recipe.json"), "plan": _save_plan(experiment, plan, job, home)}
+            (home / "out").mkdir(parents=True, exist_ok=True)
+        files = {
+            "recipe": target.plan.recipe.save(home / "recipe.json"),
+            "plan": write_text(home / "plan.json", export(target, "pytorch")[1]),
+        }
         # Whole paths: a launcher may start the script in another folder.
         paths = {name: str(path.absolute()) for name, path in {**files, "out": home / "out"}.items()}
-        self.words = self.trainer.words({**paths, "seed": str(job.seed), "slot": str(slot)})
+        self.words = self.trainer.words({**paths, "seed": str(target.seed), "slot": str(slot)})
         self.tries = 0
         self._start()
 
@@ -117,7 +130,7 @@ class _Run:
         self.final: float | None = None
         self.late, self.stopping = False, False
         self.begun = time.monotonic()
-        self.ward = Ward(self.words, self.home / "stderr.log", self.trainer.grace, self.environment)
+        self.ward = Ward(self.words, self.home / "stderr.log", self.trainer.grace, self.environment, self.folder)
 
     def advance(self) -> Outcome | None:
         """Take in what the command has said and done; return its outcome once it has ended for good."""
@@ -179,11 +192,11 @@ class _Run:
         return self.attempt.outcome(failed=f"the trainer's command {ending(code)}{each} ({where})")
 
 
-def _save_plan(experiment: Experiment, plan: Plan, job: Job, home: Path) -> Path:
-    """Write the settings per parameter as `mutransfer transfer --to pytorch` writes the target's."""
+def _target(experiment: Experiment, job: Job) -> TargetConfig:
+    """Return the settings of a trial as `mutransfer transfer` makes the target's."""
+    plan = plan_of(experiment, job.scale, job.parametrization, job.recipe)
     settings: dict[str, Any] = experiment.model_dump(
         include={"model", "options", "data", "sequence_length", "batch_size", "steps"}
     )
     target = TargetConfig(plan=plan, seed=job.seed, provenance={}, warnings=(), **settings)
-    target = replace(target, plan=replace(plan, scale=plan.scale.with_(batch=target.batch_size, tokens=target.tokens)))
-    return write_text(home / "plan.json", export(target, "pytorch")[1])
+    return replace(target, plan=replace(plan, scale=plan.scale.with_(batch=target.batch_size, tokens=target.tokens)))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mutransfer.errors import RequestError, nearest
+from mutransfer.proxies.importing import modules_in
 from mutransfer.proxies.training import Outcome
 
 from .callables import load_trainer
@@ -102,9 +103,10 @@ def check_trainer(experiment: Experiment) -> None:
     if (trainer := experiment.trainer) is None:
         return
     if trainer.call is not None:
-        load_trainer(trainer.call)
+        with modules_in(experiment.folder):
+            load_trainer(experiment.here().references()["call"])
     else:
-        check_command(trainer)
+        check_command(trainer, experiment.folder)
 
 
 def _own(

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import Field, model_validator
 
+from mutransfer import paths
 from mutransfer.errors import RequestError, nearest
 from mutransfer.files import write_text
 from mutransfer.observing.overrides import check_roles
 from mutransfer.optimizers.registry import optimizer_rule
+from mutransfer.proxies.builtin import DEFAULT_DATA
 from mutransfer.recipe import Recipe
+from mutransfer.runs import RunFolder
 from mutransfer.scale import Scale
 from mutransfer.settings import Settings
 from mutransfer.tables import table
@@ -88,7 +92,8 @@ class Experiment(Settings):
     ``proxy`` is trained; ``base`` (the proxy unless given) is where µP changes nothing and what the recipe refers to.
     ``roles`` (name pattern → role) goes before what is observed. ``trainer`` trains instead of the built-in loop, and may
     load its own data (``data: none``). With ``direction: maximize`` more of what the trainer reports as its loss is better.
-    ``recipe`` holds values that are not searched; ``search`` ranges for those that are.
+    ``recipe`` holds values that are not searched; ``search`` ranges for those that are. ``folder`` is what relative paths
+    lead from and where a trainer's command runs: the folder of the file, or the current one of an experiment without a file.
     """
 
     model: str = "transformer"
@@ -113,6 +118,24 @@ class Experiment(Settings):
     budget: Budget = Budget()
     repeats: Repeats | None = None
     seed: Annotated[int, Field(ge=0)] = 0
+    folder: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _names_its_data(cls, given: Any) -> Any:
+        """Built-in models have data of their own; a person's model is never given data that nobody named."""
+        if not isinstance(given, dict) or given.get("data") is not None:
+            return given
+        model = given.get("model", cls.model_fields["model"].default)
+        if not isinstance(model, str) or model in DEFAULT_DATA:
+            return {**given, "data": DEFAULT_DATA.get(str(model), "bytes")}
+        if given.get("trainer") is not None:
+            return {**given, "data": NO_DATA}
+        raise ValueError(
+            f"{model} is a model of your own, with a batch and a loss of its own, and nothing says what it trains on: name data "
+            "(digits, bytes, markov, text:PATH or bin:PATH), or as trainer a function that makes its batches "
+            "(docs/own-trainer.md)."
+        )
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -181,12 +204,36 @@ class Experiment(Settings):
 
     def question(self) -> dict[str, Any]:
         """Return all that makes its trials comparable with those of another: not how many, nor how long each may take."""
-        asked = self.model_dump(mode="json", exclude=set(OPEN))
+        asked = self.model_dump(mode="json", exclude={*OPEN, "folder"})
         return asked | {"trainer": None if self.trainer is None else self.trainer.question()}
 
     def subject(self) -> dict[str, Any]:
-        """Return which model is scaled by which rules: what verdicts are about, whatever the recipe."""
-        return self.model_dump(mode="json", include={"parametrization", "optimizer", "model", "options"})
+        """Return which model, by its whole path, is scaled by which rules: what verdicts are about, whatever the recipe."""
+        asked = self.model_dump(mode="json", include={"parametrization", "optimizer", "model", "options"})
+        path = paths.path_of("model", self.model)
+        if path is not None and self.folder is not None:
+            asked["model"] = paths.with_path("model", self.model, os.path.normpath(os.path.join(self.folder, path)))
+        return asked
+
+    def references(self) -> dict[str, str]:
+        """Return what may hold a path, by the keys of `paths.path_of`."""
+        call = None if self.trainer is None else self.trainer.call
+        return {"model": self.model, "data": self.data, **({} if call is None else {"call": call})}
+
+    def referring(self, references: dict[str, str]) -> Experiment:
+        """Return this experiment with other references; see `references`."""
+        changes: dict[str, Any] = {key: references[key] for key in ("model", "data")}
+        if self.trainer is not None and self.trainer.call is not None:
+            changes["trainer"] = self.trainer.model_copy(update={"call": references["call"]})
+        return self.model_copy(update=changes)
+
+    def here(self) -> Experiment:
+        """Return this experiment with paths that lead from the current folder."""
+        return self.referring({key: paths.from_here(key, each, self.folder) for key, each in self.references().items()})
+
+    def places(self, beside: Path) -> dict[str, str]:
+        """Return where its folder and its absolute paths are, for a record in the folder ``beside``; see `paths.recorded`."""
+        return {} if self.folder is None else paths.recorded(self.references(), self.folder, beside)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the experiment with every default spelled out."""
@@ -211,10 +258,53 @@ class Experiment(Settings):
             ) from None
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise RequestError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
+        home = RunFolder(Path(os.path.abspath(path)).parent)
         if isinstance(data, dict):
+            # In the run folder of an earlier version paths led from the current folder.
+            if "folder" not in data and not (home.trials.exists() or home.journal.exists()):
+                data["folder"] = "."
             for change in changes or []:
                 _apply(data, change)
-        return cls.read(data, str(path))
+        experiment = cls.read(data, str(path))
+        if experiment.folder is None:
+            return experiment
+        experiment = experiment.model_copy(update={"folder": os.path.normpath(home.path / experiment.folder)})
+        return experiment._with_typed(changes or [])._moved(home, None)
+
+    @classmethod
+    def of_run(cls, run: RunFolder) -> Experiment:
+        """Read the experiment of a run folder, which may have been moved since, with what it names or without.
+
+        Raises:
+            RequestError: it cannot be read, or what it names is gone.
+        """
+        return cls.load(run.experiment)._moved(run, f"the run {run.path}")
+
+    def _moved(self, run: RunFolder, what: str | None) -> Experiment:
+        """Return the experiment with what ``run`` has recorded of its places; ``what`` is for the sentence of `paths.found`."""
+        known = run.noted().get("places", {})
+        if self.folder is None or not known:
+            return self
+        references, folder = paths.found(self.references(), self.folder, known, run.path, what)
+        return self.referring(references).model_copy(update={"folder": folder})
+
+    def _with_typed(self, changes: list[str]) -> Experiment:
+        """Paths that were typed lead from the current folder."""
+        assert self.folder is not None
+        typed = {change.partition("=")[0] for change in changes}
+        keys = {"model": {"model"}, "data": {"data"}, "call": {"trainer", "trainer.call"}}
+        references = {
+            key: paths.anchored(key, each, self.folder) if typed & keys[key] else each
+            for key, each in self.references().items()
+        }
+        here = self.referring(references)
+        if here.trainer is None or here.trainer.command is None or not typed & {"trainer", "trainer.command"}:
+            return here
+        words = shlex.split(here.trainer.command)
+        if os.path.samefile(self.folder, os.getcwd()) or not any(map(os.path.isfile, words)):
+            return here
+        command = shlex.join(os.path.abspath(word) if os.path.isfile(word) else word for word in words)
+        return here.model_copy(update={"trainer": here.trainer.model_copy(update={"command": command})})
 
 
 def with_values(recipe: Recipe, values: dict[str, Any]) -> Recipe:

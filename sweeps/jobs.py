@@ -7,6 +7,7 @@ processes, devices or fusing.
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
@@ -20,6 +21,7 @@ from mutransfer.planning import Target, plan, target_of
 from mutransfer.plans import Plan
 from mutransfer.price import Flops, optimizer_flops, step_cost
 from mutransfer.proxies.data import Data, load_data
+from mutransfer.proxies.importing import modules_in
 from mutransfer.proxies.reference import load_family
 from mutransfer.proxies.training import Outcome, Training, train
 from mutransfer.recipe import Recipe
@@ -118,9 +120,14 @@ def family_of(experiment: Experiment) -> tuple[Family, Data]:
 
 def _key(experiment: Experiment) -> str:
     """All that the family and the data depend on."""
-    keys = {"model", "options", "roles", "data", "sequence_length", "proxy", "base", "trainer"}
+    keys = {"model", "options", "roles", "data", "sequence_length", "proxy", "base", "trainer", "folder"}
     base = Size(width=experiment.base_scale.width, depth=experiment.base_scale.depth)  # whatever the proxy is
-    return experiment.model_copy(update={"proxy": base, "base": base}).model_dump_json(include=keys)
+    folder = experiment.folder or os.getcwd()
+    return (
+        experiment.here()
+        .model_copy(update={"proxy": base, "base": base, "folder": folder})
+        .model_dump_json(include=keys)
+    )
 
 
 @functools.lru_cache(maxsize=4)
@@ -128,7 +135,8 @@ def _loaded(key: str) -> tuple[Family, Data | None]:
     experiment = Experiment.model_validate_json(key)
     data = None if experiment.data == NO_DATA else load_data(experiment.data, experiment.sequence_length)
     options, roles = experiment.options, experiment.roles
-    return load_family(experiment.model, data, experiment.base_scale, options=options, roles=roles), data
+    with modules_in(experiment.folder):
+        return load_family(experiment.model, data, experiment.base_scale, options=options, roles=roles), data
 
 
 @functools.lru_cache(maxsize=32)
@@ -200,13 +208,10 @@ def do(experiment: Experiment, job: Job, device: str, report: Report | None, com
     if (trainer := experiment.trainer) is not None:
         if trainer.call is None:
             raise RequestError("the trainer is a command, and this executor calls functions: use executor_for.")
-        return call(
-            trainer.call,
-            job.recipe,
-            planned,
-            job.seed,
-            Attempt(experiment.steps, job.rungs, ask, maximize=experiment.maximize),
-        )
+        reference = experiment.here().references()["call"]
+        attempt = Attempt(experiment.steps, job.rungs, ask, maximize=experiment.maximize)
+        with modules_in(experiment.folder):
+            return call(reference, job.recipe, planned, job.seed, attempt)
     family, data = family_of(experiment)
     training = Training(
         family, planned, data, steps=experiment.steps, batch_size=experiment.batch_size, seed=job.seed, device=device,

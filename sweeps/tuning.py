@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import time
 from collections.abc import Callable
 
@@ -61,6 +62,8 @@ def tune(
             the budget reaches for none, or too many in a row failed.
     """
     begun = time.perf_counter()
+    if experiment.folder is None:
+        experiment = experiment.model_copy(update={"folder": os.getcwd()})
     executor = executor or one_by_one(experiment, folder.path, device)
     # A wrong model, corpus or size is said before anything is written.
     _, data = loaded(experiment)
@@ -76,9 +79,11 @@ def tune(
         held.enter_context(naming_the_disk(folder.path))
         if store is None or not store.shared:
             held.enter_context(only_one(folder))
-        facts = {} if data is None else {"data_sha256": data.sha256, "data_facts": data.facts}
+        facts: dict[str, object] = {} if data is None else {"data_sha256": data.sha256, "data_facts": data.facts}
         name_of_data = experiment.data if data is None else data.name
-        folder.note_environment(**facts, data=name_of_data, seed=experiment.seed, device=device)
+        folder.note_environment(
+            **facts, data=name_of_data, seed=experiment.seed, device=device, places=experiment.places(folder.path)
+        )
         experiment.save(folder.experiment)
         folder.note_progress("tune", planned=experiment.trials, ended=False)
         store = store or own_journal(folder)

@@ -19,18 +19,21 @@ TAIL = 4096  # bytes at the end of what a command said, where the reason is
 
 
 class Ward:
-    """One run of a command; its stderr goes to the file ``errors``, appended to what is there.
+    """One run of a command in ``folder``, or the current one; its stderr goes to the file ``errors``, appended to what is there.
 
     It lives in a session of its own: a Ctrl-C at the terminal does not reach it, and it ends when `stop` is called, or when
     this process is gone, however that came.
     """
 
-    def __init__(self, words: Sequence[str], errors: Path, grace: float, environment: dict[str, str]) -> None:
+    def __init__(
+        self, words: Sequence[str], errors: Path, grace: float, environment: dict[str, str], folder: str | None = None
+    ) -> None:
         with naming_the_disk(errors), errors.open("ab") as file:
             self._errors, self._before = errors, file.tell()
             self._process = subprocess.Popen(
                 [sys.executable, "-I", "-S", str(WARDEN), str(grace), *words],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file, start_new_session=True, env=environment,
+                cwd=folder,
             )  # fmt: skip
         assert self._process.stdout is not None
         self._stdout = self._process.stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from importlib import resources
 from pathlib import Path
 from typing import Annotated
@@ -31,5 +32,5 @@ def init(
     if path.exists() and not force:
         raise RequestError(f"{path} is there already: edit it, name another folder, or overwrite it with --force.")
     write_text(path, resources.files("mutransfer.cli").joinpath("experiment.yaml").read_text(encoding="utf-8"))
-    emit({"path": str(path)}, as_json, f"{path}\nnext: mutransfer tune {path}")
+    emit({"path": str(path)}, as_json, f"{path}\nnext: mutransfer tune {shlex.quote(str(path))}")
     return 0

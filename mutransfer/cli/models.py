@@ -79,6 +79,7 @@ def family_for(
     Built-in models have default data, depth and (if ``default_width`` is given) base width; others bring their own, and an
     experiment file brings its options, roles, data and base as well. ``roles`` are written as PATTERN=ROLE.
     """
+    from .. import paths
     from ..observing.overrides import roles_from, with_roles
     from ..proxies.builtin import DEFAULT_DATA, DEFAULT_DEPTH
     from ..proxies.data import load_data
@@ -89,7 +90,10 @@ def family_for(
     if (experiment := experiment_of(model)) is not None:
         from ..sweeps.jobs import loaded
 
-        family, source = loaded(experiment if data is None else experiment.model_copy(update={"data": data}))
+        if data is not None:  # typed in the current folder
+            typed = data if experiment.folder is None else paths.anchored("data", data, experiment.folder)
+            experiment = experiment.model_copy(update={"data": typed})
+        family, source = loaded(experiment)
         at = family.base.with_(width=base_width or family.base.width, depth=base_depth or family.base.depth)
         return with_roles(family.with_base(at), given), source
     source = load_data(data or DEFAULT_DATA[model], sequence_length) if data or model in DEFAULT_DATA else None

@@ -344,9 +344,13 @@ class Train(Output):
 
     verdict: PassOrFail
     loss: Number = Field(description="Validation loss; null if it diverged.")
-    steps: Count = Field(description="Done, of the whole run.")
-    tokens_per_second: Number = Field(description="Of this call (images: examples); null if nothing was left to do.")
-    checkpoint: str | None = Field(description="Path of the checkpoint.")
+    steps: Count = Field(description="Optimizer steps done.")
+    tokens_per_second: Number = Field(
+        description="Of this call (images: examples); null if nothing was left to do, and with a trainer of your own."
+    )
+    checkpoint: str | None = Field(
+        description="Path of the checkpoint; null if there is none, and with a trainer of your own."
+    )
 
 
 class Difference(Output):

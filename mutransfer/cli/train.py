@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .console import AsJson, Device, Progress, UnusedSeed, device_of, emit
+from .console import AsJson, Device, Progress, UnusedSeed, device_of, emit, ended_as_by_ctrl_c
 
 
 def add_to(app: typer.Typer) -> None:
@@ -23,20 +23,26 @@ def train(
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> int:
-    """Train the target on one device; an interrupted run goes on from its last checkpoint."""
+    """Train the target on one device, or by its own trainer; an interrupted run goes on from its last checkpoint."""
     from ..proxies.bigrun import run_target
+    from ..sweeps.target import train_target, trainer_of
     from ..transfer import TargetConfig
 
     config = TargetConfig.load(target)
+    folder, trainer = out or target.parent / "train", trainer_of(config)
     with Progress(f"training {config.model} at width {config.plan.scale.width}") as progress:
-        result = run_target(
-            config, out or target.parent / "train",
-            device=device_of(device), checkpoint_every=checkpoint_every, progress=progress,
-        )  # fmt: skip
+        if trainer is None:
+            result = run_target(
+                config, folder, device=device_of(device), checkpoint_every=checkpoint_every, progress=progress
+            )
+        else:
+            with ended_as_by_ctrl_c():
+                result = train_target(config, folder, progress=progress)
     loss, pace = result["loss"], result["tokens_per_second"]
-    text = (
-        ("diverged" if loss is None else f"validation loss {loss:.4f}") + f" after {result['steps']} steps"
-        f"{', nothing left to do' if pace is None else f', {pace:.0f} tokens/s'}\ncheckpoint: {result['checkpoint']}"
-    )
+    text = ("diverged" if loss is None else f"validation loss {loss:.4f}") + f" after {result['steps']} steps"
+    if trainer is None:
+        text += f"{', nothing left to do' if pace is None else f', {pace:.0f} tokens/s'}\ncheckpoint: {result['checkpoint']}"
+    else:
+        text += f", trained by {trainer}" + ("" if trainer.command is None else f"\nits files: {folder}")
     emit({"verdict": "fail" if loss is None else "pass", **result}, as_json, text)
     return 0 if loss is not None else 1

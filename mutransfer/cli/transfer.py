@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -39,7 +40,8 @@ def transfer(
     from ..files import write_text
     from ..runs import RunFolder
 
-    target = target_of(RunFolder(run).existing(), width, depth, batch_size, tokens, seed)
+    beside = out.parent if out is not None and to is None else run
+    target = target_of(RunFolder(run).existing(), width, depth, batch_size, tokens, seed, beside=beside)
     exported = export(target, to) if to is not None else None
     written = []
     if exported is not None:
@@ -54,7 +56,7 @@ def transfer(
     text = (
         f"{target.model} at width {plan.scale.width}, depth {plan.scale.depth}: {len(plan.rows)} parameters in "
         f"{len(plan.groups())} groups, {target.steps} steps of {target.batch_size}\nwritten: {', '.join(written)}\n"
-        f"next: mutransfer train {path}"
+        f"next: mutransfer train {shlex.quote(str(path))}"
     )
     emit(target.as_dict(), as_json, text)
     return 0
@@ -67,8 +69,12 @@ def target_of(
     batch_size: int | None = None,
     tokens: int | None = None,
     seed: int = 0,
+    beside: Path | None = None,
 ) -> TargetConfig:
-    """Return the `TargetConfig` of a run folder at another scale; sizes default to the proxy's."""
+    """Return the `TargetConfig` of a run folder at another scale; sizes default to the proxy's.
+
+    It is to be written into the folder ``beside``, by default the run folder.
+    """
     from ..errors import RequestError
     from ..files import read_json
     from ..planning import plan
@@ -78,7 +84,7 @@ def target_of(
     from ..transfer import target_config
     from ..transferability import of_evidence, regularizers
 
-    experiment, recipe = Experiment.load(folder.experiment), Recipe.load(folder.best)
+    experiment, recipe = Experiment.of_run(folder), Recipe.load(folder.best)
     family, data = loaded(experiment)
     scale = family.base.with_(width=width, depth=depth or experiment.proxy.depth)
     batch_size = batch_size or experiment.batch_size
@@ -101,6 +107,10 @@ def target_of(
         "roles": dict(family.roles),
         "versions": before.get("versions"),
         "commands": before.get("commands"),
+        "trainer": None if experiment.trainer is None else experiment.trainer.model_dump(mode="json"),
+        "direction": experiment.direction,
+        "folder": experiment.folder,
+        "places": experiment.places(beside or folder.path),
     }
     rules = experiment.parametrization, experiment.optimizer, recipe
     unproven = of_evidence(folder, recipe, experiment.subject(), [experiment.base_scale.width * 2**k for k in range(4)])

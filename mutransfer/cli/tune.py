@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -105,7 +106,7 @@ def tune(
     text = (
         f"best validation loss {found.value:.4f}{gain} of {result['finished']} finished trials, {result['pruned']} pruned, "
         f"{result['diverged']} diverged, {found.seconds:.0f} s\n{params}\n"
-        f"next: mutransfer verify {folder.path}"
+        f"next: mutransfer verify {shlex.quote(str(folder.path))}"
     )
     emit(result, as_json, text)
     return 0

@@ -69,7 +69,7 @@ def verify(
     from ..sweeps.experiment import Experiment
 
     folder = RunFolder(run).existing()
-    experiment, recipe = Experiment.load(folder.experiment), Recipe.load(folder.best)
+    experiment, recipe = Experiment.of_run(folder), Recipe.load(folder.best)
     proxy = experiment.proxy.width
     sizes = numbers(widths, "--widths") if widths is not None else [proxy, 2 * proxy, 4 * proxy]
     where = device_of(device)
