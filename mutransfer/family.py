@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,7 +14,7 @@ from .errors import RequestError, describe
 from .printing import once
 from .scale import Scale
 
-__all__ = ["Family"]
+__all__ = ["Family", "is_lazy", "unwrapped"]
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,38 @@ class Family:
         """Return the example batch with every tensor on ``device``."""
         return tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), self.batch)
 
+    def built(self, scale: Scale, device: torch.device | str = "cpu") -> torch.nn.Module:
+        """Return the model at ``scale`` for real, on ``device``, with lazy parameters in place.
+
+        Raises:
+            RequestError: as `materialize`.
+        """
+        model = self.build(scale).to(device)
+        if is_lazy(model):
+            self.materialize(model, self.batch_on(device))
+        return model
+
+    def materialize(self, model: torch.nn.Module, batch: Any) -> None:
+        """Give lazy parameters (`torch.nn.LazyLinear`) their shapes, by a forward pass of ``batch`` in evaluation mode.
+
+        Raises:
+            RequestError: the pass raised, or left some of them without a shape.
+        """
+        training = {module: module.training for module in model.modules()}
+        why = "the example batch does not use it"
+        try:
+            with torch.no_grad():
+                self.loss(model.eval(), batch)
+        except Exception as error:
+            why = describe(error)
+        for module, before in training.items():
+            module.training = before
+        if (name := is_lazy(model)) is not None:
+            raise RequestError(
+                f"{name} is lazy, and a forward pass of the example batch does not give it a shape ({why}): give its layer "
+                "in_features (or in_channels, num_features)."
+            )
+
     def loss_on(self, model: torch.nn.Module, batch: Any, of: str = "its example batch") -> torch.Tensor:
         """Return the loss on ``batch``; ``of`` says whose the batch is.
 
@@ -69,3 +102,16 @@ class Family:
                 f"the loss of {self.name} has no gradient: return it as computed, not detached nor under torch.no_grad()."
             )
         return loss
+
+
+def is_lazy(model: torch.nn.Module) -> str | None:
+    """Return the name of a parameter or buffer that has no shape before a first forward pass, if there is one."""
+    named = itertools.chain(model.named_parameters(), model.named_buffers())
+    return next((name for name, each in named if torch.nn.parameter.is_lazy(each)), None)
+
+
+def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
+    """Return what `torch.compile` has wrapped."""
+    while type(model).__name__ == "OptimizedModule" and isinstance(model._orig_mod, torch.nn.Module):
+        model = model._orig_mod
+    return model

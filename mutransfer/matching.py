@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .errors import RequestError
+from .family import is_lazy
 from .gauges import refuse_other_gauge
 from .names import planned_names
 
@@ -25,6 +26,8 @@ def matched(plan: Plan, model: torch.nn.Module) -> dict[str, torch.nn.Parameter]
     """
     planned = {row.name: row.shape for row in plan.rows}
     found = {name: each for name, each in model.named_parameters() if each.requires_grad}
+    if (name := is_lazy(model)) is not None:
+        raise RequestError(f"{name} is lazy and has no shape yet: run one batch through the model first.")
     owners = planned_names(found, planned)
     parameters = {owners[name]: parameter for name, parameter in found.items()}
     refuse_other_gauge(plan, model)

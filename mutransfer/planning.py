@@ -8,14 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch._subclasses.fake_tensor import FakeTensorMode
-
 from .batch_duration import apply
 from .drafts import Draft
 from .errors import RequestError
 from .family import Family
 from .folding import fold_all
 from .inits import Init, InitWatcher
+from .observing.building import on_fake_tensors
 from .observing.layers import match_layers
 from .observing.observe import observe, shapes_of
 from .observing.running import build
@@ -54,7 +53,7 @@ def target_of(
     if scale.depth != family.base.depth and table(parametrization).depth is not None:
         seen = with_depth_constants(family, seen)
     seen = at_target(family, seen, scale)
-    with FakeTensorMode(allow_non_fake_inputs=True), InitWatcher() as watcher:
+    with on_fake_tensors(), InitWatcher() as watcher:
         model = build(family, scale)
     shapes, inits = shapes_of(model), watcher.named(model)
     if scale.depth == family.base.depth and shapes.keys() != seen.specs.keys():

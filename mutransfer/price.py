@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
@@ -35,6 +35,7 @@ from .errors import RequestError
 from .fake_values import FakeValues
 from .family import Family
 from .flop_formulas import FORMULAS, HIGHER_ORDER, Formula, grouped_mm, is_free
+from .observing.building import on_cpu, on_fake_tensors
 from .observing.running import REAL, build, quiet, unfused
 from .optimizers.registry import OPTIMIZERS
 from .optimizers.updates import Muon
@@ -70,7 +71,7 @@ def step_cost(family: Family, scale: Scale, batch: Any) -> Flops:
     """
     size = 0
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True) as mode, FakeValues(mode) as values, quiet():
+        with on_fake_tensors() as mode, FakeValues(mode) as values, quiet():
             model = build(family, scale)
             size = sum(each.numel() for each in model.parameters())
             return _counted(family, model, tree_map_only(torch.Tensor, values.fake, batch))
@@ -81,11 +82,11 @@ def step_cost(family: Family, scale: Scale, batch: Any) -> Flops:
         if size > REAL:
             raise
     with torch.random.fork_rng(devices=[]):
-        return _counted(family, family.build(scale), batch)
+        return _counted(family, family.built(scale), batch)
 
 
 def _counted(family: Family, model: torch.nn.Module, batch: Any) -> Flops:
-    with FlopCounter() as counter:
+    with on_cpu(), FlopCounter() as counter:
         family.printing_once().loss(model, batch).backward()
     return counter.flops
 

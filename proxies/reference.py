@@ -12,11 +12,12 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mutransfer.errors import RequestError, nearest
 from mutransfer.family import Family
+from mutransfer.observing.building import on_fake_tensors
 from mutransfer.observing.overrides import check_roles, with_roles
+from mutransfer.observing.running import build
 from mutransfer.scale import Scale
 
 from .builtin import BUILTIN, DEFAULT_DATA, builtin, cross_entropy
@@ -78,8 +79,8 @@ def _load(model: str, data: Data | None, base: Scale | None, batch_size: int, op
         family = replace(family, build=guarded(family.build, model, module.__file__, folder))
     else:
         family = _from_function(found, module, model, data, base, batch_size, options, folder)
-    with FakeTensorMode(allow_non_fake_inputs=True):  # no memory: whether it can be built is known at once
-        family.build(family.base)
+    with on_fake_tensors():  # no memory: whether it can be built is known at once
+        build(family, family.base)
     return family
 
 

@@ -72,7 +72,7 @@ class Training:
     ) -> None:  # fmt: skip
         self.family, self.plan, self.data = family, plan, data
         self.steps, self.batch_size, self.seed, self.device = steps, batch_size, seed, device
-        self.model = family.build(plan.scale).to(device)
+        self.model = family.built(plan.scale, device)
         plan.attach(self.model)
         plan.initialize(self.model, seed)
         self.optimizer = plan.make_optimizer(self.model)

@@ -9,12 +9,12 @@ from typing import Any
 
 import pandas as pd
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from ..errors import RequestError
 from ..family import Family
 from ..frames import COORDINATES
+from ..observing.building import on_fake_tensors
 from ..observing.observe import observe
 from ..observing.running import build
 from ..observing.specs import Observation
@@ -137,7 +137,7 @@ def _stacks(family: Family, scales: Sequence[Scale]) -> dict[str, int]:
     """Return the stacks of layers, by name, that the greatest depth has more of than the least; with no count yet."""
     counts = []
     for scale in (scales[0], scales[-1]):
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        with on_fake_tensors():
             counts.append(layers(build(family, scale)))
     # A stack inside of a layer that only the deeper model has (blocks.7.mlp) does not grow.
     return {name: count for name, count in counts[1].items() if counts[0].get(name, count) != count}

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..errors import RequestError, nearest
-from ..family import Family
+from ..family import Family, unwrapped
 from ..observing.specs import Observation
 from ..optimizers.registry import OPTIMIZERS
 from ..planning import plan
@@ -53,7 +53,7 @@ def as_planned(family: Family, planned: Plan, seen: Observation, device: str) ->
     """Return the model that ``planned`` initializes, under the plan's optimizer."""
 
     def build(seed: int) -> torch.nn.Module:
-        model = family.build(planned.scale).to(device)
+        model = unwrapped(family.built(planned.scale, device))
         planned.attach(model)
         planned.initialize(model, seed)
         return model
@@ -89,7 +89,7 @@ def as_built(family: Family, scale: Scale, seen: Observation, optimizer: str, lr
     def build(seed: int) -> torch.nn.Module:
         with torch.random.fork_rng([]):
             torch.manual_seed(seed)
-            return family.build(scale).to(device)
+            return unwrapped(family.built(scale, device))
 
     annotated = any(hasattr(parameter, "infshape") for parameter in build(0).parameters())
     planned = plan(family, scale, "sp", observation=seen)  # for the roles

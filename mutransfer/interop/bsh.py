@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..errors import RequestError
 from ..family import Family
 from ..files import write_text
 from ..names import planned_names
+from ..observing.building import on_fake_tensors
 from ..observing.observe import shapes_of
 from ..observing.running import WIDER, build
 from ..observing.specs import Observation
@@ -107,7 +107,7 @@ def _at(family: Family, width: int) -> Family:
 
 
 def _base_shapes(family: Family) -> BaseShapes:
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with on_fake_tensors():
         base, wider = (
             shapes_of(build(family, family.base.with_(width=times * family.base.width))) for times in (1, WIDER)
         )

@@ -18,8 +18,8 @@ __all__ = ["Factors", "rounded"]
 
 # Functions that turn a factor c > 0 on their input into c to this power.
 HOMOGENEOUS = {
-    **dict.fromkeys(("abs", "relu", "relu_", "leaky_relu", "clamp", "clamp_min", "clamp_max"), 1.0),
-    **dict.fromkeys(("clamp_", "clamp_min_", "clamp_max_"), 1.0),
+    **dict.fromkeys(("abs", "relu", "relu_", "leaky_relu", "_prelu_kernel", "clamp", "clamp_min"), 1.0),
+    **dict.fromkeys(("clamp_", "clamp_max", "clamp_min_", "clamp_max_"), 1.0),
     **dict.fromkeys(("amax", "max", "maximum", "minimum", "std", "linalg_vector_norm", "norm", "where"), 1.0),
     **{"var": 2.0, "square": 2.0, "sqrt": 0.5, "rsqrt": -0.5, "reciprocal": -1.0},
 }

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..errors import RequestError
 from ..family import Family
 from ..inits import Init, InitWatcher
 from .beside import beside
 from .branches import residual_branches
+from .building import on_fake_tensors
 from .columns import Columns, Joins, Labels, mixed_columns
 from .constants import Constant, common, constants, loose
 from .contracted import contractions
@@ -41,7 +41,7 @@ def observe(family: Family) -> Observation:
     """
     family = family.printing_once()
     if family.base.depth > LAYERS:
-        with FakeTensorMode(allow_non_fake_inputs=True), InitWatcher() as inits:
+        with on_fake_tensors(), InitWatcher() as inits:
             model = build(family, family.base)
         try:
             seen = _watch(family.with_base(family.base.with_(depth=LAYERS)))
@@ -54,13 +54,13 @@ def observe(family: Family) -> Observation:
 def _watch(family: Family) -> Observation:
     wider_base = family.base.with_(width=WIDER * family.base.width)
     inits = InitWatcher()
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+    with on_fake_tensors():
         with inits:
             model = build(family, family.base)
         with InitWatcher() as wider_inits:
             wider = build(family, wider_base)
-        seen = forward(family, model, mode, family.base, inits)
-        seen_wider = forward(family, wider, mode, wider_base, wider_inits)
+        seen = forward(family, model, family.base, inits)
+        seen_wider = forward(family, wider, wider_base, wider_inits)
     shapes, wide = shapes_of(model), shapes_of(wider)
     if wide.keys() != shapes.keys():
         odd = sorted(wide.keys() ^ shapes.keys())[0]

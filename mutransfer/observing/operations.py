@@ -91,6 +91,19 @@ SUMS = {"add", "add_", "sub", "sub_"}
 ENTRYWISE = (
     PRODUCTS | SUMS | UNARY | {"rsub", "where", "expand", "cat", "stack", "maximum", "minimum", "lerp", "addcmul"}
 )
+ENTRYWISE |= {
+    "_prelu_kernel",
+    "hypot",
+    "logaddexp",
+    "logaddexp2",
+    "atan2",
+    "xlogy",
+    "remainder",
+    "fmod",
+    "fmax",
+    "fmin",
+}
+ENTRYWISE |= {"copysign"}
 AFFINE_NORMS = {"native_layer_norm", "native_group_norm", "native_batch_norm", "cudnn_batch_norm", "_fused_rms_norm"}
 AFFINE_NORMS |= {
     "_native_batch_norm_legit",

@@ -31,6 +31,9 @@ def settled(name: str, base: Sequence[int], wide: Sequence[int], use: Use, wider
     """
     axes = list(use.axes)
     for axis, (size, wide_size) in enumerate(zip(base, wide, strict=True)):
+        if size == 1 != wide_size:  # an axis of one entry shows nothing
+            axes[axis] = wider.axes[axis]
+            continue
         count, wide_count = (each.summed[axis] if each.axes[axis] == "in" else 1 for each in (use, wider))
         if (
             size == wide_size

@@ -67,6 +67,8 @@ class Roots:
         dims: list[int | None] = list(range(tensor.dim()))
         if name in ops.LOOKUPS:
             dims = _looked_up(name, args, tensor)
+        elif name == "repeat":  # the first of the copies
+            dims = [out.dim() - tensor.dim() + dim for dim in range(tensor.dim())]
         elif (
             name in ops.CONTRACTIONS
             or name in ops.AFFINE_NORMS
@@ -83,7 +85,7 @@ class Roots:
             linear = linear and (not name.startswith("div") or args[0] is tensor)
             by = 1 / number if name.startswith("div") and number else number
             shift, factor = shift * by, factor * by
-        elif not ((name in ops.COPIES and alone) or name in ops.LOOKUPS):
+        elif not ((name in ops.COPIES and alone) or name in ops.LOOKUPS or name == "repeat"):
             linear = False
         layout = carried_to(root.layout, tensor, dims, out)
         made = self._roots[storage_key(out)] = Root(root.index, layout, linear, shift, factor)

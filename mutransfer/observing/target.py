@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from torch._subclasses.fake_tensor import FakeTensorMode
-
 from ..errors import RequestError
 from ..family import Family
 from ..inits import InitWatcher
 from ..names import pattern_of
 from ..scale import Scale
+from .building import on_fake_tensors
 from .constants import common, constants, loose
 from .contracted import at_sizes
 from .heads import Heads, compared
@@ -84,7 +83,7 @@ def at_target(family: Family, seen: Observation, scale: Scale) -> Observation:
 
 
 def _watched(family: Family, scale: Scale) -> UseWatcher:
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+    with on_fake_tensors():
         with InitWatcher() as inits:
             model = build(family, scale)
-        return forward(family, model, mode, scale, inits)
+        return forward(family, model, scale, inits)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from mutransfer.family import Family
+from mutransfer.family import Family, unwrapped
 from mutransfer.plans import Plan
 from mutransfer.proxies.data import Data
 from mutransfer.proxies.schedules import multiplier
@@ -74,7 +74,7 @@ class FusedTraining:
         self.family, self.data, self.steps, self.batch_size, self.device = family, data, steps, batch_size, device
         self.places, self.precision = list(places), precision
         first = places[0].plan
-        model = family.build(first.scale).to(device)
+        model = unwrapped(family.built(first.scale, device))
         first.attach(model)
         self._batch = functools.lru_cache(maxsize=BATCHES)(lambda step, seed: data.batch(step, batch_size, seed))
         self._held_out = [tree_map(lambda each: each.to(device), batch) for batch in data.validation()]

@@ -124,3 +124,62 @@ def test_recurrences(kind: Callable[..., nn.Module]) -> None:
     of = family(lambda n: kind(n, n, batch_first=True), lambda m, x: m(x)[0])
     matrix, bias = {(2, "hidden")}, {(1, "vector")}
     assert by_shape(of) == {"weight_ih_l0": matrix, "weight_hh_l0": matrix, "bias_ih_l0": bias, "bias_hh_l0": bias}
+
+
+class Scaled(nn.Module):
+    """Applies a function of the activations and one number per channel."""
+
+    def __init__(self, width: int, function: Callable[..., torch.Tensor]) -> None:
+        super().__init__()
+        self.gain, self.function = nn.Parameter(torch.ones(width)), function
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.function(x, self.gain)
+
+
+def over_channels(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return module(x.transpose(1, 2)).transpose(1, 2)
+
+
+@pytest.mark.parametrize(
+    ("make", "apply", "roles"),
+    [
+        (nn.PReLU, over_channels, {"weight": {(1, "vector")}}),
+        (lambda n: nn.PReLU(), lambda m, x: m(x), {"weight": {(1, "finite")}}),
+        (
+            lambda n: nn.InstanceNorm1d(n, affine=True),
+            over_channels,
+            {"weight": {(1, "vector")}, "bias": {(1, "vector")}},
+        ),
+        (
+            lambda n: nn.MultiheadAttention(n, 4, batch_first=True, add_bias_kv=True),
+            lambda m, x: m(x, x, x)[0],
+            TRANSFORMER | {"weight": {(2, "hidden")}, "bias_k": {(3, "vector")}, "bias_v": {(3, "vector")}},
+        ),
+        *(
+            (lambda n, f=f: Scaled(n, f), lambda m, x: m(x), {"gain": {(1, "vector")}})
+            for f in (torch.hypot, torch.logaddexp, torch.fmax, torch.fmod, torch.copysign, torch.atan2)
+        ),
+    ],
+    ids=[
+        "PReLU", "one slope", "InstanceNorm", "bias_k", "hypot", "logaddexp", "fmax", "fmod", "copysign", "atan2"
+    ],
+)  # fmt: skip
+def test_one_number_per_channel(
+    make: Callable[[int], nn.Module], apply: Callable[..., torch.Tensor], roles: dict[str, set[tuple[int, str]]]
+) -> None:
+    assert by_shape(family(make, apply)) == roles
+
+
+def test_adaptive_softmax_whose_last_cluster_has_rank_one_at_the_base() -> None:
+    class Adaptive(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.first, self.out = nn.Linear(5, width), nn.AdaptiveLogSoftmaxWithLoss(width, 20, [5, 10])
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.out(self.first(x), torch.arange(6) * 3).loss
+
+    of = Family(lambda s: Adaptive(s.width), torch.randn(6, 5), lambda model, x: model(x), Scale(16))
+    row = next(row for row in mt.plan(of, Scale(64)).rows if row.name == "out.tail.1.1.weight")
+    assert (row.role, row.m_in, row.shape) == ("output", 4, (10, 4))
