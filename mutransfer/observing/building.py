@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
-__all__ = ["on_cpu", "on_fake_tensors", "seeded"]
+__all__ = ["drawn_from", "on_cpu", "on_fake_tensors", "seeded"]
 
 
 @contextlib.contextmanager
@@ -72,6 +72,13 @@ def seeded(seed: int) -> None:
         numpy.random.seed(seed)
     with _disable_current_modes():
         torch.default_generator.manual_seed(seed)
+
+
+def drawn_from() -> int:
+    """Return a number that changes when Python's or numpy's generators, or one made without a seed, are drawn from."""
+    numpy = sys.modules.get("numpy")
+    legacy = numpy.random.get_state() if numpy else ()
+    return hash((random.getstate(), _entropy.getstate(), *((legacy[1].tobytes(), *legacy[2:]) if numpy else ())))
 
 
 def _without_device(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -27,6 +28,7 @@ from .uses import UseWatcher
 __all__ = ["observe", "shapes_of"]
 
 _Met = tuple[Joins, list[tuple[Labels, ...]], list[Use]]  # what is known of the uses of one parameter in one pass
+PASSES = 8  # of a model that draws random numbers, or seems not to use a parameter
 
 
 def observe(family: Family) -> Observation:
@@ -59,15 +61,77 @@ def _watch(family: Family) -> Observation:
             model = build(family, family.base)
         with InitWatcher() as wider_inits:
             wider = build(family, wider_base)
-        seen = forward(family, model, family.base, inits)
-        seen_wider = forward(family, wider, wider_base, wider_inits)
-    shapes, wide = shapes_of(model), shapes_of(wider)
-    if wide.keys() != shapes.keys():
-        odd = sorted(wide.keys() ^ shapes.keys())[0]
-        raise RequestError(
-            f"{odd} is there at one width and not at the other: one family must have the same parameters."
-        )
-    check_patterns(check_roles(family.roles, f"roles of {family.name}"), shapes, family.name)
+        shapes, wide = shapes_of(model), shapes_of(wider)
+        if wide.keys() != shapes.keys():
+            odd = sorted(wide.keys() ^ shapes.keys())[0]
+            raise RequestError(
+                f"{odd} is there at one width and not at the other: one family must have the same parameters."
+            )
+        check_patterns(check_roles(family.roles, f"roles of {family.name}"), shapes, family.name)
+        one = forward(family, model, family.base, inits)
+        other = forward(family, wider, wider_base, wider_inits)
+        passes = [(one, other, 0)]
+        if one.draws or other.draws or _refuses(family, model, wide, one, other):
+            seen, seen_wider = [one], [other]
+            for seed in range(1, PASSES):
+                seen.append(forward(family, model, family.base, inits, seed))
+                seen_wider.append(forward(family, wider, wider_base, wider_inits, seed))
+            passes = _paired(seen, seen_wider)
+    used = frozenset().union(*(one.used() for one, _, _ in passes))
+    found = [
+        replace(_observed(family, model, inits, shapes, wide, one, other, used - one.used()), seed=seed)
+        for one, other, seed in passes
+    ]
+    if len(found) == 1:
+        return found[0]
+    counts = {name: sum(name in each.used() for each in seen) for name in shapes if name in used}
+    return _united(found, {name: count for name, count in counts.items() if count < PASSES})
+
+
+def _refuses(family: Family, model: torch.nn.Module, wide: Mapping[str, tuple[int, ...]], *seen: UseWatcher) -> bool:
+    """Say whether the role of a parameter that was not used cannot be told: it may be left out at random."""
+    for name, shape in shapes_of(model).items():
+        if any(name not in each.used() for each in seen) and role_given(family.roles, name) is None:
+            grows = tuple(a != b for a, b in zip(shape, wide[name], strict=True))
+            if unused(shape, grows, layer=_is_layer(model, name)) is None:
+                return True
+    return False
+
+
+def _paired(seen: Sequence[UseWatcher], wider: Sequence[UseWatcher]) -> list[tuple[UseWatcher, UseWatcher, int]]:
+    """Return passes that differ in what they use, each with one of the wider model that uses the same, the fullest first."""
+    first, other = ({each.used(): i for i, each in reversed(list(enumerate(them)))} for them in (seen, wider))
+    both = sorted(first.keys() & other.keys(), key=lambda used: (-len(used), first[used]))
+    return [(seen[first[used]], wider[other[used]], first[used]) for used in both] or [(seen[0], wider[0], 0)]
+
+
+def _united(found: Sequence[Observation], skipped: Mapping[str, int]) -> Observation:
+    """Return what was seen of passes that leave parts of the model out at random: of each parameter where it is used."""
+    names = dict.fromkeys(name for each in found for name in each.specs)
+    specs = {name: next(each.specs[name] for each in found if name in each.specs) for name in names}
+    layers: dict[int, list[str]] = {}
+    for name, count in skipped.items():
+        layers.setdefault(count, []).append(name)
+    notes = [
+        f"{', '.join(left[:3])}{f' and {len(left) - 3} more' if left[3:] else ''}: skipped at random, used in {count} of "
+        f"{PASSES} forward passes; planned from these."
+        for count, left in layers.items()
+    ]
+    return replace(
+        found[0],
+        specs=specs,
+        queries=frozenset().union(*(each.queries for each in found)),
+        shared_queries=frozenset().union(*(each.shared_queries for each in found)),
+        open_branches=tuple(dict.fromkeys(name for each in found for name in each.open_branches)),
+        notes=(*dict.fromkeys(note for each in found for note in each.notes), *notes),
+    )
+
+
+def _observed(
+    family: Family, model: torch.nn.Module, inits: InitWatcher, shapes: Mapping[str, tuple[int, ...]],
+    wide: Mapping[str, tuple[int, ...]], seen: UseWatcher, seen_wider: UseWatcher, elsewhere: frozenset[str],
+) -> Observation:  # fmt: skip
+    """Compare one forward pass with a wider model's; parameters that are used ``elsewhere`` only are left out."""
     dots = contractions(seen, seen_wider, family.roles)
     dotted = frozenset().union(*(seen.used_by(each.uses) for each in seen.dots.sides()))
     uses = seen.uses()
@@ -91,7 +155,7 @@ def _watch(family: Family) -> Observation:
     columns, columns_wider = seen.columns(), seen_wider.columns()
     own_inits, specs = inits.named(model), {}
     for name, _ in model.named_parameters():
-        if name not in shapes:
+        if name not in shapes or name in elsewhere:
             continue
         grows = tuple(a != b for a, b in zip(shapes[name], wide[name], strict=True))
         if role_given(family.roles, name) is None and uses_wider[name]:

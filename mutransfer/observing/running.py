@@ -17,7 +17,7 @@ from ..errors import RequestError, describe
 from ..family import Family, is_lazy, unwrapped
 from ..inits import InitWatcher
 from ..scale import Scale
-from .building import on_cpu, seeded
+from .building import drawn_from, on_cpu, seeded
 from .scalars import of_buffers
 from .uses import UseWatcher
 
@@ -110,8 +110,10 @@ def _does_not_run(family: Family, error: Exception, how: str) -> RequestError:
 def _watched(family: Family, model: torch.nn.Module, batch: object, inits: InitWatcher | None, seed: int) -> UseWatcher:
     watcher = UseWatcher(model, of_buffers(model, inits))
     seeded(seed)
+    before = drawn_from()
     with torch.no_grad(), unfused(), on_cpu(), watcher:
         loss = family.loss(model, batch)
+    watcher.draws = drawn_from() != before
     if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
         raise RequestError(f"loss(model, batch) returned {loss!r:.80}: return a tensor with one entry.")
     watcher.finish(loss)

@@ -171,7 +171,8 @@ class Observation:
     ``heads`` compares the head dim with the model of twice the width or, after `at_target`, with the target's, from the
     base's ``attentions``, and ``dots`` likewise other dot products. ``open_branches`` names a parameter of every residual
     branch into which none carries a factor; ``depths_compared`` says that `with_depth_constants` has looked; ``notes`` says
-    what was seen and could not be written on any parameter.
+    what was seen and could not be written on any parameter; ``seed`` is what the fullest forward pass's random numbers start
+    from.
     """
 
     specs: dict[str, ParamSpec]
@@ -183,3 +184,4 @@ class Observation:
     open_branches: tuple[str, ...] = ()
     depths_compared: bool = False
     notes: tuple[str, ...] = ()
+    seed: int = 0

@@ -33,7 +33,7 @@ def with_depth_constants(family: Family, seen: Observation) -> Observation:
     shallow = family.base.with_(depth=min(family.base.depth, LAYERS))
     deep = shallow.with_(depth=DEEPER * shallow.depth)
     try:
-        few, many = (_watched(family, scale) for scale in (shallow, deep))
+        few, many = (_watched(family, scale, seen.seed) for scale in (shallow, deep))
     except RequestError:  # some models have one depth, or a least one
         return replace(seen, depths_compared=True)
     uses, more = few.uses(), many.uses()
@@ -71,19 +71,23 @@ def at_target(family: Family, seen: Observation, scale: Scale) -> Observation:
         return replace(seen, heads=Heads(seen.heads.dim), dots=tuple(replace(each, ratio=1.0) for each in seen.dots))
     few = family.base.with_(width=scale.width, depth=min(family.base.depth, LAYERS))
     try:
-        target = _watched(family, few)
+        target = _watched(family, few, seen.seed)
     except RequestError:  # some models have a least depth
         few = few.with_(depth=family.base.depth)
-        target = _watched(family, few)
+        target = _watched(family, few, seen.seed)
     if len(target.attentions) != len(seen.attentions):
         few = few.with_(depth=family.base.depth)
-        target = _watched(family, few)
-    dots = at_sizes(seen.dots, _watched(family, few.with_(width=family.base.width)), target) if seen.dots else ()
+        target = _watched(family, few, seen.seed)
+    dots = (
+        at_sizes(seen.dots, _watched(family, few.with_(width=family.base.width), seen.seed), target)
+        if seen.dots
+        else ()
+    )
     return replace(seen, heads=compared(seen.attentions, target.attentions), dots=dots)
 
 
-def _watched(family: Family, scale: Scale) -> UseWatcher:
+def _watched(family: Family, scale: Scale, seed: int) -> UseWatcher:
     with on_fake_tensors():
         with InitWatcher() as inits:
             model = build(family, scale)
-        return forward(family, model, scale, inits)
+        return forward(family, model, scale, inits, seed)

@@ -46,6 +46,7 @@ class UseWatcher(TorchDispatchMode):
         sizes: name of the parameter that sets the sizes of a normalized weight → name of the weight's own.
         parts: parameters and results of parameters that are cut into pieces.
         joins: from which pieces the axes of activations are joined.
+        draws: whether the pass drew from Python's or numpy's generators, so that another may go another way.
     """
 
     def __init__(self, model: torch.nn.Module, read: Callable[[torch.Tensor], float | None] | None = None) -> None:
@@ -76,6 +77,7 @@ class UseWatcher(TorchDispatchMode):
         self.joins = Joins(self._made_by)
         self._columns: list[tuple[Labels, ...]] = []
         self._used_in: dict[str, set[str]] = {name: set() for name in self._names}
+        self.draws = False
 
     def __enter__(self) -> UseWatcher:
         for name, module in self._model.named_modules():
@@ -118,6 +120,10 @@ class UseWatcher(TorchDispatchMode):
                 replace(use, feature=feature, logit=logit, taken=taken, takers=takers, inner=self.factors.inner[i])
             )
         return found
+
+    def used(self) -> frozenset[str]:
+        """Return the parameters that have a use."""
+        return frozenset(self._names[index] for index, _ in self._seen)
 
     def used_by(self, bits: int) -> frozenset[str]:
         """Return the parameters of a set of uses."""
