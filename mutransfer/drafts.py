@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import fnmatch
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
 from .errors import RequestError
 from .fold import FOLDS, Factors
@@ -66,6 +69,31 @@ class Draft:
         """Target depth / base depth, m_L."""
         return self.scale.depth / self.base.depth
 
+    def repeated(self, origin: str) -> float:
+        """Return by how much depth multiplies the residual branches of a parameter of the base, its own m_L.
+
+        That is 1 for a branch that is there once, and of two stacks each has its own.
+        """
+        spec = self.seen.specs[origin]
+        if spec.layer:
+            here, there = self._layers[spec.layer[:-1]]
+            return there / here
+        a, b = spec.rounds
+        return (a + b * self.scale.depth) / (a + b * self.base.depth)
+
+    @cached_property
+    def _layers(self) -> dict[tuple[str, ...], tuple[int, int]]:
+        """The numbers of layers with residual branches that the base and the target have of each stack."""
+        layers: dict[tuple[str, ...], tuple[set[Any], set[Any]]] = defaultdict(lambda: (set(), set()))
+        for spec in self.seen.specs.values():
+            if spec.layer and spec.inside:
+                layers[spec.layer[:-1]][0].add(spec.layer)
+        for name, origin in self.origin.items():
+            spec = self.seen.specs[origin]
+            if spec.layer and spec.inside:
+                layers[spec.layer[:-1]][1].add(tuple(name.split(".")[: len(spec.layer)]))
+        return {stack: (len(base), len(target)) for stack, (base, target) in layers.items()}
+
     def spec(self, name: str) -> ParamSpec:
         """Return what was observed of the base's parameter that ``name`` is scaled from."""
         return self.seen.specs[self.origin[name]]
@@ -98,8 +126,9 @@ class Draft:
         lr, eps = rule.lr(row, growth), rule.eps(row, growth)
         lr /= density
         if self.rules.depth is not None and spec.inside:
-            lr *= self.deeper ** float(self.rules.depth.lr(rule.column))
-            eps *= self.deeper ** float(self.rules.depth.eps) if rule.eps_of_gradient else 1.0
+            deeper = self.repeated(self.origin[name])
+            lr *= deeper ** float(self.rules.depth.lr(rule.column))
+            eps *= deeper ** float(self.rules.depth.eps) if rule.eps_of_gradient else 1.0
         if spec.mixed and m != (1.0, 1.0) and rule.column != "adam":
             raise RequestError(
                 f"{name} {list(self.shapes[name])} is one matrix whose rows have different roles (some grow with the width, "

@@ -143,9 +143,8 @@ def _fold_dots(draft: Draft) -> None:
 def _fold_branches(draft: Draft) -> None:
     """Write the multiplier of residual branches, m_L^-α and the recipe's own, into whatever ends each branch."""
     power = draft.rules.depth
-    size = 1.0 if power is None else draft.deeper ** float(power.branch)
     alpha = draft.recipe.alpha_residual
-    ends = {name for name, spec in draft.seen.specs.items() if spec.ends_branch}
+    ends = sorted(name for name, spec in draft.seen.specs.items() if spec.ends_branch)
     if power is None and draft.deeper != 1:
         draft.notes.append(
             f"{draft.rules.name} has no rule for depth: the change from {draft.base.depth} to {draft.scale.depth} layers is "
@@ -153,20 +152,32 @@ def _fold_branches(draft: Draft) -> None:
         )
     if power is not None:
         _fold_depth_constants(draft)
-    if size == 1 and alpha == 1:
+
+    def size(name: str) -> float:
+        return 1.0 if power is None else draft.repeated(name) ** float(power.branch)
+
+    asked = 1.0 if power is None else draft.deeper ** float(power.branch)
+    if asked == 1 and alpha == 1:
         return
-    if not ends or draft.seen.open_branches:
+    open_branches = [name for name in draft.seen.open_branches if size(name) != 1 or alpha != 1]
+    if not ends or open_branches:
         found = (
-            f"no parameter carries it into the branch of {draft.seen.open_branches[0]}"
-            if draft.seen.open_branches
+            f"no parameter carries it into the branch of {open_branches[0]}"
+            if open_branches
             else "no residual branch was seen"
         )
         raise RequestError(
-            f"residual branches ask for a factor {size * alpha:.4g}, and {found}: end every branch in a linear layer or a gain."
+            f"residual branches ask for a factor {asked * alpha:.4g}, and {found}: end every branch in a linear layer or a gain."
         )
-    for name in sorted(ends):
-        _refuse_way_out(draft.seen.specs[name])
-    draft.fold(ends, size=size, alpha=alpha)
+    for name in ends:
+        if size(name) != 1 or alpha != 1:
+            _refuse_way_out(draft.seen.specs[name])
+            draft.fold([name], size=size(name), alpha=alpha)
+    if once := [name for name in ends if asked != 1 and size(name) == 1]:
+        draft.notes.append(
+            f"{', '.join(once[:3])}{f' and {len(once) - 3} more' if once[3:] else ''}: a residual branch that depth does not "
+            "repeat, so it keeps its size."
+        )
 
 
 def _fold_depth_constants(draft: Draft) -> None:

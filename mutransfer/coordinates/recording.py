@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from statistics import median
 from typing import Any
@@ -27,7 +28,7 @@ from ..scale import Scale
 from ..tables import table
 from .kept import Kept
 from .runs import layers, run
-from .setups import OWN, Setup, as_built, as_planned
+from .setups import OWN, Setup, as_built, as_planned, of_repeated
 
 __all__ = ["record"]
 
@@ -110,6 +111,8 @@ def record(
         else:
             planned = make(family, scale, parametrization, optimizer, recipe, observation=seen)
             setup = as_planned(family, planned, seen, device)
+        if growing is not None:
+            setup = replace(setup, divisors=of_repeated(setup.divisors, growing, seen))
         common: dict[str, Any] = {"parametrization": parametrization, "optimizer": optimizer}
         common |= {"width": scale.width, "depth": scale.depth}
         done = partial(lambda i, n: progress(i * len(seeds) + n, len(scales) * len(seeds)), i)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,7 +20,7 @@ from ..tables import table
 from .parameters import Owned, owned
 from .places import module_roles
 
-__all__ = ["OWN", "Setup", "as_built", "as_planned", "divisors"]
+__all__ = ["OWN", "Setup", "as_built", "as_planned", "divisors", "of_repeated"]
 
 OWN = "own"  # in place of a parametrization's name: the model as its builder leaves it
 FUSED = ("adamw", "adam", "sgd")  # whose fused step torch has on every device; the arithmetic is the same
@@ -130,3 +130,19 @@ def divisors(planned: Plan, constants: Mapping[str, float]) -> dict[str, float]:
         own = constants.get(row.name, 1.0) / rules[row.role].gauge(row.m_in, row.m_out)
         found[row.name.removesuffix(".weight")] = row.gauge * own
     return found
+
+
+def of_repeated(divisors: Mapping[str, float], stacks: Collection[str], seen: Observation) -> dict[str, float]:
+    """Return the divisors of a check over depths: of modules that are in a stack which grows, or that every layer uses.
+
+    A multiplier on a branch that depth does not repeat is no part of any rule, and has to be seen.
+    """
+
+    def repeats(name: str) -> bool:
+        parts = name.split(".")
+        if any(part.isdecimal() and ".".join(parts[:i]) in stacks for i, part in enumerate(parts)):
+            return True
+        spec = seen.specs.get(f"{name}.weight") or seen.specs.get(name)
+        return spec is not None and spec.rounds[1] > 0
+
+    return {name: divisor for name, divisor in divisors.items() if repeats(name)}

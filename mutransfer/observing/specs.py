@@ -40,6 +40,9 @@ class ParamSpec:
         depth_constant: power of the depth in such a number, where depths have been compared.
         sizes: for the sizes of a normalized weight (weight_norm's g), the name of the weight's own parameter.
         mixed: whether its rows have different roles (a fused matrix of which some rows grow and some do not).
+        layer: the parts of the name up to the number of the layer in a stack that depth makes longer; empty where there is none.
+        rounds: (a, b) where a model of depth D has a + b·D residual branches with this very parameter: (1, 0) if it is there
+            once whatever the depth, (0, 1) if every layer uses it, or where depths have not been compared.
         turned: whether one use sums over the axis that survives in another (x @ w and x @ w.T).
         columns: of an axis that is summed over and made of growing and fixed pieces, which entries are which (`columns`).
         insisted: whether the role was given and not seen.
@@ -70,6 +73,8 @@ class ParamSpec:
     columns: tuple[Columns, ...] = ()
     insisted: bool = False
     unsplittable: str = ""
+    layer: tuple[str, ...] = ()
+    rounds: tuple[float, float] = (0.0, 1.0)
 
     def multipliers(
         self, shape: tuple[int, ...], name: str | None = None, deeper: float = 1.0, *, apart: bool = False

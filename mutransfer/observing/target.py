@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
+from collections.abc import Iterable
 from dataclasses import replace
 
 from ..errors import RequestError
@@ -9,21 +11,27 @@ from ..family import Family
 from ..inits import InitWatcher
 from ..names import pattern_of
 from ..scale import Scale
+from .branches import residual_branches
 from .building import on_fake_tensors
 from .constants import common, constants, loose
 from .contracted import at_sizes
 from .heads import Heads, compared
+from .observe import shapes_of
 from .running import LAYERS, build, forward
 from .specs import Observation
 from .uses import UseWatcher
 
 __all__ = ["at_target", "with_depth_constants"]
 
-DEEPER = 2
+DEEPER, FEW = 2, 4
+LONG = 8  # layers of a base that need not be made four times as many
 
 
 def with_depth_constants(family: Family, seen: Observation) -> Observation:
-    """Return ``seen`` with the power of the depth in what multiplies each parameter's result, such as 1/√layers.
+    """Return ``seen`` with what depends on the depth.
+
+    That is the power of the depth in what multiplies each parameter's result, such as 1/√layers, and how often a residual
+    branch is repeated.
 
     Raises:
         RequestError: the layers of one stack multiply with different powers of their number.
@@ -47,8 +55,14 @@ def with_depth_constants(family: Family, seen: Observation) -> Observation:
             f"the forward pass multiplies {torn[0]} with different powers of the depth ({sorted(powers[torn[0]])}) in different "
             "layers, and a rule for the depth needs one: multiply all layers alike."
         )
+    layers, rounds = _layers(family, seen), _rounds(few, many, shallow.depth, deep.depth)
     specs = {
-        name: replace(spec, depth_constant=next(iter(powers.get(pattern_of(name), {0.0}))))
+        name: replace(
+            spec,
+            depth_constant=next(iter(powers.get(pattern_of(name), {0.0}))),
+            layer=layers.get(name, ()),
+            rounds=rounds.get(name, spec.rounds),
+        )
         for name, spec in seen.specs.items()
     }
     notes = [
@@ -57,6 +71,50 @@ def with_depth_constants(family: Family, seen: Observation) -> Observation:
         for power in loose(few.factors, many.factors, DEEPER)
     ]
     return replace(seen, specs=specs, notes=(*seen.notes, *notes), depths_compared=True)
+
+
+def _layers(family: Family, seen: Observation) -> dict[str, tuple[str, ...]]:
+    """Return the layer that each parameter belongs to, if a deeper model has more of its kind: the innermost such."""
+    deeper = FEW if family.base.depth < LONG else DEEPER  # one layer in eight may be of another kind
+    try:
+        with on_fake_tensors():
+            names = shapes_of(build(family, family.base.with_(depth=deeper * family.base.depth))).keys()
+    except RequestError:
+        return {}
+    counts, more = (Counter(map(pattern_of, each)) for each in (seen.specs, names))
+    length, longer = _stacks(seen.specs), _stacks(names)
+    found = {}
+    for name in seen.specs:
+        parts = tuple(name.split("."))
+        grows = [i for i in range(len(parts)) if longer.get(parts[:i], set()) - length.get(parts[:i], set())]
+        if more[pattern_of(name)] > counts[pattern_of(name)] and grows:
+            found[name] = parts[: grows[-1] + 1]
+    return found
+
+
+def _stacks(names: Iterable[str]) -> dict[tuple[str, ...], set[str]]:
+    """Return the numbers that follow each beginning of a name."""
+    found: dict[tuple[str, ...], set[str]] = defaultdict(set)
+    for name in names:
+        parts = tuple(name.split("."))
+        for i, part in enumerate(parts):
+            if part.isdecimal():
+                found[parts[:i]].add(part)
+    return found
+
+
+def _rounds(few: UseWatcher, many: UseWatcher, shallow: int, deep: int) -> dict[str, tuple[float, float]]:
+    """Return (a, b) of every parameter that is on a + b·depth residual branches."""
+    before, after = (
+        Counter(name for branch in residual_branches(each.graph, each.uses()) for name in branch.inside)
+        for each in (few, many)
+    )
+    found = {}
+    for name, count in before.items():
+        slope = (after[name] - count) / (deep - shallow)
+        if name in after and slope >= 0:
+            found[name] = count - slope * shallow, slope
+    return found
 
 
 def at_target(family: Family, seen: Observation, scale: Scale) -> Observation:
