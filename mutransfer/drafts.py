@@ -94,6 +94,20 @@ class Draft:
                 layers[spec.layer[:-1]][1].add(tuple(name.split(".")[: len(spec.layer)]))
         return {stack: (len(base), len(target)) for stack, (base, target) in layers.items()}
 
+    @cached_property
+    def _backward(self) -> float:
+        """The factor of the gradients that a readout passes back, over µP's 1/m: they are as large as its weights.
+
+        Where the shape caps initial weights, a readout that is wider than its logits are many starts at 1/fan-in as µP's
+        does, one with more logits at fan-in^-1/2. Of several readouts the one that has the largest weights counts.
+        """
+        sizes = [
+            self.rules.rows["output"].init(*self.multipliers(name)) * _aspect(spec, shape) * self.multipliers(name)[0]
+            for name, shape in self.shapes.items()
+            if (spec := self.spec(name)).role == "output" and len(shape) > 1
+        ]
+        return max(sizes, default=1.0)
+
     def spec(self, name: str) -> ParamSpec:
         """Return what was observed of the base's parameter that ``name`` is scaled from."""
         return self.seen.specs[self.origin[name]]
@@ -125,6 +139,9 @@ class Draft:
         growth = Growth(m, spec.shape, self.shapes[name], init)
         lr, eps = rule.lr(row, growth), rule.eps(row, growth)
         lr /= density
+        if self.rules.aspect and spec.role in ("input", "vector", "hidden"):
+            eps *= self._backward if rule.eps_of_gradient else 1.0
+            lr /= self._backward if rule.column == "sgd" else 1.0
         if self.rules.depth is not None and spec.inside:
             deeper = self.repeated(self.origin[name])
             lr *= deeper ** float(self.rules.depth.lr(rule.column))

@@ -88,7 +88,7 @@ NTK = Table(
 SPECTRAL = replace(
     MUP,
     name="spectral",
-    source="spectral condition 2310.17813, Parametrization 1: std ∝ min(1, √(out/in))/√in, rates as µP; epsilon as µP",
+    source="spectral condition 2310.17813, Parametrization 1: std ∝ min(1, √(out/in))/√in, rates and epsilon as µP",
     rows={
         **MUP.rows,
         "output": replace(MUP.rows["output"], init=ONE / SQRT_IN),

@@ -58,9 +58,9 @@ class on_cpu(TorchFunctionMode):  # noqa: N801 - read as a function, like torch.
         if kwargs.get("device") is not None or (func in _device_constructors() and _default_device() is not None):
             kwargs = kwargs | {"device": "cpu"}
         if func is torch.Tensor.to:
-            args = (args[0], *map(_without_device, args[1:]))
-        elif func is torch.Tensor.type and len(args) > 1 and isinstance(args[1], str):
-            args = (args[0], args[1].replace("torch.cuda.", "torch."))
+            return func(args[0], *map(_without_device, args[1:]), **kwargs)
+        if func is torch.Tensor.type and len(args) > 1 and isinstance(args[1], str):
+            return func(args[0], args[1].replace("torch.cuda.", "torch."), **kwargs)
         return func(*args, **kwargs)
 
 
@@ -77,8 +77,8 @@ def seeded(seed: int) -> None:
 def drawn_from() -> int:
     """Return a number that changes when Python's or numpy's generators, or one made without a seed, are drawn from."""
     numpy = sys.modules.get("numpy")
-    legacy = numpy.random.get_state() if numpy else ()
-    return hash((random.getstate(), _entropy.getstate(), *((legacy[1].tobytes(), *legacy[2:]) if numpy else ())))
+    kind, keys, *rest = numpy.random.get_state() if numpy else ("", b"")
+    return hash((random.getstate(), _entropy.getstate(), kind, bytes(keys), *rest))
 
 
 def _without_device(value: Any) -> Any:
