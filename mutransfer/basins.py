@@ -269,9 +269,10 @@ def _posterior(basin: _Basin, all_: list[_Basin]) -> tuple[np.ndarray, np.ndarra
     prior = np.array([0.0] * min(len(z), 3) + [1 / size**2 if size > 1e-9 * scale else math.inf for size in sizes])
     design, prior = design[:, np.isfinite(prior)], prior[np.isfinite(prior)]
     variance = max(noise / len(basin.losses), (1e-10 * scale) ** 2)
-    precision = design.T @ design / variance + np.diag(prior)
-    covariance = np.linalg.inv(precision)
-    mean = covariance @ (design.T @ y) / variance
+    # Of the rows stacked, not of their products: without noise the prior is far below what a sum with 1 / variance keeps.
+    inverse = np.linalg.pinv(np.vstack([design / math.sqrt(variance), np.diag(np.sqrt(prior))]), rcond=1e-14)
+    covariance = inverse @ inverse.T
+    mean = inverse[:, : len(y)] @ y / math.sqrt(variance)
     if noise <= (1e-12 * scale) ** 2:  # rounding
         covariance = np.zeros_like(covariance)
     elif len(mean) > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +10,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mutransfer.basins import DRIFT_LIMIT, REGRET_LIMIT, judge, optima, worth
 from mutransfer.errors import RequestError
@@ -308,3 +312,20 @@ def test_a_regret_is_worth_the_compute_that_buys_as_much() -> None:
     assert worth(optima(frame, -6.0), frame.assign(flops=math.nan)) is None
     rising = frame.assign(loss=-frame["loss"])
     assert worth(optima(rising, -6.0), rising) is None
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data())
+def test_whatever_was_measured_there_is_a_verdict(data: st.DataObject) -> None:
+    """One seed, few learning rates, equal losses, any of them diverged: no fit breaks."""
+    widths, seeds = range(8, 8 + data.draw(st.integers(1, 3))), range(data.draw(st.integers(1, 3)))
+    grid = range(data.draw(st.integers(1, 6)))
+    value = st.one_of(st.floats(-3, 3), st.sampled_from([1.0, 2.0, math.inf]))
+    losses = {key: data.draw(value) for key in itertools.product(widths, seeds, grid)}
+    found = optima(made(lambda *key: losses[key], widths, seeds, grid), 0.0, resamples=50)
+    assert len(found) == len(widths)
+    status, reasons = judge(found)
+    assert status in ("pass", "fail", "undecided")
+    assert bool(reasons) or status == "pass"
+    if len(seeds) < 3:
+        assert status != "pass"
