@@ -103,15 +103,16 @@ COORDINATES = Schema(
     {
         "parametrization": ("string", "name of the table in force"),
         "optimizer": ("string", "name of the optimizer"),
-        "module": ("string", "module's qualified name, or a parameter's for gradient, decay and weight"),
+        "module": ("string", "module's qualified name, or a parameter's for update, step, gradient, decay and weight"),
         "role": (
             "string",
             "role of its weight: input, hidden, …; output when its result is a logit; stream without a weight",
         ),
         "statistic": (
             "string",
-            "activation: mean |x|; change: mean |x_t − x_0|; input: mean |x| of what enters; update: mean |ΔW·x|; gradient: "
-            "mean |g| / epsilon; decay: lr · weight decay; weight: root mean square, in units of µP's own initial size",
+            "activation: mean |x|; change: mean |x_t − x_0|; input: mean |x| of what enters; update: mean |ΔW·x|; step: "
+            "largest |ΔW|, in units of µP's own learning rate; gradient: mean |g| / epsilon; decay: lr · weight decay; "
+            "weight: root mean square, in units of µP's own initial size",
         ),
         "step": ("int64", "optimizer steps done before this was measured"),
         "seed": ("int64", "seed of the initial weights"),
@@ -130,7 +131,7 @@ SLOPES = Schema(
         "parametrization": ("string", "name of the table in force"),
         "module": ("string", "module's qualified name, or a parameter's for gradient, decay and weight"),
         "role": ("string", "as in the coordinates frame"),
-        "statistic": ("string", "activation, change, update, gradient, decay or weight"),
+        "statistic": ("string", "activation, change, update, step, gradient, decay or weight"),
         "step": ("int64", "optimizer steps done"),
         "slope": ("float64", "d log2(value) / d log2(width)"),
         "low": ("float64", "lower end of the 95% interval over seeds"),

@@ -146,6 +146,10 @@ HEALTHY: dict[tuple[str, str], Band] = {
     ("change", "attention"): (-1, 0),
     # Of parameters, each alone (`coordinates.updates`): ΔW·x of a matrix against x, a gain's or a bias's as it is.
     ("update", "feature"): (0, 0),
+    # Where the step itself has its size, ΔW·x fades at most as an incoherent sum does: in narrow models' first steps the
+    # examples' gradients are not aligned with the features (docs/coordinate-check.md).
+    ("update", "stepped"): (-0.5, 0),
+    ("step", "feature"): (0, 0),
     # 0 once the readout's update and the features are aligned, less in narrow models' first steps.
     ("update", "output"): (-0.5, 0),
     ("update", "attention"): (-1, 0),

@@ -22,7 +22,12 @@ from mutransfer.reports.words import label, ordered, plain
 __all__ = ["CoordinateFigure"]
 
 MOST_GROUPS = 12
-HEADINGS = {"weight": "weight size", "decay": "lr · weight decay", "gradient": "gradient / epsilon"}
+HEADINGS = {
+    "weight": "weight size",
+    "step": "step size",
+    "decay": "lr · weight decay",
+    "gradient": "gradient / epsilon",
+}
 
 
 @dataclass(frozen=True, eq=False)

@@ -49,10 +49,16 @@ def few_parameters(slopes: pd.DataFrame, fault: Fault | None) -> tuple[list[str]
     at_start = slopes[slopes["statistic"].isin(["activation", "weight"]) & slopes["role"].ne("output")]
     off_at_start = at_start[at_start["ok"].eq(False).fillna(False)]
     statistic = "update" if off_at_start.empty else "weight"
-    rows = slopes[slopes["statistic"].eq(statistic) & slopes["slope"].notna()]
+    rows = slopes[slopes["statistic"].isin(["update", "step"] if statistic == "update" else ["weight"])]
+    rows = rows[rows["slope"].notna()]
+    # Of a learning rate the step itself says more than what it makes of the features.
+    stepped = set(rows["module"][rows["statistic"].eq("step")])
+    rows = rows[rows["statistic"].ne("update") | ~rows["module"].isin(stepped)]
     rows = rows.loc[rows.groupby("module")["step"].idxmin()]
     off_by = [beyond(value, band(expected)) for value, expected in zip(rows["slope"], rows["expected"], strict=True)]
-    failed = slopes[slopes["ok"].eq(False).fillna(False) & slopes["statistic"].isin([statistic, "decay"])]
+    failed = slopes[
+        slopes["ok"].eq(False).fillna(False) & slopes["statistic"].isin([*rows["statistic"].unique(), "decay"])
+    ]
     rows = rows.assign(off=off_by, failing=rows["module"].isin(failed["module"]))
     chosen: list[str] = []
     for _, members in rows.groupby("role"):

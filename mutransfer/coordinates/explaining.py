@@ -36,7 +36,9 @@ def cause(slopes: pd.DataFrame, coordinates: pd.DataFrame, axis: str) -> tuple[s
         what = "learning rate" if statistic == "update" else "initial size"
         verb = "are" if names[1:] and statistic != "update" else "is"
         size = "large" if value > 0 else "small"
-        of = _what(slopes[slopes["module"].isin(names) & slopes["statistic"].eq(statistic)].iloc[0], axis, named)
+        measured = [statistic, "step"] if statistic == "update" else [statistic]
+        shown = slopes[slopes["module"].isin(names) & slopes["statistic"].isin(measured)]
+        of = _what(shown.loc[shown["slope"].abs().idxmax()], axis, named)
         return (
             f"the {what} of {named(names)} {verb} too {size} by width^{_power(value)}: {of}; {listed}",
             "one-parameter",
@@ -94,6 +96,7 @@ def _what(row: pd.Series, axis: str, name: Callable[[list[str]], str] = pattern)
     kinds = {
         "change": "change",
         "update": "own update",
+        "step": "step over µP's",
         "weight": "initial size over µP's",
         "decay": "lr · weight decay",
     }
@@ -122,11 +125,11 @@ def _why(worst: pd.Series, axis: str) -> str:
         return (
             "its residual branches are not scaled with the depth" if worst["slope"] > 0 else "its layers stop learning"
         )
-    if worst["statistic"] in ("change", "update") and worst["slope"] > 0:
+    if worst["statistic"] in ("change", "update", "step") and worst["slope"] > 0:
         # Logits also follow the features' change through the readout's initial weights.
         own = "or initial weights do not" if worst["role"] == "output" else "does not"
         return f"its learning rate {own} shrink with width"
-    if worst["statistic"] in ("change", "update"):
+    if worst["statistic"] in ("change", "update", "step"):
         return "its updates fade with width"
     if worst["slope"] > 0:
         return (

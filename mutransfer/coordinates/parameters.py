@@ -1,4 +1,4 @@
-"""What is measured of a parameter itself: its size, its gradient against epsilon, and what weight decay takes off it a step."""
+"""What is measured of a parameter itself: its size, how far it moves, its gradient against epsilon, its weight decay."""
 
 from __future__ import annotations
 
@@ -8,33 +8,39 @@ from typing import Any
 
 import torch
 
+from ..optimizers.registry import OPTIMIZERS
 from ..plans import Plan
 from ..tables import TABLES, table
 from .watching import Tensors
 
-__all__ = ["Owned", "decays", "owned", "sizes_of_gradients", "sizes_of_weights"]
+__all__ = ["Owned", "decays", "owned", "sizes_of_gradients", "sizes_of_steps", "sizes_of_weights"]
 
 
 @dataclass(frozen=True)
 class Owned:
     """A parameter's role, and the unit of its size: µP's own initial size there, relative to the base model's.
 
-    The unit is None for constants and structured weights, and for the finite ones, whose size is not scaled.
+    The unit is None for constants and structured weights, and for the finite ones, whose size is not scaled. ``step`` is the
+    unit of its first step, µP's own learning rate relative to the base model's; None where a step's size says nothing of
+    the rate: under optimizers that follow the gradient's size or look at whole matrices, and where the fan-in does not grow.
     """
 
     role: str
     unit: float | None
+    step: float | None = None
 
 
 def owned(planned: Plan) -> dict[str, Owned]:
     """Return every planned parameter's role and unit, folded multipliers counted in (TP-V 2203.03466, Table 3)."""
-    rules, healthy = table(planned.parametrization).rows, TABLES["mup"].rows
+    rules, healthy, optimizer = table(planned.parametrization).rows, TABLES["mup"].rows, OPTIMIZERS[planned.optimizer]
     found = {}
     for row in planned.rows:
         m = row.m_in, row.m_out
         unit = healthy[row.role].init(*m) * row.gauge / rules[row.role].gauge(*m)
         random = row.role != "finite" and row.init_factor is not None and row.init.std > 0
-        found[row.name] = Owned(row.role, unit if random else None)
+        step = healthy[row.role].adam(*m) * row.gauge / rules[row.role].gauge(*m)
+        moves = optimizer.column == "adam" and optimizer.entrywise and row.role in ("hidden", "bottleneck")
+        found[row.name] = Owned(row.role, unit if random else None, step if moves else None)
     return found
 
 
@@ -45,6 +51,19 @@ def sizes_of_weights(
     for name, owner in known.items():
         if owner.unit is not None and name in parameters:
             yield name, _per_seed(parameters[name].detach().square(), stacked).sqrt() / owner.unit
+
+
+def sizes_of_steps(
+    parameters: Tensors, first: Tensors, known: Mapping[str, Owned], stacked: bool
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (name, largest |ΔW| ``[seeds]``) in the unit of the parameter's step, of those that have one.
+
+    The largest, as entries without a gradient do not move, and how many these are depends on seed and width.
+    """
+    for name, start in first.items():
+        if name in known and (unit := known[name].step) is not None:
+            moved = (parameters[name].detach() - start).abs()
+            yield name, (moved.flatten(1).amax(1) if stacked else moved.amax()[None]) / unit
 
 
 def sizes_of_gradients(

@@ -12,7 +12,7 @@ import torch
 from ..family import Family
 from ..names import plain_name
 from .lanes import Lane, lanes
-from .parameters import decays, sizes_of_gradients, sizes_of_weights
+from .parameters import decays, sizes_of_gradients, sizes_of_steps, sizes_of_weights
 from .places import ROOT, places, units
 from .setups import Setup
 from .watching import Pass, Tensors, Watched, watch
@@ -142,6 +142,9 @@ def _measure(lane: Lane, setup: Setup, watched: Watched, steps: int, parameters:
         if parameters and step in (0, steps):
             for name, value in sizes_of_weights(lane.parameters, setup.known, stacked):
                 yield name, setup.known[name].role, "weight", step, value
+        if first is not None and step in (1, steps):
+            for name, value in sizes_of_steps(lane.parameters, first, setup.known, stacked):
+                yield name, setup.known[name].role, "step", step, value
         if parameters and step == 0:
             for name, taken in decays(lane.parameters, setup.known, lane.optimizer):
                 yield name, setup.known[name].role, "decay", step, torch.full((lane.size,), taken)

@@ -85,13 +85,14 @@ def verdict(coordinates: pd.DataFrame, margin: float = MARGIN, *, decay_policy: 
     if axis == "width":
         frame = pd.concat([coordinates[coordinates["statistic"] != "update"], relative_updates(coordinates)])
     judged = frame[_judged(frame, last, axis, rules)]
+    stepped = set(judged["module"][judged["statistic"].eq("step")])
     rounding = ROUNDING * judged[judged["statistic"] == "gradient"]["value"].median()
     for (module, role, statistic, step), group in judged.groupby(["module", "role", "statistic", "step"], sort=False):
         # A key's bias has no gradient but for rounding.
         if statistic == "gradient" and not rounding < group["value"].min() < FELT:
             continue
         value, low, high = slope(group, axis)
-        expected = _healthy(axis, str(module), str(statistic), str(role), decay_policy, column)
+        expected = _healthy(axis, str(module), str(statistic), str(role), decay_policy, column, module in stepped)
         allowed = margin + (OF_UPDATES if statistic == "update" and role != "output" else 0.0)
         ok = _judge(group, value, low, high, expected, allowed, may_rest=step < last)
         if ok is False and axis == "width" and not _stays(group, expected, allowed):
@@ -130,19 +131,24 @@ def _judged(coordinates: pd.DataFrame, last: int, axis: str, rules: Table | None
     judged = statistic.eq("activation") & step.eq(0) | statistic.eq("change") & step.isin([1, last])
     if axis == "width":
         judged |= statistic.eq("update") & step.isin([1, last])
+        # The first step in which a parameter has a gradient; later ones also depend on how gradients follow each other.
+        moved = coordinates[statistic.eq("step") & coordinates["value"].gt(0)].groupby("module")["step"].min()
+        judged |= statistic.eq("step") & step.eq(coordinates["module"].map(moved))
         judged |= statistic.eq("decay") | statistic.eq("gradient") & step.eq(0)
         if rules is not None:  # a model wired by hand may carry its multipliers where it likes
             judged |= statistic.eq("weight") & step.eq(0)
     return judged
 
 
-def _healthy(axis: str, module: str, statistic: str, role: str, decay_policy: str, column: str) -> Band:
+def _healthy(axis: str, module: str, statistic: str, role: str, decay_policy: str, column: str, stepped: bool) -> Band:
     if statistic == "decay":
         return HEALTHY_DECAY[decay_policy]
     if (
         statistic == "update" and role in ("attention", "finite") and column == "adam"
     ):  # whose step sees no gradient fade
         role = "feature"
+    if statistic == "update" and stepped:
+        role = "stepped"
     kind = role if role == "output" or (axis == "width" and (statistic, role) in HEALTHY) else "feature"
     if axis == "depth" and statistic == "change" and "first" in module.split("."):
         kind = "first"
@@ -159,6 +165,9 @@ def _declared(rules: Table | None, axis: str, column: str, statistic: str, role:
             return expected
         kind = "first" if role == "vector" else kind
         derived = float(rules.derived(column, "change", kind))
+        return derived, derived
+    if statistic == "step":
+        derived = float((rules.rows[role].adam / TABLES["mup"].rows[role].adam).total)
         return derived, derived
     if statistic == "weight":
         derived = float((rules.rows[role].init / TABLES["mup"].rows[role].init).total)

@@ -168,6 +168,30 @@ def test_a_wrong_rate_of_one_matrix_is_caught_and_named(power: float, optimizer:
     assert str(found.cause).startswith(f"the learning rate of hidden.1.weight is too {off}: ")
 
 
+def test_steps_are_in_units_of_mups_own_rate() -> None:
+    """The first step of an Adam-like optimizer is its learning rate, whatever the gradients: no seed varies, no width bends."""
+    found = record(families.mlp(width=16), [16, 32, 64], lr=2**-8, steps=2, seeds=range(2))
+    steps = found[found["statistic"].eq("step")]
+    assert set(steps["module"]) == {"hidden.0.weight", "hidden.1.weight"}
+    assert steps[steps["step"].eq(1)]["value"].to_numpy() == pytest.approx(2**-8, rel=1e-3)
+    assert record(families.mlp(width=16), [16, 32], optimizer="sgd", steps=1, seeds=[0])["statistic"].ne("step").all()
+
+
+@pytest.mark.parametrize(("power", "size"), [(0, ""), (-0.5, "small"), (0.5, "large")])
+def test_many_examples_in_narrow_models_are_not_taken_for_a_small_rate(power: float, size: str) -> None:
+    """Their gradients are hardly aligned with the features, and ΔW·x falls; a rate that falls shows in the step itself."""
+    made = families.mlp(width=16)
+    made = mt.Family(made.build, families.image_batch(256), made.loss, made.base, "mlp")
+    planner = plant_in("hidden.1.weight", power, mt.plan) if power else None
+    found = verdict(record(made, [16, 32, 64, 128], lr=2**-8, steps=1, seeds=range(4), planner=planner))
+    if not power:
+        assert found.status in ("pass", "undecided"), found.cause
+        return
+    assert found.status == "fail"
+    assert found.fault == "one-parameter"
+    assert f"the learning rate of hidden.1.weight is too {size} by width^1/2" in str(found.cause)
+
+
 def test_a_wrong_rate_of_one_gain_is_caught_and_named() -> None:
     made = families.transformer(width=32, depth=1, head_dim=8)
     planner = plant_in("blocks.0.norm2.weight", 0.5, mt.plan)
