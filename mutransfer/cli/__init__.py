@@ -16,10 +16,15 @@ INTERRUPTED = "mutransfer: interrupted; run the same command again to go on."
 
 def main(arguments: list[str] | None = None) -> None:
     """Run one command and exit: 0 done, 1 failed verdict, 2 wrong request, 3 bug, 130 Ctrl-C."""
-    from .. import printing
+    try:
+        from .. import printing
 
-    printing.release_at_exit_only()
-    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+        printing.release_at_exit_only()
+        code = run(sys.argv[1:] if arguments is None else arguments)
+    except KeyboardInterrupt:  # while the modules of `run` itself were imported, or an answer was written
+        print(INTERRUPTED, file=sys.stderr)
+        code = 130
+    sys.exit(code)
 
 
 def run(arguments: list[str]) -> int:

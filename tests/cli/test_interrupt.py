@@ -161,6 +161,30 @@ def test_a_command_is_interrupted_at_once(moment: str, shop: Path) -> None:
         assert not (shop / "new").exists()
 
 
+IMPORTING = """
+import os, signal, sys
+from mutransfer.cli import main
+
+class CtrlC:
+    def find_spec(self, name, *_):
+        if name == sys.argv[-1]:
+            os.kill(os.getpid(), signal.SIGINT)
+
+assert sys.argv[-1] not in sys.modules
+sys.meta_path.insert(0, CtrlC())
+main(["plan", "mlp", "--width", "16"])
+"""
+
+
+@pytest.mark.parametrize(
+    "module", ["mutransfer.printing", "tempfile", "mutransfer.errors", "typer", "mutransfer.cli.app"]
+)
+def test_a_command_is_interrupted_in_any_of_its_first_imports(module: str) -> None:
+    ended = subprocess.run([sys.executable, "-c", IMPORTING, module], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (130, "")
+    assert ended.stderr.splitlines() == [INTERRUPTED]
+
+
 # At least 20 runs of 0.15 s.
 VERIFY = ("verify", "slow", "--widths", "8,16", "--seeds", "2")
 
