@@ -114,7 +114,8 @@ def experiment_of(model: str) -> Experiment | None:
 
     from ..sweeps.experiment import Experiment
 
-    return Experiment.load(model) if Path(model).suffix in (".yaml", ".yml") else None
+    names_file = not model.startswith("hf:") and Path(model).suffix in (".yaml", ".yml")
+    return Experiment.load(model) if names_file else None
 
 
 def subject_of(model: str, parametrization: str, optimizer: str, options: dict[str, Any] | None) -> dict[str, Any]:
