@@ -154,6 +154,8 @@ def _planned(
 ) -> Executor:  # fmt: skip
     import torch
 
+    from mutransfer.precision import bfloat16_is_slow, bfloat16_slowdown
+
     from .choosing import chosen
     from .fusing.checkpoint import Checkpoints
     from .fusing.executor import Fused
@@ -165,6 +167,12 @@ def _planned(
     if why is not None and how == "fused":
         print(f"trials are trained one by one: {why}.", file=sys.stderr, flush=True)
         return OneByOne(device)
+    if precision == "bfloat16" and bfloat16_is_slow(device):
+        print(
+            f"warning: this CPU multiplies bfloat16 {bfloat16_slowdown():.0f} times slower than float32: "
+            "--precision float32 is the faster one here.",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
     begun = checkpoints is not None and any(checkpoints.glob("*"))  # what was fused goes on inside of its trials
     choice = chosen(
         experiment, missing or experiment.trials, device, at_once=at_once,

@@ -48,7 +48,6 @@ def tune(
     """Find the best hyperparameters of the proxy; run again, or by several workers, it adds only the missing trials."""
     import torch
 
-    from ..precision import bfloat16_is_slow, bfloat16_slowdown
     from ..runs import RunFolder
     from ..sweeps.executors import executor_for
     from ..sweeps.experiment import Experiment
@@ -65,11 +64,6 @@ def tune(
     )
     torch.set_num_threads(min(torch.get_num_threads(), 2))  # a proxy is too small for more
     where = device_of(device)
-    if precision == "bfloat16" and bfloat16_is_slow(where):
-        say(
-            f"warning: this CPU multiplies bfloat16 {bfloat16_slowdown():.0f} times slower than float32: "
-            "--precision float32 is the faster one here."
-        )
     with (
         ended_as_by_ctrl_c(),
         executor_for(
