@@ -146,10 +146,7 @@ def _fold_branches(draft: Draft) -> None:
     alpha = draft.recipe.alpha_residual
     ends = sorted(name for name, spec in draft.seen.specs.items() if spec.ends_branch)
     if power is None and draft.deeper != 1:
-        draft.notes.append(
-            f"{draft.rules.name} has no rule for depth: the change from {draft.base.depth} to {draft.scale.depth} layers is "
-            "carried without any factor; completep has one."
-        )
+        draft.notes.append(draft.rules.without_depth(draft.base.depth, draft.scale.depth))
     if power is not None:
         _fold_depth_constants(draft)
 

@@ -153,6 +153,13 @@ class Table:
         """The readout's own forward multiplier, which one that is tied to an embedding takes through the final norm."""
         return self.rows["output"].gauge
 
+    def without_depth(self, before: int, after: int) -> str:
+        """Return the sentence that nothing is scaled when the depth changes, of a table without a rule for depth."""
+        return (
+            f"{self.name} has no rule for depth: the change from {before} to {after} layers is carried without any factor; "
+            "completep has one."
+        )
+
     def derived(self, column: str, statistic: str, role: str) -> Fraction:
         """Slope that the rows imply when every width grows together, by the counting of TP-V 2203.03466, Appendix J.
 

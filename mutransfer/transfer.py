@@ -261,7 +261,9 @@ def target_config(
         *of_columns(plan),
     ]
     scale = plan.scale.with_(batch=batch_size, tokens=target.tokens)
-    return replace(target, plan=replace(plan, scale=scale), warnings=tuple(dict.fromkeys(warnings)))
+    warned = table(plan.parametrization).without_depth(plan.base.depth, plan.scale.depth)  # by `of_depth`
+    notes = tuple(note for note in plan.notes if note != warned)
+    return replace(target, plan=replace(plan, scale=scale, notes=notes), warnings=tuple(dict.fromkeys(warnings)))
 
 
 def _refuse_other_files(data: Any, path: Any) -> None:

@@ -223,13 +223,14 @@ def of_laws(m_B: float, m_D: float, batch: tuple[int, int], examples: tuple[int,
 
 def of_depth(plan: Plan, proxy: Scale) -> Iterator[str]:
     """Warn of a depth that changes without a rule, from the proxy or from the base."""
-    if table(plan.parametrization).depth is not None:
+    rules = table(plan.parametrization)
+    if rules.depth is not None:
         return
     for what, depth in {"proxy": proxy.depth, "base model": plan.base.depth}.items():
         if plan.scale.depth != depth:
             yield (
-                f"depth goes from {depth} in the {what} to {plan.scale.depth}: {plan.parametrization} has no rule for depth, "
-                "so the recipe is carried without any factor; completep has one."
+                f"depth goes from {depth} in the {what} to {plan.scale.depth}, and "
+                f"{rules.without_depth(depth, plan.scale.depth)}"
             )
             return
 

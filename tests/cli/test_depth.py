@@ -53,4 +53,5 @@ def test_a_recipe_is_carried_over_depth(
     else:
         assert len(about_depth) == 1
         assert "from 2 to 4 layers" in about_depth[0]
+        assert not [text for text in target["notes"] if "depth" in text]  # said once
         assert set(factors.values()) <= {1.0, None}
