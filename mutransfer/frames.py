@@ -106,7 +106,7 @@ COORDINATES = Schema(
         "module": ("string", "module's qualified name, or a parameter's for update, step, gradient, decay and weight"),
         "role": (
             "string",
-            "role of its weight: input, hidden, …; output when its result is a logit; stream without a weight",
+            "role of its weight: input, hidden, …; output when its result is a logit; stream without a weight; gain of a normalized readout",
         ),
         "statistic": (
             "string",

@@ -155,6 +155,8 @@ HEALTHY: dict[tuple[str, str], Band] = {
     ("update", "attention"): (-1, 0),
     # The gradient of what all channels share (MLP-Mixer's layers over the patches) is a sum over them, incoherent at first.
     ("update", "finite"): (-0.5, 0),
+    # A normalized readout's gain acts on the directions that its rows start with, whose logits may start as small as they like.
+    ("update", "gain"): (float("-inf"), 0),
     # What the whole model makes of a parameter of its own, in its logits.
     ("update", "stream"): (-0.5, 0),
     # Of parameters: no row, no health. A readout may start as small as it likes, at zero too.

@@ -64,9 +64,11 @@ def units(
         alone = all(
             not _owner(each) or _owner(each) not in _inside(unit, ran) for each, _ in modules[unit].named_parameters()
         )
-        role = _role_of_update(
-            parameter, known.get(plain_name(names[id(parameter)]), "feature"), roles.get(unit), alone
-        )
+        matrix = sum(size > 1 for size in parameter.shape) > 1
+        role = known.get(plain_name(names[id(parameter)]), "feature")
+        role = _role_of_update(role, roles.get(unit), matrix, alone)
+        if roles.get(unit) == "output" and role == "finite" and "parametrizations." in name[len(unit) :]:
+            role = "gain"  # of a weight-normalized readout
         found.setdefault(unit, {})[local] = plain_name(name), role
     return {
         unit: Unit(
@@ -83,12 +85,11 @@ def _inside(unit: str, ran: Collection[str]) -> set[str]:
     return {name[len(prefix) :] for name in ran if name.startswith(prefix) and name != unit}
 
 
-def _role_of_update(parameter: torch.Tensor, role: str, unit: str | None, alone: bool) -> str:
+def _role_of_update(role: str, unit: str | None, matrix: bool, alone: bool) -> str:
     """Return the role under which a parameter's update is recorded.
 
     What the whole model makes of a parameter has gone through all behind it: "stream", whatever the parameter is.
     """
-    matrix = sum(size > 1 for size in parameter.shape) > 1
     if unit == "output" and (matrix or not alone):
         return "output" if alone else "stream"
     if unit == "attention" and matrix:

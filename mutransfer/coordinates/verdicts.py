@@ -161,7 +161,7 @@ def _declared(rules: Table | None, axis: str, column: str, statistic: str, role:
         return expected
     kind = {"output": "output", "input": "first"}.get(role, "feature")
     if statistic == "update":
-        if role in ("attention", "stream", "finite"):
+        if role in ("attention", "stream", "finite", "gain"):
             return expected
         kind = "first" if role == "vector" else kind
         derived = float(rules.derived(column, "change", kind))

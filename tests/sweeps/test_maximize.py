@@ -101,7 +101,7 @@ def test_the_best_is_the_highest_from_tune_to_report(tmp_path: Path) -> None:
     assert {row["log2_lr"] for row in result["comparison"]} == {-6}
     tune(given, folder)
     html = write_report(folder.path).read_text(encoding="utf-8")
-    assert "best proxy metric" in html
+    assert "proxy metric of the recipe" in html
 
 
 def test_a_rate_that_costs_accuracy_fails(tmp_path: Path) -> None:
