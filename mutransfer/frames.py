@@ -106,7 +106,8 @@ COORDINATES = Schema(
         "module": ("string", "module's qualified name, or a parameter's for update, step, gradient, decay and weight"),
         "role": (
             "string",
-            "role of its weight: input, hidden, …; output when its result is a logit; stream without a weight; gain of a normalized readout",
+            "role of its weight: input, hidden, …; output when its result is a logit; stream without a weight; gain of a "
+            "normalized readout",
         ),
         "statistic": (
             "string",

@@ -82,9 +82,6 @@ def optimum_strip(axes: Axes, optima: pd.DataFrame, colours: dict[int, str], lim
         log2_lr_low=optima["log2_lr_low"].clip(lower=limits[0]),
         log2_lr_high=optima["log2_lr_high"].clip(upper=limits[1]),
     )
-    low = optima[["log2_lr", "log2_lr_low"]].min(axis=None)
-    high = optima[["log2_lr", "log2_lr_high"]].max(axis=None)
-    right = limits[1] - high >= low - limits[0]
     for index, best in enumerate(optima.itertuples()):
         row, hue = rows.get(best.width, 0), colours.get(best.width, INK)
         axes.plot([best.log2_lr_low, best.log2_lr_high], [row, row], color=hue, linewidth=2.5, alpha=0.6)
@@ -92,6 +89,9 @@ def optimum_strip(axes: Axes, optima: pd.DataFrame, colours: dict[int, str], lim
         axes.plot(best.log2_lr, row, "o", markersize=6, color=hue, markerfacecolor=face, markeredgewidth=1.2)
         words = "drift in octaves:" if index == 0 else interval(best.drift, best.drift_low, best.drift_high)
         words += " (edge of the grid)" if best.at_edge else ""
+        # By itself for every row: optima that drift leave no side free for all.
+        low, high = min(best.log2_lr, best.log2_lr_low), max(best.log2_lr, best.log2_lr_high)
+        right = limits[1] - high >= low - limits[0]
         side: dict[str, Any] = {"x": 0.995, "ha": "right"} if right else {"x": 0.005, "ha": "left"}
         axes.text(y=row, s=words, va="center", transform=axes.get_yaxis_transform(), fontsize=8, color=INK, **side)
 
