@@ -51,7 +51,8 @@ def basins(
     around that at which no matrix gets a higher one than under the experiment's own; each width's is extended
     towards its best point until that has two points on both sides. Where the loss diverges or jumps right beside the best
     point, the cell between the two is halved until it is at most 1/8 octave. Every finished run is written to the folder's
-    ``basins.csv`` at once, and runs found there are not done again.
+    ``basins.csv`` at once, and runs found there are not done again. Where two parametrizations have the same plan, as at the
+    base's scale, the run is done once and stands for both, in the other's rows at no cost.
 
     Args:
         experiment: the proxy's experiment: model, data, steps.
@@ -72,8 +73,7 @@ def basins(
     if len(widths) < 2:
         raise RequestError(f"a drift needs at least two widths, and {widths} is {len(widths)}: see --widths.")
     # What is wrong is said before anything is written.
-    for name, width in itertools.product(parametrizations, widths):
-        plan_of(experiment, _scale(experiment, width), name, recipe)
+    alike = {width: _alike(experiment, _scale(experiment, width), parametrizations, recipe) for width in widths}
     flops = {width: flops_of(experiment, _scale(experiment, width)) for width in widths}
     middle = {
         (name, width): _middle(experiment, _scale(experiment, width), name, recipe, step)
@@ -94,14 +94,24 @@ def basins(
             for k in grid(done, name, width, seeds, step, middle=middle[name, width], maximize=experiment.maximize)
             for seed in range(seeds)
         ]
+        for name, width, seed, k in (job.key for job in wanted if job.key not in done):
+            if (same := done.get((alike[width][name], width, seed, k))) is not None:
+                spent = dict.fromkeys(("flops", "seconds"), 0.0)  # by the run that this one equals
+                done[name, width, seed, k] = {**same, "parametrization": name} | spent
         missing = [job for job in wanted if job.key not in done]
+        waiting = {job.key for job in missing}
         count = len(wanted) - len(missing)
         if missing:
             folder.verify.unlink(missing_ok=True)  # its verdict is about other runs than those that are being done
             _note(folder, experiment, recipe, len(wanted), widths, parametrizations, seeds, step)
+        missing = [
+            job
+            for job in missing
+            if (job.key == (own := (alike[job.key[1]][job.key[0]], *job.key[1:]))) or own not in waiting
+        ]
         ahead = sum(flops[job.scale.width] or 1.0 for job in missing)
         progress(count, len(wanted), "", ahead / behind if behind else None)
-        if not missing:
+        if not waiting:
             break
         # The longest first, so that none is left running alone at the end.
         for job, outcome in executor.run(experiment, sorted(missing, key=lambda job: -job.scale.width)):
@@ -117,6 +127,7 @@ def basins(
             BASINS.write(pd.DataFrame(done.values()), folder.basins)
             ahead, behind = ahead - (flops[width] or 1.0), behind + (flops[width] or 1.0)
             progress(count, len(wanted), f"{name} width {width}", ahead / behind)
+    BASINS.write(pd.DataFrame(done.values()), folder.basins)
     _note(folder, experiment, recipe, len(wanted), widths, parametrizations, seeds, step, ended=True)
     keys = {job.key for job in wanted}
     return BASINS.frame([row for key, row in done.items() if key in keys])
@@ -137,6 +148,16 @@ def _note(
     }
     question |= {"widths": [*widths], "seeds": seeds}
     folder.note_progress("verify", planned=planned, ended=ended, arguments=arguments, question=question)
+
+
+def _alike(experiment: Experiment, scale: Scale, parametrizations: Sequence[str], recipe: Recipe) -> dict[str, str]:
+    """Return for every parametrization the first one whose plan at ``scale`` is the same, as all are at the base's scale."""
+    plans = {name: plan_of(experiment, scale, name, recipe) for name in parametrizations}
+    if experiment.trainer is not None:  # which may read the parametrization's name
+        return {name: name for name in plans}
+    return {
+        name: next(first for first, other in plans.items() if other.rows == own.rows) for name, own in plans.items()
+    }
 
 
 def _scale(experiment: Experiment, width: int) -> Scale:

@@ -69,6 +69,25 @@ def test_another_parametrizations_grid_is_laid_where_its_best_is_likely(folder: 
     assert found["sp", 128] == [-12, -11, -10, -9, -8, -6]  # with the transferred learning rate, whose price is asked
 
 
+def test_runs_of_equal_plans_are_done_once(folder: RunFolder) -> None:
+    """At the base's width no parametrization scales anything: what is trained there is the same model."""
+    counting = Counting(OneByOne())
+    frame = measure(folder, counting, parametrizations=("mup", "sp"))
+    done = {(job.parametrization, job.scale.width) for job in counting.jobs}
+    assert done == {("mup", 8), ("mup", 16), ("sp", 16)}
+    mup, sp = (frame[frame["parametrization"].eq(name) & frame["width"].eq(8)] for name in ("mup", "sp"))
+    key = ["log2_lr", "seed"]
+    assert mup.set_index(key)["loss"].sort_index().equals(sp.set_index(key)["loss"].sort_index())
+    assert (mup["flops"] > 0).all()
+    assert (sp["flops"] == 0).all()
+    alone = measure(RunFolder(folder.path.with_name("alone")).make(), OneByOne(), parametrizations=("sp",))
+    by_itself = alone[alone["width"].eq(8)].set_index(key)["loss"]
+    assert sp.set_index(key)["loss"].sort_index().equals(by_itself.sort_index())
+    again = Counting()
+    pd.testing.assert_frame_equal(measure(folder, again, parametrizations=("mup", "sp")), frame)
+    assert again.jobs == []
+
+
 @pytest.mark.parametrize("shift", [4.1, -4.1])
 def test_a_grid_follows_its_optimum_until_it_is_bracketed(shift: float, folder: RunFolder) -> None:
     frame = measure(folder, parabola({8: 0, 16: shift}))
