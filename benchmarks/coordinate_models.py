@@ -264,4 +264,4 @@ MODELS: dict[str, Callable[[int], mt.Family]] = {
         ("moe", MoE, "tokens"),
     )
 }
-DEVELOPED_ON = ("pre_norm_gpt",)
+DEVELOPED_ON = ("pre_norm_gpt", "mixer", "moe")

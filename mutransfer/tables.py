@@ -144,6 +144,8 @@ HEALTHY: dict[tuple[str, str], Band] = {
     # Queries and keys whose head dim grows start uncorrelated, and a gradient that passes their product fades until they are not:
     # −1 (queries) and −½ (keys) in the first steps of SGD (docs/coordinate-check.md).
     ("change", "attention"): (-1, 0),
+    # Where no axis grows, under SGD, as its updates below.
+    ("change", "finite"): (-0.5, 0),
     # Of parameters, each alone (`coordinates.updates`): ΔW·x of a matrix against x, a gain's or a bias's as it is.
     ("update", "feature"): (0, 0),
     # Where the step itself has its size, ΔW·x fades at most as an incoherent sum does: in narrow models' first steps the

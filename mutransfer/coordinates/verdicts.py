@@ -143,9 +143,8 @@ def _judged(coordinates: pd.DataFrame, last: int, axis: str, rules: Table | None
 def _healthy(axis: str, module: str, statistic: str, role: str, decay_policy: str, column: str, stepped: bool) -> Band:
     if statistic == "decay":
         return HEALTHY_DECAY[decay_policy]
-    if (
-        statistic == "update" and role in ("attention", "finite") and column == "adam"
-    ):  # whose step sees no gradient fade
+    # Adam's step sees no gradient fade.
+    if column == "adam" and (role == "finite" or (statistic == "update" and role == "attention")):
         role = "feature"
     if statistic == "update" and stepped:
         role = "stepped"
@@ -194,7 +193,8 @@ def _judge(
 def _stays(group: pd.DataFrame, band: Band, margin: float) -> bool:
     """Say whether a failing slope is the wide models' as well, and not about to end: finite width bends slopes.
 
-    The wide half's interval has to lie outside too, and unless its slope is `BROKEN`, must not be on its way back.
+    The wide half's interval has to lie outside too, and unless all of it is `BROKEN`, must not be on its way back. Of what
+    training moves, the end of the interval next to the band counts, so that few seeds leave it open.
     """
     values = group["value"].to_numpy(dtype=float)
     if group["width"].nunique() < 3 or not np.isfinite(values).all():
@@ -203,9 +203,12 @@ def _stays(group: pd.DataFrame, band: Band, margin: float) -> bool:
     value, low, high = slope(wide, "width")
     if not (high < band[0] - margin or low > band[1] + margin):
         return False
-    off = beyond(value, band)
+    trained = group["statistic"].iloc[0] in ("change", "update")
+    off = beyond((high if value < band[0] else low) if trained else value, band)
     before = beyond(slope(narrow, "width")[0], band)
-    return abs(off) >= BROKEN or off * before <= 0 or abs(off) > RETURNING * abs(before)
+    if off * before <= 0:  # no power of the width: a fault that is one is as far off in narrow models
+        return abs(off) >= BROKEN or not trained
+    return abs(off) >= BROKEN or abs(off) > RETURNING * abs(before)
 
 
 def _bend(group: pd.DataFrame, low: float, high: float) -> float:
