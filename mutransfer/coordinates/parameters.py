@@ -61,9 +61,12 @@ def sizes_of_steps(
     The largest, as entries without a gradient do not move, and how many these are depends on seed and width.
     """
     for name, start in first.items():
-        if name in known and (unit := known[name].step) is not None:
-            moved = (parameters[name].detach() - start).abs()
-            yield name, (moved.flatten(1).amax(1) if stacked else moved.amax()[None]) / unit
+        if name in known and name in parameters and (unit := known[name].step) is not None:
+            now = parameters[name].detach()
+            moved = (now - start.to(now.device)).abs()
+            largest = moved.flatten(1).amax(1) if stacked else moved.amax()
+            largest = largest.full_tensor() if hasattr(largest, "full_tensor") else largest  # of all shards
+            yield name, (largest if stacked else largest[None]) / unit
 
 
 def sizes_of_gradients(

@@ -17,7 +17,7 @@ from ..matching import matched
 from ..names import plain_name
 from ..optimizers.registry import OPTIMIZERS
 from ..plans import Plan
-from .parameters import Owned, decays, owned, sizes_of_gradients, sizes_of_weights
+from .parameters import Owned, decays, owned, sizes_of_gradients, sizes_of_steps, sizes_of_weights
 from .places import ROOT, module_roles, places, units
 from .setups import OWN, divisors
 from .watching import Pass, Tensors, Watched, watch
@@ -161,6 +161,8 @@ class Recorder:
             self._note(shown, role, statistic, value / folded)
         for name, value in sizes_of_weights(self.parameters, self.known, False):
             self._note(name, self.known[name].role, "weight", value)
+        for name, value in sizes_of_steps(self.parameters, first or {}, self.known, False):
+            self._note(name, self.known[name].role, "step", value)
         self._start = self._start or seen
 
     def _note(self, name: str, role: str, statistic: str, value: torch.Tensor | float) -> None:
