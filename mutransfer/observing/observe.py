@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -29,6 +29,10 @@ __all__ = ["observe", "shapes_of"]
 
 _Met = tuple[Joins, list[tuple[Labels, ...]], list[Use]]  # what is known of the uses of one parameter in one pass
 PASSES = 8  # of a model that draws random numbers, or seems not to use a parameter
+MOST_PASSES = (
+    32  # while one was not used whose role only its use can tell: numbers that no seed fixes may leave it out 8 times
+)
+MOST_PASSES = 32  # while a parameter whose role only its use can tell has not been used
 
 
 def observe(family: Family) -> Observation:
@@ -71,13 +75,14 @@ def _watch(family: Family) -> Observation:
         one = forward(family, model, family.base, inits)
         other = forward(family, wider, wider_base, wider_inits)
         passes = [(one, other, 0)]
-        if one.draws or other.draws or _refuses(family, model, wide, one, other):
+        if one.draws or other.draws or _refuses(family, model, wide, one.used() & other.used()):
             seen, seen_wider = [one], [other]
-            for seed in range(1, PASSES):
+            while len(seen) < PASSES or (len(seen) < MOST_PASSES and _refuses(family, model, wide, _used(passes))):
+                seed = len(seen)
                 seen.append(forward(family, model, family.base, inits, seed))
                 seen_wider.append(forward(family, wider, wider_base, wider_inits, seed))
-            passes = _paired(seen, seen_wider)
-    used = frozenset().union(*(one.used() for one, _, _ in passes))
+                passes = _paired(seen, seen_wider)
+    used = _used(passes)
     found = [
         replace(_observed(family, model, inits, shapes, wide, one, other, used - one.used()), seed=seed)
         for one, other, seed in passes
@@ -85,13 +90,19 @@ def _watch(family: Family) -> Observation:
     if len(found) == 1:
         return found[0]
     counts = {name: sum(name in each.used() for each in seen) for name in shapes if name in used}
-    return _united(found, {name: count for name, count in counts.items() if count < PASSES})
+    return _united(found, {name: count for name, count in counts.items() if count < len(seen)}, len(seen))
 
 
-def _refuses(family: Family, model: torch.nn.Module, wide: Mapping[str, tuple[int, ...]], *seen: UseWatcher) -> bool:
+def _used(passes: Sequence[tuple[UseWatcher, UseWatcher, int]]) -> frozenset[str]:
+    return frozenset().union(*(one.used() for one, _, _ in passes))
+
+
+def _refuses(
+    family: Family, model: torch.nn.Module, wide: Mapping[str, tuple[int, ...]], used: Collection[str]
+) -> bool:
     """Say whether the role of a parameter that was not used cannot be told: it may be left out at random."""
     for name, shape in shapes_of(model).items():
-        if any(name not in each.used() for each in seen) and role_given(family.roles, name) is None:
+        if name not in used and role_given(family.roles, name) is None:
             grows = tuple(a != b for a, b in zip(shape, wide[name], strict=True))
             if unused(shape, grows, layer=_is_layer(model, name)) is None:
                 return True
@@ -105,7 +116,7 @@ def _paired(seen: Sequence[UseWatcher], wider: Sequence[UseWatcher]) -> list[tup
     return [(seen[first[used]], wider[other[used]], first[used]) for used in both] or [(seen[0], wider[0], 0)]
 
 
-def _united(found: Sequence[Observation], skipped: Mapping[str, int]) -> Observation:
+def _united(found: Sequence[Observation], skipped: Mapping[str, int], passes: int) -> Observation:
     """Return what was seen of passes that leave parts of the model out at random: of each parameter where it is used."""
     names = dict.fromkeys(name for each in found for name in each.specs)
     specs = {name: next(each.specs[name] for each in found if name in each.specs) for name in names}
@@ -114,7 +125,7 @@ def _united(found: Sequence[Observation], skipped: Mapping[str, int]) -> Observa
         layers.setdefault(count, []).append(name)
     notes = [
         f"{', '.join(left[:3])}{f' and {len(left) - 3} more' if left[3:] else ''}: skipped at random, used in {count} of "
-        f"{PASSES} forward passes; planned from these."
+        f"{passes} forward passes; planned from these."
         for count, left in layers.items()
     ]
     return replace(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable
 
@@ -55,6 +56,14 @@ def test_what_is_left_out_at_random_is_planned(draw: Callable[[], bool], instead
     found = planned(draw, instead)
     assert [row for row in found.rows if not row.name.startswith("other")] == list(always.rows)
     assert {row.role for row in found.rows if row.name == "other.weight"} <= {"hidden"}
+
+
+def test_what_eight_passes_left_out_is_waited_for() -> None:
+    count = itertools.count()
+    found = planned(lambda: next(count) >= 20)
+    assert list(found.rows) == list(planned(lambda: True).rows)
+    (note,) = found.notes
+    assert "skipped at random, used in " in note
 
 
 @pytest.mark.parametrize("name", [name for name in DRAWS if name not in ("never seeded", "own Generator")])
