@@ -5,6 +5,8 @@ Only light modules are imported here; each command imports what it needs when it
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import sys
 import traceback
 
@@ -22,13 +24,33 @@ def main(arguments: list[str] | None = None) -> None:
         printing.release_at_exit_only()
         code = run(sys.argv[1:] if arguments is None else arguments)
     except KeyboardInterrupt:  # while the modules of `run` itself were imported, or an answer was written
-        print(INTERRUPTED, file=sys.stderr)
-        code = 130
+        code = _interrupted()
+    if code == 130:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing is left to interrupt
     sys.exit(code)
 
 
 def run(arguments: list[str]) -> int:
     """Run one command and return its exit code."""
+    try:
+        code = _run(arguments)
+    except KeyboardInterrupt:  # a second one, while the first was answered
+        code = 130
+    return _interrupted() if code == 130 else code
+
+
+def _interrupted() -> int:
+    """Say so, whatever arrives meanwhile: people press Ctrl-C twice."""
+    before = None
+    with contextlib.suppress(ValueError):  # not in the main thread, where no signal arrives
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    print(INTERRUPTED, file=sys.stderr)
+    if before is not None:
+        signal.signal(signal.SIGINT, before)
+    return 130
+
+
+def _run(arguments: list[str]) -> int:
     from ..errors import RequestError
 
     try:
@@ -41,7 +63,7 @@ def run(arguments: list[str]) -> int:
         print(f"mutransfer: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        code = 130
+        return 130
     except Exception as error:
         # typer has its own copy of click or imports it, depending on its version: the names are the same.
         kinds = {kind.__name__ for kind in type(error).__mro__}
@@ -54,7 +76,5 @@ def run(arguments: list[str]) -> int:
             traceback.print_exc()
             print(BUG, file=sys.stderr)
             return 3
-        code = 130
-    if code == 130:  # also typer's own answer to Ctrl-C, which it does not let through
-        print(INTERRUPTED, file=sys.stderr)
-    return int(code or 0)
+        return 130
+    return int(code or 0)  # 130 is typer's own answer to Ctrl-C, which it does not let through
