@@ -8,12 +8,15 @@ from typing import Any
 
 import torch
 
+from ..fold import FOLDS
 from ..optimizers.registry import OPTIMIZERS
 from ..plans import Plan
 from ..tables import TABLES, table
 from .watching import Tensors
 
-__all__ = ["Owned", "decays", "owned", "sizes_of_gradients", "sizes_of_steps", "sizes_of_weights"]
+__all__ = ["Owned", "decays", "owned", "sizes_of_gradients", "sizes_of_pulls", "sizes_of_steps", "sizes_of_weights"]
+
+ROUNDING = 1e-5  # of the median gradient: below, a gradient is none (a key's bias, a bias before a norm)
 
 
 @dataclass(frozen=True)
@@ -21,13 +24,15 @@ class Owned:
     """A parameter's role, and the unit of its size: µP's own initial size there, relative to the base model's.
 
     The unit is None for constants and structured weights, and for the finite ones, whose size is not scaled. ``step`` is the
-    unit of its first step, µP's own learning rate relative to the base model's; None where a step's size says nothing of
-    the rate: under optimizers that follow the gradient's size or look at whole matrices, and where the fan-in does not grow.
+    unit of its first step, µP's own learning rate relative to the base model's; None where it is not needed: under optimizers
+    that look at whole matrices, and where Adam's step is the update itself, as no fan-in grows. ``pulled`` says that a step
+    is the rate times the gradient (SGD), and not the rate itself (Adam).
     """
 
     role: str
     unit: float | None
     step: float | None = None
+    pulled: bool = False
 
 
 def owned(planned: Plan) -> dict[str, Owned]:
@@ -38,9 +43,11 @@ def owned(planned: Plan) -> dict[str, Owned]:
         m = row.m_in, row.m_out
         unit = healthy[row.role].init(*m) * row.gauge / rules[row.role].gauge(*m)
         random = row.role != "finite" and row.init_factor is not None and row.init.std > 0
-        step = healthy[row.role].adam(*m) * row.gauge / rules[row.role].gauge(*m)
-        moves = optimizer.column == "adam" and optimizer.entrywise and row.role in ("hidden", "bottleneck")
-        found[row.name] = Owned(row.role, unit if random else None, step if moves else None)
+        folded = (row.gauge / rules[row.role].gauge(*m)) ** float(FOLDS[optimizer.column][0])
+        step = healthy[row.role].lr(optimizer.column)(*m) * folded
+        pulled = optimizer.column == "sgd"
+        moves = optimizer.entrywise and (pulled or row.role in ("hidden", "bottleneck"))
+        found[row.name] = Owned(row.role, unit if random else None, step if moves else None, pulled)
     return found
 
 
@@ -53,20 +60,42 @@ def sizes_of_weights(
             yield name, _per_seed(parameters[name].detach().square(), stacked).sqrt() / owner.unit
 
 
-def sizes_of_steps(
-    parameters: Tensors, first: Tensors, known: Mapping[str, Owned], stacked: bool
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (name, largest |ΔW| ``[seeds]``) in the unit of the parameter's step, of those that have one.
+def sizes_of_pulls(
+    parameters: Tensors, known: Mapping[str, Owned], optimizer: torch.optim.Optimizer, stacked: bool
+) -> Tensors:
+    """Return name → largest |gradient + weight decay · W| ``[seeds]``, what SGD multiplies with the rate in its first step."""
+    groups, found = _groups(optimizer), {}
+    for name, parameter in parameters.items():
+        if name in known and known[name].pulled and parameter.grad is not None:
+            group = groups.get(id(parameter), {})
+            decay = float(group.get("weight_decay", 0.0) or group.get("lambd", 0.0))
+            pull = parameter.grad.add(parameter.detach(), alpha=decay) if decay else parameter.grad
+            found[name] = _largest(pull, stacked)
+    return found
 
-    The largest, as entries without a gradient do not move, and how many these are depends on seed and width.
+
+def sizes_of_steps(
+    parameters: Tensors, first: Tensors, pulls: Tensors, known: Mapping[str, Owned], stacked: bool
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (name, learning rate that ΔW shows ``[seeds]``) in the unit of the parameter's step, of those that have one.
+
+    It is the largest |ΔW|, over the largest pull where a step follows the gradient's size. The largest, as entries without a
+    gradient do not move, and how many these are depends on seed and width.
     """
+    typical = torch.stack([*pulls.values()]).median(0).values if pulls else None
     for name, start in first.items():
         if name in known and name in parameters and (unit := known[name].step) is not None:
+            if known[name].pulled and (
+                typical is None or name not in pulls or not (pulls[name] > ROUNDING * typical).any()
+            ):
+                continue
             now = parameters[name].detach()
-            moved = (now - start.to(now.device)).abs()
-            largest = moved.flatten(1).amax(1) if stacked else moved.amax()
-            largest = largest.full_tensor() if hasattr(largest, "full_tensor") else largest  # of all shards
-            yield name, (largest if stacked else largest[None]) / unit
+            largest = _largest(now - start.to(now.device), stacked)
+            if known[name].pulled:
+                # Without a gradient there is no step, and no rate to be seen.
+                pull = pulls[name]
+                largest = torch.where(pull > 0, largest / pull, torch.zeros_like(pull))
+            yield name, largest / unit
 
 
 def sizes_of_gradients(
@@ -101,3 +130,9 @@ def _per_seed(values: torch.Tensor, stacked: bool) -> torch.Tensor:
         return values.flatten(1).mean(1) if values.dim() > 1 else values
     mean = values.mean()
     return (mean.full_tensor() if hasattr(mean, "full_tensor") else mean)[None]  # of all shards
+
+
+def _largest(values: torch.Tensor, stacked: bool) -> torch.Tensor:
+    largest = values.abs().flatten(1).amax(1) if stacked else values.abs().amax()
+    largest = largest.full_tensor() if hasattr(largest, "full_tensor") else largest  # of all shards
+    return largest if stacked else largest[None]

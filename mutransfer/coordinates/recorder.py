@@ -17,7 +17,7 @@ from ..matching import matched
 from ..names import plain_name
 from ..optimizers.registry import OPTIMIZERS
 from ..plans import Plan
-from .parameters import Owned, decays, owned, sizes_of_gradients, sizes_of_steps, sizes_of_weights
+from .parameters import Owned, decays, owned, sizes_of_gradients, sizes_of_pulls, sizes_of_steps, sizes_of_weights
 from .places import ROOT, module_roles, places, units
 from .setups import OWN, divisors
 from .watching import Pass, Tensors, Watched, watch
@@ -86,6 +86,7 @@ class Recorder:
         self._divisors = divisors(plan, {}) if plan else {}
         self._start: Pass | None = None
         self._first: Tensors = {}
+        self._pulls: Tensors = {}
         self._watched = Watched({}, {})
         self._rows: list[dict[str, Any]] = []
         self._handles: list[Any] = []
@@ -133,7 +134,9 @@ class Recorder:
             self._look()
             for name, taken in decays(self.parameters, self.known, self.optimizer):
                 self._note(name, self.known[name].role, "decay", taken)
-        if self.step == 0 or self._due(self.step + 1):
+        first = self.step == 0
+        self._pulls = sizes_of_pulls(self.parameters, self.known, self.optimizer, False) if first else {}
+        if first or self._due(self.step + 1):
             for name, value in sizes_of_gradients(self.parameters, self.known, self.optimizer, False):
                 self._note(name, self.known[name].role, "gradient", value)
 
@@ -161,7 +164,7 @@ class Recorder:
             self._note(shown, role, statistic, value / folded)
         for name, value in sizes_of_weights(self.parameters, self.known, False):
             self._note(name, self.known[name].role, "weight", value)
-        for name, value in sizes_of_steps(self.parameters, first or {}, self.known, False):
+        for name, value in sizes_of_steps(self.parameters, first or {}, self._pulls, self.known, False):
             self._note(name, self.known[name].role, "step", value)
         self._start = self._start or seen
 

@@ -12,7 +12,7 @@ import torch
 from ..family import Family
 from ..names import plain_name
 from .lanes import Lane, lanes
-from .parameters import decays, sizes_of_gradients, sizes_of_steps, sizes_of_weights
+from .parameters import decays, sizes_of_gradients, sizes_of_pulls, sizes_of_steps, sizes_of_weights
 from .places import ROOT, places, units
 from .setups import Setup
 from .watching import Pass, Tensors, Watched, watch
@@ -119,6 +119,7 @@ def _silent(family: Family, model: torch.nn.Module, batch: Any, names: list[str]
 def _measure(lane: Lane, setup: Setup, watched: Watched, steps: int, parameters: bool) -> Iterator[Measured]:
     start: Pass | None = None
     first: Tensors | None = None
+    pulls: Tensors = {}
     stacked = lane.size > 1
     updates = {name: (unit, role) for unit, own in watched.units.items() for name, role in own.updates.values()}
     if updates:
@@ -143,13 +144,14 @@ def _measure(lane: Lane, setup: Setup, watched: Watched, steps: int, parameters:
             for name, value in sizes_of_weights(lane.parameters, setup.known, stacked):
                 yield name, setup.known[name].role, "weight", step, value
         if first is not None and step in (1, steps):
-            for name, value in sizes_of_steps(lane.parameters, first, setup.known, stacked):
+            for name, value in sizes_of_steps(lane.parameters, first, pulls, setup.known, stacked):
                 yield name, setup.known[name].role, "step", step, value
         if parameters and step == 0:
             for name, taken in decays(lane.parameters, setup.known, lane.optimizer):
                 yield name, setup.known[name].role, "decay", step, torch.full((lane.size,), taken)
         if step < steps:
             lane.backward(losses)
+            pulls = sizes_of_pulls(lane.parameters, setup.known, lane.optimizer, stacked) if first and step == 0 else {}
             if parameters and step in (0, steps - 1):
                 for name, value in sizes_of_gradients(lane.parameters, setup.known, lane.optimizer, stacked):
                     yield name, setup.known[name].role, "gradient", step, value

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pandas as pd
 
-__all__ = ["RELATIVE", "relative_updates", "unit_of"]
+from .parameters import ROUNDING
+
+__all__ = ["RELATIVE", "relative_updates", "unit_of", "without_gradient"]
 
 # A vector's update does not act on what enters its module, and a readout tied to an embedding takes its factor in its input.
 RELATIVE = frozenset({"input", "hidden", "bottleneck", "attention", "feature"})
 RESOLVED = 1e-5  # of the module's output: a smaller difference of two forward passes in float32 is rounding
-ROUNDING = 1e-5  # of the median gradient: below, a gradient is none (a key's bias, a bias before a batch norm)
 
 
 def relative_updates(coordinates: pd.DataFrame, *roles: str) -> pd.DataFrame:
@@ -39,7 +40,7 @@ def relative_updates(coordinates: pd.DataFrame, *roles: str) -> pd.DataFrame:
     relative = updates["role"].isin({*RELATIVE, *roles}).to_numpy() & ~pd.isna(size)
     moved = updates["value"].to_numpy(dtype=float)
     kept = ~(relative & (size == 0)) & ~(moved == 0) & ~(moved < RESOLVED * output)
-    kept &= ~updates["module"].isin(_without_gradient(coordinates)).to_numpy()
+    kept &= ~updates["module"].isin(without_gradient(coordinates)).to_numpy()
     updates.loc[relative, "value"] = moved[relative] / size[relative]
     return updates[kept]
 
@@ -54,7 +55,8 @@ def unit_of(parameter: str, modules: set[str]) -> str | None:
     return "(model)" if "(model)" in modules else None
 
 
-def _without_gradient(coordinates: pd.DataFrame) -> set[str]:
+def without_gradient(coordinates: pd.DataFrame) -> set[str]:
+    """Return the parameters whose gradients are none, or rounding's (schema COORDINATES)."""
     gradients = coordinates[coordinates["statistic"].eq("gradient")]
     if gradients.empty:
         return set()

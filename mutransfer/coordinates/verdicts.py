@@ -16,7 +16,7 @@ from ..tableau import Band, Table
 from ..tables import HEALTHY, HEALTHY_DECAY, HEALTHY_DEPTH, TABLES
 from .explaining import cause, missing
 from .slopes import beyond, slope, wide_and_narrow
-from .updates import relative_updates
+from .updates import relative_updates, without_gradient
 
 __all__ = ["MARGIN", "Verdict", "verdict"]
 
@@ -25,6 +25,8 @@ OF_UPDATES = (
     0.1  # more for a single parameter's update, which varies more between seeds; wrong rates are 1/2 and more off
 )
 BROKEN = 0.3  # a slope so far from its band is no effect of finite width (docs/log.md)
+FADING = 0.5  # what training moves and fades more slowly, while its rates are seen to be right, may do so in narrow models alone
+TIGHT = 0.05  # half an interval: no number of seeds that one would add moves a slope by more
 RETURNING = 0.7  # of the narrow half's distance from the band: a wide half nearer than that is on its way back
 FELT = 100.0  # mean |gradient| / epsilon below which epsilon takes part in a step, by 1% and more
 ROUNDING = 1e-4  # of the median gradient: below, a gradient is none
@@ -95,11 +97,14 @@ def verdict(coordinates: pd.DataFrame, margin: float = MARGIN, *, decay_policy: 
         expected = _healthy(axis, str(module), str(statistic), str(role), decay_policy, column, module in stepped)
         allowed = margin + (OF_UPDATES if statistic == "update" and role != "output" else 0.0)
         ok = _judge(group, value, low, high, expected, allowed, may_rest=step < last)
-        if ok is False and axis == "width" and not _stays(group, expected, allowed):
+        rates_seen = bool(stepped) if statistic == "change" else module in stepped
+        if ok is False and axis == "width" and not _stays(group, expected, allowed, rates_seen):
             ok = None
             narrow.add(len(rows))
         if statistic == "gradient" and ok is None and _bend(group, low, high) < margin:
             continue
+        if ok is None and axis == "width" and _on_the_edge(value, low, high, expected, allowed):
+            narrow.add(len(rows))
         rows.append(
             {
                 "parametrization": names[0],
@@ -133,7 +138,8 @@ def _judged(coordinates: pd.DataFrame, last: int, axis: str, rules: Table | None
         judged |= statistic.eq("update") & step.isin([1, last])
         # The first step in which a parameter has a gradient; later ones also depend on how gradients follow each other.
         moved = coordinates[statistic.eq("step") & coordinates["value"].gt(0)].groupby("module")["step"].min()
-        judged |= statistic.eq("step") & step.eq(coordinates["module"].map(moved))
+        stepped = statistic.eq("step") & step.eq(coordinates["module"].map(moved))
+        judged |= stepped & coordinates["value"].gt(0) & ~coordinates["module"].isin(without_gradient(coordinates))
         judged |= statistic.eq("decay") | statistic.eq("gradient") & step.eq(0)
         if rules is not None:  # a model wired by hand may carry its multipliers where it likes
             judged |= statistic.eq("weight") & step.eq(0)
@@ -146,8 +152,10 @@ def _healthy(axis: str, module: str, statistic: str, role: str, decay_policy: st
     # Adam's step sees no gradient fade.
     if column == "adam" and (role == "finite" or (statistic == "update" and role == "attention")):
         role = "feature"
-    if statistic == "update" and stepped:
+    if statistic == "update" and stepped and role not in ("attention", "gain"):
         role = "stepped"
+    if statistic == "step":
+        role = "feature"
     kind = role if role == "output" or (axis == "width" and (statistic, role) in HEALTHY) else "feature"
     if axis == "depth" and statistic == "change" and "first" in module.split("."):
         kind = "first"
@@ -166,7 +174,7 @@ def _declared(rules: Table | None, axis: str, column: str, statistic: str, role:
         derived = float(rules.derived(column, "change", kind))
         return derived, derived
     if statistic == "step":
-        derived = float((rules.rows[role].adam / TABLES["mup"].rows[role].adam).total)
+        derived = float((rules.rows[role].lr(column) / TABLES["mup"].rows[role].lr(column)).total)
         return derived, derived
     if statistic == "weight":
         derived = float((rules.rows[role].init / TABLES["mup"].rows[role].init).total)
@@ -190,11 +198,18 @@ def _judge(
     return False if high < band[0] - margin or low > band[1] + margin else None
 
 
-def _stays(group: pd.DataFrame, band: Band, margin: float) -> bool:
+def _on_the_edge(slope: float, low: float, high: float, band: Band, margin: float) -> bool:
+    """Say whether a tight interval lies across an end of the band: four times the seeds would hardly tell."""
+    to_end = min(abs(slope - (band[0] - margin)), abs(slope - (band[1] + margin)))
+    return high - low < 2 * TIGHT and to_end < (high - low) / 4
+
+
+def _stays(group: pd.DataFrame, band: Band, margin: float, rates_seen: bool) -> bool:
     """Say whether a failing slope is the wide models' as well, and not about to end: finite width bends slopes.
 
     The wide half's interval has to lie outside too, and unless all of it is `BROKEN`, must not be on its way back. Of what
-    training moves, the end of the interval next to the band counts, so that few seeds leave it open.
+    training moves, the end of the interval next to the band counts, so that few seeds leave it open. Where ``rates_seen`` are
+    judged by rows of their own, what fades while they hold is no wrong rate, and fails by `FADING` only.
     """
     values = group["value"].to_numpy(dtype=float)
     if group["width"].nunique() < 3 or not np.isfinite(values).all():
@@ -205,6 +220,8 @@ def _stays(group: pd.DataFrame, band: Band, margin: float) -> bool:
         return False
     trained = group["statistic"].iloc[0] in ("change", "update")
     off = beyond((high if value < band[0] else low) if trained else value, band)
+    if trained and rates_seen and off < 0:
+        return -off >= FADING
     before = beyond(slope(narrow, "width")[0], band)
     if off * before <= 0:  # no power of the width: a fault that is one is as far off in narrow models
         return abs(off) >= BROKEN or not trained

@@ -169,12 +169,16 @@ def test_a_wrong_rate_of_one_matrix_is_caught_and_named(power: float, optimizer:
 
 
 def test_steps_are_in_units_of_mups_own_rate() -> None:
-    """The first step of an Adam-like optimizer is its learning rate, whatever the gradients: no seed varies, no width bends."""
-    found = record(families.mlp(width=16), [16, 32, 64], lr=2**-8, steps=2, seeds=range(2))
-    steps = found[found["statistic"].eq("step")]
-    assert set(steps["module"]) == {"hidden.0.weight", "hidden.1.weight"}
-    assert steps[steps["step"].eq(1)]["value"].to_numpy() == pytest.approx(2**-8, rel=1e-3)
-    assert record(families.mlp(width=16), [16, 32], optimizer="sgd", steps=1, seeds=[0])["statistic"].ne("step").all()
+    """The first step is Adam's rate, or SGD's times the gradient, whatever that is: no seed varies, no width bends."""
+    for optimizer in ("adamw", "sgd"):
+        found = record(families.mlp(width=16), [16, 32, 64], "mup", optimizer, lr=2**-8, steps=2, seeds=range(2))
+        steps = found[found["statistic"].eq("step")]
+        hidden = {"hidden.0.weight", "hidden.1.weight"}
+        assert set(steps["module"]) == (
+            hidden if optimizer == "adamw" else set(found["module"][found["statistic"].eq("update")])
+        )
+        assert steps[steps["step"].eq(1)]["value"].to_numpy() == pytest.approx(2**-8, rel=1e-3)
+    assert record(families.mlp(width=16), [16, 32], optimizer="muon", steps=1, seeds=[0])["statistic"].ne("step").all()
 
 
 @pytest.mark.parametrize(("power", "size"), [(0, ""), (-0.5, "small"), (0.5, "large")])
@@ -214,7 +218,7 @@ def test_a_transient_of_narrow_models_asks_for_wider_ones() -> None:
     narrow = found.slopes.set_index(["module", "step"]).loc[("middle", 1)]
     assert narrow["high"] < -0.15  # what the slope alone would call broken
     assert (found.status, found.widen) == ("undecided", True)
-    assert "less so among the wider models: add widths above 256" in str(found.cause)
+    assert "more seeds do not: add widths above 256" in str(found.cause)
     assert "width^-0." in str(found.cause)
     assert verdict(bending(0.14, (128, 256, 512, 1024))).status == "pass"
 
@@ -229,3 +233,44 @@ def test_a_slope_that_stays_fails() -> None:
     bent = rows["module"].eq("middle") & rows["statistic"].eq("change")
     rows.loc[bent, "value"] = (rows.loc[bent, "width"].astype(float)) ** -0.2
     assert verdict(rows).status == "fail"
+
+
+@pytest.mark.parametrize("power", [0.0, -0.5, 0.5])
+def test_what_fades_at_rates_that_are_right_waits_for_wider_models(power: float) -> None:
+    """Experts' gates even out as models widen: a change that fades as the root of the width, at rates that are right."""
+    rows = frame(HEALTHY, noise=0.02)
+    bent = rows["module"].eq("middle") & rows["statistic"].eq("change")
+    rows.loc[bent, "value"] = rows.loc[bent, "width"].astype(float) ** -0.45
+    assert verdict(rows).status == "fail"  # no rate was seen
+    steps = rows[bent & rows["step"].eq(1)].assign(statistic="step", role="hidden")
+    steps["value"] = 2.0**-8 * steps["width"].astype(float) ** power
+    found = verdict(pd.concat([rows, steps]))
+    assert (found.status, found.widen) == (("undecided", True) if power == 0 else ("fail", False))
+
+
+def test_more_seeds_are_not_asked_for_where_they_would_not_tell() -> None:
+    rows = frame(HEALTHY, noise=0.02)
+    edge = rows["module"].eq("middle") & rows["statistic"].eq("change")
+    rows.loc[edge, "value"] *= rows.loc[edge, "width"].astype(float) ** -0.151
+    found = verdict(rows)
+    row = found.slopes.set_index(["module", "statistic", "step"]).loc[("middle", "change", 1)]
+    assert row["low"] < -0.15 < row["high"]
+    assert (found.status, found.widen) == ("undecided", True), found.slopes
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.ASGD])
+def test_a_first_step_of_sgd_shows_its_rate_whatever_is_done_beside(kind: Any) -> None:
+    """Weight decay and momentum take part in a step."""
+    made = families.mlp(width=16)
+    plan = mt.plan(made, made.base.with_(width=64), optimizer=kind.__name__.lower(), recipe=mt.Recipe(lr=0.25))
+    model = made.build(plan.scale)
+    plan.initialize(model, 0)
+    options = {"momentum": 0.9} if kind is torch.optim.SGD else {}
+    optimizer = kind([group | {"weight_decay": 0.5} for group in plan.param_groups(model)], **options)
+    with mt.Recorder(model, optimizer, lambda m: m(made.batch[0]), plan=plan) as recorder:
+        made.loss(model, made.batch).backward()
+        optimizer.step()
+    rows = recorder.frame()
+    steps = rows[rows["statistic"].eq("step")].set_index("module")["value"]
+    assert set(steps.index) == {row.name for row in plan.rows}
+    assert steps.to_numpy() == pytest.approx(0.25, rel=1e-3)
