@@ -460,7 +460,8 @@ def worth(optima: pd.DataFrame, basins: pd.DataFrame, *, maximize: bool = False)
     """Return the fraction of the widest model's compute that its regret is worth, with the regret's 95% interval.
 
     The lowest losses of the last two widths say how the loss falls with compute, as a power of it that is followed back; None
-    where there are not three widths with losses that fall, or the compute or the regret is not known.
+    where there are not three widths with losses that fall, the compute or the regret is not known, or the regret is more than what
+    the widths measured gain: no curve says what that is worth.
 
     Args:
         optima: rows of one parametrization from `optima`.
@@ -479,7 +480,7 @@ def worth(optima: pd.DataFrame, basins: pd.DataFrame, *, maximize: bool = False)
     )
     if len(rows) < 3 or not np.isfinite([*losses, *sizes, *regret]).all() or not (np.diff(losses) < 0).all():
         return None
-    if not (np.diff(sizes) > 0).all():
+    if not (np.diff(sizes) > 0).all() or regret.iloc[0] > losses[0] - losses[-1]:
         return None
     pace = float((losses[-2] - losses[-1]) / math.log(sizes[-1] / sizes[-2]))
     value, low, high = (1 - math.exp(-each / pace) for each in regret)

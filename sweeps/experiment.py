@@ -137,6 +137,22 @@ class Experiment(Settings):
             "(docs/own-trainer.md)."
         )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _searches_known(cls, data: Any) -> Any:
+        """Look at the names before what they hold."""
+        known = {*Recipe.model_fields, *BETAS} - {"betas", "decay", "decay_policy"}
+        search = data.get("search") if isinstance(data, dict) else None
+        for name, range_ in search.items() if isinstance(search, dict) else ():
+            if name not in known:
+                raise ValueError(f"search.{name} is no hyperparameter of a recipe: {nearest(str(name), known)}")
+            if not isinstance(range_, dict | Range):
+                raise ValueError(
+                    f"search.{name} is {range_!r}, and a range has low and high (log: true for factors), or choices: give "
+                    f"these, or fix the value as recipe.{name}."
+                )
+        return data
+
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         table(self.parametrization)
@@ -149,10 +165,7 @@ class Experiment(Settings):
                 "direction maximize is for a trainer that reports a metric, and the built-in loop's loss is minimized: name "
                 "a trainer, or leave direction out."
             )
-        known = {*Recipe.model_fields, *BETAS} - {"betas", "decay", "decay_policy"}
         for name, range_ in self.search.items():
-            if name not in known:
-                raise ValueError(f"search.{name} is no hyperparameter of a recipe: {nearest(name, known)}")
             if name in (idle := self._idle()):
                 raise ValueError(f"search.{name} changes nothing here ({idle[name]}): take it out.")
             for value in range_.ends():

@@ -309,6 +309,8 @@ def test_a_regret_is_worth_the_compute_that_buys_as_much() -> None:
     assert worth(optima(frame, -6.0), frame) == pytest.approx({"value": 0.5, "low": 0.5, "high": 0.5})
     assert worth(optima(frame, -6.0)[1:], frame) is None
     assert worth(optima(frame, -6.0), frame.assign(flops=math.nan)) is None
+    far = made(lambda width, seed, x: floors[width] + 0.06 * (x + 8) ** 2, widths=floors, grid=range(-10, -5))
+    assert worth(optima(far, -6.0), far.assign(flops=frame["flops"])) is None  # 0.24, where the widths gain 0.2
     rising = frame.assign(loss=-frame["loss"])
     assert worth(optima(rising, -6.0), rising) is None
 
