@@ -191,6 +191,7 @@ def main() -> None:
     parser.add_argument("--single", action="store_true", help="single parameters' rates instead, in the transformer")
     parser.add_argument("--out", type=Path, default=Path("runs/coordinate_power.csv"))
     given = parser.parse_args()
+    torch.set_num_threads(1)  # so that several run beside each other
     if given.single:
         given.models, given.healthy = ["transformer"], 0
     if given.quick:

@@ -460,8 +460,8 @@ def worth(optima: pd.DataFrame, basins: pd.DataFrame, *, maximize: bool = False)
     """Return the fraction of the widest model's compute that its regret is worth, with the regret's 95% interval.
 
     The lowest losses of the last two widths say how the loss falls with compute, as a power of it that is followed back; None
-    where there are not three widths with losses that fall, the compute or the regret is not known, or the regret is more than what
-    the widths measured gain: no curve says what that is worth.
+    where there are not three widths with losses that fall, the compute or the regret is not known, or the regret is more than
+    what the widths measured gain: no curve says what that is worth.
 
     Args:
         optima: rows of one parametrization from `optima`.

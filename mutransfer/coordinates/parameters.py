@@ -25,8 +25,8 @@ class Owned:
 
     The unit is None for constants and structured weights, and for the finite ones, whose size is not scaled. ``step`` is the
     unit of its first step, µP's own learning rate relative to the base model's; None where it is not needed: under optimizers
-    that look at whole matrices, and where Adam's step is the update itself, as no fan-in grows. ``pulled`` says that a step
-    is the rate times the gradient (SGD), and not the rate itself (Adam).
+    that look at whole matrices, and where Adam's step is the update itself, as only the fan-out grows. ``pulled`` says that a
+    step is the rate times the gradient (SGD), and not the rate itself (Adam).
     """
 
     role: str
@@ -46,7 +46,7 @@ def owned(planned: Plan) -> dict[str, Owned]:
         folded = (row.gauge / rules[row.role].gauge(*m)) ** float(FOLDS[optimizer.column][0])
         step = healthy[row.role].lr(optimizer.column)(*m) * folded
         pulled = optimizer.column == "sgd"
-        moves = optimizer.entrywise and (pulled or row.role in ("hidden", "bottleneck"))
+        moves = optimizer.entrywise and (pulled or row.role in ("hidden", "bottleneck", "finite"))
         found[row.name] = Owned(row.role, unit if random else None, step if moves else None, pulled)
     return found
 

@@ -88,6 +88,8 @@ def verdict(coordinates: pd.DataFrame, margin: float = MARGIN, *, decay_policy: 
         frame = pd.concat([coordinates[coordinates["statistic"] != "update"], relative_updates(coordinates)])
     judged = frame[_judged(frame, last, axis, rules)]
     stepped = set(judged["module"][judged["statistic"].eq("step")])
+    # Of what does not grow the rate is all there is: what it makes of a few entries is noise at every width.
+    judged = judged[~(judged["statistic"].eq("update") & judged["role"].eq("finite") & judged["module"].isin(stepped))]
     rounding = ROUNDING * judged[judged["statistic"] == "gradient"]["value"].median()
     for (module, role, statistic, step), group in judged.groupby(["module", "role", "statistic", "step"], sort=False):
         # A key's bias has no gradient but for rounding.
