@@ -128,8 +128,9 @@ def shown_once(*where: Hashable) -> Iterator[None]:
     if _results is None or not _capturing.acquire(blocking=False):
         yield
         return
+    texts: list[str] = []  # empty if a Ctrl-C comes before anything is captured
     try:
-        with _captured() as texts:
+        with _captured(texts):
             yield
     finally:
         _capturing.release()
@@ -170,22 +171,22 @@ def flush() -> None:
 
 
 @contextlib.contextmanager
-def _captured() -> Iterator[list[str]]:
-    """Collect what is written to descriptor 1 and to `sys.stdout`; the list is filled when the block ends."""
-    texts: list[str] = []
+def _captured(texts: list[str]) -> Iterator[None]:
+    """Add what is written to descriptor 1 and to `sys.stdout` to ``texts`` when the block ends."""
     flush()
     before, stream = os.dup(1), sys.stdout
+    ours: Any = None
     with tempfile.TemporaryFile() as file:
-        os.dup2(file.fileno(), 1)
-        ours: Any = os.fdopen(1, "w", encoding="utf-8", errors="surrogateescape", closefd=False, buffering=1)
-        sys.stdout = ours
         try:
-            yield texts
+            os.dup2(file.fileno(), 1)
+            ours = os.fdopen(1, "w", encoding="utf-8", errors="surrogateescape", closefd=False, buffering=1)
+            sys.stdout = ours
+            yield
         finally:
             flush()
             if sys.stdout is ours:  # else the model has put a stream of its own there
                 sys.stdout = stream
-            with contextlib.suppress(OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError, AttributeError):
                 ours.flush()
             os.dup2(before, 1)
             os.close(before)
