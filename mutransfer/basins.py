@@ -560,7 +560,8 @@ def judge(
 def _more(row: Any, value: float, ends: tuple[float, float], limit: float) -> str:
     """Say what would decide: finer steps at a cliff, more learning rates, or how many more seeds."""
     if row.cell > limit / 2 and row.cell >= 0.25:
-        return f"between the best rate and the next, which diverges, {row.cell:.2g} octaves are not resolved: add rates there"
+        apart = f"{row.cell:.2g} octave{'' if row.cell == 1 else 's'}"
+        return f"the best rate and the next, which diverges, are {apart} apart: add rates between them"
     seeds = row.seeds
     beyond = abs(value) - limit
     toward = value if value > 0 else -value

@@ -261,7 +261,7 @@ def test_beside_a_cliff_the_interval_holds_the_cell_that_is_not_resolved() -> No
     assert found.loc[16, "regret_high"] >= 0.09
     status, reasons = judge(found.reset_index())
     assert status == "undecided"
-    assert any("not resolved" in reason for reason in reasons)
+    assert any("which diverges, are" in reason for reason in reasons)
 
 
 def test_beside_a_jump_of_the_loss_no_parabola_holds() -> None:
