@@ -212,3 +212,22 @@ def test_a_special_init_of_a_part_is_kept() -> None:
     model: Any = families.mlp().build(plan.scale)
     plan.initialize(model)
     assert model.readout.bias.tolist() == [5.0] * 3 + [0.0] * 7
+
+
+class Normalized(Attending):
+    """Queries and keys go through norms of their own."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, 4, F.scaled_dot_product_attention)
+        self.q, self.k = (nn.Sequential(each, nn.LayerNorm(width)) for each in (self.q, self.k))
+
+
+def test_norms_of_queries_and_keys_may_fade_with_them() -> None:
+    """Under SGD a gradient that passes their product fades while they are uncorrelated, in the norms' gains as well."""
+    of = mt.Family(lambda s: Normalized(s.width), families.token_batch(), families.loss, mt.Scale(32, 1))
+    rows = mt.verdict(mt.record(of, [32, 64, 128], optimizer="sgd", seeds=range(3), steps=2)).slopes
+    norms = rows[rows["module"].str.startswith(("q.1", "k.1")) & rows["statistic"].isin(["change", "update"])]
+    assert set(norms["module"]) >= {"q.1", "k.1", "q.1.weight", "k.1.weight"}
+    assert set(norms["role"]) == {"attention"}
+    assert set(norms["expected"]) == {"-1..0"}
+    assert not norms["ok"].eq(False).any()

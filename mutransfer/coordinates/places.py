@@ -20,7 +20,7 @@ FIRST = ("output", "attention", "hidden", "bottleneck", "input", "vector", "fini
 def module_roles(model: torch.nn.Module, planned: Plan, attention: Collection[str] = frozenset()) -> dict[str, str]:
     """Return the role of every module that owns trainable parameters: "output" (its result is a logit), "hidden" and so on.
 
-    Those of the parameters in ``attention`` make queries and keys of a growing head dim: the role "attention".
+    Those of the parameters in ``attention`` make queries and keys of a growing head dim: the role "attention", also of norms.
     """
     roles: dict[str, str] = {}
     planned_roles = {row.name: row.role for row in planned.rows}
@@ -32,7 +32,7 @@ def module_roles(model: torch.nn.Module, planned: Plan, attention: Collection[st
         # A second name for a tied matrix is the readout's; the whole model's output is a logit, also where the model owns a
         # parameter of its own.
         role = planned_roles.get(plain_name(name), "output") if module else "output"
-        role = "attention" if plain_name(name) in attention and role in ("hidden", "bottleneck") else role
+        role = "attention" if plain_name(name) in attention and role in ("hidden", "bottleneck", "vector") else role
         roles[module] = min(roles.get(module, role), role, key=FIRST.index)
     return roles
 
@@ -92,7 +92,7 @@ def _role_of_update(role: str, unit: str | None, matrix: bool, alone: bool) -> s
     """
     if unit == "output" and (matrix or not alone):
         return "output" if alone else "stream"
-    if unit == "attention" and matrix:
+    if unit == "attention":
         return "attention"
     return "vector" if not matrix and role == "feature" else role
 
