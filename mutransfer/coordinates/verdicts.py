@@ -99,7 +99,8 @@ def verdict(coordinates: pd.DataFrame, margin: float = MARGIN, *, decay_policy: 
         expected = _healthy(axis, str(module), str(statistic), str(role), decay_policy, column, module in stepped)
         allowed = margin + (OF_UPDATES if statistic == "update" and role != "output" else 0.0)
         ok = _judge(group, value, low, high, expected, allowed, may_rest=step < last)
-        rates_seen = bool(stepped) if statistic == "change" else module in stepped
+        # Under Adam an update is the rate times the input's alignment, and fades by −½ at most; SGD's gradient may fade as well.
+        rates_seen = bool(stepped) if statistic == "change" else column == "sgd" and module in stepped
         if ok is False and axis == "width" and not _stays(group, expected, allowed, rates_seen):
             ok = None
             narrow.add(len(rows))
@@ -220,10 +221,12 @@ def _stays(group: pd.DataFrame, band: Band, margin: float, rates_seen: bool) -> 
     value, low, high = slope(wide, "width")
     if not (high < band[0] - margin or low > band[1] + margin):
         return False
-    trained = group["statistic"].iloc[0] in ("change", "update")
+    statistic = group["statistic"].iloc[0]
+    trained = statistic in ("change", "update")
     off = beyond((high if value < band[0] else low) if trained else value, band)
     if trained and rates_seen and off < 0:
-        return -off >= FADING
+        incoherent = -band[0] if statistic == "change" else 0.0  # what a change may fade by is in its band already
+        return -off >= max(FADING - incoherent, BROKEN)
     before = beyond(slope(narrow, "width")[0], band)
     if off * before <= 0:  # no power of the width: a fault that is one is as far off in narrow models
         return abs(off) >= BROKEN or not trained

@@ -290,3 +290,35 @@ def test_few_entries_that_do_not_grow_are_judged_by_their_rate() -> None:
         )
         (row,) = [row for _, row in rows.loc[["2.bias"]].iterrows() if row["statistic"] in ("step", "update")]
         assert (row["statistic"], row["ok"]) == ("step", True)
+
+
+class Narrowed(nn.Module):
+    """A branch through eight channels at any width."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first, self.down, self.up = nn.Linear(16, width), nn.Linear(width, 8), nn.Linear(8, width)
+        self.last = nn.Linear(width, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.first(x))
+        return self.last(x + self.up(torch.tanh(self.down(x))))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize(
+    ("name", "role"),
+    [("up", "output"), ("up", "bottleneck"), ("down", "input"), ("first", "output"), ("last", "input")],
+)
+def test_a_role_that_is_wrong_fails(name: str, role: str, optimizer: str) -> None:
+    """Its rate is that role's, exactly, and its first step shows no fault: what it does to the features does.
+
+    What is called an output and is none fades as logits may, and a little more: that is open at times, and never passed.
+    """
+    made = mt.Family(
+        lambda s: Narrowed(s.width), (torch.randn(8, 16), torch.randint(5, (8,))),
+        lambda m, b: nn.functional.cross_entropy(m(b[0]), b[1]), mt.Scale(64), roles={f"{name}.weight": role},
+    )  # fmt: skip
+    found = judge(made, (64, 128, 256, 512), "mup", optimizer, seeds=5, steps=2).verdict
+    open_too = (name, role, optimizer) == ("up", "output", "adamw")
+    assert found.status in ("fail", *(["undecided"] if open_too else [])), found.cause
