@@ -27,7 +27,7 @@ COLUMNS = ["model", "optimizer", "widths", "group", "status", "widen", "seeds", 
 
 def measure(given: argparse.Namespace) -> pd.DataFrame:
     """Reach every missing verdict, a group of seeds at a time, so that every table on the way is balanced."""
-    done = pd.read_csv(given.out) if given.out.exists() else pd.DataFrame(columns=COLUMNS)
+    done = pd.read_csv(given.out, dtype={"cause": str}) if given.out.exists() else pd.DataFrame(columns=COLUMNS)
     have = set(done[["model", "optimizer", "widths", "group"]].itertuples(index=False, name=None))
     todo = [
         (model, optimizer, widths, group)
