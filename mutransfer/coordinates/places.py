@@ -43,7 +43,7 @@ def units(
     """Return the modules at which the update of every trainable parameter is measured.
 
     That is the parameter's own module, or where that does not run itself (`nn.MultiheadAttention`'s output projection) the
-    nearest one around it that does. A tied parameter is measured in both places.
+    nearest one around it that does. A tied parameter is measured in each of its own modules that run.
 
     Args:
         model: whose parameters they are.
@@ -54,8 +54,14 @@ def units(
     names = {id(each): name for name, each in model.named_parameters()}
     modules = dict(model.named_modules())
     found: dict[str, dict[str, tuple[str, str]]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    every = list(model.named_parameters(remove_duplicate=False))
+    at_home = {id(parameter) for name, parameter in every if _owner(name) in ran}
+    for name, parameter in every:
         unit = _owner(name)
+        if (
+            unit not in ran and id(parameter) in at_home
+        ):  # another name of one that is measured (T5's and BART's `shared`)
+            continue
         while unit not in ran and unit:
             unit = unit.rpartition(".")[0]
         if unit not in ran or not parameter.requires_grad:

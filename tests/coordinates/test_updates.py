@@ -322,3 +322,28 @@ def test_a_role_that_is_wrong_fails(name: str, role: str, optimizer: str) -> Non
     found = judge(made, (64, 128, 256, 512), "mup", optimizer, seeds=5, steps=2).verdict
     open_too = (name, role, optimizer) == ("up", "output", "adamw")
     assert found.status in ("fail", *(["undecided"] if open_too else [])), found.cause
+
+
+class SharedElsewhere(nn.Module):
+    """T5's way: the matrix hangs on a module that never runs itself, and on one that does."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.shared, self.tokens = nn.Embedding(11, width), nn.Embedding(11, width)
+        self.tokens.weight = self.shared.weight
+        self.norm, self.readout = nn.LayerNorm(width), nn.Linear(width, 11, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 0.5 * self.readout(self.norm(self.tokens(x)))
+
+
+def test_a_parameter_with_a_module_that_runs_is_measured_there_alone() -> None:
+    """Else the whole model stood for it: the logits, which start as small as they like, failed T5 and BART."""
+    tokens = torch.randint(11, (4, 5))
+    made = mt.Family(
+        lambda s: SharedElsewhere(s.width), (tokens, tokens),
+        lambda m, b: nn.functional.cross_entropy(m(b[0]).flatten(0, 1), b[1].flatten()), mt.Scale(32),
+    )  # fmt: skip
+    found = verdict(record(made, [32, 64, 128], seeds=range(4), steps=2))
+    assert "(model)" not in set(found.slopes["module"])
+    assert found.status != "fail", found.cause
