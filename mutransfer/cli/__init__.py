@@ -9,6 +9,7 @@ import contextlib
 import signal
 import sys
 import traceback
+from typing import Any
 
 __all__ = ["main"]
 
@@ -26,7 +27,7 @@ def main(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt:  # while the modules of `run` itself were imported, or an answer was written
         code = _interrupted()
     if code == 130:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing is left to interrupt
+        _ignore_interrupts()  # nothing is left to interrupt
     sys.exit(code)
 
 
@@ -40,14 +41,19 @@ def run(arguments: list[str]) -> int:
 
 
 def _interrupted() -> int:
-    """Say so, whatever arrives meanwhile: people press Ctrl-C twice."""
-    before = None
-    with contextlib.suppress(ValueError):  # not in the main thread, where no signal arrives
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Print that the command was interrupted; a second Ctrl-C meanwhile is ignored."""
+    before = _ignore_interrupts()
     print(INTERRUPTED, file=sys.stderr)
     if before is not None:
         signal.signal(signal.SIGINT, before)
     return 130
+
+
+def _ignore_interrupts() -> Any:
+    """Ignore Ctrl-C from now on, and return the handler it had; None outside of the main thread, where no signal arrives."""
+    with contextlib.suppress(ValueError):
+        return signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return None
 
 
 def _run(arguments: list[str]) -> int:

@@ -211,8 +211,8 @@ def _stays(group: pd.DataFrame, band: Band, margin: float, rates_seen: bool) -> 
     """Say whether a failing slope is the wide models' as well, and not about to end: finite width bends slopes.
 
     The wide half's interval has to lie outside too, and unless all of it is `BROKEN`, must not be on its way back. Of what
-    training moves, the end of the interval next to the band counts, so that few seeds leave it open. Where ``rates_seen`` are
-    judged by rows of their own, what fades while they hold is no wrong rate, and fails by `FADING` only.
+    training moves, the end of the interval next to the band counts, so that few seeds leave it open. ``rates_seen`` says that
+    learning rates have rows of their own: what fades is then no wrong rate, and has to fade by `FADING` to fail.
     """
     values = group["value"].to_numpy(dtype=float)
     if group["width"].nunique() < 3 or not np.isfinite(values).all():

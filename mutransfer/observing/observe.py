@@ -29,9 +29,6 @@ __all__ = ["observe", "shapes_of"]
 
 _Met = tuple[Joins, list[tuple[Labels, ...]], list[Use]]  # what is known of the uses of one parameter in one pass
 PASSES = 8  # of a model that draws random numbers, or seems not to use a parameter
-MOST_PASSES = (
-    32  # while one was not used whose role only its use can tell: numbers that no seed fixes may leave it out 8 times
-)
 MOST_PASSES = 32  # while a parameter whose role only its use can tell has not been used
 
 
