@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -63,14 +64,25 @@ def sizes_of_weights(
 def sizes_of_pulls(
     parameters: Tensors, known: Mapping[str, Owned], optimizer: torch.optim.Optimizer, stacked: bool
 ) -> Tensors:
-    """Return name → largest |gradient + weight decay · W| ``[seeds]``, what SGD multiplies with the rate in its first step."""
+    """Return name → what the optimizer multiplies with the rate in its first step, of the entry that moves most ``[seeds]``.
+
+    For SGD it is the largest |gradient + weight decay · W|, for Adam and its like |g| / (|g| + epsilon) of the largest gradient.
+    Left out are parameters whose step is not looked at, or needs no more than the rate.
+    """
     groups, found = _groups(optimizer), {}
     for name, parameter in parameters.items():
-        if name in known and known[name].pulled and parameter.grad is not None:
-            group = groups.get(id(parameter), {})
+        if name not in known or known[name].step is None or parameter.grad is None:
+            continue
+        group = groups.get(id(parameter), {})
+        eps = group.get("eps")
+        if known[name].pulled:
             decay = float(group.get("weight_decay", 0.0) or group.get("lambd", 0.0))
             pull = parameter.grad.add(parameter.detach(), alpha=decay) if decay else parameter.grad
             found[name] = _largest(pull, stacked)
+        elif isinstance(eps, float) and eps > 0:
+            # RMSprop's average begins at (1 - alpha) g², and is not corrected for it.
+            largest = _largest(parameter.grad, stacked) * math.sqrt(1 - float(group.get("alpha", 0.0)))
+            found[name] = largest / (largest + eps)
     return found
 
 
@@ -79,10 +91,11 @@ def sizes_of_steps(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (name, learning rate that ΔW shows ``[seeds]``) in the unit of the parameter's step, of those that have one.
 
-    It is the largest |ΔW|, over the largest pull where a step follows the gradient's size. The largest, as entries without a
-    gradient do not move, and how many these are depends on seed and width.
+    It is the largest |ΔW| over the pull on that entry, as `sizes_of_pulls` returns it. The largest, as entries without a gradient
+    do not move, and how many these are depends on seed and width.
     """
-    typical = torch.stack([*pulls.values()]).median(0).values if pulls else None
+    followed = [pull for name, pull in pulls.items() if known[name].pulled]
+    typical = torch.stack(followed).median(0).values if followed else None
     for name, start in first.items():
         if name in known and name in parameters and (unit := known[name].step) is not None:
             if known[name].pulled and (
@@ -91,7 +104,7 @@ def sizes_of_steps(
                 continue
             now = parameters[name].detach()
             largest = _largest(now - start.to(now.device), stacked)
-            if known[name].pulled:
+            if name in pulls:
                 # Without a gradient there is no step, and no rate to be seen.
                 pull = pulls[name]
                 largest = torch.where(pull > 0, largest / pull, torch.zeros_like(pull))

@@ -276,6 +276,18 @@ def test_a_first_step_of_sgd_shows_its_rate_whatever_is_done_beside(kind: Any) -
     assert steps.to_numpy() == pytest.approx(0.25, rel=1e-3)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "adam", "nadam", "adamax", "rmsprop", "adagrad"])
+def test_a_first_step_shows_its_rate_where_epsilon_is_greater_than_the_gradients(optimizer: str) -> None:
+    """As behind ConvNeXt's layer scale of 1e-6, where a step's largest entry grew as width^+0.14."""
+    made = families.mlp(width=16)
+    small = mt.Family(made.build, made.batch, lambda m, b: 1e-7 * made.loss(m, b), made.base, "mlp")
+    found = record(small, [16, 32, 64], "mup", optimizer, lr=2**-8, steps=1, seeds=range(2))
+    found = found[found["module"].eq("hidden.1.weight")]
+    assert found[found["statistic"].eq("gradient")]["value"].lt(10).all()
+    steps = found[found["statistic"].eq("step")]["value"].to_numpy()
+    assert steps / steps[0] == pytest.approx(1.0, rel=1e-3)
+
+
 def test_few_entries_that_do_not_grow_are_judged_by_their_rate() -> None:
     """A regression's one bias follows the mean error, whose size is noise at every width: 20 seeds left it at [-0.29, 0.22]."""
     made = mt.Family(
