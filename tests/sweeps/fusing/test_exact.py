@@ -117,9 +117,7 @@ COMPILED = {
     ("name", "optimizer"),
     [pytest.param(*pair, marks=[] if pair == ("mlp", "adamw") else pytest.mark.slow) for pair in COMPILED],
 )
-def test_compiled_trainings_are_separate_trainings(
-    name: str, optimizer: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_compiled_trainings_are_separate_trainings(name: str, optimizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # A compiler sums in another order, and the rounding of Muon's bfloat16 or float32 would hide what is to be seen.
     for module in (muon, updates):
         monkeypatch.setattr(module, "iteration_dtype", lambda device: torch.float64)
