@@ -106,14 +106,14 @@ COORDINATES = Schema(
         "module": ("string", "module's qualified name, or a parameter's for update, step, gradient, decay and weight"),
         "role": (
             "string",
-            "role of its weight: input, hidden, …; output when its result is a logit; stream without a weight; gain of a "
-            "normalized readout",
+            "role of its weight: input, hidden, …; output when its result is a logit; stream without a weight; attention, or "
+            "attention vector, of queries and keys whose head dim grows; gain of a normalized readout",
         ),
         "statistic": (
             "string",
             "activation: mean |x|; change: mean |x_t − x_0|; input: mean |x| of what enters; update: mean |ΔW·x|; step: "
-            "largest |ΔW|, in units of µP's own learning rate; gradient: mean |g| / epsilon; decay: lr · weight decay; "
-            "weight: root mean square, in units of µP's own initial size",
+            "the learning rate that the largest |ΔW| shows, in units of µP's own; gradient: mean |g| / epsilon; "
+            "decay: lr · weight decay; weight: root mean square, in units of µP's own initial size",
         ),
         "step": ("int64", "optimizer steps done before this was measured"),
         "seed": ("int64", "seed of the initial weights"),

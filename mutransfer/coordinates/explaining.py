@@ -69,8 +69,8 @@ def missing(slopes: pd.DataFrame, coordinates: pd.DataFrame, axis: str, narrow: 
     if narrow and len(narrow) == len(open_rows):
         worst = open_rows.loc[open_rows["slope"].abs().idxmax()]
         return (
-            f"{_what(worst, axis)} [{worst['low']:+.2f}, {worst['high']:+.2f}]; wider models tell finite width from a fault, and "
-            f"more seeds do not: add widths above {coordinates['width'].max()} (open: {pattern([*open_rows['module']])})."
+            f"{_what(worst, axis)} [{worst['low']:+.2f}, {worst['high']:+.2f}]; wider models tell finite width from a fault "
+            f"sooner than more seeds do: add widths above {coordinates['width'].max()} (open: {pattern([*open_rows['module']])})."
         )
     still = open_rows[open_rows["slope"].isna()]
     if len(still):

@@ -145,7 +145,8 @@ def plant(fault: Fault, planner: Callable[..., Plan], column: str) -> Callable[.
         def wrong(row: ParameterPlan) -> ParameterPlan:
             role = row.role if len(row.shape) > 1 else ""
             lr = row.lr * wider ** float(fault.lr(column).get(role, 0))
-            decay = row.weight_decay * wider ** float(fault.decay.get(column, {}).get(role, 0))
+            # lr · weight decay stays what it was, so that it does not give the fault away.
+            decay = row.weight_decay * row.lr / lr * wider ** float(fault.decay.get(column, {}).get(role, 0))
             init = row.init.scaled(wider ** float(fault.init.get(role, 0)))
             return replace(row, init=init, lr=lr, weight_decay=decay)
 
@@ -155,13 +156,16 @@ def plant(fault: Fault, planner: Callable[..., Plan], column: str) -> Callable[.
 
 
 def plant_in(parameter: str, power: float, planner: Callable[..., Plan]) -> Callable[..., Plan]:
-    """Return a planner in whose plans the learning rate of one parameter is off by a power of the width."""
+    """Return a planner whose plans have one parameter's learning rate off by a power of the width, and lr · weight decay kept."""
 
     def planned(*args: Any, **kwargs: Any) -> Plan:
         plan = planner(*args, **kwargs)
         wider = plan.scale.width / plan.base.width
         assert any(row.name == parameter for row in plan.rows), parameter
-        rows = (replace(row, lr=row.lr * wider**power) if row.name == parameter else row for row in plan.rows)
-        return replace(plan, rows=tuple(rows))
+
+        def wrong(row: ParameterPlan) -> ParameterPlan:
+            return replace(row, lr=row.lr * wider**power, weight_decay=row.weight_decay * wider**-power)
+
+        return replace(plan, rows=tuple(wrong(row) if row.name == parameter else row for row in plan.rows))
 
     return planned

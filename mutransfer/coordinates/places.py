@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 
-from ..names import plain_name
+from ..names import plain_name, planned_names
 from ..plans import Plan
 from .watching import Unit
 
-__all__ = ["module_roles", "places", "units"]
+__all__ = ["module_roles", "naming", "places", "units"]
 
 ROOT = "(model)"  # what a module without a name, the whole model, is recorded under
 # Of a module's own parameters the first role in this order is the module's.
@@ -24,6 +24,7 @@ def module_roles(model: torch.nn.Module, planned: Plan, attention: Collection[st
     """
     roles: dict[str, str] = {}
     planned_roles = {row.name: row.role for row in planned.rows}
+    owners = planned_names([name for name, _ in model.named_parameters()], planned_roles)
     frozen = {name for name, each in model.named_parameters(remove_duplicate=False) if not each.requires_grad}
     for name, _ in model.named_parameters(remove_duplicate=False):
         if name in frozen:
@@ -31,8 +32,9 @@ def module_roles(model: torch.nn.Module, planned: Plan, attention: Collection[st
         module = _owner(name)
         # A second name for a tied matrix is the readout's; the whole model's output is a logit, also where the model owns a
         # parameter of its own.
-        role = planned_roles.get(plain_name(name), "output") if module else "output"
-        role = "attention" if plain_name(name) in attention and role in ("hidden", "bottleneck", "vector") else role
+        own = owners.get(name, "")
+        role = planned_roles.get(own, "output") if module else "output"
+        role = "attention" if own in attention and role in ("hidden", "bottleneck", "vector") else role
         roles[module] = min(roles.get(module, role), role, key=FIRST.index)
     return roles
 
@@ -52,6 +54,7 @@ def units(
         known: parameter → role.
     """
     names = {id(each): name for name, each in model.named_parameters()}
+    owners = planned_names(names.values(), known)
     modules = dict(model.named_modules())
     found: dict[str, dict[str, tuple[str, str]]] = {}
     every = list(model.named_parameters(remove_duplicate=False))
@@ -71,15 +74,16 @@ def units(
             not _owner(each) or _owner(each) not in _inside(unit, ran) for each, _ in modules[unit].named_parameters()
         )
         matrix = sum(size > 1 for size in parameter.shape) > 1
-        role = known.get(plain_name(names[id(parameter)]), "feature")
+        role = known.get(owners[names[id(parameter)]], "feature")
         role = _role_of_update(role, roles.get(unit), matrix, alone)
         if roles.get(unit) == "output" and role == "finite" and "parametrizations." in name[len(unit) :]:
             role = "gain"  # of a weight-normalized readout
-        found.setdefault(unit, {})[local] = plain_name(name), role
+        found.setdefault(unit, {})[local] = owners.get(name) or plain_name(name), role
     return {
         unit: Unit(
             {local: names[id(each)] for local, each in modules[unit].named_parameters() if each.requires_grad},
             {local: row for local, row in updates.items() if local in dict(modules[unit].named_parameters())},
+            {local: owners[names[id(each)]] for local, each in modules[unit].named_parameters() if each.requires_grad},
         )
         for unit, updates in found.items()
     }
@@ -99,12 +103,20 @@ def _role_of_update(role: str, unit: str | None, matrix: bool, alone: bool) -> s
     if unit == "output" and (matrix or not alone):
         return "output" if alone else "stream"
     if unit == "attention":
-        return "attention"
+        return "attention" if matrix else "attention vector"
     return "vector" if not matrix and role == "feature" else role
 
 
-def places(model: torch.nn.Module, owners: set[str], stacks: dict[str, int] | None) -> dict[str, str]:
-    """Return which modules to record, and under which name.
+def naming(model: torch.nn.Module, known: Collection[str]) -> Callable[[str], str]:
+    """Return how a frame calls modules: by their names, or without wrappers where some parameter is not known by its name."""
+    trainable = {name for name, each in model.named_parameters() if each.requires_grad}
+    return str if trainable <= set(known) else plain_name
+
+
+def places(
+    model: torch.nn.Module, owners: set[str], stacks: dict[str, int] | None, called: Callable[[str], str] = plain_name
+) -> dict[str, str]:
+    """Return which modules to record, and under which name; ``called`` names them in a check over widths (`naming`).
 
     For a check over widths those that own parameters. For one over depths (``stacks``: name of a stack of layers →
     number of layers) what the first and the last layer of every stack hand on, which is the residual stream, and the
@@ -113,7 +125,7 @@ def places(model: torch.nn.Module, owners: set[str], stacks: dict[str, int] | No
     depths 2 to 32.
     """
     if stacks is None:
-        return {name: plain_name(name) or ROOT for name, _ in model.named_modules() if name in owners}
+        return {name: called(name) or ROOT for name, _ in model.named_modules() if name in owners}
     shown = {}
     for name, _ in model.named_modules():
         parts, kept, is_layer = name.split("."), True, False
@@ -122,9 +134,9 @@ def places(model: torch.nn.Module, owners: set[str], stacks: dict[str, int] | No
             if count is not None:
                 is_layer = i == len(parts) - 1
                 other = {count - 1: "last"} if is_layer else {count // 2: "middle"}
-                called = ({**other, 0: "first"}).get(int(part))
-                kept = kept and called is not None
-                parts[i] = called or part
+                which = ({**other, 0: "first"}).get(int(part))
+                kept = kept and which is not None
+                parts[i] = which or part
         if kept and (name in owners or is_layer):
             shown[name] = ".".join(parts) or ROOT
     return shown

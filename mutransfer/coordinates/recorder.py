@@ -17,8 +17,17 @@ from ..matching import matched
 from ..names import plain_name
 from ..optimizers.registry import OPTIMIZERS
 from ..plans import Plan
-from .parameters import Owned, decays, owned, sizes_of_gradients, sizes_of_pulls, sizes_of_steps, sizes_of_weights
-from .places import ROOT, module_roles, places, units
+from .parameters import (
+    Owned,
+    decays,
+    owned,
+    shrink,
+    sizes_of_gradients,
+    sizes_of_pulls,
+    sizes_of_steps,
+    sizes_of_weights,
+)
+from .places import ROOT, module_roles, naming, places, units
 from .setups import OWN, divisors
 from .watching import Pass, Tensors, Watched, watch
 
@@ -81,12 +90,18 @@ class Recorder:
         scale = (plan.scale.width, plan.scale.depth) if plan else (width, depth)
         self.common = {"parametrization": plan.parametrization if plan else OWN, "optimizer": name, "seed": seed}
         self.common |= dict(zip(("width", "depth"), scale, strict=True))
-        self.parameters: Tensors = dict(matched(plan, self.model)) if plan else _trainable(self.model)
+        self.parameters: Tensors = (
+            dict(matched(plan, self.model))
+            if plan
+            else {plain_name(each): parameter for each, parameter in _trainable(self.model).items()}
+        )
         self.known = owned(plan) if plan else {each: Owned("feature", None) for each in self.parameters}
         self._divisors = divisors(plan, {}) if plan else {}
         self._start: Pass | None = None
         self._first: Tensors = {}
+        self._known_first: Tensors = {}  # the same tensors by the plan's names
         self._pulls: Tensors = {}
+        self._shrunk: dict[str, float] = {}
         self._watched = Watched({}, {})
         self._rows: list[dict[str, Any]] = []
         self._handles: list[Any] = []
@@ -103,7 +118,7 @@ class Recorder:
     ) -> None:
         for handle in self._handles:
             handle.remove()
-        self._handles, self._start, self._first = [], None, {}
+        self._handles, self._start, self._first, self._known_first = [], None, {}, {}
 
     def frame(self) -> pd.DataFrame:
         """Return what was recorded (schema COORDINATES).
@@ -131,16 +146,25 @@ class Recorder:
                 for name, each in _trainable(self.model).items()
                 if name in wanted
             }
+            names = {id(each): name for name, each in self.parameters.items()}
+            every = _trainable(self.model)
+            self._known_first = {
+                names[id(every[name])]: start for name, start in self._first.items() if id(every[name]) in names
+            }
             self._look()
             for name, taken in decays(self.parameters, self.known, self.optimizer):
                 self._note(name, self.known[name].role, "decay", taken)
+        shrink(self._shrunk, self.parameters, self.known, self.optimizer)
+
+    def _after_step(self, *_: Any) -> None:
+        # Here, as a closure computes the gradients inside of the step.
         first = self.step == 0
-        self._pulls = sizes_of_pulls(self.parameters, self.known, self.optimizer, False) if first else {}
+        self._pulls = (
+            sizes_of_pulls(self.parameters, self._known_first, self.known, self.optimizer, False) if first else {}
+        )
         if first or self._due(self.step + 1):
             for name, value in sizes_of_gradients(self.parameters, self.known, self.optimizer, False):
                 self._note(name, self.known[name].role, "gradient", value)
-
-    def _after_step(self, *_: Any) -> None:
         self.step += 1
         if self._due(self.step):
             self._look()
@@ -160,12 +184,13 @@ class Recorder:
                 continue
             role = self._watched.roles.get(name, "stream")
             folded = self._divisors.get(name, 1.0) if role != "output" and statistic != "input" else 1.0
-            shown = self._watched.shown.get(name) or plain_name(name) or ROOT
-            self._note(shown, role, statistic, value / folded)
+            self._note(self._watched.shown[name], role, statistic, value / folded)
         for name, value in sizes_of_weights(self.parameters, self.known, False):
             self._note(name, self.known[name].role, "weight", value)
-        for name, value in sizes_of_steps(self.parameters, first or {}, self._pulls, self.known, False):
-            self._note(name, self.known[name].role, "step", value)
+        moved = self._known_first if first else {}
+        for name, value in sizes_of_steps(self.parameters, moved, self._pulls, self._shrunk, self.known, False):
+            for called in self._watched.called(name):
+                self._note(called, self.known[name].role, "step", value)
         self._start = self._start or seen
 
     def _note(self, name: str, role: str, statistic: str, value: torch.Tensor | float) -> None:
@@ -175,7 +200,8 @@ class Recorder:
     def _survey(self) -> Watched:
         """Return what to watch: every module with parameters, and which results are logits."""
         roles = module_roles(self.model, self.plan) if self.plan else dict.fromkeys(_owners(self.model), "feature")
-        watched = Watched(places(self.model, set(roles), None), roles)
+        called = naming(self.model, self.known)
+        watched = Watched(places(self.model, set(roles), None, called), roles)
         with self._aside(), watch(self.model, watched, None, None, survey=self.plan is not None) as seen:
             self.probe(self.model)
         if self.plan is None:
@@ -195,7 +221,8 @@ class Recorder:
             for name in measured
             if any(hasattr(p, "placements") for p in self.model.get_submodule(name).parameters())
         }
-        return Watched(watched.shown, roles, {name: each for name, each in measured.items() if name not in sharded})
+        whole = {name: each for name, each in measured.items() if name not in sharded}
+        return Watched({name: called(name) or ROOT for name in whole} | dict(watched.shown), roles, whole)
 
     @contextmanager
     def _aside(self) -> Iterator[None]:

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from ..family import Family
-from ..names import plain_name
+from ..names import planned_names
 from .lanes import Lane, lanes
-from .parameters import decays, sizes_of_gradients, sizes_of_pulls, sizes_of_steps, sizes_of_weights
-from .places import ROOT, places, units
+from .parameters import decays, shrink, sizes_of_gradients, sizes_of_pulls, sizes_of_steps, sizes_of_weights
+from .places import ROOT, naming, places, units
 from .setups import Setup
 from .watching import Pass, Tensors, Watched, watch
 
@@ -76,7 +76,8 @@ def _survey(
     """Return what to watch, its roles corrected by a forward pass; say which modules never run."""
     roles = setup.roles(model)
     stacks = None if growing is None else {name: n for name, n in layers(model).items() if name in growing}
-    shown = places(model, set(roles), stacks)
+    called = naming(model, setup.known)
+    shown = places(model, set(roles), stacks, called)
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     watched = Watched(shown, roles)
     with torch.no_grad(), torch.random.fork_rng([]), watch(model, watched, None, None, survey=True) as seen:
@@ -92,7 +93,8 @@ def _survey(
     if growing is not None:
         return watched
     known = {name: owner.role for name, owner in setup.known.items()}
-    return replace(watched, units=units(model, seen.ran, roles, known))
+    measured = units(model, seen.ran, roles, known)
+    return replace(watched, shown={name: called(name) or ROOT for name in measured} | shown, units=measured)
 
 
 def _silent(family: Family, model: torch.nn.Module, batch: Any, names: list[str], seen: Pass) -> list[str]:
@@ -120,11 +122,16 @@ def _measure(lane: Lane, setup: Setup, watched: Watched, steps: int, parameters:
     start: Pass | None = None
     first: Tensors | None = None
     pulls: Tensors = {}
+    shrunk: dict[str, float] = {}
     stacked = lane.size > 1
+    owners = planned_names(lane.parameters, setup.known)
+    own_parameters = {owners[name]: each for name, each in lane.parameters.items()}
+    moved: Tensors = {}
     updates = {name: (unit, role) for unit, own in watched.units.items() for name, role in own.updates.values()}
     if updates:
         wanted = {name for own in watched.units.values() for name in own.first.values()}
         first = {name: each.detach().clone() for name, each in lane.parameters.items() if name in wanted}
+        moved = {owners[name]: each for name, each in first.items()}
     for step in range(steps + 1):
         losses, seen = lane.forward(watched, start, first if step in (1, steps) else None)
         for (name, statistic), value in seen.sizes.items():
@@ -137,22 +144,24 @@ def _measure(lane: Lane, setup: Setup, watched: Watched, steps: int, parameters:
             # A feature that carries a folded multiplier (queries, a final norm before a tied readout) is compared as
             # it is without it; a logit is what it is.
             folded = setup.divisors.get(name, 1.0) if role != "output" and statistic != "input" else 1.0
-            yield watched.shown.get(name) or plain_name(name) or ROOT, role, statistic, step, value / folded
+            yield watched.shown[name], role, statistic, step, value / folded
         if step == 0:
             start = seen
         if parameters and step in (0, steps):
-            for name, value in sizes_of_weights(lane.parameters, setup.known, stacked):
+            for name, value in sizes_of_weights(own_parameters, setup.known, stacked):
                 yield name, setup.known[name].role, "weight", step, value
-        if first is not None and step in (1, steps):
-            for name, value in sizes_of_steps(lane.parameters, first, pulls, setup.known, stacked):
-                yield name, setup.known[name].role, "step", step, value
+        if step in (1, steps):
+            for name, value in sizes_of_steps(own_parameters, moved, pulls, shrunk, setup.known, stacked):
+                for called in watched.called(name):
+                    yield called, setup.known[name].role, "step", step, value
         if parameters and step == 0:
-            for name, taken in decays(lane.parameters, setup.known, lane.optimizer):
+            for name, taken in decays(own_parameters, setup.known, lane.optimizer):
                 yield name, setup.known[name].role, "decay", step, torch.full((lane.size,), taken)
         if step < steps:
             lane.backward(losses)
-            pulls = sizes_of_pulls(lane.parameters, setup.known, lane.optimizer, stacked) if first and step == 0 else {}
+            pulls = sizes_of_pulls(own_parameters, moved, setup.known, lane.optimizer, stacked) if step == 0 else {}
+            shrink(shrunk, own_parameters, setup.known, lane.optimizer)
             if parameters and step in (0, steps - 1):
-                for name, value in sizes_of_gradients(lane.parameters, setup.known, lane.optimizer, stacked):
+                for name, value in sizes_of_gradients(own_parameters, setup.known, lane.optimizer, stacked):
                     yield name, setup.known[name].role, "gradient", step, value
             lane.optimizer.step()

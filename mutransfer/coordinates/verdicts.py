@@ -39,7 +39,7 @@ class Verdict:
 
     ``slopes`` has the columns of `frames.SLOPES`; ``cause`` says in a sentence what failed, or what is missing; ``fault`` is
     the key of the fault in `faults.FAULTS` that the slopes look like, "epsilon", "one-parameter", or None. ``widen`` says that an
-    undecided check waits for wider models, and more seeds would not decide it.
+    undecided check waits for wider models, which decide it sooner than more seeds.
     """
 
     status: Status
@@ -56,8 +56,8 @@ def verdict(coordinates: pd.DataFrame, margin: float = MARGIN, *, decay_policy: 
     is fitted over seeds and widths with a 95% interval. It passes when the interval lies within the expected band widened by
     ``margin``, fails when it lies wholly outside, and is undecided otherwise; it is undecided, too, where the wider models are
     healthy or on their way there (docs/coordinate-check.md). Judged are activations at the start and changes; of the parameters
-    the initial sizes, the update of each on its module's first input, lr · weight decay, and gradients against epsilon
-    where epsilon is felt. The other rows of the frame name the cause.
+    the initial sizes, the update of each on its module's first input, the learning rate that its first step shows, lr · weight
+    decay, and gradients against epsilon where epsilon is felt. The other rows of the frame name the cause.
 
     Args:
         coordinates: as `record` returns it, or a `Recorder`'s frames of several widths.
@@ -87,9 +87,13 @@ def verdict(coordinates: pd.DataFrame, margin: float = MARGIN, *, decay_policy: 
     if axis == "width":
         frame = pd.concat([coordinates[coordinates["statistic"] != "update"], relative_updates(coordinates)])
     judged = frame[_judged(frame, last, axis, rules)]
-    stepped = set(judged["module"][judged["statistic"].eq("step")])
+    # A rate is seen where it is seen at every size; what some runs do not show (other wrappers, half precision) says nothing.
+    sizes = judged[judged["statistic"].eq("step")].groupby("module")[axis].nunique()
+    stepped = set(sizes[sizes.eq(coordinates[axis].nunique())].index)
+    judged = judged[~judged["statistic"].eq("step") | judged["module"].isin(stepped)]
     # Of what does not grow the rate is all there is: what it makes of a few entries is noise at every width.
-    judged = judged[~(judged["statistic"].eq("update") & judged["role"].eq("finite") & judged["module"].isin(stepped))]
+    finite = set(judged["module"][judged["statistic"].eq("step") & judged["role"].eq("finite")])
+    judged = judged[~(judged["statistic"].eq("update") & judged["module"].isin(finite))]
     rounding = ROUNDING * judged[judged["statistic"] == "gradient"]["value"].median()
     for (module, role, statistic, step), group in judged.groupby(["module", "role", "statistic", "step"], sort=False):
         # A key's bias has no gradient but for rounding.
@@ -152,6 +156,7 @@ def _judged(coordinates: pd.DataFrame, last: int, axis: str, rules: Table | None
 def _healthy(axis: str, module: str, statistic: str, role: str, decay_policy: str, column: str, stepped: bool) -> Band:
     if statistic == "decay":
         return HEALTHY_DECAY[decay_policy]
+    role = "attention" if role == "attention vector" else role  # its update is not divided, and may fade as much
     # Adam's step sees no gradient fade.
     if column == "adam" and (role == "finite" or (statistic == "update" and role == "attention")):
         role = "feature"
@@ -171,7 +176,7 @@ def _declared(rules: Table | None, axis: str, column: str, statistic: str, role:
         return expected
     kind = {"output": "output", "input": "first"}.get(role, "feature")
     if statistic == "update":
-        if role in ("attention", "stream", "finite", "gain"):
+        if role in ("attention", "attention vector", "stream", "finite", "gain"):
             return expected
         kind = "first" if role == "vector" else kind
         derived = float(rules.derived(column, "change", kind))

@@ -32,10 +32,12 @@ class Unit:
     Args:
         first: local name → name in the model, of every trainable parameter that takes part in the module's forward.
         updates: local name → (name to record under, role), of those whose update is measured here.
+        owners: local name → the name that it was planned under; a tied parameter is planned once.
     """
 
     first: Mapping[str, str]
     updates: Mapping[str, tuple[str, str]]
+    owners: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,17 @@ class Watched:
     units: Mapping[str, Unit] = field(default_factory=dict)
     calls: Counter[str] = field(default_factory=Counter)
     random: set[str] = field(default_factory=set)
+
+    def called(self, parameter: str) -> list[str]:
+        """Return the names under which a parameter's updates are recorded: a tied one's are those of the modules that run."""
+        return list(
+            dict.fromkeys(
+                called
+                for unit in self.units.values()
+                for local, (called, _) in unit.updates.items()
+                if unit.owners[local] == parameter
+            )
+        )
 
 
 @dataclass(frozen=True)
