@@ -40,6 +40,7 @@ SINGLE = {
         *(f"blocks.1.attention.{name}.weight" for name in ("q", "k", "v", "out")),
         *(f"blocks.0.ffn.{name}.weight" for name in ("up", "down")),
         "blocks.1.norm1.weight",
+        "readout.weight",
     )
     for power in (1, 0.5, -0.5, -1)
 }
