@@ -150,6 +150,8 @@ def named(found: Verdict, fault: str) -> str | None:
     if fault not in SINGLE:
         return found.fault
     parameter, power = SINGLE[fault]
+    if (parameter, power) == ("readout.weight", 1):  # the one readout there is
+        return fault if found.fault == "readout-lr" else found.fault
     says = f"the learning rate of {parameter} is too {'large' if power > 0 else 'small'}"
     return fault if found.fault == ONE and str(found.cause).startswith(says) else found.fault
 

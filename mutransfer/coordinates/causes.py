@@ -31,6 +31,9 @@ def nearest_fault(coordinates: pd.DataFrame) -> Fault | None:
     candidates: dict[Fault | None, Signature] = {fault: fault.signature(column) for fault in FAULTS.values()}
     candidates[None] = dict.fromkeys(next(iter(candidates.values())), 0.0)
     distances = {fault: _distance(found, signature) for fault, signature in candidates.items()}
+    for fault, signature in candidates.items():
+        if not _possible(found, signature):
+            distances[fault] = math.inf
     best = min(distances, key=lambda fault: distances[fault])
     return best if distances[best] <= NEAR else None
 
@@ -82,7 +85,8 @@ def local_slopes(coordinates: pd.DataFrame) -> Signature:
     started = coordinates[coordinates["step"].eq(0)]
     started = started[started["statistic"].isin(["weight", "activation", "input", "decay"])]
     updates = relative_updates(coordinates, "output")
-    frame = pd.concat([started, updates[updates["step"].isin([1, last])]])
+    steps = coordinates[coordinates["statistic"].eq("step") & coordinates["step"].eq(1)]
+    frame = pd.concat([started, steps, updates[updates["step"].isin([1, last])]])
     keys = ["module", "role", "statistic", "step"]
     groups = frame[frame["role"].isin(ROLES)].groupby(keys, sort=False)
     slopes = {key: slope(group, "width")[0] for key, group in groups}
@@ -90,7 +94,7 @@ def local_slopes(coordinates: pd.DataFrame) -> Signature:
     for (module, role, statistic, step), value in slopes.items():
         # What enters an embedding is not floating and has no size.
         given = slopes.get((module, role, "input", 0), 0.0)
-        if statistic in ("weight", "decay"):
+        if statistic in ("weight", "step", "decay"):
             found.setdefault((statistic, role), []).append(value)
         elif statistic == "activation":
             found.setdefault(("gain", role), []).append(value - given)
@@ -126,6 +130,14 @@ def pattern(modules: list[str]) -> str:
     """Return modules as their patterns, layer numbers as a star, each once."""
     found = list(dict.fromkeys(map(pattern_of, modules)))
     return ", ".join(found[:6]) + (f" and {len(found) - 6} more" if len(found) > 6 else "")
+
+
+def _possible(found: Signature, signature: Signature) -> bool:
+    """Say whether the rates that the first steps show are the signature's, and no size starts right that it says is wrong."""
+    gaps = {key: abs(value - signature[key]) > OFF for key, value in found.items() if key[0] in ("weight", "step")}
+    return not any(
+        gap and (statistic == "step" or abs(found[statistic, role]) < OFF) for (statistic, role), gap in gaps.items()
+    )
 
 
 def _distance(found: Signature, signature: Signature) -> float:

@@ -51,14 +51,15 @@ class Fault:
     def signature(self, column: str) -> Signature:
         """Return the slopes beyond µP's of what a module adds by itself; NaN where the fault does not tell.
 
-        ("weight", role): of the initial weights. ("gain", role): of a module's output against its input. ("update", role): of
-        ΔW·x against its input after one step, which under SGD follows the gradient, and so the readout's weights. ("decay",
-        role): of lr · weight decay.
+        ("weight", role): of the initial weights. ("step", role): of the learning rate. ("gain", role): of a module's output
+        against its input. ("update", role): of ΔW·x against its input after one step, which under SGD follows the gradient, and
+        so the readout's weights. ("decay", role): of lr · weight decay.
         """
         found: Signature = {}
         for role in ROLES:
             init, forward = float(self.init.get(role, 0)), float(self.forward.get(role, 0))
             found["weight", role] = init
+            found["step", role] = float(self.lr(column).get(role, 0))
             # A wrong rate comes with its own decay or without: a plan's is made for the right rate, a script's for one rate.
             wrong_lr = bool(self.lr(column).get(role, 0))
             found["decay", role] = math.nan if wrong_lr else float(self.decay.get(column, {}).get(role, 0))
