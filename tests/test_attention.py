@@ -228,6 +228,6 @@ def test_norms_of_queries_and_keys_may_fade_with_them() -> None:
     rows = mt.verdict(mt.record(of, [32, 64, 128], optimizer="sgd", seeds=range(3), steps=2)).slopes
     norms = rows[rows["module"].str.startswith(("q.1", "k.1")) & rows["statistic"].isin(["change", "update"])]
     assert set(norms["module"]) >= {"q.1", "k.1", "q.1.weight", "k.1.weight"}
-    assert set(norms["role"]) == {"attention"}
+    assert set(norms["role"]) == {"attention", "attention vector"}  # of a module, and of its gains
     assert set(norms["expected"]) == {"-1..0"}
     assert not norms["ok"].eq(False).any()
