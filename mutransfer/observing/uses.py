@@ -254,7 +254,7 @@ class UseWatcher(TorchDispatchMode):
         elif name in ops.LINEAR or name in ops.PRODUCTS or name in ops.UNARY or name == "where":
             result.product = next((each.product for each in live if each.product), None)
         second = kwargs.get("alpha", 1) if name in ops.SUMS else 1
-        if second != 1 and live and self._roots.get(args[1]) is None:
+        if second != 1 and self._live(args[1]):  # the second operand, and so the last
             live[-1] = replace(live[-1], factors={use: each * second for use, each in live[-1].factors.items()})
         power = self._scalars.value(args[1]) if name in POWERS and len(args) > 1 else None
         self.factors.follow(name, live, own, result, module, count=count, power=2.0 if power is None else power)

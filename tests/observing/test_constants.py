@@ -77,6 +77,8 @@ SEEN: dict[str, tuple[Callable[[Any, torch.Tensor], torch.Tensor], dict[str, flo
     "a buffer of one entry": (through(lambda net, e: e * net.root), EMBEDDING),
     "a buffer as long as the width": (through(lambda net, e: e * net.wide), EMBEDDING),
     "alpha of a sum": (through(lambda net, e: torch.add(torch.zeros(()), e, alpha=net.n**0.5)), EMBEDDING),
+    "alpha of a number": (through(lambda net, e: torch.add(e, 0.5, alpha=net.n**0.5)), {}),
+    "alpha of what is no activation": (through(lambda net, e: torch.add(e, torch.ones(net.n), alpha=net.n**0.5)), {}),
     "twice over": (through(lambda net, e: e * net.n * net.n**-0.5), EMBEDDING),
     "there and back": (through(lambda net, e: e * net.n / net.n), {}),
     "a mean, written as a sum": (between(lambda net, h: h - h.sum(-1, keepdim=True) / h.shape[-1]), {}),
