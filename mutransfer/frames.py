@@ -130,7 +130,7 @@ SLOPES = Schema(
     "slopes",
     {
         "parametrization": ("string", "name of the table in force"),
-        "module": ("string", "module's qualified name, or a parameter's for gradient, decay and weight"),
+        "module": ("string", "module's qualified name, or a parameter's for update, step, gradient, decay and weight"),
         "role": ("string", "as in the coordinates frame"),
         "statistic": ("string", "activation, change, update, step, gradient, decay or weight"),
         "step": ("int64", "optimizer steps done"),

@@ -194,7 +194,7 @@ class Slope(Output):
     parametrization: str
     module: str = Field(description="Module's qualified name, or a parameter's for gradient, decay and weight.")
     role: str
-    statistic: str = Field(description="activation, change, input, update, gradient, decay or weight.")
+    statistic: str = Field(description="activation, change, update, step, gradient, decay or weight.")
     step: Count = Field(description="Optimizer steps done.")
     slope: Number = Field(description="d log2(value) / d log2(width).")
     low: Number

@@ -127,6 +127,7 @@ def _measure(lane: Lane, setup: Setup, watched: Watched, steps: int, parameters:
     owners = planned_names(lane.parameters, setup.known)
     own_parameters = {owners[name]: each for name, each in lane.parameters.items()}
     moved: Tensors = {}
+    names = watched.recorded_names()
     updates = {name: (unit, role) for unit, own in watched.units.items() for name, role in own.updates.values()}
     if updates:
         wanted = {name for own in watched.units.values() for name in own.first.values()}
@@ -152,8 +153,8 @@ def _measure(lane: Lane, setup: Setup, watched: Watched, steps: int, parameters:
                 yield name, setup.known[name].role, "weight", step, value
         if step in (1, steps):
             for name, value in sizes_of_steps(own_parameters, moved, pulls, shrunk, setup.known, stacked):
-                for called in watched.called(name):
-                    yield called, setup.known[name].role, "step", step, value
+                for recorded in names.get(name, ()):
+                    yield recorded, setup.known[name].role, "step", step, value
         if parameters and step == 0:
             for name, taken in decays(own_parameters, setup.known, lane.optimizer):
                 yield name, setup.known[name].role, "decay", step, torch.full((lane.size,), taken)
