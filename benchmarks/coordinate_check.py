@@ -20,11 +20,11 @@ from harness import Claim, arguments, at_least, publish
 from mup.coord_check import get_coord_data
 
 import mutransfer as mt
-from mutransfer.coordinates.lanes import Lane
-from mutransfer.coordinates.watching import Watched
+from mutransfer.coord_check.measure import Watched
+from mutransfer.coord_check.stacked import StackedModels
 
 ROOT = Path(__file__).parents[1]
-SPEC = importlib.util.spec_from_file_location("mup_models", ROOT / "tests/coordinates/mup_models.py")
+SPEC = importlib.util.spec_from_file_location("mup_models", ROOT / "tests/coord_check/mup_models.py")
 assert SPEC is not None
 assert SPEC.loader is not None
 MODELS = importlib.util.module_from_spec(SPEC)
@@ -57,8 +57,8 @@ def bare(family: mt.Family, optimizer: str, widths: tuple[int, ...], seeds: int)
     """Return the seconds of the training alone, under one learning rate, in the quicker manner of each width."""
     cls = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[optimizer]
 
-    def lane(models: Sequence[torch.nn.Module]) -> None:
-        seen = Lane(family, models, lambda model: cls(model.parameters(), lr=2**-8, fused=True), family.batch)
+    def stack(models: Sequence[torch.nn.Module]) -> None:
+        seen = StackedModels(family, models, lambda model: cls(model.parameters(), lr=2**-8, fused=True), family.batch)
         for _ in range(STEPS):
             seen.backward(seen.forward(NOTHING, None, None)[0])
             seen.optimizer.step()
@@ -69,7 +69,7 @@ def bare(family: mt.Family, optimizer: str, widths: tuple[int, ...], seeds: int)
         begun = time.perf_counter()
         for seed in range(0, seeds, at_once):
             torch.manual_seed(seed)
-            lane([family.build(mt.Scale(width, 2)) for _ in range(at_once)])
+            stack([family.build(mt.Scale(width, 2)) for _ in range(at_once)])
         return time.perf_counter() - begun
 
     return sum(min(seconds(width, at_once) for at_once in (1, seeds)) for width in widths)

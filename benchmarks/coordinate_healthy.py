@@ -16,7 +16,7 @@ from coordinate_models import DEVELOPED_ON, MODELS
 from coordinate_power import interval
 from harness import Claim, publish
 
-from mutransfer.coordinates import judge
+from mutransfer.coord_check import judge
 from mutransfer.errors import RequestError
 from mutransfer.observing.observe import observe
 

@@ -20,9 +20,9 @@ from harness import Claim, publish
 from scipy.stats import beta
 
 import mutransfer as mt
-from mutransfer.coordinates import Verdict
-from mutransfer.coordinates.checking import judge
-from mutransfer.coordinates.faults import FAULTS, Fault, plant, plant_in
+from mutransfer.coord_check import Verdict
+from mutransfer.coord_check.check import judge
+from mutransfer.coord_check.diagnosis import FAULTS, Fault, plant, plant_in
 from mutransfer.observing.observe import observe
 from mutransfer.observing.specs import Observation
 from mutransfer.optimizers.registry import OPTIMIZERS

@@ -9,9 +9,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .coordinates import record as record
-    from .coordinates import verdict as verdict
-    from .coordinates.recorder import Recorder as Recorder
+    from .coord_check import record as record
+    from .coord_check import verdict as verdict
+    from .coord_check.check import assert_coordinates_hold as assert_coordinates_hold
+    from .coord_check.recorder import Recorder as Recorder
     from .errors import RequestError as RequestError
     from .family import Family as Family
     from .optimizers.muon import MuonWithAdamW as MuonWithAdamW
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from .plans import Plan as Plan
     from .recipe import Recipe as Recipe
     from .scale import Scale as Scale
-    from .testing import assert_coordinates_hold as assert_coordinates_hold
     from .transfer import TargetConfig as TargetConfig
 
 __version__ = "0.1.0"
@@ -29,14 +29,14 @@ _HOMES = {
     "MuonWithAdamW": "optimizers.muon",
     "Plan": "plans",
     "Recipe": "recipe",
-    "Recorder": "coordinates.recorder",
+    "Recorder": "coord_check.recorder",
     "RequestError": "errors",
     "Scale": "scale",
     "TargetConfig": "transfer",
-    "assert_coordinates_hold": "testing",
+    "assert_coordinates_hold": "coord_check.check",
     "plan": "planning",
-    "record": "coordinates",
-    "verdict": "coordinates",
+    "record": "coord_check",
+    "verdict": "coord_check",
 }
 
 __all__ = [

@@ -80,7 +80,7 @@ def _analysed(run: RunContents) -> tuple[Any | None, pd.DataFrame | None, dict[s
     """
     verdict, optima, notes = None, None, {}
     if run.coordinates is not None:
-        from mutransfer.coordinates import verdict as judge
+        from mutransfer.coord_check import verdict as judge
 
         try:
             verdict = judge(run.coordinates[run.coordinates["parametrization"] == run.checked])

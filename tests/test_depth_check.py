@@ -11,9 +11,9 @@ from torch import nn
 
 import mutransfer as mt
 from mutransfer.cli import run
-from mutransfer.coordinates import record
-from mutransfer.coordinates.places import places
-from mutransfer.coordinates.verdicts import verdict
+from mutransfer.coord_check import record
+from mutransfer.coord_check.measure import places
+from mutransfer.coord_check.verdicts import verdict
 from mutransfer.frames import varying
 from mutransfer.reports.coordinates import CoordinateFigure
 

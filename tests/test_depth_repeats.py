@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import mutransfer as mt
-from mutransfer.coordinates import record
-from mutransfer.coordinates.verdicts import verdict
+from mutransfer.coord_check import record
+from mutransfer.coord_check.verdicts import verdict
 from mutransfer.observing.specs import Observation
 
 T = torch.randint(11, (2, 7))

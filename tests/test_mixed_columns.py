@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import mutransfer as mt
-from mutransfer.coordinates.checking import judge
+from mutransfer.coord_check.check import judge
 from mutransfer.errors import RequestError
 from mutransfer.export import export
 from mutransfer.gauges import as_entered

@@ -21,8 +21,8 @@ from torch import nn
 import mutransfer as mt
 from mutransfer import folding
 from mutransfer.audit import audit, live
-from mutransfer.coordinates import record
-from mutransfer.coordinates.verdicts import Verdict, verdict
+from mutransfer.coord_check import record
+from mutransfer.coord_check.verdicts import Verdict, verdict
 from mutransfer.drafts import Draft
 from mutransfer.observing.observe import observe
 from mutransfer.observing.specs import Observation

@@ -14,8 +14,8 @@ from .models import BASE_WIDTH_HELP, MODEL, DepthField, Optimizer, Roles, WidthF
 if TYPE_CHECKING:
     import pandas as pd
 
-    from ..coordinates import Verdict
-    from ..coordinates.kept import Kept
+    from ..coord_check import Verdict
+    from ..coord_check.cache import CheckCache
     from ..family import Family
     from ..runs import RunFolder
 
@@ -76,7 +76,7 @@ def check(
     as_json: AsJson = False,
 ) -> int:
     """Say whether activations and their changes keep their size as the width, or the depth, grows (exit 1 if not)."""
-    from ..coordinates import OWN
+    from ..coord_check import OWN
     from ..proxies.hf_fields import told
     from ..recipe import Recipe
     from ..tables import TABLES
@@ -124,7 +124,7 @@ def check(
             "--seed": seed,
         }
         begin(folder, subject_of(model, parametrization, optimizer, options), asked)
-    kept = _kept(out, model)
+    cache = _cache(out, model)
     judged, frame = judge(
         family,
         sizes,
@@ -137,12 +137,12 @@ def check(
         seed,
         depths=layers,
         most=max_seeds,
-        kept=kept,
+        cache=cache,
     )
     second = None
     if control:
         second, control_frame = judge(
-            family, sizes, control, optimizer, where, steps, seeds, lr, seed, patience=1, depths=layers, kept=kept
+            family, sizes, control, optimizer, where, steps, seeds, lr, seed, patience=1, depths=layers, cache=cache
         )
         import pandas as pd
 
@@ -162,15 +162,15 @@ def check(
     return 0 if judged.status == "pass" else 1
 
 
-def _kept(out: Path | None, model: str) -> Kept | None:
+def _cache(out: Path | None, model: str) -> CheckCache | None:
     """Return where the folder keeps what an interrupted check had finished; configs that MODEL names are part of the question."""
-    from ..coordinates.kept import Kept
+    from ..coord_check.cache import CheckCache
 
     if out is None:
         return None
     file = Path(model.removeprefix("hf:"))
     content = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
-    return Kept(out / "check", f"{model} {content}")
+    return CheckCache(out / "check", f"{model} {content}")
 
 
 def begin(folder: RunFolder, subject: dict[str, Any], asked: dict[str, Any]) -> None:
@@ -201,19 +201,19 @@ def _sizes(widths: str, depths: str | None) -> tuple[list[int], list[int]]:
 def judge(
     family: Family, widths: list[int], parametrization: str, optimizer: str, device: str, steps: int, seeds: int,
     lr: float | None, first: int = 0, patience: int | None = None, depths: list[int] | None = None,
-    most: int | None = None, kept: Kept | None = None,
+    most: int | None = None, cache: CheckCache | None = None,
 ) -> tuple[Verdict, pd.DataFrame]:  # fmt: skip
     """Record and judge with a bar, and what cannot be measured said on stderr."""
     import warnings
 
-    from ..coordinates import PATIENCE
-    from ..coordinates import judge as reach
+    from ..coord_check import PATIENCE
+    from ..coord_check import judge as reach
 
     with warnings.catch_warnings(record=True) as caught, Progress(_title(family, parametrization)) as progress:
         warnings.simplefilter("always", UserWarning)
         check = reach(
             family, widths, parametrization, optimizer, seeds=seeds, first=first, patience=patience or PATIENCE, most=most,
-            kept=kept, more=lambda done, adding, open_: say(f"not decided with {done} seeds, adding {adding}: {open_.cause}"),
+            cache=cache, more=lambda done, adding, open_: say(f"not decided with {done} seeds, adding {adding}: {open_.cause}"),
             lr=lr, depths=depths or (), steps=steps, device=device, progress=progress,
         )  # fmt: skip
     for text in dict.fromkeys(str(each.message) for each in caught):

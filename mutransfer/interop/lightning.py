@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback
 
-from ..coordinates.recorder import Recorder
+from ..coord_check.recorder import Recorder
 from ..frames import COORDINATES
 
 __all__ = ["RecorderCallback"]

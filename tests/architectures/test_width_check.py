@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 import mutransfer as mt
-from mutransfer.coordinates import Verdict, record, verdict
+from mutransfer.coord_check import Verdict, record, verdict
 from mutransfer.errors import RequestError
 from mutransfer.family import Family
 from mutransfer.observing.observe import observe

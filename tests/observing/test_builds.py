@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import mutransfer as mt
-from mutransfer.coordinates import judge
+from mutransfer.coord_check import judge
 from mutransfer.observing.observe import observe
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # its own, on importing its compiler

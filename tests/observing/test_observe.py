@@ -342,7 +342,7 @@ def test_a_huge_plan_needs_no_memory() -> None:
     code = """
 import resource, time, torch
 import mutransfer as mt
-from mutransfer.coordinates import record  # everything imported before the clock starts
+from mutransfer.coord_check import record  # everything imported before the clock starts
 from mutransfer.proxies.models import MLP
 def rss(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 def family(width):

@@ -19,8 +19,8 @@ import torch
 from torch import nn
 
 import mutransfer as mt
-from mutransfer.coordinates import record, recording
-from mutransfer.coordinates.verdicts import MARGIN, verdict
+from mutransfer.coord_check import record, recording
+from mutransfer.coord_check.verdicts import MARGIN, verdict
 from mutransfer.optimizers.updates import Muon, OptimizerRule
 from mutransfer.proxies.models import MLP
 from mutransfer.scale import Scale

@@ -202,7 +202,7 @@ def test_what_the_core_refuses_is_a_sentence_on_the_page(run, core, monkeypatch)
     def refuse(coordinates):
         raise RequestError("one width is no slope: add `--widths`.")
 
-    monkeypatch.setattr(sys.modules["mutransfer.coordinates"], "verdict", refuse)
+    monkeypatch.setattr(sys.modules["mutransfer.coord_check"], "verdict", refuse)
     assert "one width is no slope" in Page(write_report(run)).text
 
 
@@ -270,7 +270,7 @@ def test_depths_are_called_depths(run, core):
 
 def test_what_the_core_computes_can_be_drawn(run):
     pytest.importorskip("mutransfer.basins")
-    pytest.importorskip("mutransfer.coordinates")
+    pytest.importorskip("mutransfer.coord_check")
     page = Page(write_report(run))
     assert len([tag for tag, _ in page.tags if tag == "svg"]) == len(FIGURES)
     assert "optima.csv" in page.files()

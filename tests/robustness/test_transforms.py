@@ -11,7 +11,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 
 import mutransfer as mt
-from mutransfer.coordinates import record, verdict
+from mutransfer.coord_check import record, verdict
 from mutransfer.scale import Scale
 
 from . import trained

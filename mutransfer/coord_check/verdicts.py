@@ -14,7 +14,7 @@ from ..frames import SLOPES, varying
 from ..optimizers.registry import OPTIMIZERS
 from ..tableau import Band, Table
 from ..tables import HEALTHY, HEALTHY_DECAY, HEALTHY_DEPTH, TABLES
-from .explaining import cause, missing
+from .diagnosis import cause, missing
 from .slopes import beyond, slope, wide_and_narrow
 from .updates import relative_updates, without_gradient
 

@@ -11,8 +11,8 @@ import pytest
 
 import mutransfer as mt
 from mutransfer.cli import run
-from mutransfer.coordinates import judge, recording, verdict
-from mutransfer.coordinates.kept import Kept
+from mutransfer.coord_check import judge, recording, verdict
+from mutransfer.coord_check.cache import CheckCache
 
 from .. import families
 from .test_updates import bending
@@ -96,16 +96,16 @@ def test_what_is_kept_is_what_was_measured(tmp_path: Path, widths: list[int]) ->
     family = families.mlp(width=16, depth=2)
     options = {"widths": [16, 32], "seeds": range(2), "steps": 1}
     plain = recording.record(family, **options)
-    kept = Kept(tmp_path)
-    first, again = recording.record(family, **options, kept=kept), recording.record(family, **options, kept=kept)
+    kept = CheckCache(tmp_path)
+    first, again = recording.record(family, **options, cache=kept), recording.record(family, **options, cache=kept)
     pd.testing.assert_frame_equal(first, plain)
     pd.testing.assert_frame_equal(again, plain)
     assert len(widths) == 4
     other = replace(family, batch=(family.batch[0] * 2, family.batch[1]))
-    recording.record(other, **options, kept=kept)
+    recording.record(other, **options, cache=kept)
     assert len(widths) == 6
     next(tmp_path.glob("*.csv")).write_text("half a li", encoding="utf-8")
-    recording.record(family, **options, kept=kept)
+    recording.record(family, **options, cache=kept)
     assert len(widths) in (6, 7)  # the damaged piece, if it was this batch's, is measured again
 
 
@@ -124,10 +124,10 @@ def test_max_seeds_bounds_an_open_check_and_what_is_open_is_named() -> None:
 
 
 def test_more_seeds_are_not_asked_where_only_wider_models_decide(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mutransfer.coordinates import checking
+    from mutransfer.coord_check import check
 
     asked = []
-    monkeypatch.setattr(checking, "record", lambda *args, **options: asked.append(options["seeds"]) or bending(0.1))
-    found = checking.judge(families.mlp(), [32, 64, 128, 256])
+    monkeypatch.setattr(check, "record", lambda *args, **options: asked.append(options["seeds"]) or bending(0.1))
+    found = check.judge(families.mlp(), [32, 64, 128, 256])
     assert (found.verdict.status, found.verdict.widen, len(asked)) == ("undecided", True, 1)
     assert verdict(bending(0.1)).cause == found.verdict.cause

@@ -13,7 +13,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 import mutransfer as mt
-from mutransfer.coordinates import lanes, record
+from mutransfer.coord_check import record, stacked
 from mutransfer.optimizers.registry import OPTIMIZERS
 
 from .. import families
@@ -23,13 +23,13 @@ from .. import families
 def sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many seeds each lane holds."""
     found: list[int] = []
-    init = lanes.Lane.__init__
+    init = stacked.StackedModels.__init__
 
-    def noting(self: lanes.Lane, family: mt.Family, models: Any, *rest: Any) -> None:
+    def noting(self: stacked.StackedModels, family: mt.Family, models: Any, *rest: Any) -> None:
         found.append(len(models))
         init(self, family, models, *rest)
 
-    monkeypatch.setattr(lanes.Lane, "__init__", noting)
+    monkeypatch.setattr(stacked.StackedModels, "__init__", noting)
     return found
 
 
@@ -70,11 +70,11 @@ KINDS = {
 
 
 def separately(family: mt.Family, **options: Any) -> pd.DataFrame:
-    most, lanes.MOST_STACKED = lanes.MOST_STACKED, 0
+    most, stacked.MOST_STACKED = stacked.MOST_STACKED, 0
     try:
         return record(family, **options)
     finally:
-        lanes.MOST_STACKED = most
+        stacked.MOST_STACKED = most
 
 
 ENTRYWISE = [name for name, rule in OPTIMIZERS.items() if rule.entrywise and rule.home == "torch.optim"]
@@ -88,9 +88,11 @@ def test_stacked_seeds_are_separate_seeds(
     base = family.base.width
     options: dict[str, Any] = {"widths": [base, 2 * base], "seeds": range(3), "steps": 3, "lr": 0.05}
     sizes: list[int] = []
-    init = lanes.Lane.__init__
+    init = stacked.StackedModels.__init__
     monkeypatch.setattr(
-        lanes.Lane, "__init__", lambda self, f, models, *a: sizes.append(len(models)) or init(self, f, models, *a)
+        stacked.StackedModels,
+        "__init__",
+        lambda self, f, models, *a: sizes.append(len(models)) or init(self, f, models, *a),
     )
     stacked = record(family, **options)
     assert sizes == [3, 3]  # one lane for all seeds of a width

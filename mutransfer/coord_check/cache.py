@@ -1,4 +1,4 @@
-"""What an interrupted check has finished: a file per size and seeds, named by a hash of all that its numbers depend on."""
+"""Finished pieces of an interrupted check: one file per size and seeds, named by a hash of everything its numbers depend on."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from ..errors import RequestError
 from ..frames import COORDINATES
 
-__all__ = ["Kept"]
+__all__ = ["CheckCache"]
 
 INSTALLED = {"site-packages", "dist-packages"}  # whose versions are known (`_packages`)
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -29,7 +29,7 @@ OURS = [PACKAGE, *(PACKAGE.parent / name for name in ("proxies", "sweeps", "repo
 
 
 @dataclass(frozen=True)
-class Kept:
+class CheckCache:
     """A folder of finished pieces of coordinate checks.
 
     Args:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import mutransfer as mt
-from mutransfer.coordinates import record, verdict
+from mutransfer.coord_check import record, verdict
 
 from .. import families
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import mutransfer as mt
-from mutransfer.coordinates import record, verdict
+from mutransfer.coord_check import record, verdict
 from mutransfer.frames import COORDINATES
 
 from .. import families

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 import mutransfer as mt
-from mutransfer.coordinates import record
-from mutransfer.coordinates.places import module_roles
-from mutransfer.coordinates.verdicts import MARGIN, verdict
+from mutransfer.coord_check import record
+from mutransfer.coord_check.measure import module_roles
+from mutransfer.coord_check.verdicts import MARGIN, verdict
 from mutransfer.errors import RequestError
 from mutransfer.frames import COORDINATES, SLOPES
 from mutransfer.scale import Scale

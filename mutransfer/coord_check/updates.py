@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from .parameters import ROUNDING
+from .measure import ROUNDING
 
 __all__ = ["RELATIVE", "relative_updates", "unit_of", "without_gradient"]
 

@@ -1,4 +1,4 @@
-"""Record and judge, and go on adding seeds while the evidence does not tell."""
+"""Run a coordinate check: record, judge, and add seeds while the verdict is undecided; also as an assertion for a test suite."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ from ..observing.observe import observe
 from ..observing.specs import Observation
 from ..optimizers.registry import OPTIMIZERS
 from ..tables import table
-from .recording import record
-from .setups import OWN
+from .recording import OWN, record
 from .verdicts import Verdict, verdict
 
-__all__ = ["PATIENCE", "Check", "judge"]
+__all__ = ["Check", "PATIENCE", "assert_coordinates_hold", "judge"]
 
 PATIENCE = 4  # an undecided check adds seeds up to this many times the first ones
 
@@ -106,3 +105,36 @@ def _mixed(seen: Observation, parametrization: str, optimizer: str) -> str | Non
                 f"latter fade with the width. Leave the role to be seen, or split the layer in two."
             )
     return None
+
+
+def assert_coordinates_hold(
+    family: Family,
+    widths: Sequence[int] = (64, 128, 256, 512),
+    parametrization: str = "mup",
+    optimizer: str = "adamw",
+    **options: Any,
+) -> Check:
+    """Assert that every module's size, and its change, moves with the width as stable feature learning needs.
+
+    Args:
+        family: what to check; its base is where µP changes nothing.
+        widths: at least two; the base's family has to build at each. Leave it empty and pass ``depths`` for a check over depths.
+        parametrization: as in `record`; "own" for a model that brings its own initialization.
+        optimizer: as in `record`.
+        options: further arguments of `coordinates.judge`, such as seeds, lr and steps.
+
+    Returns:
+        The check, whose ``coordinates`` can be kept.
+
+    Raises:
+        AssertionError: the verdict is not "pass": the cause, and the rows that do not hold.
+        RequestError: as `record`.
+    """
+    check = judge(family, widths, parametrization, optimizer, **options)
+    found = check.verdict
+    if found.status != "pass":
+        rows = found.slopes[~found.slopes["ok"].fillna(False).astype(bool)]
+        columns = ["module", "role", "statistic", "step", "slope", "low", "high", "expected"]
+        text = rows[columns].to_string(index=False, float_format="{:+.2f}".format)
+        raise AssertionError(f"the coordinate check of {family.name} is {found.status}: {found.cause}\n{text}")
+    return check

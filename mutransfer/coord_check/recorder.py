@@ -1,4 +1,4 @@
-"""A recorder for any training loop: the same frame as `record` makes, of a run that somebody else drives."""
+"""A recorder for any training loop: it returns the same frame as `record`, for a run that other code drives."""
 
 from __future__ import annotations
 
@@ -17,19 +17,26 @@ from ..matching import matched
 from ..names import plain_name
 from ..optimizers.registry import OPTIMIZERS
 from ..plans import Plan
-from .parameters import (
+from .measure import (
+    ROOT,
     Owned,
+    Pass,
+    Tensors,
+    Watched,
     decays,
+    module_roles,
+    naming,
     owned,
+    places,
     shrink,
     sizes_of_gradients,
     sizes_of_pulls,
     sizes_of_steps,
     sizes_of_weights,
+    units,
+    watch,
 )
-from .places import ROOT, module_roles, naming, places, units
-from .setups import OWN, divisors
-from .watching import Pass, Tensors, Watched, watch
+from .recording import OWN, divisors
 
 __all__ = ["Recorder"]
 

@@ -4,11 +4,11 @@
 feature learning (`tables.HEALTHY`), so the standard parametrization fails it, as it should.
 """
 
-from .checking import PATIENCE as PATIENCE
-from .checking import Check as Check
-from .checking import judge as judge
+from .check import PATIENCE as PATIENCE
+from .check import Check as Check
+from .check import judge as judge
+from .recording import OWN as OWN
 from .recording import record as record
-from .setups import OWN as OWN
 from .verdicts import MARGIN as MARGIN
 from .verdicts import Verdict as Verdict
 from .verdicts import verdict as verdict

@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 
 import mutransfer as mt
-from mutransfer.coordinates import record, verdict
-from mutransfer.coordinates.causes import local_slopes
-from mutransfer.coordinates.faults import FAULTS, Fault, plant, plant_in
+from mutransfer.coord_check import record, verdict
+from mutransfer.coord_check.diagnosis import FAULTS, Fault, local_slopes, plant, plant_in
 from mutransfer.observing.observe import observe
 from mutransfer.optimizers.registry import OPTIMIZERS
 

@@ -14,9 +14,9 @@ import torch
 from torch.func import functional_call
 
 from ..family import Family
-from .watching import Inputs, Pass, Tensors, Watched, watch
+from .measure import Inputs, Pass, Tensors, Watched, watch
 
-__all__ = ["Lane", "lanes"]
+__all__ = ["StackedModels", "stacked_models"]
 
 # Above this many parameters a matrix product keeps a core busy by itself, and stacking gains nothing (docs/benchmarks.md).
 MOST_STACKED = 400_000
@@ -33,7 +33,7 @@ class _Loss(torch.nn.Module):
         return self.family.loss(self.model, self.batch)
 
 
-class Lane:
+class StackedModels:
     """The models of some seeds, and the optimizer over all of them.
 
     Args:
@@ -108,27 +108,27 @@ class Lane:
             group["params"] = [stacks[id(each)] for each in group["params"]]
 
 
-def lanes(
+def stacked_models(
     family: Family,
     build: Callable[[int], torch.nn.Module],
     make_optimizer: Callable[[torch.nn.Module], torch.optim.Optimizer],
     seeds: Sequence[int],
     batch: Any,
     stacked: bool,
-) -> list[Callable[[], tuple[list[int], Lane]]]:
-    """Return what makes each lane: one for all seeds where that works and pays, else one per seed.
+) -> list[Callable[[], tuple[list[int], StackedModels]]]:
+    """Return what makes each stack of models: one for all seeds where that works and pays, else one per seed.
 
     Args:
-        family: see `Lane`.
+        family: see `StackedModels`.
         build: seed → an initialized model.
-        make_optimizer: see `Lane`.
+        make_optimizer: see `StackedModels`.
         seeds: of the initial weights.
-        batch: see `Lane`.
+        batch: see `StackedModels`.
         stacked: whether the optimizer works entry by entry; one that looks at whole matrices (Muon, Adafactor) does not.
     """
 
-    def one(seed: int) -> Callable[[], tuple[list[int], Lane]]:
-        return lambda: ([seed], Lane(family, [build(seed)], make_optimizer, batch))
+    def one(seed: int) -> Callable[[], tuple[list[int], StackedModels]]:
+        return lambda: ([seed], StackedModels(family, [build(seed)], make_optimizer, batch))
 
     separate = [one(seed) for seed in seeds]
     if not stacked or len(seeds) < 2:
@@ -136,25 +136,25 @@ def lanes(
     model = build(seeds[0])
     if sum(each.numel() for each in model.parameters()) > MOST_STACKED or make_optimizer(model).state:
         return separate  # some optimizers (Adagrad) make their state before the first step
-    lane = Lane(family, [model, *map(build, seeds[1:])], make_optimizer, batch)
-    if not _works(lane):
+    stack = StackedModels(family, [model, *map(build, seeds[1:])], make_optimizer, batch)
+    if not _works(stack):
         return separate
-    return [lambda: (list(seeds), lane)]
+    return [lambda: (list(seeds), stack)]
 
 
-def _works(lane: Lane) -> bool:
+def _works(stack: StackedModels) -> bool:
     """Say whether the model runs under vmap: control flow on values, and some operations, do not."""
-    kept = {name: each.clone() for name, each in lane.buffers.items()}
+    kept = {name: each.clone() for name, each in stack.buffers.items()}
     try:
-        losses, _ = lane.forward(Watched({}, {}), None, None)
-        if losses.shape != (lane.size,) or not losses.requires_grad:
+        losses, _ = stack.forward(Watched({}, {}), None, None)
+        if losses.shape != (stack.size,) or not losses.requires_grad:
             return False
-        torch.autograd.grad(losses.sum(), [p for p in lane.parameters.values() if p.requires_grad], allow_unused=True)
+        torch.autograd.grad(losses.sum(), [p for p in stack.parameters.values() if p.requires_grad], allow_unused=True)
     except Exception:  # whatever it is: where it is the model's own fault, it comes again seed by seed, and is said
         return False
     finally:
         for name, each in kept.items():
-            lane.buffers[name].copy_(each)
+            stack.buffers[name].copy_(each)
     return True
 
 

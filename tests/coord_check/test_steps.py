@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 import mutransfer as mt
-from mutransfer.coordinates import judge, record, verdict
-from mutransfer.coordinates.faults import plant_in
-from mutransfer.coordinates.places import module_roles
+from mutransfer.coord_check import judge, record, verdict
+from mutransfer.coord_check.diagnosis import plant_in
+from mutransfer.coord_check.measure import module_roles
 
 from .. import families
 from .test_updates import SharedElsewhere

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 import mutransfer as mt
-from mutransfer.coordinates import judge, record, verdict
-from mutransfer.coordinates.faults import plant_in
-from mutransfer.coordinates.updates import relative_updates
+from mutransfer.coord_check import judge, record, verdict
+from mutransfer.coord_check.diagnosis import plant_in
+from mutransfer.coord_check.updates import relative_updates
 from mutransfer.observing.observe import observe
 
 from .. import families

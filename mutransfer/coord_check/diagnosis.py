@@ -1,0 +1,448 @@
+"""Why a check fails: known scaling faults as data, the fault whose signature is nearest, and the sentence that names it.
+
+A fault multiplies initial weights and learning rates by powers of the width on top of µP's own, by role. What it does to the
+sizes that a check measures follows (`Fault.signature`), by the counting of TP-V 2203.03466, Appendix J.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from ..names import pattern_of
+from ..optimizers.registry import OPTIMIZERS
+from ..plans import ParameterPlan, Plan
+from .slopes import beyond, slope
+from .updates import relative_updates
+
+__all__ = [
+    "FAULTS",
+    "Fault",
+    "Signature",
+    "cause",
+    "column_of",
+    "few_parameters",
+    "listed",
+    "local_slopes",
+    "missing",
+    "nearest_fault",
+    "pattern",
+    "plant",
+    "plant_in",
+]
+
+HALF = Fraction(1, 2)
+ROLES = ("input", "hidden", "output")
+Powers = Mapping[str, Fraction | int]
+Signature = dict[tuple[str, str], float]
+
+
+@dataclass(frozen=True, eq=False)
+class Fault:
+    """One fault: powers of the width by role, beyond µP's.
+
+    Args:
+        name: its key.
+        says: column ("adam" or "sgd") → the sentence that names it.
+        init: of the initial weights.
+        adam: of the learning rate, for Adam-like optimizers.
+        sgd: of the learning rate, for SGD-like ones.
+        forward: of a number in the forward pass, by the role of the module that it stands behind.
+        decay: column → powers of the weight decay.
+    """
+
+    name: str
+    says: Mapping[str, str]
+    init: Powers = field(default_factory=dict)
+    adam: Powers = field(default_factory=dict)
+    sgd: Powers = field(default_factory=dict)
+    forward: Powers = field(default_factory=dict)
+    decay: Mapping[str, Powers] = field(default_factory=dict)
+
+    def lr(self, column: str) -> Powers:
+        """Return the learning rate's powers in an optimizer's column."""
+        return self.adam if column == "adam" else self.sgd
+
+    def signature(self, column: str) -> Signature:
+        """Return the slopes beyond µP's of what a module adds by itself; NaN where the fault does not tell.
+
+        ("weight", role): of the initial weights. ("step", role): of the learning rate. ("gain", role): of a module's output
+        against its input. ("update", role): of ΔW·x against its input after one step, which under SGD follows the gradient, and
+        so the readout's weights. ("decay", role): of lr · weight decay.
+        """
+        found: Signature = {}
+        for role in ROLES:
+            init, forward = float(self.init.get(role, 0)), float(self.forward.get(role, 0))
+            found["weight", role] = init
+            found["step", role] = float(self.lr(column).get(role, 0))
+            # A wrong rate comes with its own decay or without: a plan's is made for the right rate, a script's for one rate.
+            wrong_lr = bool(self.lr(column).get(role, 0))
+            found["decay", role] = math.nan if wrong_lr else float(self.decay.get(column, {}).get(role, 0))
+            # Biases, which do not shrink, hide how fast small logits do, or a layer whose weights are too small.
+            found["gain", role] = math.nan if role == "output" or init else forward
+            found["update", role] = float(self.lr(column).get(role, 0)) + forward
+            if column == "sgd" and role != "output":
+                found["update", role] += float(self.init.get("output", 0))
+            # How a hidden layer's size reaches the gradients depends on the norms between, and where there are none the loss
+            # saturates.
+            if column == "sgd" and (self.init.get("hidden") or (self.forward and role != "output")):
+                found["update", role] = math.nan
+        return found
+
+
+def both(text: str) -> dict[str, str]:
+    """Return the same sentence for both columns."""
+    return {"adam": text, "sgd": text}
+
+
+FAULTS = {
+    fault.name: fault
+    for fault in (
+        Fault(
+            "hidden-lr",
+            {"adam": "hidden lr not divided by the width", "sgd": "hidden lr divided by the width, which only Adam needs"},
+            adam={"hidden": 1},
+            sgd={"hidden": -1},
+        ),
+        Fault(
+            "hidden-lr-root",
+            both("hidden lr off by the root of the width"),
+            adam={"hidden": HALF},
+            sgd={"hidden": -HALF},
+        ),
+        Fault(
+            "input-lr",
+            {"adam": "input lr divided by the width, as if the layer were hidden", "sgd": "input lr not multiplied by the width"},
+            adam={"input": -1},
+            sgd={"input": -1},
+        ),
+        Fault("readout-lr", both("readout lr not divided by the width"), adam={"output": 1}, sgd={"output": 1}),
+        Fault("readout-init", both("readout's initial weights shrink as width^-1/2, not as 1/width"), init={"output": HALF}),
+        Fault(
+            "readout-twice",
+            both("logits divided by the width twice"),
+            init={"output": -1},
+            adam={"output": -1},
+            sgd={"output": -2},
+        ),
+        Fault("hidden-init", both("hidden initial weights do not shrink as width^-1/2"), init={"hidden": HALF}),
+        Fault("hidden-init-small", both("hidden initial weights shrink as 1/width, not as width^-1/2"), init={"hidden": -HALF}),
+        Fault("input-init", both("input's initial weights shrink with the width"), init={"input": -HALF}),
+        Fault(
+            "one-lr",
+            both("one learning rate for all parameters"),
+            adam={"hidden": 1, "output": 1},
+            sgd={"input": -1, "output": 1},
+        ),
+        Fault(
+            "standard",
+            both("the standard parametrization: one learning rate for all, and the readout's initial weights as width^-1/2"),
+            init={"output": HALF},
+            adam={"hidden": 1, "output": 1},
+            sgd={"input": -1, "output": 1},
+        ),
+        Fault(
+            "decay",
+            both("lr · weight decay is not constant, the weight decay does not make up for the learning rate's factor"),
+            decay={"adam": {"hidden": -1, "output": -1}, "sgd": {"input": 1, "output": -1}},
+        ),
+        Fault("forward", both("a number behind the input layer grows with the width"), forward={"input": HALF}),
+    )
+}  # fmt: skip
+
+
+def plant(fault: Fault, planner: Callable[..., Plan], column: str) -> Callable[..., Plan]:
+    """Return a planner whose plans have ``fault``'s weights and learning rates; a number in the forward pass is the model's."""
+
+    def planned(*args: Any, **kwargs: Any) -> Plan:
+        plan = planner(*args, **kwargs)
+        wider = plan.scale.width / plan.base.width
+
+        def wrong(row: ParameterPlan) -> ParameterPlan:
+            role = row.role if len(row.shape) > 1 else ""
+            lr = row.lr * wider ** float(fault.lr(column).get(role, 0))
+            # lr · weight decay stays what it was, so that it does not give the fault away.
+            decay = row.weight_decay * row.lr / lr * wider ** float(fault.decay.get(column, {}).get(role, 0))
+            init = row.init.scaled(wider ** float(fault.init.get(role, 0)))
+            return replace(row, init=init, lr=lr, weight_decay=decay)
+
+        return replace(plan, rows=tuple(map(wrong, plan.rows)))
+
+    return planned
+
+
+def plant_in(parameter: str, power: float, planner: Callable[..., Plan]) -> Callable[..., Plan]:
+    """Return a planner whose plans have one parameter's learning rate off by a power of the width, and lr · weight decay kept."""
+
+    def planned(*args: Any, **kwargs: Any) -> Plan:
+        plan = planner(*args, **kwargs)
+        wider = plan.scale.width / plan.base.width
+        assert any(row.name == parameter for row in plan.rows), parameter
+
+        def wrong(row: ParameterPlan) -> ParameterPlan:
+            return replace(row, lr=row.lr * wider**power, weight_decay=row.weight_decay * wider**-power)
+
+        return replace(plan, rows=tuple(wrong(row) if row.name == parameter else row for row in plan.rows))
+
+    return planned
+
+
+OFF = 0.25  # beyond its band by more: a parameter is off; faults are powers of 1/2 and more
+NEAR = 0.35  # root mean square distance beyond which no signature fits
+
+
+def nearest_fault(coordinates: pd.DataFrame) -> Fault | None:
+    """Return the fault whose signature lies nearest to the slopes, or None when health does, or nothing near.
+
+    Needs the statistics "input" and "update" or "weight" of a check over widths; without them nothing is named.
+    """
+    column = column_of(coordinates)
+    found = local_slopes(coordinates)
+    if not any(statistic == "update" for statistic, _ in found):
+        return None
+    candidates: dict[Fault | None, Signature] = {fault: fault.signature(column) for fault in FAULTS.values()}
+    candidates[None] = dict.fromkeys(next(iter(candidates.values())), 0.0)
+    distances = {fault: _distance(found, signature) for fault, signature in candidates.items()}
+    for fault, signature in candidates.items():
+        if not _possible(found, signature):
+            distances[fault] = math.inf
+    best = min(distances, key=lambda fault: distances[fault])
+    return best if distances[best] <= NEAR else None
+
+
+def few_parameters(slopes: pd.DataFrame, fault: Fault | None) -> tuple[list[str], str, float] | None:
+    """Return the parameters that are off while others of their role are not: names, statistic, median slope beyond health.
+
+    The first step's updates follow from the initial weights, so a wrong learning rate shows in its own parameter only; later
+    ones are looked at where there is no gradient in the first step. Nothing is named where the start itself is off, but
+    for single initial weights.
+
+    Args:
+        slopes: schema SLOPES.
+        fault: what `nearest_fault` found; where there is none, a learning rate that all parameters of a role share is named too.
+    """
+    at_start = slopes[slopes["statistic"].isin(["activation", "weight"]) & slopes["role"].ne("output")]
+    off_at_start = at_start[at_start["ok"].eq(False).fillna(False)]
+    statistic = "update" if off_at_start.empty else "weight"
+    rows = slopes[slopes["statistic"].isin(["update", "step"] if statistic == "update" else ["weight"])]
+    rows = rows[rows["slope"].notna()]
+    # Of a learning rate the step itself says more than what it makes of the features.
+    stepped = set(rows["module"][rows["statistic"].eq("step")])
+    rows = rows[rows["statistic"].ne("update") | ~rows["module"].isin(stepped)]
+    rows = rows.loc[rows.groupby("module")["step"].idxmin()]
+    off_by = [beyond(value, band(expected)) for value, expected in zip(rows["slope"], rows["expected"], strict=True)]
+    failed = slopes[
+        slopes["ok"].eq(False).fillna(False) & slopes["statistic"].isin([*rows["statistic"].unique(), "decay"])
+    ]
+    rows = rows.assign(off=off_by, failing=rows["module"].isin(failed["module"]))
+    chosen: list[str] = []
+    for _, members in rows.groupby("role"):
+        off = members[members["off"].abs() > OFF]
+        if not off["failing"].any():
+            continue
+        if 2 * len(off) > len(members) and (fault is not None or statistic == "weight"):
+            return None
+        chosen += [*off["module"]]
+    if not chosen:
+        return None
+    by = rows[rows["module"].isin(chosen)].set_index("module")["off"]
+    worst = by[by.abs().idxmax()]
+    alike = by[(by * worst > 0) & (by.abs() > abs(worst) / 2)]  # what is further off than all others comes first
+    return [str(name) for name in alike.index], statistic, float(np.median(alike))
+
+
+def local_slopes(coordinates: pd.DataFrame) -> Signature:
+    """Return, by role, the median slope beyond µP's of what a module adds by itself (`faults.Fault.signature`)."""
+    last = coordinates["step"].max()
+    started = coordinates[coordinates["step"].eq(0)]
+    started = started[started["statistic"].isin(["weight", "activation", "input", "decay"])]
+    updates = relative_updates(coordinates, "output")
+    steps = coordinates[coordinates["statistic"].eq("step") & coordinates["step"].eq(1)]
+    frame = pd.concat([started, steps, updates[updates["step"].isin([1, last])]])
+    keys = ["module", "role", "statistic", "step"]
+    groups = frame[frame["role"].isin(ROLES)].groupby(keys, sort=False)
+    slopes = {key: slope(group, "width")[0] for key, group in groups}
+    found: dict[tuple[str, str], list[float]] = {}
+    for (module, role, statistic, step), value in slopes.items():
+        # What enters an embedding is not floating and has no size.
+        given = slopes.get((module, role, "input", 0), 0.0)
+        if statistic in ("weight", "step", "decay"):
+            found.setdefault((statistic, role), []).append(value)
+        elif statistic == "activation":
+            found.setdefault(("gain", role), []).append(value - given)
+        elif statistic == "update":
+            # In the first step a readout that starts at zero lets no gradient through.
+            at_once = not math.isnan(slopes.get((module, role, "update", 1), math.nan))
+            if at_once == (step == 1):
+                found.setdefault(("update", role), []).append(value)
+    return {
+        key: float(np.nanmedian(values))
+        for key, values in found.items()
+        if key[1] in ROLES and not np.isnan(values).all()
+    }
+
+
+def column_of(coordinates: pd.DataFrame) -> str:
+    """Return the tables' column of the optimizer that a frame was recorded with."""
+    return OPTIMIZERS[str(coordinates["optimizer"].iloc[0])].column
+
+
+def band(expected: str) -> tuple[float, float]:
+    """Return a band from its text in a frame of slopes, such as "-0.5..0"."""
+    low, high = expected.split("..")
+    return float(low), float(high)
+
+
+def listed(names: list[str]) -> str:
+    """Return up to three names as they are, more as their patterns."""
+    return ", ".join(names) if len(names) <= 3 else pattern(names)
+
+
+def pattern(modules: list[str]) -> str:
+    """Return modules as their patterns, layer numbers as a star, each once."""
+    found = list(dict.fromkeys(map(pattern_of, modules)))
+    return ", ".join(found[:6]) + (f" and {len(found) - 6} more" if len(found) > 6 else "")
+
+
+def _possible(found: Signature, signature: Signature) -> bool:
+    """Say whether the rates that the first steps show are the signature's, and no size starts right that it says is wrong."""
+    gaps = {key: abs(value - signature[key]) > OFF for key, value in found.items() if key[0] in ("weight", "step")}
+    return not any(
+        gap and (statistic == "step" or abs(found[statistic, role]) < OFF) for (statistic, role), gap in gaps.items()
+    )
+
+
+def _distance(found: Signature, signature: Signature) -> float:
+    gaps = [found[key] - expected for key, expected in signature.items() if key in found and not math.isnan(expected)]
+    return math.sqrt(sum(gap * gap for gap in gaps) / len(gaps)) if gaps else math.inf
+
+
+def cause(slopes: pd.DataFrame, coordinates: pd.DataFrame, axis: str) -> tuple[str, str | None]:
+    """Return why a check fails, in a sentence, and the key of the fault that it looks like.
+
+    Args:
+        slopes: schema SLOPES, at least one of them failing.
+        coordinates: the frame behind them.
+        axis: "width" or "depth".
+    """
+    failed = slopes[slopes["ok"] == False]  # noqa: E712 - a nullable column: missing is not False
+    failing = f"failing: {pattern([*failed['module']])}."
+    gone = failed[failed["slope"].isna()]
+    if len(gone):
+        return f"{gone['module'].iloc[0]} is not finite at some {axis}: lower --lr ({failing})", None
+    settings = failed["statistic"].isin(["decay", "gradient"])
+    fault = nearest_fault(coordinates) if axis == "width" else None
+    epsilon = failed["statistic"].eq("gradient").any()
+    if fault is FAULTS["decay"] and not settings.any():
+        fault = None
+    if axis == "width" and not epsilon and (few := few_parameters(slopes, fault)) is not None:
+        names, statistic, value = few
+        what = "learning rate" if statistic == "update" else "initial size"
+        verb = "are" if names[1:] and statistic != "update" else "is"
+        size = "large" if value > 0 else "small"
+        measured = [statistic, "step"] if statistic == "update" else [statistic]
+        shown = slopes[slopes["module"].isin(names) & slopes["statistic"].isin(measured)]
+        of = _what(shown.loc[shown["slope"].abs().idxmax()], axis, listed)
+        return (
+            f"the {what} of {listed(names)} {verb} too {size} by width^{_power(value)}: {of}; {failing}",
+            "one-parameter",
+        )
+    if epsilon or fault is FAULTS["decay"] or (fault is None and settings.all()):
+        return _of_settings(failed[settings]) + f"; {failing}", _kind(failed[settings])
+    rows = failed[~settings] if (~settings).any() else failed
+    # What is wrong at the start was not learned: it comes first.
+    at_start = rows[rows["statistic"].eq("activation") & rows["role"].ne("output")]
+    if fault is None and len(at_start):
+        weights_hold = slopes["statistic"].eq("weight").any() and not failed["statistic"].eq("weight").any()
+        if weights_hold and axis == "width":
+            first = at_start.iloc[0]
+            moves = "grows" if first["slope"] > 0 else "shrinks"
+            why = f"all weights start as they should, so a number in the forward pass {moves} with the width"
+            return f"{_what(first, axis)}, and {why}; {failing}", "forward"
+        rows = at_start
+    worst = rows.loc[rows["slope"].abs().idxmax()]
+    what = _what(worst, axis)
+    if fault is not None:
+        return f"{fault.says[column_of(coordinates)]}: {what}; {failing}", fault.name
+    return f"{what}, so {_why(worst, axis)}; {failing}", None
+
+
+def missing(slopes: pd.DataFrame, coordinates: pd.DataFrame, axis: str, narrow: Sequence[int] = ()) -> str:
+    """Return what an undecided check lacks; ``narrow`` are the rows that wait for wider models."""
+    open_rows = slopes[slopes["ok"].isna()]
+    if narrow and len(narrow) == len(open_rows):
+        worst = open_rows.loc[open_rows["slope"].abs().idxmax()]
+        return (
+            f"{_what(worst, axis)} [{worst['low']:+.2f}, {worst['high']:+.2f}]; wider models tell finite width from a fault "
+            f"sooner than more seeds do: add widths above {coordinates['width'].max()} (open: {pattern([*open_rows['module']])})."
+        )
+    still = open_rows[open_rows["slope"].isna()]
+    if len(still):
+        row = still.iloc[0]
+        return (
+            f"no slope for the {row['statistic']} of {row['module']}: it is exactly 0 at some {axis} after {row['step']} steps, "
+            "so either nothing reaches it, or it gets no gradient: look at what it is connected to."
+        )
+    worst = open_rows.loc[(open_rows["high"] - open_rows["low"]).idxmax()]
+    return (
+        f"not enough evidence for {pattern([*open_rows['module']])}: add seeds (now {coordinates['seed'].nunique()}) or "
+        f"{axis}s (now {coordinates[axis].nunique()}); {_what(worst, axis)}, [{worst['low']:+.2f}, {worst['high']:+.2f}]."
+    )
+
+
+def _power(value: float) -> str:
+    """Return a slope as the power of the width that it is near to, in halves."""
+    halves = max(1, round(2 * abs(value)))
+    return f"{halves}/2" if halves % 2 else f"{halves // 2}"
+
+
+def _what(row: pd.Series, axis: str, name: Callable[[list[str]], str] = pattern) -> str:
+    kinds = {
+        "change": "change",
+        "update": "own update",
+        "step": "step over µP's",
+        "weight": "initial size over µP's",
+        "decay": "lr · weight decay",
+    }
+    what = kinds.get(row["statistic"], row["statistic"])
+    return (
+        f"the {what} of {name([row['module']])} goes as {axis}^{row['slope']:+.2f} where {row['expected']} is healthy"
+    )
+
+
+def _of_settings(failed: pd.DataFrame) -> str:
+    worst = failed.loc[failed["slope"].abs().idxmax()]
+    if (failed["statistic"] == "gradient").any():
+        worst = failed[failed["statistic"] == "gradient"].iloc[0]
+        what = "epsilon is not scaled with the gradients: gradient / epsilon"
+    else:
+        what = "lr · weight decay is not constant: that"
+    return f"{what} of {pattern([worst['module']])} goes as width^{worst['slope']:+.2f}"
+
+
+def _kind(failed: pd.DataFrame) -> str:
+    return "epsilon" if (failed["statistic"] == "gradient").any() else "decay"
+
+
+def _why(worst: pd.Series, axis: str) -> str:
+    if axis == "depth":
+        return (
+            "its residual branches are not scaled with the depth" if worst["slope"] > 0 else "its layers stop learning"
+        )
+    if worst["statistic"] in ("change", "update", "step") and worst["slope"] > 0:
+        # Logits also follow the features' change through the readout's initial weights.
+        own = "or initial weights do not" if worst["role"] == "output" else "does not"
+        return f"its learning rate {own} shrink with width"
+    if worst["statistic"] in ("change", "update", "step"):
+        return "its updates fade with width"
+    if worst["slope"] > 0:
+        return (
+            "its initial weights are not scaled with the fan-in, or a number in the forward pass grows with the width"
+        )
+    return "its initial weights, or what enters it, shrink too fast"

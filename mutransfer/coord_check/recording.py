@@ -1,0 +1,440 @@
+"""Train a family for a few steps at several widths or depths and record the size of every module's output."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from statistics import median
+from typing import Any
+
+import pandas as pd
+import torch
+from torch.utils._pytree import tree_leaves
+
+from ..errors import RequestError, nearest
+from ..family import Family, unwrapped
+from ..frames import COORDINATES
+from ..names import planned_names
+from ..observing.building import on_fake_tensors
+from ..observing.observe import observe
+from ..observing.running import build
+from ..observing.specs import Observation
+from ..observing.target import with_depth_constants
+from ..optimizers.registry import OPTIMIZERS
+from ..planning import plan
+from ..plans import Plan
+from ..recipe import Recipe
+from ..scale import Scale
+from ..tables import table
+from .cache import CheckCache
+from .measure import (
+    ROOT,
+    Owned,
+    Pass,
+    Tensors,
+    Watched,
+    decays,
+    module_roles,
+    naming,
+    owned,
+    places,
+    shrink,
+    sizes_of_gradients,
+    sizes_of_pulls,
+    sizes_of_steps,
+    sizes_of_weights,
+    units,
+    watch,
+)
+from .stacked import StackedModels, stacked_models
+
+__all__ = ["OWN", "Setup", "as_built", "as_planned", "divisors", "layers", "of_repeated", "record", "run"]
+
+OWN = "own"  # in place of a parametrization's name: the model as its builder leaves it
+FUSED = ("adamw", "adam", "sgd")  # whose fused step torch has on every device; the arithmetic is the same
+
+
+@dataclass(frozen=True)
+class Setup:
+    """One model of a check.
+
+    Args:
+        scale: its size.
+        build: seed → the initialized model.
+        make_optimizer: over one such model.
+        roles: model → role by module.
+        divisors: module → multiplier that is folded into it, by which its features are divided.
+        known: parameter → role and unit.
+        stacked: whether seeds may be stacked.
+    """
+
+    scale: Scale
+    build: Callable[[int], torch.nn.Module]
+    make_optimizer: Callable[[torch.nn.Module], torch.optim.Optimizer]
+    roles: Callable[[torch.nn.Module], dict[str, str]]
+    divisors: Mapping[str, float]
+    known: Mapping[str, Owned]
+    stacked: bool
+
+
+def as_planned(family: Family, planned: Plan, seen: Observation, device: str) -> Setup:
+    """Return the model that ``planned`` initializes, under the plan's optimizer."""
+
+    def build(seed: int) -> torch.nn.Module:
+        model = unwrapped(family.built(planned.scale, device))
+        planned.attach(model)
+        planned.initialize(model, seed)
+        return model
+
+    rule, wider = OPTIMIZERS[planned.optimizer], planned.scale.width / family.base.width
+    inside = {name: wider**spec.constant for name, spec in seen.specs.items() if spec.constant_inside}
+    options: dict[str, Any] = {"fused": True} if planned.optimizer in FUSED else {}
+    return Setup(
+        scale=planned.scale,
+        build=build,
+        make_optimizer=partial(planned.make_optimizer, **options),
+        roles=partial(module_roles, planned=planned, attention=_growing_attention(seen)),
+        divisors=divisors(planned, inside),
+        known=owned(planned),
+        stacked=rule.entrywise,
+    )
+
+
+def as_built(family: Family, scale: Scale, seen: Observation, optimizer: str, lr: float, device: str) -> Setup:
+    """Return the model as its builder leaves it, under its own optimizer: what users have when they wired µP themselves.
+
+    A model on which ``mup.set_base_shapes`` was called takes mup's optimizer of that name, any other torch's with one
+    learning rate for all.
+
+    Raises:
+        RequestError: the optimizer is not one of adam, adamw and sgd, or no role of the model can be told.
+    """
+    if optimizer not in FUSED:
+        raise RequestError(
+            f"a model's own parametrization is checked under adam, adamw or sgd, not {optimizer!r}: {nearest(optimizer, FUSED)}"
+        )
+
+    def build(seed: int) -> torch.nn.Module:
+        with torch.random.fork_rng([]):
+            torch.manual_seed(seed)
+            return unwrapped(family.built(scale, device))
+
+    annotated = any(hasattr(parameter, "infshape") for parameter in build(0).parameters())
+    planned = plan(family, scale, "sp", observation=seen)  # for the roles
+
+    def make_optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
+        if annotated:
+            import mup
+
+            made: torch.optim.Optimizer = {"adamw": mup.MuAdamW, "adam": mup.MuAdam, "sgd": mup.MuSGD}[optimizer](
+                model.parameters(), lr=lr
+            )
+            return made
+        cls = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}[optimizer]
+        return cls(model.parameters(), lr=lr, fused=True)
+
+    known = {row.name: Owned(row.role, None) for row in planned.rows}
+    roles = partial(module_roles, planned=planned, attention=_growing_attention(seen))
+    return Setup(scale, build, make_optimizer, roles, {}, known, stacked=not annotated)
+
+
+def _growing_attention(seen: Observation) -> frozenset[str]:
+    """Return the parameters that make queries and keys, if the head dim grows."""
+    if seen.heads.ratio == 1:
+        return frozenset()
+    return frozenset().union(*(each.queries | each.keys for each in seen.attentions))
+
+
+def divisors(planned: Plan, constants: Mapping[str, float]) -> dict[str, float]:
+    """Return by what each module's features are divided: the multipliers folded into it.
+
+    Args:
+        planned: whose folds they are.
+        constants: parameter → a number that its module itself multiplies its result with, which belongs to the features.
+    """
+    found, rules = {}, table(planned.parametrization).rows
+    for row in planned.rows:
+        # A multiplier that the table itself folds is part of the function.
+        own = constants.get(row.name, 1.0) / rules[row.role].gauge(row.m_in, row.m_out)
+        found[row.name.removesuffix(".weight")] = row.gauge * own
+    return found
+
+
+def of_repeated(divisors: Mapping[str, float], stacks: Collection[str], seen: Observation) -> dict[str, float]:
+    """Return the divisors of a check over depths: of modules that are in a stack which grows, or that every layer uses.
+
+    A multiplier on a branch that depth does not repeat is no part of any rule, and has to be seen.
+    """
+
+    def repeats(name: str) -> bool:
+        parts = name.split(".")
+        if any(part.isdecimal() and ".".join(parts[:i]) in stacks for i, part in enumerate(parts)):
+            return True
+        spec = seen.specs.get(f"{name}.weight") or seen.specs.get(name)
+        return spec is not None and spec.rounds[1] > 0
+
+    return {name: divisor for name, divisor in divisors.items() if repeats(name)}
+
+
+Row = dict[str, Any]
+# (name, role, statistic, step) and the sizes [seeds]
+Measured = tuple[str, str, str, int, torch.Tensor]
+
+
+def run(
+    family: Family,
+    setup: Setup,
+    seeds: Sequence[int],
+    steps: int,
+    device: str,
+    growing: dict[str, int] | None,
+    progress: Callable[[int], None],
+) -> Iterator[Row]:
+    """Train on the family's example batch and yield a row per module or parameter, statistic, step and seed.
+
+    Args:
+        family: what is trained.
+        setup: its weights and optimizer.
+        seeds: of the initial weights.
+        steps: optimizer steps.
+        device: where to train.
+        growing: stacks of layers of a check over depths (`places.places`); None for one over widths.
+        progress: called with the seeds done.
+    """
+    batch = family.batch_on(device)
+    watched: Watched | None = None
+    done = 0
+    for make in stacked_models(family, setup.build, setup.make_optimizer, seeds, batch, setup.stacked):
+        progress(done)
+        here, stack = make()
+        if watched is None:
+            watched = _survey(family, stack.model, setup, growing, batch)
+        found = list(_measure(stack, setup, watched, steps, parameters=growing is None))
+        values = torch.stack([value.detach().double().cpu() for *_, value in found]).T.tolist()
+        for seed, column in zip(here, values, strict=True):
+            for (name, role, statistic, step, _), value in zip(found, column, strict=True):
+                yield {"module": name, "role": role, "statistic": statistic, "step": step, "seed": seed, "value": value}
+        done += len(here)
+
+
+def layers(model: torch.nn.Module) -> dict[str, int]:
+    """Return every numbered stack of modules with its length."""
+    counts: dict[str, int] = {}
+    for name, _ in model.named_modules():
+        stack, _, last = name.rpartition(".")
+        if last.isdigit():
+            counts[stack] = max(counts.get(stack, 0), int(last) + 1)
+    return counts
+
+
+def _survey(
+    family: Family, model: torch.nn.Module, setup: Setup, growing: dict[str, int] | None, batch: Any
+) -> Watched:
+    """Return what to watch, its roles corrected by a forward pass; say which modules never run."""
+    roles = setup.roles(model)
+    stacks = None if growing is None else {name: n for name, n in layers(model).items() if name in growing}
+    called = naming(model, setup.known)
+    shown = places(model, set(roles), stacks, called)
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    watched = Watched(shown, roles)
+    with torch.no_grad(), torch.random.fork_rng([]), watch(model, watched, None, None, survey=True) as seen:
+        family.loss_on(model, batch)
+    for name, buffer in model.named_buffers():
+        buffer.copy_(buffers[name])
+    if idle := [shown[name] for name in _silent(family, model, batch, [n for n in shown if n in roles], seen)]:
+        warnings.warn(
+            f"{', '.join(idle[:6])}{f' and {len(idle) - 6} more' if idle[6:] else ''} of {family.name} gave no floating output "
+            "on the example batch, so the check says nothing about it: give a batch that uses it.",
+            stacklevel=2,
+        )
+    if growing is not None:
+        return watched
+    known = {name: owner.role for name, owner in setup.known.items()}
+    measured = units(model, seen.ran, roles, known)
+    return replace(watched, shown={name: called(name) or ROOT for name in measured} | shown, units=measured)
+
+
+def _silent(family: Family, model: torch.nn.Module, batch: Any, names: list[str], seen: Pass) -> list[str]:
+    """Return the modules that take no part: no output, and no weight that the loss reaches.
+
+    A layer whose weight is used by another's forward (Mamba's fused projections, a tied head) gives no output itself and
+    is at work all the same.
+    """
+    quiet = [name for name in names if name not in seen.outputs]
+    if not quiet:
+        return []
+    # A pass of its own, without hooks: a model that changes its features in place cannot be followed backward with them.
+    parameters = {name: list(model.get_submodule(name).parameters()) for name in quiet}
+    wanted = [each for own in parameters.values() for each in own if each.requires_grad]
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with torch.enable_grad(), torch.random.fork_rng([]):
+        found = torch.autograd.grad(family.loss_on(model, batch), wanted, allow_unused=True) if wanted else ()
+    for name, buffer in model.named_buffers():
+        buffer.data.copy_(buffers[name])
+    reached = {id(each) for each, gradient in zip(wanted, found, strict=True) if gradient is not None}
+    return [name for name, own in parameters.items() if not any(id(each) in reached for each in own)]
+
+
+def _measure(stack: StackedModels, setup: Setup, watched: Watched, steps: int, parameters: bool) -> Iterator[Measured]:
+    start: Pass | None = None
+    first: Tensors | None = None
+    pulls: Tensors = {}
+    shrunk: dict[str, float] = {}
+    stacked = stack.size > 1
+    owners = planned_names(stack.parameters, setup.known)
+    own_parameters = {owners[name]: each for name, each in stack.parameters.items()}
+    moved: Tensors = {}
+    updates = {name: (unit, role) for unit, own in watched.units.items() for name, role in own.updates.values()}
+    if updates:
+        wanted = {name for own in watched.units.values() for name in own.first.values()}
+        first = {name: each.detach().clone() for name, each in stack.parameters.items() if name in wanted}
+        moved = {owners[name]: each for name, each in first.items()}
+    for step in range(steps + 1):
+        losses, seen = stack.forward(watched, start, first if step in (1, steps) else None)
+        for (name, statistic), value in seen.sizes.items():
+            if statistic == "update":
+                unit, role = updates[name]
+                folded = setup.divisors.get(unit, 1.0) if role != "output" else 1.0
+                yield name, role, statistic, step, value / folded
+                continue
+            role = watched.roles.get(name, "stream")
+            # A feature that carries a folded multiplier (queries, a final norm before a tied readout) is compared as
+            # it is without it; a logit is what it is.
+            folded = setup.divisors.get(name, 1.0) if role != "output" and statistic != "input" else 1.0
+            yield watched.shown[name], role, statistic, step, value / folded
+        if step == 0:
+            start = seen
+        if parameters and step in (0, steps):
+            for name, value in sizes_of_weights(own_parameters, setup.known, stacked):
+                yield name, setup.known[name].role, "weight", step, value
+        if step in (1, steps):
+            for name, value in sizes_of_steps(own_parameters, moved, pulls, shrunk, setup.known, stacked):
+                for called in watched.called(name):
+                    yield called, setup.known[name].role, "step", step, value
+        if parameters and step == 0:
+            for name, taken in decays(own_parameters, setup.known, stack.optimizer):
+                yield name, setup.known[name].role, "decay", step, torch.full((stack.size,), taken)
+        if step < steps:
+            stack.backward(losses)
+            pulls = sizes_of_pulls(own_parameters, moved, setup.known, stack.optimizer, stacked) if step == 0 else {}
+            shrink(shrunk, own_parameters, setup.known, stack.optimizer)
+            if parameters and step in (0, steps - 1):
+                for name, value in sizes_of_gradients(own_parameters, setup.known, stack.optimizer, stacked):
+                    yield name, setup.known[name].role, "gradient", step, value
+            stack.optimizer.step()
+
+
+CHECK_LR = {"adam": 2**-8, "sgd": 2**-3}
+DECAY = 1e-6  # too little to be felt in a few steps; lr · decay is compared all the same
+STEP = 2**-4  # of a weight's initial size that one step of an Adam-like optimizer may move it: beyond, slopes bend
+
+
+def record(
+    family: Family,
+    widths: Sequence[int],
+    parametrization: str = "mup",
+    optimizer: str = "adamw",
+    *,
+    lr: float | None = None,
+    depth: int | None = None,
+    depths: Sequence[int] = (),
+    steps: int = 4,
+    seeds: Iterable[int] = range(5),
+    device: str = "cpu",
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    planner: Callable[..., Plan] | None = None,
+    observation: Observation | None = None,
+    cache: CheckCache | None = None,
+) -> pd.DataFrame:
+    """Train ``family`` a few steps at each width and record the size of every module's output.
+
+    The family's example batch is used for every step: outputs before and after training must be compared on the same data.
+
+    Args:
+        family: what to check; its base anchors the plan.
+        widths: at least two, in any order; empty or one for a check over ``depths``.
+        parametrization: name of the table that sets init and learning rates, or "own" for the model as its builder leaves
+            it, with mup's optimizer if mup has annotated it.
+        optimizer: name of a torch optimizer.
+        lr: base learning rate; by default one at which the built-in models learn, or less where initial weights are small.
+        depth: layers; the base's by default.
+        depths: for a check over depths instead: numbers of layers, at the one width in ``widths`` or the base's.
+        steps: optimizer steps, at least 1.
+        seeds: of the initial weights, at least one.
+        device: where to train.
+        progress: called with (runs done, runs in all).
+        planner: plans in place of `plan`, called with the same arguments: to measure a plan that was changed.
+        observation: what `observe` returned for this family, to save doing it again.
+        cache: where finished sizes are kept, and taken from when they are asked for again.
+
+    Returns:
+        A frame with the columns of `frames.COORDINATES`.
+
+    Raises:
+        RequestError: fewer than two different widths, a model that cannot be planned or trained, or NaN in the batch.
+    """
+    sizes = sorted(set(depths or widths))
+    if len(sizes) < 2:
+        what = "depths" if depths else "widths"
+        raise RequestError(f"a slope needs at least two {what}, and {sizes} is {len(sizes)}: give 4 or more.")
+    seeds = list(seeds)
+    if steps < 1 or not seeds:
+        raise RequestError(f"{steps} steps and {len(seeds)} seeds: give at least one of each.")
+    if any(isinstance(each, torch.Tensor) and each.isnan().any() for each in tree_leaves(family.batch)):
+        raise RequestError(f"the example batch of {family.name} holds NaN: give one without.")
+    family = family.printing_once()
+    column = OPTIMIZERS[optimizer].column if optimizer in OPTIMIZERS else "adam"
+    base = family.base.with_(depth=depth or family.base.depth)
+    scales = [base.with_(depth=each) if depths else base.with_(width=each) for each in sizes]
+    if depths and len(set(widths)) == 1:
+        scales = [scale.with_(width=widths[0]) for scale in scales]
+    seen = observation or observe(family)
+    if depths and parametrization != OWN and table(parametrization).depth is not None:
+        seen = with_depth_constants(family, seen)  # once, not in every plan
+    decay = 0.0 if optimizer in OPTIMIZERS and OPTIMIZERS[optimizer].l2 else DECAY
+    recipe = Recipe(lr=lr or _check_lr(column, seen), weight_decay=decay, schedule="constant", warmup=0)
+    growing = _stacks(family, scales) if depths else None
+    make = planner or plan
+    frames: list[pd.DataFrame] = []
+    for i, scale in enumerate(scales):
+        if parametrization == OWN:
+            planned = None
+            setup = as_built(family, scale, seen, optimizer, recipe.lr, device)
+        else:
+            planned = make(family, scale, parametrization, optimizer, recipe, observation=seen)
+            setup = as_planned(family, planned, seen, device)
+        if growing is not None:
+            setup = replace(setup, divisors=of_repeated(setup.divisors, growing, seen))
+        common: dict[str, Any] = {"parametrization": parametrization, "optimizer": optimizer}
+        common |= {"width": scale.width, "depth": scale.depth}
+        done = partial(lambda i, n: progress(i * len(seeds) + n, len(scales) * len(seeds)), i)
+
+        def measured(setup: Setup = setup, common: dict[str, Any] = common, done: Any = done) -> pd.DataFrame:
+            return COORDINATES.frame([row | common for row in run(family, setup, seeds, steps, device, growing, done)])
+
+        if cache is None:
+            frames.append(measured())
+            continue
+        facts = {**common, "seeds": seeds, "steps": steps, "lr": recipe.lr, "growing": growing, "device": device}
+        facts["plan"] = planned and planned.as_dict()
+        frames.append(cache.piece(measured, family.batch, base=family.base.as_dict(), **facts))
+    progress(len(scales) * len(seeds), len(scales) * len(seeds))
+    return pd.concat(frames, ignore_index=True)
+
+
+def _check_lr(column: str, seen: Observation) -> float:
+    """Return a learning rate at which the base model learns, and its first steps leave the initial weights in charge."""
+    stds = [spec.init.std for spec in seen.specs.values() if spec.role == "hidden" and spec.init.std]
+    return min(CHECK_LR[column], STEP * median(stds)) if column == "adam" and stds else CHECK_LR[column]
+
+
+def _stacks(family: Family, scales: Sequence[Scale]) -> dict[str, int]:
+    """Return the stacks of layers, by name, that the greatest depth has more of than the least; with no count yet."""
+    counts = []
+    for scale in (scales[0], scales[-1]):
+        with on_fake_tensors():
+            counts.append(layers(build(family, scale)))
+    # A stack inside of a layer that only the deeper model has (blocks.7.mlp) does not grow.
+    return {name: count for name, count in counts[1].items() if counts[0].get(name, count) != count}
