@@ -25,7 +25,7 @@ from mutransfer.coord_check.check import judge
 from mutransfer.coord_check.diagnosis import FAULTS, Fault, plant, plant_in
 from mutransfer.observing.observe import observe
 from mutransfer.observing.specs import Observation
-from mutransfer.optimizers.registry import OPTIMIZERS
+from mutransfer.optimizers.rules import OPTIMIZERS
 from mutransfer.proxies.builtin import DEFAULT_DATA, DEFAULT_DEPTH, builtin
 from mutransfer.proxies.data import load_data
 

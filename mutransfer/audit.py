@@ -16,7 +16,7 @@ import torch
 from .errors import RequestError
 from .files import read_json
 from .names import planned_names
-from .optimizers.registry import OPTIMIZERS
+from .optimizers.rules import OPTIMIZERS
 from .plans import Plan
 
 __all__ = ["COLUMNS", "audit", "live"]

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from .errors import RequestError, nearest
-from .fold import Factors
+from .parametrizations.spec import Factors
 from .recipe import Recipe
 from .scale import Scale
 

@@ -15,13 +15,13 @@ from functools import cached_property
 from typing import Any
 
 from .errors import RequestError
-from .fold import FOLDS, Factors
 from .gauges import Columns
 from .observing.specs import Observation, ParamSpec
-from .optimizers.registry import Growth, OptimizerRule
+from .optimizers.rules import Growth, OptimizerRule
+from .parametrizations.spec import FOLDS, Factors
+from .parametrizations.tables import Table
 from .recipe import Recipe
 from .scale import Scale
-from .tables import Table
 
 __all__ = ["Draft"]
 

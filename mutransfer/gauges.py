@@ -16,9 +16,9 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from .errors import RequestError
-from .fold import Factors
 from .names import plain_name
-from .optimizers.registry import OPTIMIZERS
+from .optimizers.rules import OPTIMIZERS
+from .parametrizations.spec import Factors
 
 if TYPE_CHECKING:
     from .plans import ParameterPlan, Plan

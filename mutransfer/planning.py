@@ -20,11 +20,11 @@ from .observing.observe import observe, shapes_of
 from .observing.running import build
 from .observing.specs import Observation, fits, kinds
 from .observing.target import at_target, with_depth_constants
-from .optimizers.registry import optimizer_rule
+from .optimizers.rules import optimizer_rule
+from .parametrizations.tables import table
 from .plans import ParameterPlan, Plan
 from .recipe import Recipe
 from .scale import Scale
-from .tables import table
 
 __all__ = ["Target", "finished", "plan", "target_of"]
 

@@ -16,16 +16,16 @@ from .batch_duration import averaged
 from .clipping import clip_grad_norm_
 from .errors import RequestError, nearest
 from .files import read_json, write_json
-from .fold import Factors
 from .frames import PARAMETERS
 from .gauges import Columns, attach, unit
 from .inits import Init, draw_
 from .matching import matched
 from .names import plain_name
-from .optimizers.registry import OPTIMIZERS
+from .optimizers.rules import OPTIMIZERS
+from .parametrizations.spec import Factors
+from .parametrizations.tables import table
 from .recipe import Recipe
 from .scale import Scale
-from .tables import table
 
 __all__ = ["ParameterPlan", "Plan", "plain_name"]
 

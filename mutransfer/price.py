@@ -37,8 +37,7 @@ from .family import Family
 from .flop_formulas import FORMULAS, HIGHER_ORDER, Formula, grouped_mm, is_free
 from .observing.building import on_cpu, on_fake_tensors
 from .observing.running import REAL, build, quiet, unfused
-from .optimizers.registry import OPTIMIZERS
-from .optimizers.updates import Muon
+from .optimizers.rules import OPTIMIZERS, Muon
 from .plans import Plan
 from .scale import Scale
 

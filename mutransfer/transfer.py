@@ -14,10 +14,10 @@ from . import paths
 from .batch_duration import apply
 from .errors import RequestError, nearest
 from .files import read_json, write_json
-from .optimizers.registry import optimizer_rule
+from .optimizers.rules import optimizer_rule
+from .parametrizations.tables import table
 from .plans import Plan
 from .scale import Scale
-from .tables import table
 from .transferability import of_columns, of_depth, of_laws, of_model, of_recipe, of_width
 
 __all__ = ["TargetConfig", "target_config"]

@@ -18,12 +18,12 @@ from .family import Family
 from .inits import InitWatcher
 from .names import pattern_of
 from .observing.running import LAYERS, build
-from .optimizers.registry import optimizer_rule
+from .optimizers.rules import optimizer_rule
+from .parametrizations.tables import table
 from .plans import Plan
 from .recipe import Recipe
 from .runs import RunFolder
 from .scale import Scale
-from .tables import table
 
 __all__ = ["of_columns", "of_depth", "of_evidence", "of_laws", "of_model", "of_recipe", "of_width", "regularizers"]
 

@@ -15,8 +15,7 @@ from typing import Any, NamedTuple, Protocol
 from mutransfer.errors import RequestError, describe
 from mutransfer.family import Family
 from mutransfer.observing.observe import observe
-from mutransfer.optimizers.registry import OPTIMIZERS
-from mutransfer.optimizers.updates import Muon
+from mutransfer.optimizers.rules import OPTIMIZERS, Muon
 from mutransfer.planning import Target, plan, target_of
 from mutransfer.plans import Plan
 from mutransfer.price import Flops, optimizer_flops, step_cost

@@ -16,7 +16,7 @@ import mutransfer as mt
 from mutransfer.errors import RequestError
 from mutransfer.export import FORMATS, export
 from mutransfer.export.pytorch import matches, patterns
-from mutransfer.optimizers.registry import OPTIMIZERS
+from mutransfer.optimizers.rules import OPTIMIZERS
 from mutransfer.proxies.schedules import multiplier
 from mutransfer.recipe import Recipe
 from mutransfer.transfer import target_config

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from mutransfer.fold import Factors
+from mutransfer.parametrizations.spec import Factors
 
 from .folds import CASES, RECIPES, both, explicit_optimizer, losses, trained_alike
 

@@ -10,9 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mutransfer.errors import RequestError
-from mutransfer.fold import FOLDS, Factors
-from mutransfer.tableau import Depth
-from mutransfer.tables import HEALTHY, MUP, SP, TABLES, Power, Row, Table, table
+from mutransfer.parametrizations.spec import FOLDS, Depth, Factors
+from mutransfer.parametrizations.tables import HEALTHY, MUP, SP, TABLES, Power, Row, Table, table
 
 HALF = Fraction(1, 2)
 ONE = Power()

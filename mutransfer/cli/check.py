@@ -77,9 +77,9 @@ def check(
 ) -> int:
     """Say whether activations and their changes keep their size as the width, or the depth, grows (exit 1 if not)."""
     from ..coord_check import OWN
+    from ..parametrizations.tables import TABLES
     from ..proxies.hf_fields import told
     from ..recipe import Recipe
-    from ..tables import TABLES
     from .models import family_for, fields_asked_for, fields_between, subject_of
 
     sizes, layers = _sizes(widths, depths)

@@ -13,8 +13,8 @@ import pandas as pd
 from ..family import Family
 from ..observing.observe import observe
 from ..observing.specs import Observation
-from ..optimizers.registry import OPTIMIZERS
-from ..tables import table
+from ..optimizers.rules import OPTIMIZERS
+from ..parametrizations.tables import table
 from .recording import OWN, record
 from .verdicts import Verdict, verdict
 

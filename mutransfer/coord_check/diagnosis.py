@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from ..names import pattern_of
-from ..optimizers.registry import OPTIMIZERS
+from ..optimizers.rules import OPTIMIZERS
 from ..plans import ParameterPlan, Plan
 from .slopes import beyond, slope
 from .updates import relative_updates

@@ -17,13 +17,13 @@ import torch
 from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from ..fold import FOLDS
 from ..gauges import as_entered
 from ..names import plain_name, planned_names
 from ..observing.flows import storage_key
-from ..optimizers.registry import OPTIMIZERS
+from ..optimizers.rules import OPTIMIZERS
+from ..parametrizations.spec import FOLDS
+from ..parametrizations.tables import TABLES, table
 from ..plans import Plan
-from ..tables import TABLES, table
 
 __all__ = [
     "Owned",

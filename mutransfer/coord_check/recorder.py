@@ -15,7 +15,7 @@ from ..errors import RequestError, nearest
 from ..frames import COORDINATES
 from ..matching import matched
 from ..names import plain_name
-from ..optimizers.registry import OPTIMIZERS
+from ..optimizers.rules import OPTIMIZERS
 from ..plans import Plan
 from .measure import (
     ROOT,

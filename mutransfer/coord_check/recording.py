@@ -22,12 +22,12 @@ from ..observing.observe import observe
 from ..observing.running import build
 from ..observing.specs import Observation
 from ..observing.target import with_depth_constants
-from ..optimizers.registry import OPTIMIZERS
+from ..optimizers.rules import OPTIMIZERS
+from ..parametrizations.tables import table
 from ..planning import plan
 from ..plans import Plan
 from ..recipe import Recipe
 from ..scale import Scale
-from ..tables import table
 from .cache import CheckCache
 from .measure import (
     ROOT,

@@ -11,9 +11,9 @@ import pandas as pd
 
 from ..errors import RequestError, nearest
 from ..frames import SLOPES, varying
-from ..optimizers.registry import OPTIMIZERS
-from ..tableau import Band, Table
-from ..tables import HEALTHY, HEALTHY_DECAY, HEALTHY_DEPTH, TABLES
+from ..optimizers.rules import OPTIMIZERS
+from ..parametrizations.spec import Band, Table
+from ..parametrizations.tables import HEALTHY, HEALTHY_DECAY, HEALTHY_DEPTH, TABLES
 from .diagnosis import cause, missing
 from .slopes import beyond, slope, wide_and_narrow
 from .updates import relative_updates, without_gradient

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import RequestError
 from ..names import pattern_of
-from ..optimizers.registry import OPTIMIZERS, OptimizerRule
+from ..optimizers.rules import OPTIMIZERS, OptimizerRule
 from ..plans import ParameterPlan
 from ..transfer import TargetConfig
 

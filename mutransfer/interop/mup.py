@@ -19,16 +19,16 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from ..drafts import Draft
 from ..errors import RequestError
-from ..fold import Factors
 from ..inits import Init
 from ..observing.heads import Heads
 from ..observing.specs import Observation, ParamSpec
-from ..optimizers.registry import optimizer_rule
+from ..optimizers.rules import optimizer_rule
+from ..parametrizations.spec import Factors
+from ..parametrizations.tables import table
 from ..planning import finished
 from ..plans import Plan
 from ..recipe import Recipe
 from ..scale import Scale
-from ..tables import table
 from .bsh import BaseShapes, based_on, read_bsh, write_bsh
 
 __all__ = ["BaseShapes", "based_on", "plan_annotated", "read_bsh", "write_bsh"]

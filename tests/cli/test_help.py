@@ -15,8 +15,8 @@ import typer
 import mutransfer
 from mutransfer.cli.app import app
 from mutransfer.cli.models import Optimizer, Parametrization
-from mutransfer.optimizers.registry import OPTIMIZERS
-from mutransfer.tables import TABLES
+from mutransfer.optimizers.rules import OPTIMIZERS
+from mutransfer.parametrizations.tables import TABLES
 
 from .processes import Processes
 

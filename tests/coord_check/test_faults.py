@@ -12,7 +12,7 @@ import mutransfer as mt
 from mutransfer.coord_check import record, verdict
 from mutransfer.coord_check.diagnosis import FAULTS, Fault, local_slopes, plant, plant_in
 from mutransfer.observing.observe import observe
-from mutransfer.optimizers.registry import OPTIMIZERS
+from mutransfer.optimizers.rules import OPTIMIZERS
 
 from .. import families
 

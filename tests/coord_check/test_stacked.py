@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 import mutransfer as mt
 from mutransfer.coord_check import record, stacked
-from mutransfer.optimizers.registry import OPTIMIZERS
+from mutransfer.optimizers.rules import OPTIMIZERS
 
 from .. import families
 

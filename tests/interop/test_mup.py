@@ -14,9 +14,9 @@ from mup.shape import make_base_shapes
 from torch import nn
 
 import mutransfer as mt
-from mutransfer.fold import Factors
 from mutransfer.interop.mup import based_on, plan_annotated, read_bsh, write_bsh
 from mutransfer.observing.observe import observe
+from mutransfer.parametrizations.spec import Factors
 
 from .. import families
 from ..test_oracle_mup import losses

@@ -16,7 +16,7 @@ from mutransfer.audit import audit, live
 from mutransfer.errors import RequestError
 from mutransfer.optimizers import muon
 from mutransfer.optimizers.muon import MuonWithAdamW
-from mutransfer.optimizers.registry import OPTIMIZERS, REFUSED
+from mutransfer.optimizers.rules import OPTIMIZERS, REFUSED
 
 from .. import families
 

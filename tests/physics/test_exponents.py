@@ -21,10 +21,10 @@ from torch import nn
 import mutransfer as mt
 from mutransfer.coord_check import record, recording
 from mutransfer.coord_check.verdicts import MARGIN, verdict
-from mutransfer.optimizers.updates import Muon, OptimizerRule
+from mutransfer.optimizers.rules import Muon, OptimizerRule
+from mutransfer.parametrizations.tables import MUP, TABLES
 from mutransfer.proxies.models import MLP
 from mutransfer.scale import Scale
-from mutransfer.tables import MUP, TABLES
 
 from .. import families
 

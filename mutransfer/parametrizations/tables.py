@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import replace
 from fractions import Fraction
 
-from .errors import RequestError, nearest
-from .tableau import HALF, IN, ONE, OUT, Band, Depth, Power, Row, Table
+from ..errors import RequestError, nearest
+from .spec import HALF, IN, ONE, OUT, Band, Depth, Power, Row, Table
 
 __all__ = ["HEALTHY", "HEALTHY_DECAY", "HEALTHY_DEPTH", "TABLES", "Band", "Power", "Row", "Table", "table"]
 

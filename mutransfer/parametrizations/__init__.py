@@ -1,0 +1,1 @@
+"""Parametrizations: what a table of scaling exponents is, and µP, SP, spectral and CompleteP as such tables."""
