@@ -7,18 +7,13 @@ tokens, m_N that of parameter counts.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 from .errors import RequestError, nearest
-from .parametrizations.spec import Factors
 from .recipe import Recipe
 from .scale import Scale
 
-if TYPE_CHECKING:
-    from .plans import Plan
-
-__all__ = ["LAWS", "Change", "Law", "Ratios", "apply", "averaged", "law", "ratios"]
+__all__ = ["LAWS", "Change", "Law", "Ratios", "averaged", "law", "ratios"]
 
 ADAMS = ("adamw", "adam", "nadam")
 
@@ -137,59 +132,3 @@ def averaged(recipe: Recipe, scale: Scale, base: Scale) -> Recipe:
             "run more."
         )
     return recipe.with_(betas=betas)
-
-
-def apply(plan: Plan, scale: Scale, tuned: Scale, parameters: float | None = None) -> Plan:
-    """Return ``plan`` for the batch and the tokens of ``scale``, from a recipe tuned at those of ``tuned``.
-
-    A size that neither states is not part of the question; one that only one of them states may have changed.
-
-    Args:
-        plan: with no law applied yet.
-        scale: what the plan is for.
-        tuned: what the recipe was tuned at.
-        parameters: m_N, which only some laws need.
-
-    Raises:
-        RequestError: the law is unknown, was found with other optimizers, or needs something that is not given.
-    """
-    sizes = {size: (getattr(tuned, size), getattr(scale, size)) for size in ("batch", "tokens")}
-    moved = [
-        f"{size} {old or 'not stated'} → {new or 'not stated'}" for size, (old, new) in sizes.items() if old != new
-    ]
-    if not moved:
-        return plan
-    name, stated = plan.recipe.law, {"batch": scale.batch, "tokens": scale.tokens}
-    if name == "none":
-        note = f"{', '.join(moved)}: no batch or duration law was named, so lr, weight decay, betas and eps are carried as "
-        note += "they are."
-        return replace(plan, scale=plan.scale.with_(**stated), notes=(*plan.notes, note))
-    chosen = law(name)
-    if plan.optimizer not in chosen.optimizers:
-        raise RequestError(
-            f"the law {name} was found with {' and '.join(chosen.optimizers)} ({chosen.source}), and the optimizer is "
-            f"{plan.optimizer}: name the law 'none', or use one of these."
-        )
-    for size in chosen.needs:
-        if None in sizes[size]:
-            raise RequestError(
-                f"the law {name} needs {' and '.join(chosen.needs)} of base and target, and this is {', '.join(moved)}: give "
-                f"both Scales their {size}."
-            )
-    batch, tokens = (new / old if old and new else 1.0 for old, new in sizes.values())
-    m = Ratios(batch, tokens, parameters)
-    change = chosen.change(m)
-    factors = Factors(lr=change.lr, weight_decay=change.weight_decay, eps=change.eps)
-    rows = tuple(row.times(factors) for row in plan.rows)
-    symbols = {"m_B": "batch", "m_D": "tokens"}
-    said = ", ".join(f"{key} = {getattr(m, size):g}" for key, size in symbols.items() if None not in sizes[size])
-    note = f"law {name} ({chosen.source}): {chosen.says}; {said}."
-    changed = replace(
-        plan,
-        rows=rows,
-        scale=plan.scale.with_(**stated),
-        base=plan.base.with_(batch=tuned.batch, tokens=tuned.tokens),
-        notes=(*plan.notes, note),
-    )
-    averaged(plan.recipe, changed.scale, changed.base)  # refuse now, not when the optimizer is made
-    return changed

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from .batch_duration import apply
+from .batch_duration import Ratios, averaged, law
 from .drafts import Draft
 from .errors import RequestError
 from .family import Family
@@ -21,12 +21,13 @@ from .observing.running import build
 from .observing.specs import Observation, fits, kinds
 from .observing.target import at_target, with_depth_constants
 from .optimizers.rules import optimizer_rule
+from .parametrizations.spec import Factors
 from .parametrizations.tables import table
 from .plans import ParameterPlan, Plan
 from .recipe import Recipe
 from .scale import Scale
 
-__all__ = ["Target", "finished", "plan", "target_of"]
+__all__ = ["Target", "apply_law", "finished", "plan", "target_of"]
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def plan(
     planned = finished(draft, optimizer, there.inits)
     base = sum(math.prod(spec.shape) for spec in there.seen.specs.values())
     grown = sum(map(math.prod, there.shapes.values())) / base
-    return apply(planned, scale, family.base, grown)
+    return apply_law(planned, scale, family.base, grown)
 
 
 def finished(draft: Draft, optimizer: str, inits: dict[str, Init]) -> Plan:
@@ -179,3 +180,59 @@ def _row(draft: Draft, name: str, target: Init) -> ParameterPlan:
         gauge=total.gauge,
         columns=columns,
     )
+
+
+def apply_law(plan: Plan, scale: Scale, tuned: Scale, parameters: float | None = None) -> Plan:
+    """Return ``plan`` for the batch and the tokens of ``scale``, from a recipe tuned at those of ``tuned``.
+
+    A size that neither states is not part of the question; one that only one of them states may have changed.
+
+    Args:
+        plan: with no law applied yet.
+        scale: what the plan is for.
+        tuned: what the recipe was tuned at.
+        parameters: m_N, which only some laws need.
+
+    Raises:
+        RequestError: the law is unknown, was found with other optimizers, or needs something that is not given.
+    """
+    sizes = {size: (getattr(tuned, size), getattr(scale, size)) for size in ("batch", "tokens")}
+    moved = [
+        f"{size} {old or 'not stated'} → {new or 'not stated'}" for size, (old, new) in sizes.items() if old != new
+    ]
+    if not moved:
+        return plan
+    name, stated = plan.recipe.law, {"batch": scale.batch, "tokens": scale.tokens}
+    if name == "none":
+        note = f"{', '.join(moved)}: no batch or duration law was named, so lr, weight decay, betas and eps are carried as "
+        note += "they are."
+        return replace(plan, scale=plan.scale.with_(**stated), notes=(*plan.notes, note))
+    chosen = law(name)
+    if plan.optimizer not in chosen.optimizers:
+        raise RequestError(
+            f"the law {name} was found with {' and '.join(chosen.optimizers)} ({chosen.source}), and the optimizer is "
+            f"{plan.optimizer}: name the law 'none', or use one of these."
+        )
+    for size in chosen.needs:
+        if None in sizes[size]:
+            raise RequestError(
+                f"the law {name} needs {' and '.join(chosen.needs)} of base and target, and this is {', '.join(moved)}: give "
+                f"both Scales their {size}."
+            )
+    batch, tokens = (new / old if old and new else 1.0 for old, new in sizes.values())
+    m = Ratios(batch, tokens, parameters)
+    change = chosen.change(m)
+    factors = Factors(lr=change.lr, weight_decay=change.weight_decay, eps=change.eps)
+    rows = tuple(row.times(factors) for row in plan.rows)
+    symbols = {"m_B": "batch", "m_D": "tokens"}
+    said = ", ".join(f"{key} = {getattr(m, size):g}" for key, size in symbols.items() if None not in sizes[size])
+    note = f"law {name} ({chosen.source}): {chosen.says}; {said}."
+    changed = replace(
+        plan,
+        rows=rows,
+        scale=plan.scale.with_(**stated),
+        base=plan.base.with_(batch=tuned.batch, tokens=tuned.tokens),
+        notes=(*plan.notes, note),
+    )
+    averaged(plan.recipe, changed.scale, changed.base)  # refuse now, not when the optimizer is made
+    return changed

@@ -216,7 +216,7 @@ class Plan:
             RequestError: the optimizer's groups carry no names, mix parameters of different rates, or are another plan's.
         """
         groups = target.param_groups if isinstance(target, torch.optim.Optimizer) else self.param_groups(target)
-        return schedulers.per_group(self, groups, value)
+        return schedulers.per_group(self._rates(), self.recipe.lr, groups, value)
 
     def check_scheduler(self, scheduler: Any, steps: int = 100) -> None:
         """Refuse a learning rate scheduler that would not keep the planned ratios between groups.
@@ -228,7 +228,10 @@ class Plan:
         Raises:
             RequestError: naming the scheduler, the argument and what to pass instead; or as `per_group`.
         """
-        schedulers.check(self, scheduler, steps)
+        schedulers.check(self._rates(), self.recipe.lr, scheduler, steps)
+
+    def _rates(self) -> dict[str, float]:
+        return {row.name: row.lr for row in self.rows}
 
     def _key(self, row: ParameterPlan) -> tuple[Any, ...]:
         return row.lr, row.weight_decay, row.eps, OPTIMIZERS[self.optimizer].of(row).name

@@ -10,16 +10,13 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 
 from .errors import RequestError, describe
 from .names import planned_names
-
-if TYPE_CHECKING:
-    from .plans import Plan
 
 __all__ = ["check", "per_group"]
 
@@ -36,9 +33,15 @@ NUMBERS = ("eta_min",)  # what torch takes as one number only
 ENDED = (ValueError, LookupError, StopIteration)  # OneCycleLR, a LambdaLR over a list: past the last step
 
 
-def per_group(plan: Plan, groups: list[dict[str, Any]], value: float) -> list[float]:
-    """Return ``value`` times each group's learning rate factor; see `Plan.per_group`."""
-    planned = {row.name: row.lr for row in plan.rows}
+def per_group(planned: Mapping[str, float], lr: float, groups: list[dict[str, Any]], value: float) -> list[float]:
+    """Return ``value`` times each group's learning rate factor; see `Plan.per_group`.
+
+    Args:
+        planned: parameter name → its learning rate in the plan.
+        lr: the recipe's.
+        groups: an optimizer's, with the names of their parameters.
+        value: a learning rate of the base model.
+    """
     names = [_names(i, group) for i, group in enumerate(groups)]
     owners = planned_names({name for each in names for name in each}, planned)
     rates = []
@@ -52,14 +55,21 @@ def per_group(plan: Plan, groups: list[dict[str, Any]], value: float) -> list[fl
                 f"parameter group {i} holds parameters of {len(lrs)} planned learning rates: build the optimizer from "
                 "plan.param_groups(model), one group per setting."
             )
-        rates.append(value * (lrs.pop() / plan.recipe.lr))
+        rates.append(value * (lrs.pop() / lr))
     return rates
 
 
-def check(plan: Plan, scheduler: Any, steps: int) -> None:
-    """Refuse a scheduler that would not keep the plan's ratios; see `Plan.check_scheduler`."""
+def check(rates: Mapping[str, float], lr: float, scheduler: Any, steps: int) -> None:
+    """Refuse a scheduler that would not keep the plan's ratios; see `Plan.check_scheduler`.
+
+    Args:
+        rates: parameter name → its learning rate in the plan.
+        lr: the recipe's.
+        scheduler: any of torch's kind.
+        steps: how many to try on a copy.
+    """
     for leaf in _leaves(scheduler):
-        name, planned = type(leaf).__name__, per_group(plan, leaf.optimizer.param_groups, plan.recipe.lr)
+        name, planned = type(leaf).__name__, per_group(rates, lr, leaf.optimizer.param_groups, lr)
         if max(planned) == min(planned):
             continue  # every group wants the same
         for argument, place in LISTS.get(name, ()):

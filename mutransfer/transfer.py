@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from . import paths
-from .batch_duration import apply
 from .errors import RequestError, nearest
 from .files import read_json, write_json
 from .optimizers.rules import optimizer_rule
 from .parametrizations.tables import table
+from .planning import apply_law
 from .plans import Plan
 from .scale import Scale
 from .transferability import of_columns, of_depth, of_laws, of_model, of_recipe, of_width
@@ -246,7 +246,7 @@ def target_config(
         tokens = proxy_batch_size * proxy_steps * sequence_length
         grown = None if proxy_parameters is None else sum(math.prod(row.shape) for row in plan.rows) / proxy_parameters
         sizes = plan.scale.with_(batch=batch_size, tokens=target.tokens)
-        plan = apply(plan, sizes, proxy.with_(batch=proxy_batch_size, tokens=tokens), grown)
+        plan = apply_law(plan, sizes, proxy.with_(batch=proxy_batch_size, tokens=tokens), grown)
     warnings = [
         *unproven,
         *of_recipe(plan, tuned, proxy, m_B, m_D),

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 import mutransfer as mt
 from mutransfer.audit import audit, live
-from mutransfer.batch_duration import LAWS, Change, Ratios, apply, law
+from mutransfer.batch_duration import LAWS, Change, Ratios, law
 from mutransfer.errors import RequestError
+from mutransfer.planning import apply_law
 from mutransfer.transfer import TargetConfig
 
 from . import families
@@ -141,7 +142,7 @@ def test_a_law_where_it_does_not_hold_is_refused(name: str, arguments: dict[str,
 def test_power_lines_needs_the_parameter_counts() -> None:
     plan = planned("power-lines")
     with pytest.raises(RequestError, match="power-lines needs the ratio of parameter counts"):
-        apply(plan, BASE.with_(batch=16), BASE)
+        apply_law(plan, BASE.with_(batch=16), BASE)
     with pytest.raises(RequestError, match="unknown law 'bjork': did you mean 'bjorck'"):
         law("bjork")
 
