@@ -32,7 +32,7 @@ CODE = """
 import importlib, json, resource, sys, time
 started = time.perf_counter()
 from mutransfer.proxies import huggingface
-import mutransfer as mt, mutransfer.planning
+import mutransfer as mt, mutransfer.planning.build
 from mutransfer.proxies.reference import load_family
 path, kind = sys.argv[1:]
 sys.modules.setdefault("torchvision", None)

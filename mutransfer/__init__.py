@@ -16,25 +16,25 @@ if TYPE_CHECKING:
     from .errors import RequestError as RequestError
     from .family import Family as Family
     from .optimizers.muon import MuonWithAdamW as MuonWithAdamW
-    from .planning import plan as plan
-    from .plans import Plan as Plan
+    from .planning.build import plan as plan
+    from .planning.plan import Plan as Plan
+    from .planning.target import TargetConfig as TargetConfig
     from .recipe import Recipe as Recipe
     from .scale import Scale as Scale
-    from .transfer import TargetConfig as TargetConfig
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "Family": "family",
     "MuonWithAdamW": "optimizers.muon",
-    "Plan": "plans",
+    "Plan": "planning.plan",
     "Recipe": "recipe",
     "Recorder": "coord_check.recorder",
     "RequestError": "errors",
     "Scale": "scale",
-    "TargetConfig": "transfer",
+    "TargetConfig": "planning.target",
     "assert_coordinates_hold": "coord_check.check",
-    "plan": "planning",
+    "plan": "planning.build",
     "record": "coord_check",
     "verdict": "coord_check",
 }

@@ -38,7 +38,7 @@ from .flop_formulas import FORMULAS, HIGHER_ORDER, Formula, grouped_mm, is_free
 from .observing.building import on_cpu, on_fake_tensors
 from .observing.running import REAL, build, quiet, unfused
 from .optimizers.rules import OPTIMIZERS, Muon
-from .plans import Plan
+from .planning.plan import Plan
 from .scale import Scale
 
 __all__ = ["FlopCounter", "Flops", "optimizer_flops", "step_cost", "step_flops"]

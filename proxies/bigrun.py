@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from mutransfer.errors import RequestError
-from mutransfer.transfer import TargetConfig
+from mutransfer.planning.target import TargetConfig
 
 from .checkpoints import restore, save
 from .data import Data, load_data

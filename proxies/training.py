@@ -12,7 +12,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from mutransfer.family import Family
-from mutransfer.plans import Plan
+from mutransfer.planning.plan import Plan
 
 from .data.base import Data
 from .schedules import scheduler

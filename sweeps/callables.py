@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from mutransfer.errors import RequestError, nearest
-from mutransfer.plans import Plan
+from mutransfer.planning.plan import Plan
 from mutransfer.proxies.importing import helpers_of, import_file, import_module, said
 from mutransfer.proxies.training import Outcome
 from mutransfer.recipe import Recipe

@@ -16,8 +16,8 @@ from typing import Any
 from mutransfer.errors import RequestError
 from mutransfer.export import export
 from mutransfer.files import naming_the_disk, write_text
+from mutransfer.planning.target import TargetConfig
 from mutransfer.proxies.training import Outcome
-from mutransfer.transfer import TargetConfig
 
 from .attempt import Attempt
 from .experiment import Experiment

@@ -16,8 +16,8 @@ from mutransfer.errors import RequestError, describe
 from mutransfer.family import Family
 from mutransfer.observing.observe import observe
 from mutransfer.optimizers.rules import OPTIMIZERS, Muon
-from mutransfer.planning import Target, plan, target_of
-from mutransfer.plans import Plan
+from mutransfer.planning.build import Target, plan, target_of
+from mutransfer.planning.plan import Plan
 from mutransfer.price import Flops, optimizer_flops, step_cost
 from mutransfer.proxies.data import Data, load_data
 from mutransfer.proxies.importing import modules_in

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mutransfer.planning.target import TargetConfig
 from mutransfer.proxies.importing import modules_in
 from mutransfer.proxies.training import Outcome
-from mutransfer.transfer import TargetConfig
 
 from .attempt import Attempt
 from .callables import call, load_trainer

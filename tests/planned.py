@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 import mutransfer as mt
-from mutransfer.plans import ParameterPlan
+from mutransfer.planning.plan import ParameterPlan
 from mutransfer.scale import Scale
 
 from . import families

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import mutransfer as mt
-from mutransfer.audit import COLUMNS, audit, live
 from mutransfer.errors import RequestError
+from mutransfer.planning.audit import COLUMNS, audit, live
 from mutransfer.recipe import Recipe
 from mutransfer.scale import Scale
 

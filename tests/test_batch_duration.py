@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mutransfer as mt
-from mutransfer.audit import audit, live
-from mutransfer.batch_duration import LAWS, Change, Ratios, law
 from mutransfer.errors import RequestError
-from mutransfer.planning import apply_law
-from mutransfer.transfer import TargetConfig
+from mutransfer.planning.audit import audit, live
+from mutransfer.planning.build import apply_law
+from mutransfer.planning.laws import LAWS, Change, Ratios, law
+from mutransfer.planning.target import TargetConfig
 
 from . import families
 from .test_transfer import config

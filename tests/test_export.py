@@ -17,9 +17,9 @@ from mutransfer.errors import RequestError
 from mutransfer.export import FORMATS, export
 from mutransfer.export.pytorch import matches, patterns
 from mutransfer.optimizers.rules import OPTIMIZERS
+from mutransfer.planning.target import target_config
 from mutransfer.proxies.schedules import multiplier
 from mutransfer.recipe import Recipe
-from mutransfer.transfer import target_config
 
 from . import families
 

@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import mutransfer as mt
-from mutransfer.audit import audit, live
 from mutransfer.errors import RequestError
+from mutransfer.planning.audit import audit, live
 
 from . import families
 from .test_fold import RECIPES, losses

@@ -15,9 +15,9 @@ import mutransfer as mt
 from mutransfer.coord_check.check import judge
 from mutransfer.errors import RequestError
 from mutransfer.export import export
-from mutransfer.gauges import as_entered
+from mutransfer.planning.plan import as_entered
+from mutransfer.planning.target import target_config
 from mutransfer.proxies.training import Training
-from mutransfer.transfer import target_config
 
 torch.manual_seed(0)
 OBS, ACT = torch.randn(16, 17), torch.randn(16, 6)

@@ -10,7 +10,7 @@ from torch import nn
 
 import mutransfer as mt
 from mutransfer.errors import RequestError
-from mutransfer.planning import plan, target_of
+from mutransfer.planning.build import plan, target_of
 from mutransfer.recipe import Recipe
 from mutransfer.scale import Scale
 

@@ -19,14 +19,14 @@ import torch
 from torch import nn
 
 import mutransfer as mt
-from mutransfer import folding
-from mutransfer.audit import audit, live
 from mutransfer.coord_check import record
 from mutransfer.coord_check.verdicts import Verdict, verdict
-from mutransfer.drafts import Draft
 from mutransfer.observing.observe import observe
 from mutransfer.observing.specs import Observation
-from mutransfer.plans import ParameterPlan, Plan
+from mutransfer.planning import builder
+from mutransfer.planning.audit import audit, live
+from mutransfer.planning.builder import Draft
+from mutransfer.planning.plan import ParameterPlan, Plan
 from mutransfer.scale import Scale
 
 from . import families, folds, test_oracle_mup
@@ -160,7 +160,7 @@ class Rooted(nn.Module):
 def test_the_check_names_a_forward_constant_left_in(monkeypatch: pytest.MonkeyPatch) -> None:
     family = mt.Family(lambda s: Rooted(s.width), families.token_batch(), families.loss, Scale(128, 1), "rooted")
     assert checked(family).status == "pass"
-    monkeypatch.setattr(folding, "_fold_constants", lambda draft: None)
+    monkeypatch.setattr(builder, "_fold_constants", lambda draft: None)
     found = checked(family)
     assert found.status == "fail"
     slopes = found.slopes.set_index(["module", "statistic", "step"])["slope"]
@@ -176,7 +176,7 @@ def test_the_check_over_depths_names_a_missing_residual_multiplier(monkeypatch: 
         return verdict(record(family, [], "completep", depths=[2, 4, 8, 16], seeds=range(6), steps=2))
 
     assert over_depths().status == "pass"
-    monkeypatch.setattr(folding, "_fold_branches", lambda draft: None)
+    monkeypatch.setattr(builder, "_fold_branches", lambda draft: None)
     names_and_cause(over_depths(), "blocks.last", "residual branches are not scaled with the depth")
 
 
@@ -266,7 +266,7 @@ def test_the_explicit_model_tells_an_attention_left_at_one_over_root_d(
     family, plan, model, twin = folds.both(case, optimizer)
     explicit = folds.losses(twin, folds.explicit_optimizer(optimizer, case, plan, twin), family)
     assert folds.losses(model, plan.make_optimizer(model), family) == pytest.approx(explicit, rel=1e-10)
-    monkeypatch.setattr(folding, "_fold_attention", lambda draft: None)
+    monkeypatch.setattr(builder, "_fold_attention", lambda draft: None)
     family, plan, model, _ = folds.both(case, optimizer)
     assert folds.losses(model, plan.make_optimizer(model), family) != pytest.approx(explicit, rel=1e-4)
 

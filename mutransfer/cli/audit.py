@@ -23,8 +23,8 @@ def audit(
     as_json: AsJson = False,
 ) -> int:
     """Say whether a running optimizer uses the planned settings (exit 1 if not)."""
-    from .. import audit as auditing
-    from ..transfer import TargetConfig
+    from ..planning import audit as auditing
+    from ..planning.target import TargetConfig
 
     found = auditing.audit(TargetConfig.load(target).plan, dump)
     verdict = "pass" if found.empty else "fail"

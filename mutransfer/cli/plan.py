@@ -35,7 +35,7 @@ def plan(
     as_json: AsJson = False,
 ) -> int:
     """Print what is set for every parameter, before anything is touched."""
-    from .. import planning
+    from ..planning import build
     from ..proxies.hf_fields import told
     from .models import family_for, fields_asked_for, fields_between
 
@@ -43,7 +43,7 @@ def plan(
     family, _ = family_for(model, data, base_width, base_depth, default_width=BASE_WIDTH, options=options, roles=role)
     scale = family.base.with_(width=width, depth=depth or base_depth or family.base.depth)
     grown = fields_between(family, scale)
-    planned = planning.plan(family, scale, parametrization, optimizer, recipe)
+    planned = build.plan(family, scale, parametrization, optimizer, recipe)
     frame = planned.frame()
     compact = {column: ".4g" for column in frame.columns if frame[column].dtype.kind == "f"}
     text = table(frame, **compact)

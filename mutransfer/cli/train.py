@@ -24,9 +24,9 @@ def train(
     as_json: AsJson = False,
 ) -> int:
     """Train the target on one device, or by its own trainer; an interrupted run goes on from its last checkpoint."""
+    from ..planning.target import TargetConfig
     from ..proxies.bigrun import run_target
     from ..sweeps.target import train_target, trainer_of
-    from ..transfer import TargetConfig
 
     config = TargetConfig.load(target)
     folder, trainer = out or target.parent / "train", trainer_of(config)

@@ -12,8 +12,8 @@ import typer
 from .console import AsJson, UnusedDevice, emit, say
 
 if TYPE_CHECKING:
+    from ..planning.target import TargetConfig
     from ..runs import RunFolder
-    from ..transfer import TargetConfig
 
 
 def add_to(app: typer.Typer) -> None:
@@ -77,12 +77,11 @@ def target_of(
     """
     from ..errors import RequestError
     from ..files import read_json
-    from ..planning import plan
+    from ..planning.build import plan
+    from ..planning.target import of_evidence, regularizers, target_config
     from ..recipe import Recipe
     from ..sweeps.experiment import Experiment
     from ..sweeps.jobs import loaded
-    from ..transfer import target_config
-    from ..transferability import of_evidence, regularizers
 
     experiment, recipe = Experiment.of_run(folder), Recipe.load(folder.best)
     family, data = loaded(experiment)

@@ -17,7 +17,7 @@ import pandas as pd
 
 from ..names import pattern_of
 from ..optimizers.rules import OPTIMIZERS
-from ..plans import ParameterPlan, Plan
+from ..planning.plan import ParameterPlan, Plan
 from .slopes import beyond, slope
 from .updates import relative_updates
 

@@ -17,13 +17,12 @@ import torch
 from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from ..gauges import as_entered
 from ..names import plain_name, planned_names
 from ..observing.flows import storage_key
 from ..optimizers.rules import OPTIMIZERS
 from ..parametrizations.spec import FOLDS
 from ..parametrizations.tables import TABLES, table
-from ..plans import Plan
+from ..planning.plan import Plan, as_entered
 
 __all__ = [
     "Owned",

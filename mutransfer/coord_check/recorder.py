@@ -13,10 +13,9 @@ import torch
 
 from ..errors import RequestError, nearest
 from ..frames import COORDINATES
-from ..matching import matched
 from ..names import plain_name
 from ..optimizers.rules import OPTIMIZERS
-from ..plans import Plan
+from ..planning.plan import Plan, matched
 from .measure import (
     ROOT,
     Owned,

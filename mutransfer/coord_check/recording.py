@@ -24,8 +24,8 @@ from ..observing.specs import Observation
 from ..observing.target import with_depth_constants
 from ..optimizers.rules import OPTIMIZERS
 from ..parametrizations.tables import table
-from ..planning import plan
-from ..plans import Plan
+from ..planning.build import plan
+from ..planning.plan import Plan
 from ..recipe import Recipe
 from ..scale import Scale
 from .cache import CheckCache

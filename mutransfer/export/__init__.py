@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..errors import RequestError, nearest
-from ..transfer import TargetConfig
+from ..planning.target import TargetConfig
 from . import pytorch
 
 __all__ = ["FORMATS", "export"]

@@ -10,8 +10,8 @@ from typing import Any
 from ..errors import RequestError
 from ..names import pattern_of
 from ..optimizers.rules import OPTIMIZERS, OptimizerRule
-from ..plans import ParameterPlan
-from ..transfer import TargetConfig
+from ..planning.plan import ParameterPlan
+from ..planning.target import TargetConfig
 
 __all__ = ["matches", "patterns", "write"]
 

@@ -17,7 +17,6 @@ from mup.layer import MuReadout
 from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from ..drafts import Draft
 from ..errors import RequestError
 from ..inits import Init
 from ..observing.heads import Heads
@@ -25,8 +24,9 @@ from ..observing.specs import Observation, ParamSpec
 from ..optimizers.rules import optimizer_rule
 from ..parametrizations.spec import Factors
 from ..parametrizations.tables import table
-from ..planning import finished
-from ..plans import Plan
+from ..planning.build import finished
+from ..planning.builder import Draft
+from ..planning.plan import Plan
 from ..recipe import Recipe
 from ..scale import Scale
 from .bsh import BaseShapes, based_on, read_bsh, write_bsh

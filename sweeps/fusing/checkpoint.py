@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from mutransfer.files import write_bytes
-from mutransfer.plans import Plan
+from mutransfer.planning.plan import Plan
 
 from ..experiment import Experiment
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import register_dataclass
 
-from mutransfer.clipping import parted
+from mutransfer.planning.plan import parted
 
 from .attention import FoldedAttention
 from .stack import Stack, Tensors

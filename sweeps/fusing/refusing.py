@@ -8,7 +8,7 @@ import math
 import torch
 
 from mutransfer.errors import describe
-from mutransfer.plans import Plan
+from mutransfer.planning.plan import Plan
 from mutransfer.proxies.training import Training
 from mutransfer.scale import Scale
 

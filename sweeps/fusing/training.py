@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from mutransfer.family import Family, unwrapped
-from mutransfer.plans import Plan
+from mutransfer.planning.plan import Plan
 from mutransfer.proxies.data import Data
 from mutransfer.proxies.schedules import multiplier
 from mutransfer.proxies.training import FINITE_EVERY

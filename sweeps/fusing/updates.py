@@ -15,9 +15,8 @@ from torch import Tensor
 from torch.optim._muon import DEFAULT_A, DEFAULT_B, DEFAULT_C, DEFAULT_NS_STEPS, EPS, _adjust_lr
 from torch.utils._pytree import register_dataclass
 
-from mutransfer.gauges import Columns
 from mutransfer.optimizers.muon import iteration_dtype, orthogonalized
-from mutransfer.plans import ParameterPlan, Plan
+from mutransfer.planning.plan import Columns, ParameterPlan, Plan
 
 __all__ = ["FUSED", "Clock", "Kind", "Settings", "blank_state", "kind_of", "numbers_of", "stepped"]
 

@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-from mutransfer import planning
 from mutransfer.cli import run
 from mutransfer.cli.console import plain
 from mutransfer.export import FORMATS
 from mutransfer.frames import BASINS, COORDINATES, TRIALS
+from mutransfer.planning import build
+from mutransfer.planning.target import KEYS, TargetConfig
 from mutransfer.recipe import Recipe
 from mutransfer.sweeps.experiment import Experiment
-from mutransfer.transfer import KEYS, TargetConfig
 
 from .processes import Processes, validated
 
@@ -352,7 +352,7 @@ def test_ctrl_c_is_130_and_a_bug_is_3(monkeypatch: pytest.MonkeyPatch, capsys: p
         def fail(*args: Any, **kwargs: Any) -> None:
             raise error
 
-        monkeypatch.setattr(planning, "plan", fail)
+        monkeypatch.setattr(build, "plan", fail)
         code = run(["plan", "mlp", "--width", "16", "--json"])
         out, err = capsys.readouterr()
         assert out == ""

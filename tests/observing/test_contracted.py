@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import mutransfer as mt
 from mutransfer.observing.observe import observe
-from mutransfer.plans import ParameterPlan, Plan
+from mutransfer.planning.plan import ParameterPlan, Plan
 
 WIDE = mt.Scale(64, 2)
 Score = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]

@@ -15,12 +15,12 @@ from mutransfer.errors import RequestError
 from mutransfer.files import write_json
 from mutransfer.observing.overrides import roles_from
 from mutransfer.observing.roles import ROLES
+from mutransfer.planning.target import TargetConfig
 from mutransfer.proxies.reference import load_family
 from mutransfer.runs import RunFolder
 from mutransfer.scale import Scale
 from mutransfer.sweeps.experiment import Experiment
 from mutransfer.sweeps.jobs import plan_of
-from mutransfer.transfer import TargetConfig
 
 from .. import families
 from ..sweeps.small import SMALL, experiment

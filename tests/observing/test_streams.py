@@ -16,7 +16,7 @@ import mutransfer as mt
 from mutransfer.observing.flows import Graph
 from mutransfer.observing.observe import observe
 from mutransfer.observing.pieces import Pieces, meet
-from mutransfer.plans import ParameterPlan
+from mutransfer.planning.plan import ParameterPlan
 
 
 def ffn(width: int) -> nn.Sequential:

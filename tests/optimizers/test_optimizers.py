@@ -12,11 +12,11 @@ from torch import nn
 from torch.nn import functional as F
 
 import mutransfer as mt
-from mutransfer.audit import audit, live
 from mutransfer.errors import RequestError
 from mutransfer.optimizers import muon
 from mutransfer.optimizers.muon import MuonWithAdamW
 from mutransfer.optimizers.rules import OPTIMIZERS, REFUSED
+from mutransfer.planning.audit import audit, live
 
 from .. import families
 

@@ -18,13 +18,13 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import mutransfer as mt
-from mutransfer.audit import audit
 from mutransfer.errors import RequestError
+from mutransfer.planning.audit import audit
+from mutransfer.planning.target import TargetConfig, target_config
 from mutransfer.proxies.bigrun import run_target
 from mutransfer.proxies.data import load_data
 from mutransfer.proxies.reference import load_family
 from mutransfer.scale import Scale
-from mutransfer.transfer import TargetConfig, target_config
 
 BASE = Scale(16, 2)
 DROPOUT = """
@@ -125,7 +125,7 @@ SCRIPT = """
 import sys
 from pathlib import Path
 from mutransfer.proxies.bigrun import run_target
-from mutransfer.transfer import TargetConfig
+from mutransfer.planning.target import TargetConfig
 import torch
 torch.set_num_threads(1)
 folder = Path(sys.argv[1])

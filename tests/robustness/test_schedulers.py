@@ -12,7 +12,7 @@ from torch.optim import lr_scheduler as lrs
 from torch.optim.swa_utils import SWALR
 
 import mutransfer as mt
-from mutransfer.audit import audit, live
+from mutransfer.planning.audit import audit, live
 
 from .. import families
 

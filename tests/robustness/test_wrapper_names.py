@@ -12,8 +12,8 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import mutransfer as mt
-from mutransfer.audit import audit
 from mutransfer.names import WRAPPERS, plain_name, planned_names
+from mutransfer.planning.audit import audit
 
 from .. import families
 from . import trained

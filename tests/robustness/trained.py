@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import mutransfer as mt
-from mutransfer.audit import audit, live
+from mutransfer.planning.audit import audit, live
 
 from .. import families
 

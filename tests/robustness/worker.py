@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
-from mutransfer.audit import audit
+from mutransfer.planning.audit import audit
 
 
 def ddp(model: nn.Module, mesh: DeviceMesh) -> nn.Module:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import mutransfer as mt
-from mutransfer.planning import plan
+from mutransfer.planning.build import plan
 from mutransfer.proxies.data.base import Data
 from mutransfer.proxies.reference import load_family
 from mutransfer.proxies.training import Training

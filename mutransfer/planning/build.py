@@ -8,24 +8,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .batch_duration import Ratios, averaged, law
-from .drafts import Draft
-from .errors import RequestError
-from .family import Family
-from .folding import fold_all
-from .inits import Init, InitWatcher
-from .observing.building import on_fake_tensors
-from .observing.layers import match_layers
-from .observing.observe import observe, shapes_of
-from .observing.running import build
-from .observing.specs import Observation, fits, kinds
-from .observing.target import at_target, with_depth_constants
-from .optimizers.rules import optimizer_rule
-from .parametrizations.spec import Factors
-from .parametrizations.tables import table
-from .plans import ParameterPlan, Plan
-from .recipe import Recipe
-from .scale import Scale
+from ..errors import RequestError
+from ..family import Family
+from ..inits import Init, InitWatcher
+from ..observing.building import on_fake_tensors
+from ..observing.layers import match_layers
+from ..observing.observe import observe, shapes_of
+from ..observing.running import build
+from ..observing.specs import Observation, fits, kinds
+from ..observing.target import at_target, with_depth_constants
+from ..optimizers.rules import optimizer_rule
+from ..parametrizations.spec import Factors
+from ..parametrizations.tables import table
+from ..recipe import Recipe
+from ..scale import Scale
+from .builder import Draft, fold_all
+from .laws import Ratios, averaged, law
+from .plan import ParameterPlan, Plan
 
 __all__ = ["Target", "apply_law", "finished", "plan", "target_of"]
 

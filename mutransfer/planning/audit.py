@@ -13,11 +13,11 @@ from typing import Any
 import pandas as pd
 import torch
 
-from .errors import RequestError
-from .files import read_json
-from .names import planned_names
-from .optimizers.rules import OPTIMIZERS
-from .plans import Plan
+from ..errors import RequestError
+from ..files import read_json
+from ..names import planned_names
+from ..optimizers.rules import OPTIMIZERS
+from .plan import Plan
 
 __all__ = ["COLUMNS", "audit", "live"]
 

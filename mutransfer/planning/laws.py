@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from .errors import RequestError, nearest
-from .recipe import Recipe
-from .scale import Scale
+from ..errors import RequestError, nearest
+from ..recipe import Recipe
+from ..scale import Scale
 
 __all__ = ["LAWS", "Change", "Law", "Ratios", "averaged", "law", "ratios"]
 

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from .errors import RequestError, describe
-from .names import planned_names
+from ..errors import RequestError, describe
+from ..names import planned_names
 
 __all__ = ["check", "per_group"]
 
