@@ -9,7 +9,7 @@ import torch
 
 from ..errors import RequestError
 from ..family import Family
-from ..inits import Init, InitWatcher
+from ..initialization import Init, InitWatcher
 from .beside import beside
 from .branches import residual_branches
 from .building import on_fake_tensors

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map_only
 
 from ..errors import RequestError, describe
 from ..family import Family, is_lazy, unwrapped
-from ..inits import InitWatcher
+from ..initialization import InitWatcher
 from ..scale import Scale
 from .building import drawn_from, on_cpu, seeded
 from .scalars import of_buffers

@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ..inits import Init, InitWatcher
+from ..initialization import Init, InitWatcher
 from . import operations as ops
 from .flows import storage_key
 

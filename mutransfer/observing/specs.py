@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from ..errors import RequestError
-from ..inits import Init
+from ..initialization import Init
 from .columns import Columns
 from .contracted import Contraction
 from .heads import Heads

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from ..errors import RequestError
-from ..inits import Init
+from ..initialization import Init
 from .layers import match_layers
 from .specs import Observation, kinds
 

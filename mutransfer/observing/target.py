@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from ..errors import RequestError
 from ..family import Family
-from ..inits import InitWatcher
+from ..initialization import InitWatcher
 from ..names import pattern_of
 from ..scale import Scale
 from .branches import residual_branches

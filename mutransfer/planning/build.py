@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import RequestError
 from ..family import Family
-from ..inits import Init, InitWatcher
+from ..initialization import Init, InitWatcher
 from ..observing.building import on_fake_tensors
 from ..observing.layers import match_layers
 from ..observing.observe import observe, shapes_of

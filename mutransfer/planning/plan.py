@@ -1,8 +1,9 @@
 """A plan: the settings of every parameter of one model, printable before anything is touched.
 
-Most plans fold every forward multiplier into initial weights and optimizer settings. `unit` keeps them in the forward pass instead, as
-u-µP does (2407.17465), so that weights, activations and gradients have a size of about 1 at any width: formats with few digits need
-that. Both train alike (`parametrizations.spec.FOLDS`), and `clip_grad_norm_` clips by a norm that is the same for both.
+Most plans fold every forward multiplier into initial weights and optimizer settings. `unit` keeps them in the forward pass
+instead, as u-µP does (2407.17465), so that weights, activations and gradients have a size of about 1 at any width: formats with
+few digits need that. Both train alike (`parametrizations.spec.FOLDS`), and `clip_grad_norm_` clips by a norm that is the same for
+both.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from ..errors import RequestError, nearest
 from ..family import is_lazy
 from ..files import read_json, write_json
 from ..frames import PARAMETERS
-from ..inits import Init, draw_
+from ..initialization import Init, draw_
 from ..names import plain_name, planned_names
 from ..optimizers.rules import OPTIMIZERS
 from ..parametrizations.spec import Factors

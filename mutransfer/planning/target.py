@@ -20,7 +20,7 @@ from .. import paths
 from ..errors import RequestError, nearest
 from ..family import Family
 from ..files import read_json, write_json
-from ..inits import InitWatcher
+from ..initialization import InitWatcher
 from ..names import pattern_of
 from ..observing.running import LAYERS, build
 from ..optimizers.rules import optimizer_rule

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..errors import RequestError
-from .draws import Init
+from .init import Init
 
 __all__ = ["draw_"]
 

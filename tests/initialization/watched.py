@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mutransfer.inits import Init, InitWatcher, draw_
+from mutransfer.initialization import Init, InitWatcher, draw_
 
 N = 64
 

@@ -1,4 +1,8 @@
-"""Recorded steps run on distributions instead of numbers: what a tensor holds, if its entries are independent draws."""
+"""Infer a parameter's initialization from its constructor's operations, by running them on distributions instead of numbers.
+
+`InitWatcher` runs under `FakeTensorMode`, so a model of any size is built without memory. A parameter whose entries are
+independent draws becomes a distribution; any other is kept as a program that is run again.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +14,11 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .draws import Init, Part
-from .replay import UnreplayableError
-from .windows import Literal, Step, Window, apart, box
+from ..errors import RequestError
+from .init import Init, Part, Program, UnreplayableError
+from .record import TRUNCATED, Constant, Recorder, Step, Window, apart, box, steps_to
 
-__all__ = ["Folding", "arguments", "one_number"]
+__all__ = ["Folding", "InitWatcher", "arguments", "one_number"]
 
 PIECES = 64  # more parts than that are a table, not a layout
 COPIES = frozenset(["copy_", "clone", "_to_copy", "lift_fresh", "detach", "lift"])
@@ -75,8 +79,8 @@ class Folding:
         init = self._read(inputs[0])
         return init is not None and self._write(target, change(init))
 
-    def _read(self, source: Window | Literal) -> Init | None:
-        if isinstance(source, Literal):
+    def _read(self, source: Window | Constant) -> Init | None:
+        if isinstance(source, Constant):
             return one_number(source.tensor)
         for place, init in reversed(self.layers.get(source.key, [])):
             if place.whole or place.place == source.place:
@@ -96,7 +100,7 @@ class Folding:
 
     def _value(self, arg: Any) -> Any:
         """The argument, with a number for a tensor that holds one number everywhere."""
-        if isinstance(arg, Window | Literal):
+        if isinstance(arg, Window | Constant):
             init = self._read(arg)
             return float(init.a) if init is not None and init.kind == "constant" else arg
         return float(arg) if isinstance(arg, int | float) and not isinstance(arg, bool) else arg
@@ -110,7 +114,7 @@ class Folding:
                 torch.full((1,), value, dtype=arg.dtype) if isinstance(arg, Window) else arg
                 for value, arg in zip(values, step.args, strict=True)
             ]
-            if any(isinstance(arg, Literal | list) for arg in args) or any(isinstance(v, Literal) for v in values):
+            if any(isinstance(arg, Constant | list) for arg in args) or any(isinstance(v, Constant) for v in values):
                 return None
             return Init("constant", step.func(*args, **step.kwargs).item())
 
@@ -120,7 +124,7 @@ def _drawn(step: Step, values: list[Any]) -> Init | None:
     match step.name:
         case "normal_":
             return Init("normal", *arguments(step, ("mean", 0.0), ("std", 1.0)))
-        case "normal" if number and not any(isinstance(value, Window | Literal) for value in values):
+        case "normal" if number and not any(isinstance(value, Window | Constant) for value in values):
             return Init("normal", number[0], number[1] if len(number) > 1 else 1.0)
         case "uniform_":
             return Init("uniform", *arguments(step, ("from", 0.0), ("to", 1.0)))
@@ -209,3 +213,98 @@ def _meet(a: tuple[tuple[int, int, int], ...], b: tuple[tuple[int, int, int], ..
     return all(
         set(range(f, f + n * s, s)) & set(range(g, g + m * t, t)) for (f, n, s), (g, m, t) in zip(a, b, strict=True)
     )
+
+
+SMALL = 1 << 20  # bytes of a table that is looked at right away: it may be a constant after all
+
+
+class InitWatcher(Recorder):
+    """Watches a constructor; `find` then tells what one of its tensors starts from."""
+
+    def find(self, tensor: torch.Tensor) -> Init | str:
+        """Return the tensor's initialization, or the name of the operation that cannot be run again."""
+        window = self.window(tensor)
+        if isinstance(window, Constant):
+            return "none seen"
+        if window.version.step is None:
+            return "torch.empty, never filled"
+        steps = steps_to(window.version)
+        try:
+            return Folding().result(steps, window) or _recorded(Program.of(window, steps))
+        except UnreplayableError as reason:
+            return str(reason)
+
+    def named(self, model: torch.nn.Module) -> dict[str, Init]:
+        """Return the initialization of every parameter of the model that was built under this watcher.
+
+        Raises:
+            RequestError: one of them cannot be told, with its name, shape and the operation seen.
+        """
+        inits = {}
+        for name, parameter in model.named_parameters():
+            init = self.find(parameter)
+            if isinstance(init, str):
+                raise RequestError(
+                    f"cannot tell how {name} {list(parameter.shape)} is initialized ({init}): fill it in the model's "
+                    "constructor from torch's own operations, such as normal_, uniform_ or a constant."
+                )
+            inits[name] = init
+        return inits
+
+    def value(self, scalar: torch.Tensor) -> float | bool | None:
+        """Run what is not random for real, and tell `trunc_normal_` that nothing it drew lies outside of its bounds."""
+        if self._truncates(scalar):
+            return False
+        window = self.window(scalar)
+        if isinstance(window, Constant):
+            return None
+        try:
+            program = Program.of(window, steps_to(window.version))
+        except UnreplayableError:
+            return None
+        with _disable_current_modes():
+            return None if program.random else program.run(0).item()
+
+    def _truncates(self, condition: torch.Tensor) -> bool:
+        """See the rejection loop of `torch.nn.init.trunc_normal_` (both of its ways), and note its bounds."""
+        asked = self.window(condition)
+        match _behind(asked, "any", "bitwise_or", "lt", "normal_"), _behind(asked, "any", "gt"):
+            case [[_, either, below, draw], _] if above := _behind(either.args[1], "gt"):
+                bounds = below.args[1], above[0].args[1]
+                mean, std = arguments(draw, ("mean", 0.0), ("std", 1.0))
+            case [_, [_, pending]] if chain := _behind(
+                pending.args[1], "sub_", "mul_", "pow_", "div_", "sub_", "copy_"
+            ):
+                *_, divided, shifted, copied = chain
+                uniform = _behind(copied.args[1], "uniform_")
+                if not uniform:
+                    return False
+                draw, mean, std = uniform[0], shifted.args[1], divided.args[1]
+                bounds = arguments(draw, ("from", 0.0), ("to", 1.0))
+            case _:
+                return False
+        drawn = draw.results[0]
+        if self._versions[drawn.key] is not drawn.version:
+            return False
+        self.put(TRUNCATED, [draw.args[0], mean, std, *bounds], {}, [drawn])
+        return True
+
+
+def _recorded(program: Program) -> Init:
+    if not program.random and sum(program.sizes) <= SMALL:
+        constant = one_number(program.run(0))
+        if constant is not None:
+            return constant
+    return Init("recorded", 1.0, program=program)
+
+
+def _behind(value: Any, *names: str) -> list[Step]:
+    """Return the last steps behind a tensor, each on the first argument of the one before; empty if they are others."""
+    steps: list[Step] = []
+    for name in names:
+        step = value.version.step if isinstance(value, Window) else None
+        if step is None or step.name != name:
+            return []
+        steps.append(step)
+        value = step.args[0]
+    return steps

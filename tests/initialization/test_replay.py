@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from mutransfer.inits import Init
+from mutransfer.initialization import Init
 
 from .watched import N, drawn, saved, seen
 

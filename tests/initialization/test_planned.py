@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import mutransfer as mt
 from mutransfer.errors import RequestError
-from mutransfer.inits.replay import Program
+from mutransfer.initialization.init import Program
 
 from .. import families
 from .watched import N, seen

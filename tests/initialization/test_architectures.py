@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mutransfer.inits import InitWatcher, draw_
+from mutransfer.initialization import InitWatcher, draw_
 
 from .watched import saved
 

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Shard, empty
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import mutransfer as mt
-from mutransfer.inits import Init, draw_
+from mutransfer.initialization import Init, draw_
 
 WIDTH, TOKENS = 300, 37  # neither the tiles nor the ranks divide them
 
