@@ -18,7 +18,7 @@ from harness import Claim, publish
 
 from mutransfer.coord_check import judge
 from mutransfer.errors import RequestError
-from mutransfer.observing.observe import observe
+from mutransfer.tracing.observe import observe
 
 WIDTHS = {"32-256": (32, 64, 128, 256), "64-512": (64, 128, 256, 512)}
 KINDS = ("adamw", "sgd")

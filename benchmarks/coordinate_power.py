@@ -23,11 +23,11 @@ import mutransfer as mt
 from mutransfer.coord_check import Verdict
 from mutransfer.coord_check.check import judge
 from mutransfer.coord_check.diagnosis import FAULTS, Fault, plant, plant_in
-from mutransfer.observing.observe import observe
-from mutransfer.observing.specs import Observation
 from mutransfer.optimizers.rules import OPTIMIZERS
 from mutransfer.proxies.builtin import DEFAULT_DATA, DEFAULT_DEPTH, builtin
 from mutransfer.proxies.data import load_data
+from mutransfer.tracing.observe import observe
+from mutransfer.tracing.specs import Observation
 
 WIDTHS = (64, 128, 256, 512)
 MODELS, KINDS = ("mlp", "transformer", "resnet"), ("adamw", "sgd")

@@ -35,11 +35,11 @@ from .errors import RequestError
 from .fake_values import FakeValues
 from .family import Family
 from .flop_formulas import FORMULAS, HIGHER_ORDER, Formula, grouped_mm, is_free
-from .observing.building import on_cpu, on_fake_tensors
-from .observing.running import REAL, build, quiet, unfused
 from .optimizers.rules import OPTIMIZERS, Muon
 from .planning.plan import Plan
 from .scale import Scale
+from .tracing.construct import on_cpu, on_fake_tensors
+from .tracing.run import REAL, build, quiet, unfused
 
 __all__ = ["FlopCounter", "Flops", "optimizer_flops", "step_cost", "step_flops"]
 

@@ -15,10 +15,10 @@ import torch
 
 from mutransfer.errors import RequestError, nearest
 from mutransfer.family import Family
-from mutransfer.observing.building import on_fake_tensors
-from mutransfer.observing.overrides import check_roles, with_roles
-from mutransfer.observing.running import build
 from mutransfer.scale import Scale
+from mutransfer.tracing.construct import on_fake_tensors
+from mutransfer.tracing.roles import check_roles, with_roles
+from mutransfer.tracing.run import build
 
 from .builtin import BUILTIN, DEFAULT_DATA, builtin, cross_entropy
 from .data.base import Data

@@ -13,7 +13,6 @@ from pydantic import Field, model_validator
 from mutransfer import paths
 from mutransfer.errors import RequestError, nearest
 from mutransfer.files import write_text
-from mutransfer.observing.overrides import check_roles
 from mutransfer.optimizers.rules import optimizer_rule
 from mutransfer.parametrizations.tables import table
 from mutransfer.proxies.builtin import DEFAULT_DATA
@@ -21,6 +20,7 @@ from mutransfer.recipe import Recipe
 from mutransfer.runs import RunFolder
 from mutransfer.scale import Scale
 from mutransfer.settings import Settings
+from mutransfer.tracing.roles import check_roles
 
 from .halving import geometric_rungs
 from .trainers import Trainer

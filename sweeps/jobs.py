@@ -14,7 +14,6 @@ from typing import Any, NamedTuple, Protocol
 
 from mutransfer.errors import RequestError, describe
 from mutransfer.family import Family
-from mutransfer.observing.observe import observe
 from mutransfer.optimizers.rules import OPTIMIZERS, Muon
 from mutransfer.planning.build import Target, plan, target_of
 from mutransfer.planning.plan import Plan
@@ -25,6 +24,7 @@ from mutransfer.proxies.reference import load_family
 from mutransfer.proxies.training import Outcome, Training, train
 from mutransfer.recipe import Recipe
 from mutransfer.scale import Scale
+from mutransfer.tracing.observe import observe
 
 from .attempt import Attempt
 from .callables import call

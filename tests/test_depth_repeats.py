@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import mutransfer as mt
 from mutransfer.coord_check import record
 from mutransfer.coord_check.verdicts import verdict
-from mutransfer.observing.specs import Observation
+from mutransfer.tracing.specs import Observation
 
 T = torch.randint(11, (2, 7))
 

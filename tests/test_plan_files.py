@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 import mutransfer as mt
 from mutransfer.errors import RequestError
-from mutransfer.observing.observe import observe
-from mutransfer.observing.specs import Observation
 from mutransfer.scale import Scale
+from mutransfer.tracing.observe import observe
+from mutransfer.tracing.specs import Observation
 
 from . import families
 

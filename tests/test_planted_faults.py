@@ -21,13 +21,13 @@ from torch import nn
 import mutransfer as mt
 from mutransfer.coord_check import record
 from mutransfer.coord_check.verdicts import Verdict, verdict
-from mutransfer.observing.observe import observe
-from mutransfer.observing.specs import Observation
 from mutransfer.planning import builder
 from mutransfer.planning.audit import audit, live
 from mutransfer.planning.builder import Draft
 from mutransfer.planning.plan import ParameterPlan, Plan
 from mutransfer.scale import Scale
+from mutransfer.tracing.observe import observe
+from mutransfer.tracing.specs import Observation
 
 from . import families, folds, test_oracle_mup
 

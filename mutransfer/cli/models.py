@@ -80,11 +80,11 @@ def family_for(
     experiment file brings its options, roles, data and base as well. ``roles`` are written as PATTERN=ROLE.
     """
     from .. import paths
-    from ..observing.overrides import roles_from, with_roles
     from ..proxies.builtin import DEFAULT_DATA, DEFAULT_DEPTH
     from ..proxies.data import load_data
     from ..proxies.reference import load_family
     from ..scale import Scale
+    from ..tracing.roles import roles_from, with_roles
 
     given = roles_from(roles or (), "--role")
     if (experiment := experiment_of(model)) is not None:

@@ -11,10 +11,10 @@ from typing import Any
 import pandas as pd
 
 from ..family import Family
-from ..observing.observe import observe
-from ..observing.specs import Observation
 from ..optimizers.rules import OPTIMIZERS
 from ..parametrizations.tables import table
+from ..tracing.observe import observe
+from ..tracing.specs import Observation
 from .recording import OWN, record
 from .verdicts import Verdict, verdict
 

@@ -18,11 +18,11 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from ..names import plain_name, planned_names
-from ..observing.flows import storage_key
 from ..optimizers.rules import OPTIMIZERS
 from ..parametrizations.spec import FOLDS
 from ..parametrizations.tables import TABLES, table
 from ..planning.plan import Plan, as_entered
+from ..tracing.dataflow import storage_key
 
 __all__ = [
     "Owned",

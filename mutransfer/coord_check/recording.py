@@ -17,17 +17,16 @@ from ..errors import RequestError, nearest
 from ..family import Family, unwrapped
 from ..frames import COORDINATES
 from ..names import planned_names
-from ..observing.building import on_fake_tensors
-from ..observing.observe import observe
-from ..observing.running import build
-from ..observing.specs import Observation
-from ..observing.target import with_depth_constants
 from ..optimizers.rules import OPTIMIZERS
 from ..parametrizations.tables import table
 from ..planning.build import plan
 from ..planning.plan import Plan
 from ..recipe import Recipe
 from ..scale import Scale
+from ..tracing.construct import on_fake_tensors
+from ..tracing.observe import observe, with_depth_constants
+from ..tracing.run import build
+from ..tracing.specs import Observation
 from .cache import CheckCache
 from .measure import (
     ROOT,

@@ -27,11 +27,6 @@ from ..family import Family
 from ..files import write_text
 from ..initialization import Init
 from ..names import planned_names
-from ..observing.building import on_fake_tensors
-from ..observing.heads import Heads
-from ..observing.observe import shapes_of
-from ..observing.running import WIDER, build
-from ..observing.specs import Observation, ParamSpec
 from ..optimizers.rules import optimizer_rule
 from ..parametrizations.spec import Factors
 from ..parametrizations.tables import table
@@ -40,6 +35,11 @@ from ..planning.builder import Draft
 from ..planning.plan import Plan
 from ..recipe import Recipe
 from ..scale import Scale
+from ..tracing.construct import on_fake_tensors
+from ..tracing.growing_products import Heads
+from ..tracing.observe import shapes_of
+from ..tracing.run import WIDER, build
+from ..tracing.specs import Observation, ParamSpec
 
 __all__ = ["BaseShapes", "based_on", "plan_annotated", "read_bsh", "write_bsh"]
 

@@ -11,17 +11,15 @@ from typing import Any
 from ..errors import RequestError
 from ..family import Family
 from ..initialization import Init, InitWatcher
-from ..observing.building import on_fake_tensors
-from ..observing.layers import match_layers
-from ..observing.observe import observe, shapes_of
-from ..observing.running import build
-from ..observing.specs import Observation, fits, kinds
-from ..observing.target import at_target, with_depth_constants
 from ..optimizers.rules import optimizer_rule
 from ..parametrizations.spec import Factors
 from ..parametrizations.tables import table
 from ..recipe import Recipe
 from ..scale import Scale
+from ..tracing.construct import on_fake_tensors
+from ..tracing.observe import at_target, observe, shapes_of, with_depth_constants
+from ..tracing.run import build
+from ..tracing.specs import Observation, fits, kinds, match_layers
 from .builder import Draft, fold_all
 from .laws import Ratios, averaged, law
 from .plan import ParameterPlan, Plan

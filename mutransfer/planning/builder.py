@@ -15,12 +15,12 @@ from functools import cached_property
 from typing import Any
 
 from ..errors import RequestError
-from ..observing.specs import Observation, ParamSpec
 from ..optimizers.rules import Growth, OptimizerRule
 from ..parametrizations.spec import FOLDS, Factors
 from ..parametrizations.tables import Table
 from ..recipe import Recipe
 from ..scale import Scale
+from ..tracing.specs import Observation, ParamSpec
 from .plan import Columns
 
 __all__ = ["Draft", "fold_all"]
@@ -328,7 +328,7 @@ def _fold_ties(draft: Draft) -> None:
 def _refuse_other_use(seen: Observation, tied: ParamSpec, readout: str) -> None:
     """What a carrier feeds besides the readout would be scaled with it."""
     also = [name for name, spec in seen.specs.items() if name != readout and spec.meets & tied.carriers]
-    if also or tied.busy_carriers:
+    if also or tied.shared_carriers:
         fed = also[0] if also else "something else"
         raise RequestError(
             f"the readout tied to {readout} passes its factor to {min(tied.carriers)}, which also feeds {fed}: give it a norm of "

@@ -22,12 +22,12 @@ from ..family import Family
 from ..files import read_json, write_json
 from ..initialization import InitWatcher
 from ..names import pattern_of
-from ..observing.running import LAYERS, build
 from ..optimizers.rules import optimizer_rule
 from ..parametrizations.tables import table
 from ..recipe import Recipe
 from ..runs import RunFolder
 from ..scale import Scale
+from ..tracing.run import LAYERS, build
 from .build import apply_law
 from .laws import Ratios, law
 from .plan import Plan

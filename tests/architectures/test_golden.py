@@ -9,9 +9,9 @@ import pytest
 
 import mutransfer as mt
 from mutransfer.family import Family
-from mutransfer.observing.observe import observe
-from mutransfer.observing.specs import Observation
 from mutransfer.scale import Scale
+from mutransfer.tracing.observe import observe
+from mutransfer.tracing.specs import Observation
 
 from .configs import family
 from .golden import CARRIERS, CONSTANTS, GOLDEN, read

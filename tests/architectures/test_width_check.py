@@ -12,8 +12,8 @@ import mutransfer as mt
 from mutransfer.coord_check import Verdict, record, verdict
 from mutransfer.errors import RequestError
 from mutransfer.family import Family
-from mutransfer.observing.observe import observe
 from mutransfer.scale import Scale
+from mutransfer.tracing.observe import observe
 
 from .configs import CONFIGS, family
 

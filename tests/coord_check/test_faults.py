@@ -11,8 +11,8 @@ import pytest
 import mutransfer as mt
 from mutransfer.coord_check import record, verdict
 from mutransfer.coord_check.diagnosis import FAULTS, Fault, local_slopes, plant, plant_in
-from mutransfer.observing.observe import observe
 from mutransfer.optimizers.rules import OPTIMIZERS
+from mutransfer.tracing.observe import observe
 
 from .. import families
 

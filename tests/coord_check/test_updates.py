@@ -15,7 +15,7 @@ import mutransfer as mt
 from mutransfer.coord_check import judge, record, verdict
 from mutransfer.coord_check.diagnosis import plant_in
 from mutransfer.coord_check.updates import relative_updates
-from mutransfer.observing.observe import observe
+from mutransfer.tracing.observe import observe
 
 from .. import families
 from .test_verdicts import HEALTHY, frame

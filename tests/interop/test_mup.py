@@ -15,8 +15,8 @@ from torch import nn
 
 import mutransfer as mt
 from mutransfer.interop.mup import based_on, plan_annotated, read_bsh, write_bsh
-from mutransfer.observing.observe import observe
 from mutransfer.parametrizations.spec import Factors
+from mutransfer.tracing.observe import observe
 
 from .. import families
 from ..test_oracle_mup import losses

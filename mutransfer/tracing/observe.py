@@ -1,0 +1,500 @@
+"""What every parameter of a family is for: seen in one forward pass and two builds, not guessed from names.
+
+The family need not be observed at its base's depth: a few layers are enough where deeper ones match them. What depends on the
+target (its head dim, powers of the depth in the numbers of the forward pass) is added by `at_target` and `with_depth_constants`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+
+from ..errors import RequestError
+from ..family import Family
+from ..initialization import Init, InitWatcher
+from ..names import pattern_of
+from ..scale import Scale
+from .columns import Columns, Joins, Labels, mixed_columns
+from .constants import Constant, common, constants, loose
+from .construct import on_fake_tensors
+from .dataflow import Use
+from .growing_products import Heads, at_sizes, compared, contractions, in_attention
+from .residual import residual_branches, unrecognized_branches
+from .roles import check_patterns, check_roles, possible, role_given, roles_of, settled, unused
+from .run import LAYERS, WIDER, build, forward
+from .specs import Observation, ParamSpec, kinds, match_layers
+from .tracer import OpTracer
+
+__all__ = ["at_target", "observe", "shapes_of", "extended_in_depth", "with_depth_constants"]
+
+DEEPER, FEW = 2, 4
+LONG = 8  # layers of a base that need not be made four times as many
+
+
+def with_depth_constants(family: Family, seen: Observation) -> Observation:
+    """Return ``seen`` with what depends on the depth.
+
+    That is the power of the depth in what multiplies each parameter's result, such as 1/√layers, and how often a residual
+    branch is repeated.
+
+    Raises:
+        RequestError: the layers of one stack multiply with different powers of their number.
+    """
+    if seen.depths_compared:
+        return seen
+    shallow = family.base.with_(depth=min(family.base.depth, LAYERS))
+    deep = shallow.with_(depth=DEEPER * shallow.depth)
+    try:
+        few, many = (_watched(family, scale, seen.seed) for scale in (shallow, deep))
+    except RequestError:  # some models have one depth, or a least one
+        return replace(seen, depths_compared=True)
+    uses, more = few.uses(), many.uses()
+    powers: dict[str, set[float]] = {}
+    for name, each in uses.items():
+        if name in more:
+            powers.setdefault(pattern_of(name), set()).add(common(constants(each, more[name], DEEPER)).power)
+    torn = sorted(template for template, found in powers.items() if len(found) > 1)
+    if torn:
+        raise RequestError(
+            f"the forward pass multiplies {torn[0]} with different powers of the depth ({sorted(powers[torn[0]])}) in different "
+            "layers, and a rule for the depth needs one: multiply all layers alike."
+        )
+    layers, rounds = _layers(family, seen), _rounds(few, many, shallow.depth, deep.depth)
+    specs = {
+        name: replace(
+            spec,
+            depth_constant=next(iter(powers.get(pattern_of(name), {0.0}))),
+            layer=layers.get(name, ()),
+            rounds=rounds.get(name, spec.rounds),
+        )
+        for name, spec in seen.specs.items()
+    }
+    notes = [
+        f"the forward pass multiplies with a number that grows as depth^{power:+.2f} and that no parameter carries: it is left "
+        "as it is, so check it."
+        for power in loose(few.factors, many.factors, DEEPER)
+    ]
+    return replace(seen, specs=specs, notes=(*seen.notes, *notes), depths_compared=True)
+
+
+def _layers(family: Family, seen: Observation) -> dict[str, tuple[str, ...]]:
+    """Return the layer that each parameter belongs to, if a deeper model has more of its kind: the innermost such."""
+    deeper = FEW if family.base.depth < LONG else DEEPER  # one layer in eight may be of another kind
+    try:
+        with on_fake_tensors():
+            names = shapes_of(build(family, family.base.with_(depth=deeper * family.base.depth))).keys()
+    except RequestError:
+        return {}
+    counts, more = (Counter(map(pattern_of, each)) for each in (seen.specs, names))
+    length, longer = _stacks(seen.specs), _stacks(names)
+    found = {}
+    for name in seen.specs:
+        parts = tuple(name.split("."))
+        grows = [i for i in range(len(parts)) if longer.get(parts[:i], set()) - length.get(parts[:i], set())]
+        if more[pattern_of(name)] > counts[pattern_of(name)] and grows:
+            found[name] = parts[: grows[-1] + 1]
+    return found
+
+
+def _stacks(names: Iterable[str]) -> dict[tuple[str, ...], set[str]]:
+    """Return the numbers that follow each beginning of a name."""
+    found: dict[tuple[str, ...], set[str]] = defaultdict(set)
+    for name in names:
+        parts = tuple(name.split("."))
+        for i, part in enumerate(parts):
+            if part.isdecimal():
+                found[parts[:i]].add(part)
+    return found
+
+
+def _rounds(few: OpTracer, many: OpTracer, shallow: int, deep: int) -> dict[str, tuple[float, float]]:
+    """Return (a, b) of every parameter that is on a + b·depth residual branches."""
+    before, after = (
+        Counter(name for branch in residual_branches(each.graph, each.uses()) for name in branch.inside)
+        for each in (few, many)
+    )
+    found = {}
+    for name, count in before.items():
+        slope = (after[name] - count) / (deep - shallow)
+        if name in after and slope >= 0:
+            found[name] = count - slope * shallow, slope
+    return found
+
+
+def at_target(family: Family, seen: Observation, scale: Scale) -> Observation:
+    """Return ``seen`` with the heads of the model at ``scale``, of which as many layers are watched as of the base.
+
+    Raises:
+        RequestError: as in `compared`.
+    """
+    if not seen.attentions and not seen.dots:
+        return seen
+    if scale.width == family.base.width:
+        return replace(seen, heads=Heads(seen.heads.dim), dots=tuple(replace(each, ratio=1.0) for each in seen.dots))
+    few = family.base.with_(width=scale.width, depth=min(family.base.depth, LAYERS))
+    try:
+        target = _watched(family, few, seen.seed)
+    except RequestError:  # some models have a least depth
+        few = few.with_(depth=family.base.depth)
+        target = _watched(family, few, seen.seed)
+    if len(target.attentions) != len(seen.attentions):
+        few = few.with_(depth=family.base.depth)
+        target = _watched(family, few, seen.seed)
+    dots = (
+        at_sizes(seen.dots, _watched(family, few.with_(width=family.base.width), seen.seed), target)
+        if seen.dots
+        else ()
+    )
+    return replace(seen, heads=compared(seen.attentions, target.attentions), dots=dots)
+
+
+def _watched(family: Family, scale: Scale, seed: int) -> OpTracer:
+    with on_fake_tensors():
+        with InitWatcher() as inits:
+            model = build(family, scale)
+        return forward(family, model, scale, inits, seed)
+
+
+def extended_in_depth(
+    seen: Observation, shapes: Mapping[str, tuple[int, ...]], inits: Mapping[str, Init]
+) -> Observation | None:
+    """Return what is known of a deeper model of the same width, or None where its layers are not those seen.
+
+    Args:
+        seen: of the shallow model.
+        shapes: of the deep model's parameters, by name.
+        inits: likewise; its own initialization is kept, as that may depend on the depth.
+    """
+    try:
+        origin = match_layers(
+            {name: len(shape) for name, shape in shapes.items()},
+            {name: len(spec.shape) for name, spec in seen.specs.items()},
+            lambda name, origin: shapes[name] == seen.specs[origin].shape,
+            kinds(seen.specs),
+        )
+    except RequestError:
+        return None
+    if any(seen.specs[origin[name]].shape != shape for name, shape in shapes.items()):
+        return None
+    copies: dict[str, set[str]] = defaultdict(set)
+    for name, seen_name in origin.items():
+        copies[seen_name].add(name)
+
+    def all_of(names: frozenset[str]) -> frozenset[str]:
+        return frozenset().union(*(copies[name] for name in names))
+
+    sets = {
+        names: all_of(names)
+        for spec in seen.specs.values()
+        for names in (spec.carriers, spec.meets, spec.shared_carriers)
+    }
+    specs = {}
+    for name, seen_name in origin.items():
+        spec = seen.specs[seen_name]
+        sizes = next((each for each in copies.get(spec.sizes, ()) if _siblings(each, name)), "")
+        carriers, meets, busy = sets[spec.carriers], sets[spec.meets], sets[spec.shared_carriers]
+        specs[name] = replace(
+            spec, name=name, init=inits[name], carriers=carriers, meets=meets, shared_carriers=busy, sizes=sizes
+        )
+    dots = tuple(replace(each, carriers=all_of(each.carriers)) for each in seen.dots)
+    return replace(
+        seen, specs=specs, queries=all_of(seen.queries), shared_queries=all_of(seen.shared_queries), dots=dots
+    )
+
+
+def _siblings(a: str, b: str) -> bool:
+    return a.rpartition(".")[0] == b.rpartition(".")[0]
+
+
+_Met = tuple[Joins, list[tuple[Labels, ...]], list[Use]]  # what is known of the uses of one parameter in one pass
+PASSES = 8  # of a model that draws random numbers, or seems not to use a parameter
+MOST_PASSES = 32  # while a parameter whose role only its use can tell has not been used
+
+
+def observe(family: Family) -> Observation:
+    """Watch the family at base size; of a deep base only the first few layers, if the others are like them.
+
+    Nothing is allocated: the builds and the forward pass run on fake tensors. Only a forward pass that reads values (the
+    experts chosen by a router) is run for real, if the model is small.
+
+    Raises:
+        RequestError: a parameter whose role or initialization cannot be told, with its name, shape and the operation
+            seen; or a model that does not run on the example batch.
+    """
+    family = family.printing_once()
+    if family.base.depth > LAYERS:
+        with on_fake_tensors(), InitWatcher() as inits:
+            model = build(family, family.base)
+        try:
+            seen = _watch(family.with_base(family.base.with_(depth=LAYERS)))
+        except RequestError:  # some models have a least depth
+            return _watch(family)
+        return extended_in_depth(seen, shapes_of(model), inits.named(model)) or _watch(family)
+    return _watch(family)
+
+
+def _watch(family: Family) -> Observation:
+    wider_base = family.base.with_(width=WIDER * family.base.width)
+    inits = InitWatcher()
+    with on_fake_tensors():
+        with inits:
+            model = build(family, family.base)
+        with InitWatcher() as wider_inits:
+            wider = build(family, wider_base)
+        shapes, wide = shapes_of(model), shapes_of(wider)
+        if wide.keys() != shapes.keys():
+            odd = sorted(wide.keys() ^ shapes.keys())[0]
+            raise RequestError(
+                f"{odd} is there at one width and not at the other: one family must have the same parameters."
+            )
+        check_patterns(check_roles(family.roles, f"roles of {family.name}"), shapes, family.name)
+        one = forward(family, model, family.base, inits)
+        other = forward(family, wider, wider_base, wider_inits)
+        passes = [(one, other, 0)]
+        if one.draws or other.draws or _refuses(family, model, wide, one.used() & other.used()):
+            seen, seen_wider = [one], [other]
+            while len(seen) < PASSES or (len(seen) < MOST_PASSES and _refuses(family, model, wide, _used(passes))):
+                seed = len(seen)
+                seen.append(forward(family, model, family.base, inits, seed))
+                seen_wider.append(forward(family, wider, wider_base, wider_inits, seed))
+                passes = _paired(seen, seen_wider)
+    used = _used(passes)
+    found = [
+        replace(_observed(family, model, inits, shapes, wide, one, other, used - one.used()), seed=seed)
+        for one, other, seed in passes
+    ]
+    if len(found) == 1:
+        return found[0]
+    counts = {name: sum(name in each.used() for each in seen) for name in shapes if name in used}
+    return _united(found, {name: count for name, count in counts.items() if count < len(seen)}, len(seen))
+
+
+def _used(passes: Sequence[tuple[OpTracer, OpTracer, int]]) -> frozenset[str]:
+    return frozenset().union(*(one.used() for one, _, _ in passes))
+
+
+def _refuses(
+    family: Family, model: torch.nn.Module, wide: Mapping[str, tuple[int, ...]], used: Collection[str]
+) -> bool:
+    """Say whether the role of a parameter that was not used cannot be told: it may be left out at random."""
+    for name, shape in shapes_of(model).items():
+        if name not in used and role_given(family.roles, name) is None:
+            grows = tuple(a != b for a, b in zip(shape, wide[name], strict=True))
+            if unused(shape, grows, layer=_is_layer(model, name)) is None:
+                return True
+    return False
+
+
+def _paired(seen: Sequence[OpTracer], wider: Sequence[OpTracer]) -> list[tuple[OpTracer, OpTracer, int]]:
+    """Return passes that differ in what they use, each with one of the wider model that uses the same, the fullest first."""
+    first, other = ({each.used(): i for i, each in reversed(list(enumerate(them)))} for them in (seen, wider))
+    both = sorted(first.keys() & other.keys(), key=lambda used: (-len(used), first[used]))
+    return [(seen[first[used]], wider[other[used]], first[used]) for used in both] or [(seen[0], wider[0], 0)]
+
+
+def _united(found: Sequence[Observation], skipped: Mapping[str, int], passes: int) -> Observation:
+    """Return what was seen of passes that leave parts of the model out at random: of each parameter where it is used."""
+    names = dict.fromkeys(name for each in found for name in each.specs)
+    specs = {name: next(each.specs[name] for each in found if name in each.specs) for name in names}
+    layers: dict[int, list[str]] = {}
+    for name, count in skipped.items():
+        layers.setdefault(count, []).append(name)
+    notes = [
+        f"{', '.join(left[:3])}{f' and {len(left) - 3} more' if left[3:] else ''}: skipped at random, used in {count} of "
+        f"{passes} forward passes; planned from these."
+        for count, left in layers.items()
+    ]
+    return replace(
+        found[0],
+        specs=specs,
+        queries=frozenset().union(*(each.queries for each in found)),
+        shared_queries=frozenset().union(*(each.shared_queries for each in found)),
+        open_branches=tuple(dict.fromkeys(name for each in found for name in each.open_branches)),
+        notes=(*dict.fromkeys(note for each in found for note in each.notes), *notes),
+    )
+
+
+def _observed(
+    family: Family, model: torch.nn.Module, inits: InitWatcher, shapes: Mapping[str, tuple[int, ...]],
+    wide: Mapping[str, tuple[int, ...]], seen: OpTracer, seen_wider: OpTracer, elsewhere: frozenset[str],
+) -> Observation:  # fmt: skip
+    """Compare one forward pass with a wider model's; parameters that are used ``elsewhere`` only are left out."""
+    dots = contractions(seen, seen_wider, family.roles)
+    dotted = frozenset().union(*(seen.used_by(each.uses) for each in seen.dots.sides()))
+    uses = seen.uses()
+    branches = residual_branches(seen.graph, uses)
+    inside = frozenset().union(*(branch.inside for branch in branches))
+    ends = frozenset().union(*(seen.decode(branch.ends) for branch in branches))
+    uses_wider = seen_wider.uses()
+    found = {name: constants(each, uses_wider[name], WIDER) for name, each in uses.items()}
+    scaled = in_attention(seen.attentions, seen_wider.attentions, WIDER)
+    notes = [
+        f"the forward pass multiplies with a number that grows as width^{power:+.2f} and that no parameter carries: it "
+        "is left as it is, so check it."
+        for power in loose(seen.factors, seen_wider.factors, WIDER)
+    ]
+    apart = unrecognized_branches(
+        seen.graph, uses, inside, {name: (shape, wide[name]) for name, shape in shapes.items()}
+    )
+    notes += [
+        f"{name} is on no residual branch that was seen, and {other} is: no rule for depth fits both."
+        for name, other in apart
+    ]
+    mixed = _mixed(seen, seen_wider)
+    columns, columns_wider = seen.columns(), seen_wider.columns()
+    own_inits, specs = inits.named(model), {}
+    for name, _ in model.named_parameters():
+        if name not in shapes or name in elsewhere:
+            continue
+        grows = tuple(a != b for a, b in zip(shapes[name], wide[name], strict=True))
+        if role_given(family.roles, name) is None and uses_wider[name]:
+            last = len(uses_wider[name]) - 1  # of experts that a router chooses there may be fewer
+            uses[name] = [
+                settled(name, shapes[name], wide[name], use, uses_wider[name][min(i, last)])
+                for i, use in enumerate(uses[name])
+            ]
+        if not uses[name]:
+            notes.append(f"{name} is not used in the example's forward pass: its role is told from its shape alone.")
+        spec = _spec(
+            family, name, shapes[name], grows, uses[name], own_inits[name], inside=name in inside, ends_branch=name in ends,
+            layer=_is_layer(model, name),
+            constants=found[name], dotted=name in dotted, in_attention=scaled.get(name, 0.0), mixed=name in mixed,
+        )  # fmt: skip
+        specs[name] = replace(
+            spec,
+            sizes=seen.sizes.get(name, ""),
+            columns=_columns(
+                grows,
+                (seen.joins, columns[name], uses[name]),
+                (seen_wider.joins, columns_wider[name], uses_wider[name]),
+            ),
+            insisted=role_given(family.roles, name) is not None,
+            unsplittable=_unsplittable(model, name, seen.used_in(name)),
+        )
+        if (
+            any(each != Constant() for each in found[name])
+            and not specs[name].constant
+            and not specs[name].readout_constant
+        ):
+            notes.append(
+                f"the forward pass multiplies the result of {name} with a number that grows with the width on one way and not "
+                "on all: it is left as it is, so check it."
+            )
+    for name, spec in specs.items():
+        if spec.tied:
+            reads = {use.node for use in uses[name]}
+            busy = frozenset(each for each in spec.carriers if any(use.takers - reads for use in uses[each]))
+            specs[name] = replace(spec, shared_carriers=busy)
+    return Observation(
+        specs,
+        queries=frozenset().union(*(each.queries for each in seen.attentions)),
+        shared_queries=frozenset().union(*(each.queries & each.others for each in seen.attentions))
+        | seen.shared_queries(),
+        heads=compared(seen.attentions, seen_wider.attentions),
+        attentions=tuple(seen.attentions),
+        dots=dots,
+        open_branches=(*(min(branch.inside) for branch in branches if not branch.ends), *(name for name, _ in apart)),
+        notes=tuple(dict.fromkeys(notes)),
+    )
+
+
+def shapes_of(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every trainable parameter by name."""
+    return {name: tuple(each.shape) for name, each in model.named_parameters() if each.requires_grad}
+
+
+def _spec(
+    family: Family, name: str, shape: tuple[int, ...], grows: tuple[bool, ...], uses: list[Use], init: Init, *,
+    inside: bool, ends_branch: bool, constants: list[Constant], in_attention: float, mixed: bool, layer: bool, dotted: bool,
+) -> ParamSpec:  # fmt: skip
+    roles: list[str] = []
+    given = role_given(family.roles, name)
+    if given is None and not uses:
+        given = unused(shape, grows, layer=layer)
+    if given is None:
+        roles = roles_of(name, shape, grows, uses)
+        tied = len(set(roles)) > 1
+        first: Use | None = uses[roles.index("input")] if tied else uses[0]
+        readout = uses[roles.index("output")] if tied else uses[0]
+        axes, role = (readout if not tied else uses[roles.index("input")]).axes, "input" if tied else roles[0]
+        carriers = readout.carriers if tied else frozenset()
+    else:
+        axes, role, tied, carriers = _axes_for(given, name, grows, uses, dotted), given, False, frozenset()
+        first = uses[0] if uses else None
+    into = [i for i in range(len(uses)) if not tied or roles[i] == "input"]
+    own = common([constants[i] for i in into])
+    behind = common([constants[i] for i in range(len(uses)) if i not in into])
+    return ParamSpec(
+        name, shape, role, axes, grows, init, tied, carriers,
+        on_data=first is not None and first.on_data,
+        meets=frozenset().union(*(use.carriers for use in uses if "in" in use.axes)),
+        inside=inside,
+        ends_branch=ends_branch,
+        shift=first.shift if first else 0.0,
+        constant=round(own.power + in_attention, 6),
+        constant_inside=own.inside,
+        readout_constant=behind.power,
+        mixed=mixed,
+        turned=not tied and len({tuple(label == "in" for label in use.axes) for use in uses}) > 1,
+    )  # fmt: skip
+
+
+def _is_layer(model: torch.nn.Module, name: str) -> bool:
+    """Say whether a parameter belongs to a module that sums over its inputs, whatever was seen of it."""
+    owner = model.get_submodule(name.rpartition(".")[0])
+    return hasattr(owner, "in_features") or hasattr(owner, "in_channels")
+
+
+def _axes_for(role: str, name: str, grows: tuple[bool, ...], uses: list[Use], dotted: bool) -> tuple[str, ...]:
+    """Axes of a parameter whose role was given: as seen where that fits, else as `nn.Linear` stores them.
+
+    If its result is a side of a dot product (``dotted``) and it is called a readout, both its axes are summed over.
+    """
+    seen = {label for grow, label in zip(grows, uses[0].axes, strict=True) if grow} if uses else {"unknown"}
+    summed = role in ("hidden", "output", "bottleneck")
+    if (
+        "unknown" not in seen
+        and ("in" in seen) == summed
+        and bool(seen - {"in"}) == (role in ("input", "vector", "hidden"))
+    ):
+        return uses[0].axes
+    growing = [axis for axis, grow in enumerate(grows) if grow]
+    fitting = ["hidden"] if len(growing) > 1 and "in" in seen else possible(len(growing))
+    if role not in fitting and not (dotted and role == "output"):
+        raise RequestError(
+            f"{name} is called {role}, and {len(growing)} of its axes grow with the width: it can be {' or '.join(fitting)}."
+        )
+    into = {"hidden": growing[-1:], "output": growing, "bottleneck": growing}.get(role, [])
+    return tuple("in" if axis in into else "out" for axis in range(len(grows)))
+
+
+def _columns(grows: tuple[bool, ...], base: _Met, wider: _Met) -> tuple[Columns, ...]:
+    """Return which entries of an axis that is summed over grow in number and which do not, where it has both."""
+    for axis in (axis for axis, each in enumerate(grows) if each):
+        met = [
+            [labels[axis] for labels, use in zip(columns, uses, strict=True) if labels and use.axes[axis] == "in"]
+            for _, columns, uses in (base, wider)
+        ]
+        if all(met) and (found := mixed_columns(axis, (base[0], met[0]), (wider[0], met[1]))):
+            return found
+    return ()
+
+
+def _unsplittable(model: torch.nn.Module, name: str, modules: set[str]) -> str:
+    """Return why features of the input that a parameter meets cannot be multiplied by a hook of the module that owns it."""
+    prefix, _, key = name.rpartition(".")
+    owner = model.get_submodule(prefix)
+    if key != "weight" or not isinstance(owner, torch.nn.Linear | torch.nn.modules.conv._ConvNd):
+        return "it belongs to no plain linear layer or convolution"
+    if modules != {prefix}:
+        return f"it is used outside of {prefix}'s own forward"
+    return "it works in groups" if getattr(owner, "groups", 1) > 1 else ""
+
+
+def _mixed(seen: OpTracer, wider: OpTracer) -> frozenset[str]:
+    """Parameters that are cut into pieces that grow differently, or whose result is."""
+    uneven = seen.parts.uneven(wider.parts)
+    return frozenset().union(*(cut.owners | seen.used_by(cut.direct) for cut in uneven))

@@ -1,0 +1,303 @@
+"""Residual branches: sums x + f(x) found in the order of values, and the parameters used on the way from x to the sum."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from .dataflow import Graph, Sum, Use, meet, union
+
+__all__ = [
+    "Branch",
+    "Residual",
+    "ancestors",
+    "unrecognized_branches",
+    "coupled",
+    "descendants",
+    "residual_branches",
+    "residual_sums",
+    "within",
+]
+
+
+@dataclass(frozen=True)
+class Residual:
+    """A sum of a stream and a branch, as nodes: the branch was made from ``source``, mostly the stream itself.
+
+    ``carries`` are the parameters that carry a factor into the branch, as bits.
+    """
+
+    node: int
+    stream: int
+    source: int
+    branch: int
+    carries: int
+
+
+def residual_sums(graph: Graph, above: list[int], known: Iterable[Residual] = ()) -> list[Residual]:
+    """Return the sums of which one side was made from the other, or from what the other was before.
+
+    In x + f(x) + g(x) the second branch was made from what the stream was before the first. ``above`` are all `ancestors`;
+    the ``known`` are found already and left out.
+    """
+    found = []
+    before = {each.node: each.stream for each in known}  # what a stream was before a branch was added to it
+    for each in (each for each in graph.sums if each.node not in before):
+        residual = _residual(each, graph, above, before)
+        if residual is not None and residual.branch != residual.stream:
+            found.append(residual)
+            before[each.node] = each.left + each.right - residual.branch
+    return found
+
+
+def coupled(graph: Graph, found: list[Residual], above: list[int], after: list[int]) -> list[Residual]:
+    """Return the other half of two streams that add to each other, a + f(b) beside b + g(a), where a and b enter apart.
+
+    Neither side of that sum was made from the other. But it is on the way from b to what is added to b, and goes on beside it.
+    ``after`` are all `descendants`.
+    """
+    known = {each.node for each in found}
+    return [
+        Residual(each.node, stream, other.stream, branch, carries)
+        for each in graph.sums
+        if each.node not in known
+        for other in found
+        if above[other.branch] >> each.node & 1 and not after[each.node] >> other.node & 1
+        for stream, branch, carries in _ways(each)
+        if above[branch] >> other.stream & 1 and not above[stream] >> other.stream & 1
+    ]
+
+
+def within(node: int, other: Residual, above: list[int]) -> bool:
+    """Say whether a node is on the way from another sum's source to its branch."""
+    return bool(
+        above[other.branch] >> node & 1 and above[node] >> other.source & 1 and not above[other.source] >> node & 1
+    )
+
+
+def ancestors(graph: Graph, stops: frozenset[int]) -> list[int]:
+    """Return for every node the set (as bits) of nodes it was made from, itself included, not looking past ``stops``."""
+    above = [0]
+    for node, parents in enumerate(graph.parents[1:], 1):
+        bits = 1 << node
+        for parent in parents:
+            bits |= 1 << parent if parent in stops else above[parent]
+        above.append(bits)
+    return above
+
+
+def descendants(graph: Graph, read: int) -> list[int]:
+    """Return for every node the set (as bits) of nodes through which all of its ways to the result go, itself included.
+
+    ``read`` are the nodes that lead there.
+    """
+    after = [-1] * len(graph.parents)
+    for node in range(len(graph.parents) - 1, 0, -1):
+        if read >> node & 1:
+            after[node] = 1 << node | (after[node] if after[node] != -1 else 0)
+            for parent in graph.parents[node]:
+                after[parent] &= after[node]
+    return after
+
+
+def _ways(each: Sum) -> Iterable[tuple[int, int, int]]:
+    """Every (stream, branch, what carries the branch) that a sum could be."""
+    return (each.left, each.right, each.right_carries), (each.right, each.left, each.left_carries)
+
+
+def _residual(each: Sum, graph: Graph, above: list[int], before: dict[int, int]) -> Residual | None:
+    for stream, branch, carries in _ways(each):
+        source = _source(branch, stream, graph, above, before)
+        if source:
+            return Residual(each.node, stream, source, branch, carries)
+    for stream, branch, carries in _ways(each):
+        own = _line(branch, before)
+        for earlier in _line(stream, before):
+            if earlier not in own and (source := _source(branch, earlier, graph, above, before)):
+                return Residual(each.node, earlier, source, branch, carries)
+    return None
+
+
+def _source(branch: int, stream: int, graph: Graph, above: list[int], before: dict[int, int]) -> int:
+    """Return from what of the stream a branch was made: the stream or, if that is a piece of a value, all of it; or 0.
+
+    A sum of two streams is no branch of either: what the one was before it took from the other came from elsewhere.
+    """
+    if above[branch] >> stream & 1:
+        return stream if all(above[each] >> stream & 1 for each in _line(branch, before)) else 0
+    whole, region = graph.pieces.get(stream, (0, None))
+    if not whole or not above[branch] >> whole & 1:
+        return 0
+    ways, seen = [branch], {branch}
+    while ways:
+        node = ways.pop()
+        if node == whole:
+            return whole
+        its_whole, its_region = graph.pieces.get(node, (0, None))
+        if its_whole != whole or meet(its_region, region):
+            more = {parent for parent in graph.parents[node] if parent >= whole} - seen
+            seen |= more
+            ways += more
+    return 0
+
+
+def _line(node: int, before: dict[int, int]) -> list[int]:
+    """Return a stream and what it was before, the latest first."""
+    line = [node]
+    while line[-1] in before:
+        line.append(before[line[-1]])
+    return line
+
+
+Layer = tuple[str, ...]  # the parts of a name up to its number
+
+
+def unrecognized_branches(
+    graph: Graph, uses: dict[str, list[Use]], inside: frozenset[str], shapes: Mapping[str, Any]
+) -> list[tuple[str, str]]:
+    """Return matrices of numbered layers that are on no branch, each with one that is and should be no different.
+
+    That is the same matrix of a layer that looks the same, or another matrix of the same layer. A rule for depth would then
+    hold for a part of the stack only.
+
+    Args:
+        graph: the order of values in a forward pass.
+        uses: every parameter's uses in it.
+        inside: parameters on branches.
+        shapes: of every parameter, at all the sizes at which two have to agree to be alike.
+    """
+    read = ancestors(graph, frozenset())[graph.result] if graph.result else -1
+    looks: dict[Layer, set[tuple[Layer, Any]]] = defaultdict(set)
+    for name in uses:
+        for layer, rest in _numbered(name):
+            looks[layer].add((rest, shapes[name]))
+    kinds = {layer: (layer[:-1], frozenset(look)) for layer, look in looks.items()}
+
+    def places(name: str) -> list[Any]:
+        numbered = list(_numbered(name))
+        return [(kinds[layer], rest) for layer, rest in numbered] + [layer for layer, _ in numbered[:1]]
+
+    matrices = [n for n, each in uses.items() if any("in" in use.axes and read >> use.node & 1 for use in each)]
+    known = {place: name for name in reversed(matrices) if name in inside for place in places(name)}
+    found = ((name, [known[place] for place in places(name) if place in known]) for name in matrices)
+    return [(name, others[0]) for name, others in found if others and name not in inside]
+
+
+def _numbered(name: str) -> Iterator[tuple[Layer, Layer]]:
+    """Every (layer, rest) of a name, the innermost layer first."""
+    parts = tuple(name.split("."))
+    for i in range(len(parts), 0, -1):
+        if parts[i - 1].isdigit():
+            yield parts[:i], parts[i:]
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One residual branch: the parameters used inside it, and what carries a factor into it (as a set of bits)."""
+
+    inside: frozenset[str]
+    ends: int
+
+
+def residual_branches(graph: Graph, uses: dict[str, list[Use]]) -> list[Branch]:
+    """Return the residual branches of one forward pass, the outermost only.
+
+    A branch within a branch (a gated unit written as x + …, a token shift) does not grow in number with the depth.
+    A parameter is inside a branch when it is used on the way from the stream to the sum; what feeds several branches
+    without coming from their stream (an encoder's final norm, a table of positions that all layers share) is not, unless they
+    are all of its own layer (a modulation of attention and FFN).
+    """
+    above = ancestors(graph, frozenset())
+    read = above[graph.result] if graph.result else -1  # a recurrence's last state is made and not read
+    after = descendants(graph, read)
+
+    def layers(sums: Iterable[Residual]) -> list[Residual]:
+        return [each for each in sums if read >> each.node & 1 and not _recurs(each, graph, above, uses)]
+
+    second = layers(coupled(graph, layers(residual_sums(graph, above)), above, after))
+    found = layers(residual_sums(graph, above, second)) + second
+    # A branch in another one ends there: what goes on beside it is a second stream.
+    outer = [
+        each
+        for each in found
+        if not any(within(each.node, other, above) and after[each.node] >> other.node & 1 for other in found)
+    ]
+    sums = frozenset(each.node for each in outer)
+    near = ancestors(graph, sums)
+    reach = [near[each.branch] for each in outer]
+    homes = {name: {_home(use.node, reach) for use in each} for name, each in uses.items()}
+    branches: list[Branch] = []
+    for each, all_near in zip(outer, reach, strict=True):
+        here = all_near & ~(above[each.stream] | above[each.source])
+        inside = {
+            name
+            for name, its in uses.items()
+            for use in its
+            if here >> use.node & 1
+            and (any(above[n] >> each.source & 1 for n in use.operands) or homes[name] == {all_near})
+        }
+        branches.append(Branch(frozenset(inside), each.carries))
+    on_streams = union(near[each.stream] for each in outer if each.stream not in sums)
+    branches = [
+        _with_own(branch, all_near & ~on_streams, uses, reach, branches)
+        for branch, all_near in zip(branches, reach, strict=True)
+    ]
+    branches = [branch for branch in branches if branch.inside]
+    return [branch for branch in branches if branch.ends or _repeats(branch, branches)]
+
+
+def _with_own(
+    branch: Branch, near: int, uses: dict[str, list[Use]], reach: list[int], branches: list[Branch]
+) -> Branch:
+    """Return the branch with what feeds several branches, if all of these are of the layer whose own it is."""
+    layers = [{_layer(name) for name in each.inside} for each in branches]
+    own = {
+        name
+        for name in uses
+        if (layer := _layer(name)) and name not in branch.inside
+        for node in [use.node for use in uses[name] if near >> use.node & 1]
+        if all(its == {layer} for its, fed in zip(layers, reach, strict=True) if fed >> node & 1)
+    }
+    return replace(branch, inside=branch.inside | own)
+
+
+def _layer(name: str) -> tuple[str, ...]:
+    """Return the parts of a name up to its first number, or nothing."""
+    parts = name.split(".")
+    return next((tuple(parts[: i + 1]) for i, part in enumerate(parts) if part.isdigit()), ())
+
+
+def _home(node: int, reach: list[int]) -> int:
+    """Return the reach of the one branch that a value feeds, or 0."""
+    fed = [each for each in reach if each >> node & 1]
+    return fed[0] if len(fed) == 1 else 0
+
+
+def _recurs(found: Residual, graph: Graph, above: list[int], uses: dict[str, list[Use]]) -> bool:
+    """Say whether this is a step of a recurrence, and no layer: the same parameters made its stream from an earlier input.
+
+    Either it adds to its input what they made of an earlier sum with that input, or every step takes in a piece of one value.
+    """
+    earlier, all_since = above[found.source], above[found.branch] & ~above[found.source]
+    steps = [
+        (before & ~above[found.stream], above[found.branch] & ~above[each.node])
+        for each in graph.sums
+        if found.stream in (each.left, each.right) and above[found.branch] >> each.node & 1
+        for before in [above[each.left] | above[each.right]]
+    ]
+    wholes = {whole for node, (whole, _) in graph.pieces.items() if earlier >> node & 1}
+    if any(all_since >> node & 1 and whole in wholes for node, (whole, _) in graph.pieces.items()):
+        steps.append((earlier, all_since))
+    return any(
+        any(before >> use.node & 1 for use in each) and any(since >> use.node & 1 for use in each)
+        for before, since in steps
+        for each in uses.values()
+    )
+
+
+def _repeats(branch: Branch, branches: list[Branch]) -> bool:
+    """Say whether there may be more of it in a deeper model: a numbered layer's, or of parameters used again."""
+    numbered = any(part.isdigit() for name in branch.inside for part in name.split("."))
+    return numbered or sum(bool(branch.inside & other.inside) for other in branches) > 1

@@ -1,0 +1,232 @@
+"""By what the forward pass multiplies each use's result before another operation takes it in, and where such numbers come from.
+
+A number can be written on a parameter if everything that the parameter's result goes into sees it multiplied by that number. So
+it is followed per use, and noted where the result is taken in: by another matrix, a norm, a nonlinearity. What a sum or a
+norm over n entries does to a size (n, √n) is followed separately, as a ``residual``: x / ‖x‖ · √n and x.sum() / n multiply by
+nothing that grows. A number may also stand in a tensor of one entry, or of equal entries (`Scalars`).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from ..initialization import Init, InitWatcher
+from . import ops as ops
+from .dataflow import Flow, storage_key
+
+__all__ = ["Factors", "Scalars", "of_buffers", "rounded"]
+
+# Where the number stands among the arguments, or the number itself.
+FILLS: dict[str, int | float] = {"full": 1, "full_like": 1, "new_full": 2, "scalar_tensor": 0, "fill": 1, "fill_": 1}
+ONES = {"ones", "ones_like", "new_ones"}
+ARITHMETIC = ops.PRODUCTS | ops.SUMS | ops.COPIES | {"sqrt", "rsqrt", "pow", "reciprocal", "neg", "exp", "log", "rsub"}
+
+
+class Scalars:
+    """Which tensors of a watched forward pass hold one number; fake tensors do not say."""
+
+    def __init__(self, find: Callable[[torch.Tensor], float | None] = lambda _: None) -> None:
+        self._find = find
+        self._known: dict[int, float] = {}
+
+    def value(self, each: Any) -> float | None:
+        """Return the number that ``each`` is, or holds in all its entries."""
+        if isinstance(each, (int, float)) and not isinstance(each, bool):
+            return float(each)
+        if not isinstance(each, torch.Tensor) or not each.is_floating_point():
+            return None
+        key = storage_key(each)
+        return self._known[key] if key in self._known else self._read(each)
+
+    def factor(self, args: Any, depends: Callable[[torch.Tensor], bool]) -> float | None:
+        """Return the number that a product has as one of its two factors, if it does; ``depends`` says what is none."""
+        for each in args[:2]:
+            if isinstance(each, torch.Tensor) and depends(each):
+                continue
+            if (value := self.value(each)) is not None:
+                return value
+        return None
+
+    def see(self, name: str, func: Any, args: Any, kwargs: dict[str, Any], outputs: list[torch.Tensor]) -> None:
+        """Follow an operation that makes a number of numbers."""
+        if not outputs or not outputs[0].is_floating_point():
+            return
+        made = None
+        if name in FILLS:
+            made = self.value(args[FILLS[name]]) if len(args) > FILLS[name] else None
+        elif name in ONES:
+            made = 1.0
+        elif name in ARITHMETIC:
+            made = self._computed(func, args, kwargs)
+        elif not name.endswith("_"):
+            return
+        self._known.pop(storage_key(outputs[0]), None)
+        if made is not None:
+            self._known[storage_key(outputs[0])] = made
+
+    def _computed(self, func: Any, args: Any, kwargs: dict[str, Any]) -> float | None:
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        if not tensors or any(self._known.get(storage_key(each)) is None for each in tensors):
+            return None
+        with _disable_current_modes():
+            real = tree_map_only(torch.Tensor, lambda each: torch.tensor(self.value(each), dtype=torch.float64), args)
+            return float(func(*real, **{key: each for key, each in kwargs.items() if key == "alpha"}))
+
+    def _read(self, each: torch.Tensor) -> float | None:
+        if each.numel() != 1:
+            return self._find(each)
+        known = getattr(each, "constant", each if type(each) is torch.Tensor else None)
+        return self._find(each) if known is None or known.is_meta else float(known)
+
+
+def of_buffers(model: torch.nn.Module, inits: InitWatcher | None) -> Callable[[torch.Tensor], float | None]:
+    """Return what reads a buffer: from its constructor's operations, or from its values where it is real."""
+    buffers = {storage_key(each): each for each in model.buffers() if each.is_floating_point() and each.numel()}
+
+    def find(tensor: torch.Tensor) -> float | None:
+        buffer = buffers.get(storage_key(tensor))
+        if inits is None:
+            if buffer is None or type(buffer) is not torch.Tensor:
+                return None
+            first = buffer.flatten()[0]
+            return float(first) if bool((buffer == first).all()) else None
+        if tensor.numel() == 1:
+            number = inits.value(tensor)
+            return None if number is None else float(number)
+        init = None if buffer is None else inits.find(buffer)
+        return init.a if isinstance(init, Init) and init.kind == "constant" and not init.parts else None
+
+    return find
+
+
+# Functions that turn a factor c > 0 on their input into c to this power.
+HOMOGENEOUS = {
+    **dict.fromkeys(("abs", "relu", "relu_", "leaky_relu", "_prelu_kernel", "clamp", "clamp_min"), 1.0),
+    **dict.fromkeys(("clamp_", "clamp_max", "clamp_min_", "clamp_max_"), 1.0),
+    **dict.fromkeys(("amax", "max", "maximum", "minimum", "std", "linalg_vector_norm", "norm", "where"), 1.0),
+    **{"var": 2.0, "square": 2.0, "sqrt": 0.5, "rsqrt": -0.5, "reciprocal": -1.0},
+}
+
+
+class Factors:
+    """What every use's result has been multiplied with where it is taken in.
+
+    Attributes:
+        taken: use → nodes that took it in → pairs of (numbers multiplied in, residual).
+        inner: use → the numbers that the module which owns the parameter multiplied in itself.
+    """
+
+    def __init__(self) -> None:
+        self.taken: dict[int, dict[int, set[tuple[float, float]]]] = defaultdict(lambda: defaultdict(set))
+        self.inner: dict[int, float] = defaultdict(lambda: 1.0)
+        self._loose: dict[str, set[tuple[float, int]]] = defaultdict(set)
+
+    @property
+    def loose(self) -> dict[str, set[float]]:
+        """Numbers that were on no parameter's result, by module."""
+        return {module: {number for number, _ in found} for module, found in self._loose.items()}
+
+    def leave(self, number: float, node: int, module: str) -> None:
+        """Note a number that is on no parameter's result at ``node``."""
+        self._loose[module].add((rounded(number), node))
+
+    def forget(self, uses: Iterable[int], nodes: set[int]) -> None:
+        """Forget that ``nodes`` have taken in these uses, and numbers there: what becomes of them is told elsewhere."""
+        for use in uses:
+            for node in nodes:
+                self.taken[use].pop(node, None)
+        for module, found in self._loose.items():
+            self._loose[module] = {each for each in found if each[1] not in nodes}
+
+    def take(self, flow: Flow, node: int, module: str) -> None:
+        """Note that ``node``, made in ``module``, has taken ``flow`` in."""
+        for use, factor in flow.factors.items():
+            self.taken[use][node].add((rounded(factor), rounded(flow.residual)))
+        if not flow.factors and flow.product is None:
+            self.leave(flow.residual, node, module)
+
+    def spill(self, flows: Iterable[Flow], result: Flow, module: str) -> None:
+        """Take in the sides of a product of activations that did not become attention."""
+        for flow in flows:
+            if flow.product is not None and flow.product is not result.product:
+                for side in flow.product.sides:
+                    self.take(side, result.node, module)
+                self.leave(flow.residual, result.node, module)
+
+    def multiply(self, result: Flow, number: float, module: str, owner: Callable[[int], str]) -> None:
+        """Multiply ``result`` with a number."""
+        for use in result.factors:
+            result.factors[use] *= number
+            if owner(use) == module:
+                self.inner[use] *= number
+        if not result.factors:
+            result.residual *= number
+
+    def follow(
+        self, name: str, live: list[Flow], own: dict[int, float], result: Flow, module: str, *, count: float, power: float
+    ) -> None:  # fmt: skip
+        """Hand on what ``result`` keeps of the flows that entered, and take in the rest.
+
+        ``own`` are the uses of parameters in this operation; ``count`` is how many entries of the input become one, and
+        ``power`` the exponent of a `pow`.
+        """
+        attends = name.startswith("_scaled_dot_product")
+        if name in ops.CONTRACTIONS and result.product is not None:
+            kept = list(result.product.sides)
+        elif name in ops.LINEAR and result.carries:
+            kept = live
+            self._join(live, result, module)
+        elif name in ops.PRODUCTS and result.carries and not own:
+            kept = [next(flow for flow in live if flow.carries == result.carries)]
+            result.factors = dict(kept[0].factors)
+        else:
+            kept = live[:2] if attends else []
+        self._keep_residual(name, live, own, result, count, power)
+        absorbs = not (name in ops.PRODUCTS or name in ops.LINEAR or name in HOMOGENEOUS or name == "pow")
+        for flow in live:
+            if not any(flow is each for each in kept) and (flow.factors or absorbs):
+                self.take(flow, result.node, module)
+        if result.carries or not own:
+            result.factors |= own
+        else:
+            self.take(Flow(factors=own), result.node, module)
+
+    def _join(self, live: list[Flow], result: Flow, module: str) -> None:
+        """A sum has one residual: what differs is part of the factors; two ways of one use that differ are both taken in."""
+        common = live[0].residual if live else 1.0
+        for flow in live:
+            for use, factor in flow.factors.items():
+                brought = factor * flow.residual / common if common else factor
+                known = result.factors.setdefault(use, brought)
+                if rounded(known) != rounded(brought):
+                    self.take(Flow(factors={use: brought}), result.node, module)
+                    self.take(Flow(factors={use: known}), result.node, module)
+
+    def _keep_residual(
+        self, name: str, live: list[Flow], own: dict[int, float], result: Flow, count: float, power: float
+    ) -> None:
+        residuals = [flow.residual for flow in live]
+        if name in ops.CONTRACTIONS or name in ops.AFFINE_NORMS or not live:
+            return
+        if result.product is not None:
+            result.residual = next(flow.residual for flow in live if flow.product is result.product)
+        elif name in ops.PRODUCTS and len(live) == 2:
+            result.residual = residuals[0] / residuals[1] if name.startswith("div") else residuals[0] * residuals[1]
+        elif name in ops.PRODUCTS:
+            # What a gain took in has been noted; a normalized value, which nothing carries, goes on through it.
+            result.residual = 1.0 if own and live[0].factors else residuals[0]
+        elif name in ops.LINEAR or name in HOMOGENEOUS or name == "pow":
+            exponent = power if name == "pow" else HOMOGENEOUS.get(name, 1.0)
+            grown = count if name == "sum" else count ** (1 / power) if name in ("linalg_vector_norm", "norm") else 1.0
+            result.residual = max(residuals[0], 0.0) ** exponent * grown if residuals[0] else 1.0
+
+
+def rounded(number: float) -> float:
+    """Return ``number`` without the digits in which two orders of multiplying differ."""
+    return float(f"{number:.9g}")

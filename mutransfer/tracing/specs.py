@@ -1,0 +1,311 @@
+"""What is known of a family before any target is named: one `ParamSpec` per parameter, and the attention.
+
+`match_layers` says which layer of the base model a layer of a deeper one is scaled from: matched by pattern, not by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ..errors import RequestError
+from ..initialization import Init
+from .columns import Columns
+from .dataflow import Attention
+from .growing_products import Contraction, Heads
+
+__all__ = ["Observation", "ParamSpec", "fits", "kinds", "match_layers"]
+
+Tree = dict[str, Any]  # a name's parts → subtree; at a leaf, under "", (full name, number of axes)
+
+
+Fits = Callable[[str, str], bool]
+
+
+def match_layers(
+    target: Mapping[str, int], base: Mapping[str, int], fits: Fits | None = None, kinds: Mapping[str, Any] | None = None
+) -> dict[str, str]:
+    """Return for every parameter of the target the one of the base that it is scaled from.
+
+    Layers are the numbered parts of a name. The same number is taken where the layer looks alike (the same parameters
+    within it, with the same number of axes); otherwise the one that the layer would be if the base's stack went on
+    periodically, otherwise the last that looks alike. Of one list that holds the input and the readout as well, these are
+    told by their ``kinds`` and matched from either end; what is between them is what there is more of.
+
+    Args:
+        target: name → number of axes.
+        base: likewise.
+        fits: says whether a parameter of the target can be one of the base, at another width.
+        kinds: name in the base → what two layers of one kind have in common, such as shape and what grows.
+
+    Raises:
+        RequestError: a parameter on one side has no counterpart on the other.
+    """
+    if target.keys() == base.keys():
+        return {name: name for name in target}
+    found = dict(_matched(_tree(target), _tree(base), fits or (lambda *_: True), kinds or {}))
+    missing = sorted(set(base) - set(found.values()))
+    if missing:
+        raise RequestError(f"{missing[0]} is in the base and has no counterpart in the target: build the same modules.")
+    return {name: found[name] for name in target}
+
+
+def _tree(names: Mapping[str, int]) -> Tree:
+    root: Tree = {}
+    for name, axes in names.items():
+        node = root
+        for part in name.split("."):
+            node = node.setdefault(part, {})
+        node[""] = (name, axes)
+    return root
+
+
+def _matched(target: Tree, base: Tree, fits: Fits, kinds: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    looks = {key: _looks(value) for key, value in base.items() if key.isdigit()}
+    aligned = _aligned(target, base, fits, kinds) if kinds else {}
+    for key, value in target.items():
+        if key == "" and "" in base:
+            yield value[0], base[""][0]
+        elif key.isdigit() and looks:
+            layer = aligned.get(key) or _layer(int(key), _looks(value), looks, value)
+            yield from _matched(value, base[layer], fits, kinds)
+        elif key != "" and key in base:
+            yield from _matched(value, base[key], fits, kinds)
+        else:
+            raise _unmatched(target if key == "" else value)
+
+
+def _layer(number: int, look: frozenset[Any], looks: dict[str, frozenset[Any]], value: Tree) -> str:
+    alike = [key for key, other in looks.items() if other == look]
+    if not alike:
+        raise _unmatched(value)
+    periodic = str(number % len(looks))
+    return next((key for key in (str(number), periodic) if key in alike), alike[-1])
+
+
+def _aligned(target: Tree, base: Tree, fits: Fits, kinds: Mapping[str, Any]) -> dict[str, str]:
+    """Match a list of layers, of which some that look alike are not: the target has a part of it more often.
+
+    Of several such parts, one that the base repeats itself is taken, otherwise the one that grows the most.
+    """
+    wide, narrow = (sorted((key for key in tree if key.isdigit()), key=int) for tree in (target, base))
+    kind = {key: tuple((path, kinds[name]) for name, path, _ in _leaves(base[key])) for key in narrow}
+    alike: dict[Any, set[Any]] = {}
+    for key in narrow:
+        alike.setdefault(_looks(base[key]), set()).add(kind[key])
+    more = len(wide) - len(narrow)
+    if more <= 0 or all(len(found) == 1 for found in alike.values()):
+        return {}
+    found: list[tuple[tuple[bool, float], list[str]]] = []
+    for size in (size for size in range(1, len(narrow) + 1) if more % size == 0):
+        for end in range(size, len(narrow) + 1):
+            part, before = narrow[end - size : end], narrow[max(0, end - 2 * size) : end - size]
+            row = [*narrow[:end], *part * (more // size), *narrow[end:]]
+            if all(_could_be(target[a], base[b], fits) for a, b in zip(wide, row, strict=True)):
+                repeated = [kind[key] for key in part] == [kind[key] for key in before]
+                grows = sum(sum(grown) for key in part for _, (_, grown) in kind[key]) / size
+                found.append(((repeated, grows), row))
+    return dict(zip(wide, max(found, key=lambda each: each[0])[1], strict=True)) if found else {}
+
+
+def _could_be(target: Tree, base: Tree, fits: Fits) -> bool:
+    ours, theirs = (list(_leaves(each)) for each in (target, base))
+    return _looks(target) == _looks(base) and all(fits(a[0], b[0]) for a, b in zip(ours, theirs, strict=True))
+
+
+def _unmatched(tree: Tree) -> RequestError:
+    name = next(iter(_leaves(tree)))[0]
+    return RequestError(
+        f"{name} is in the target and nothing in the base looks like it: give a base depth that has every kind of layer."
+    )
+
+
+def _looks(tree: Tree) -> frozenset[Any]:
+    """What a layer is made of, whatever its own number and those within it."""
+    return frozenset((tuple("#" if part.isdigit() else part for part in path), axes) for _, path, axes in _leaves(tree))
+
+
+def _leaves(tree: Tree, path: tuple[str, ...] = ()) -> Iterable[tuple[str, tuple[str, ...], int]]:
+    for key, value in tree.items():
+        if key == "":
+            yield value[0], path, value[1]
+        else:
+            yield from _leaves(value, (*path, key))
+
+
+@dataclass(frozen=True)
+class ParamSpec:
+    """One parameter of the base model.
+
+    Args:
+        name: as in ``named_parameters``.
+        shape: at base size.
+        role: input, vector, hidden, output, bottleneck or finite.
+        axes: what becomes of each axis (in, out, gather, each).
+        grows: which axes grow with the width.
+        init: what its entries are drawn from.
+        tied: whether it is also the readout.
+        carriers: for a tied readout, the parameters that carry a factor into its input (the final norm's).
+        shared_carriers: those of them whose result something else than the readout takes in as well.
+        on_data: whether the data enters the model here.
+        meets: the parameters that carry a factor into what this parameter is applied to, in any of its uses.
+        inside: whether it is used on a residual branch.
+        ends_branch: whether it carries a factor into a residual branch's end.
+        shift: s for a gain used as s + w, otherwise 0.
+        constant: power of the width in the number that the forward pass itself multiplies with this parameter.
+        constant_inside: whether that number is multiplied in by the module that owns the parameter.
+        readout_constant: likewise of a tied matrix, with its result as a readout.
+        depth_constant: power of the depth in such a number, where depths have been compared.
+        sizes: for the sizes of a normalized weight (weight_norm's g), the name of the weight's own parameter.
+        mixed: whether its rows have different roles (a fused matrix of which some rows grow and some do not).
+        layer: the parts of the name up to the number of the layer in a stack that depth makes longer; empty where there is none.
+        rounds: (a, b) where a model of depth D has a + b·D residual branches with this very parameter: (1, 0) if it is there
+            once whatever the depth, (0, 1) if every layer uses it, or where depths have not been compared.
+        turned: whether one use sums over the axis that survives in another (x @ w and x @ w.T).
+        columns: of an axis that is summed over and made of growing and fixed pieces, which entries are which (`columns`).
+        insisted: whether the role was given and not seen.
+        unsplittable: why the input of a layer with such columns cannot be multiplied column by column; empty where it can.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    role: str
+    axes: tuple[str, ...]
+    grows: tuple[bool, ...]
+    init: Init
+    tied: bool
+    carriers: frozenset[str]
+    on_data: bool
+    meets: frozenset[str] = frozenset()
+    inside: bool = False
+    ends_branch: bool = False
+    shift: float = 0.0
+    constant: float = 0.0
+    constant_inside: bool = False
+    readout_constant: float = 0.0
+    depth_constant: float = 0.0
+    shared_carriers: frozenset[str] = frozenset()
+    mixed: bool = False
+    sizes: str = ""
+    turned: bool = False
+    columns: tuple[Columns, ...] = ()
+    insisted: bool = False
+    unsplittable: str = ""
+    layer: tuple[str, ...] = ()
+    rounds: tuple[float, float] = (0.0, 1.0)
+
+    def multipliers(
+        self, shape: tuple[int, ...], name: str | None = None, deeper: float = 1.0, *, apart: bool = False
+    ) -> tuple[float, float]:
+        """Return (m_in, m_out) of the same parameter with another ``shape``: every axis counts by its own ratio.
+
+        An axis that does not grow with the width may be the layers themselves: then it is ``deeper`` times as long. Of mixed
+        columns all count, or with ``apart`` those that grow.
+
+        Raises:
+            RequestError: another axis differs.
+        """
+        name = name or self.name
+        if len(shape) != len(self.shape):
+            raise RequestError(f"{name} has shape {list(shape)} in the target and {list(self.shape)} in the base.")
+        m_in = m_out = 1.0
+        for axis, (label, grows, size, base) in enumerate(zip(self.axes, self.grows, shape, self.shape, strict=True)):
+            if not grows:
+                if size not in (base, base * deeper):
+                    raise RequestError(
+                        f"axis {axis} of {name} is {size} in the target and {base} in the base, yet does not grow when "
+                        "the width doubles: build both with the same data, vocabulary and fixed sizes."
+                    )
+            elif label == "in":
+                fixed = self.fixed_columns(axis) if apart else 0
+                m_in *= (size - fixed) / (base - fixed)
+            else:
+                m_out *= size / base
+        if self.turned and m_in != m_out:
+            raise RequestError(
+                f"{name} is used both ways round, so that each of its axes is summed over once, and they grow by {m_in:g} and "
+                f"{m_out:g} from the base to {list(shape)}: let both grow alike, or give each use its own parameter."
+            )
+        return m_in, m_out
+
+    @property
+    def role_of_fixed(self) -> str:
+        """The role of columns that meet a fixed number of entries."""
+        return "input" if self.role == "hidden" else "finite"
+
+    def fixed_columns(self, axis: int) -> int:
+        """Return how many entries of an axis meet pieces of a fixed size."""
+        return sum(each.end - each.begin for each in self.columns if each.axis == axis and not each.grows)
+
+    def columns_at(self, shape: tuple[int, ...]) -> tuple[Columns, ...]:
+        """Return the columns of the same parameter with another ``shape``, where all growing pieces grow alike."""
+        found: list[Columns] = []
+        for each in self.columns:
+            fixed = self.fixed_columns(each.axis)
+            ratio = (shape[each.axis] - fixed) / (self.shape[each.axis] - fixed) if each.grows else 1.0
+            begin = found[-1].end if found else 0
+            found.append(replace(each, begin=begin, end=begin + round((each.end - each.begin) * ratio)))
+        return tuple(found)
+
+    def told_columns(self, shape: tuple[int, ...]) -> str:
+        """Say which columns grow and which do not, at another ``shape``."""
+        columns = self.columns_at(shape)
+        growing, fixed = (
+            ", ".join(f"{each.begin}:{each.end}" for each in columns if each.grows == grows) for grows in (True, False)
+        )
+        return (
+            f"{growing} of axis {columns[0].axis} meet pieces that grow with the width, {fixed} pieces of a fixed size"
+        )
+
+    def split_advice(self, shape: tuple[int, ...]) -> str:
+        """Say how to split the layer in two, whose parameters then have a learning rate each."""
+        columns = self.columns_at(shape)
+        growing, fixed = (
+            sum(each.end - each.begin for each in columns if each.grows == grows) for grows in (True, False)
+        )
+        owner = self.name.rpartition(".")[0] or "layer"
+        return (
+            f"Split the layer in two with {growing} and {fixed} inputs and add their results, {owner}(h) + {owner}_fixed(a) in "
+            f"place of {owner}(torch.cat([h, a], ...)), the second with bias=False: its columns then have a rate of their own."
+        )
+
+
+def fits(shapes: Mapping[str, tuple[int, ...]], specs: Mapping[str, ParamSpec]) -> Callable[[str, str], bool]:
+    """Return what says whether a parameter with one of ``shapes`` can be one of the base's at another width."""
+
+    def fit(name: str, origin: str) -> bool:
+        spec = specs[origin]
+        sizes = zip(shapes[name], spec.shape, spec.grows, strict=True)
+        return all(grows or size == base for size, base, grows in sizes)
+
+    return fit
+
+
+def kinds(specs: Mapping[str, ParamSpec]) -> dict[str, tuple[tuple[int, ...], tuple[bool, ...]]]:
+    """Return what tells layers apart that are named alike."""
+    return {name: (spec.shape, spec.grows) for name, spec in specs.items()}
+
+
+@dataclass(frozen=True)
+class Observation:
+    """All parameters of a family at base size, and its attention.
+
+    ``queries`` carry a factor into the attention logits, ``shared_queries`` of them also into something else.
+    ``heads`` compares the head dim with the model of twice the width or, after `at_target`, with the target's, from the
+    base's ``attentions``, and ``dots`` likewise other dot products. ``open_branches`` names a parameter of every residual
+    branch into which none carries a factor; ``depths_compared`` says that `with_depth_constants` has looked; ``notes`` says
+    what was seen and could not be written on any parameter; ``seed`` is what the fullest forward pass's random numbers start
+    from.
+    """
+
+    specs: dict[str, ParamSpec]
+    queries: frozenset[str]
+    shared_queries: frozenset[str]
+    heads: Heads
+    attentions: tuple[Attention, ...] = field(default=(), compare=False)  # of as many layers as were watched
+    dots: tuple[Contraction, ...] = ()
+    open_branches: tuple[str, ...] = ()
+    depths_compared: bool = False
+    notes: tuple[str, ...] = ()
+    seed: int = 0
