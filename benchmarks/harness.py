@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
-from mutransfer.runs import environment
+from mutransfer.run_dir import environment
 
 __all__ = ["Claim", "arguments", "paired_ratio", "publish"]
 

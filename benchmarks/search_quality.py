@@ -18,7 +18,7 @@ import numpy as np
 from harness import Claim, publish
 from scipy import stats
 
-from mutransfer.runs import RunFolder
+from mutransfer.run_dir import RunFolder
 from mutransfer.sweeps.experiment import Budget, Experiment, Range, Size
 from mutransfer.sweeps.fusing.executor import Fused
 from mutransfer.sweeps.jobs import Executor, OneByOne, family_of, flops_of

@@ -21,7 +21,7 @@ from search_quality import NO_WORSE, experiment, interval
 
 from mutransfer.proxies.training import Outcome
 from mutransfer.recipe import Recipe
-from mutransfer.runs import RunFolder
+from mutransfer.run_dir import RunFolder
 from mutransfer.sweeps.experiment import Budget, Experiment, with_values
 from mutransfer.sweeps.fusing.executor import Fused
 from mutransfer.sweeps.jobs import Executor, Job, Report, Reported, family_of, flops_of

@@ -21,10 +21,10 @@ from harness import Claim, publish
 
 import mutransfer as mt
 from mutransfer.basins import optima
-from mutransfer.frames import BASINS
 from mutransfer.proxies.data import load_data
 from mutransfer.proxies.reference import load_family
 from mutransfer.proxies.training import Training, train
+from mutransfer.schemas import BASINS
 from mutransfer.tracing.observe import observe
 
 # Initial weights of 0.1 are those of the fan-in at width 64. With transformers' default of 0.02 a run of 100 steps ends while

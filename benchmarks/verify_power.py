@@ -20,7 +20,7 @@ from harness import Claim, arguments, publish
 from scipy import stats
 
 from mutransfer.basins import DRIFT_LIMIT, REGRET_LIMIT, judge, optima
-from mutransfer.frames import BASINS
+from mutransfer.schemas import BASINS
 from mutransfer.sweeps.verifying import grid
 
 KINDS = ("flat", "sharp", "cliff", "noisy", "negative", "edge")

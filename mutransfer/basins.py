@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from .errors import RequestError
-from .frames import OPTIMA
+from .schemas import OPTIMA
 
 __all__ = ["DRIFT_LIMIT", "REGRET_LIMIT", "Bracket", "bracket", "flat_range", "judge", "optima", "seed_table", "worth"]
 
@@ -109,7 +109,7 @@ def optima(
     resamples: int = 2000,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Return one row per parametrization and width (`frames.OPTIMA`).
+    """Return one row per parametrization and width (`schemas.OPTIMA`).
 
     At each width a curve is fitted to the mean losses around the best grid point, in log2 of the learning rate: a parabola,
     with higher terms as large as the widths together show them. The optimum is its minimum, and the regret
@@ -122,7 +122,7 @@ def optima(
     bound the optimum.
 
     Args:
-        basins: a frame with the columns of `frames.BASINS`; every width of a parametrization has the same seeds.
+        basins: a frame with the columns of `schemas.BASINS`; every width of a parametrization has the same seeds.
         transferred: log2 of the learning rate that is carried over; by default the best grid point of the smallest
             width. A width whose grid lacks it has no regret (NaN); where it diverged, regret is infinite.
         maximize: the loss column holds a metric of which more is better.

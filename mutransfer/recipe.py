@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from .files import read_json, write_json
-from .settings import Settings
+from .config import Settings
+from .io import read_json, write_json
 
 __all__ = ["Recipe"]
 

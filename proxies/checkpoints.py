@@ -11,7 +11,7 @@ from typing import IO, Any, cast
 import torch
 
 from mutransfer.errors import RequestError
-from mutransfer.files import naming_the_disk
+from mutransfer.io import naming_the_disk
 
 from .training import Training
 

@@ -10,11 +10,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from mutransfer.errors import RequestError
-from mutransfer.frames import BASINS, OPTIMA
 from mutransfer.reports.basin_panel import basin_panel, optimum_strip, share_loss_scale
 from mutransfer.reports.figure import ReportFigure
 from mutransfer.reports.style import GREY, lr_axis, styled, width_colours
 from mutransfer.reports.words import ordered
+from mutransfer.schemas import BASINS, OPTIMA
 
 __all__ = ["BasinFigure"]
 

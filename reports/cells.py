@@ -9,9 +9,9 @@ from typing import Any
 
 import pandas as pd
 
-from mutransfer.frames import OPTIMA, PARAMETERS, SLOPES
 from mutransfer.recipe import Recipe
 from mutransfer.reports.words import interval, label, number, percent, power_of_two, regret
+from mutransfer.schemas import OPTIMA, PARAMETERS, SLOPES
 
 __all__ = [
     "Table",

@@ -12,10 +12,10 @@ import pandas as pd
 import yaml
 
 from mutransfer.errors import RequestError
-from mutransfer.files import read_json
-from mutransfer.frames import BASINS, COORDINATES, PARAMETERS, REPEATS, TRIALS
+from mutransfer.io import read_json
 from mutransfer.recipe import Recipe
-from mutransfer.runs import RunFolder
+from mutransfer.run_dir import RunFolder
+from mutransfer.schemas import BASINS, COORDINATES, PARAMETERS, REPEATS, TRIALS
 
 __all__ = ["RunContents"]
 

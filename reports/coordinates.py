@@ -12,12 +12,12 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from mutransfer.errors import RequestError
-from mutransfer.frames import COORDINATES, SLOPES, varying
 from mutransfer.reports.coordinate_panel import coordinate_panel, octaves_spanned
 from mutransfer.reports.coordinate_rows import column_pairs, ranked_rows
 from mutransfer.reports.figure import ReportFigure
 from mutransfer.reports.style import GREY, colour, literal, size_axis, styled
 from mutransfer.reports.words import label, ordered, plain
+from mutransfer.schemas import COORDINATES, SLOPES, varying
 
 __all__ = ["CoordinateFigure"]
 

@@ -14,7 +14,7 @@ from typing import ClassVar
 import pandas as pd
 from matplotlib.figure import Figure
 
-from mutransfer.files import write_bytes
+from mutransfer.io import write_bytes
 from mutransfer.reports.style import styled
 
 __all__ = ["ReportFigure", "inline"]

@@ -11,10 +11,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from mutransfer.errors import RequestError
-from mutransfer.frames import TRIALS
 from mutransfer.reports.figure import ReportFigure
 from mutransfer.reports.style import GREY, INK, colour, log_loss, styled
 from mutransfer.reports.words import number, power_of_ten
+from mutransfer.schemas import TRIALS
 
 __all__ = ["HistoryFigure"]
 

@@ -15,8 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from mutransfer.errors import RequestError
-from mutransfer.files import write_text
-from mutransfer.frames import OPTIMA, varying
+from mutransfer.io import write_text
 from mutransfer.reports.basins import BasinFigure
 from mutransfer.reports.cells import (
     comparison_table,
@@ -38,6 +37,7 @@ from mutransfer.reports.slices import SliceFigure
 from mutransfer.reports.summary import answers, facts, findings, overall
 from mutransfer.reports.throughput import throughput_table
 from mutransfer.reports.wider import WiderFigure
+from mutransfer.schemas import OPTIMA, varying
 
 __all__ = ["write_report"]
 

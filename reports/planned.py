@@ -13,10 +13,10 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
 from mutransfer.errors import RequestError
-from mutransfer.frames import PARAMETERS
 from mutransfer.reports.figure import ReportFigure
 from mutransfer.reports.style import DIVERGING, GREY, INK, literal, styled
 from mutransfer.reports.words import number, plain, power_of_two
+from mutransfer.schemas import PARAMETERS
 
 __all__ = ["PlanFigure"]
 

@@ -12,7 +12,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.trial import TrialState
 
 from mutransfer.errors import RequestError
-from mutransfer.frames import TRIALS
+from mutransfer.schemas import TRIALS
 
 __all__ = ["drawable", "fence_of", "hyperparameters", "is_lost", "search_space", "study_of"]
 

@@ -11,10 +11,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from mutransfer.errors import RequestError
-from mutransfer.frames import BASINS, OPTIMA
 from mutransfer.reports.figure import ReportFigure
 from mutransfer.reports.style import colour, literal, log_loss, size_axis, styled
 from mutransfer.reports.words import label, ordered, plain, regret
+from mutransfer.schemas import BASINS, OPTIMA
 
 __all__ = ["WiderFigure"]
 

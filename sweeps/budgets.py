@@ -11,9 +11,9 @@ from typing import Any, Self
 
 from optuna.trial import FrozenTrial, TrialState
 
-from mutransfer.frames import BASINS, REPEATS, TRIALS, Schema
-from mutransfer.runs import RunFolder
+from mutransfer.run_dir import RunFolder
 from mutransfer.scale import Scale
+from mutransfer.schemas import BASINS, REPEATS, TRIALS, Schema
 
 from .experiment import Budget, Experiment
 from .jobs import cost_of

@@ -15,7 +15,7 @@ from typing import Any
 
 from mutransfer.errors import RequestError
 from mutransfer.export import export
-from mutransfer.files import naming_the_disk, write_text
+from mutransfer.io import naming_the_disk, write_text
 from mutransfer.planning.target import TargetConfig
 from mutransfer.proxies.training import Outcome
 

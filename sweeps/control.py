@@ -16,10 +16,10 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from mutransfer.files import read_json
-from mutransfer.frames import BASINS, TRIALS
+from mutransfer.io import read_json
 from mutransfer.recipe import Recipe
-from mutransfer.runs import RunFolder
+from mutransfer.run_dir import RunFolder
+from mutransfer.schemas import BASINS, TRIALS
 
 from .commands import Commands
 from .experiment import Experiment, Range
@@ -49,7 +49,7 @@ class Control:
         searched: the hyperparameters that were searched.
         recipe: its best one.
         params: the searched values of that.
-        runs: that recipe over seeds (`frames.BASINS`).
+        runs: that recipe over seeds (`schemas.BASINS`).
         flops: floating point operations of its trials and of ``runs``; None if they are not known.
         edges: the searched values that lie at an end of their range, in words.
     """
@@ -231,7 +231,7 @@ def comparison(
     are the same in both. A row of which any run diverged has no loss.
 
     Args:
-        basins: runs (`frames.BASINS`).
+        basins: runs (`schemas.BASINS`).
         parametrizations: ours, and the control's if there is one.
         recipe: the one from the proxy.
         proxy: the width where it was tuned.

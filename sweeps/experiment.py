@@ -11,15 +11,15 @@ import yaml
 from pydantic import Field, model_validator
 
 from mutransfer import paths
+from mutransfer.config import Settings
 from mutransfer.errors import RequestError, nearest
-from mutransfer.files import write_text
+from mutransfer.io import write_text
 from mutransfer.optimizers.rules import optimizer_rule
 from mutransfer.parametrizations.tables import table
 from mutransfer.proxies.builtin import DEFAULT_DATA
 from mutransfer.recipe import Recipe
-from mutransfer.runs import RunFolder
+from mutransfer.run_dir import RunFolder
 from mutransfer.scale import Scale
-from mutransfer.settings import Settings
 from mutransfer.tracing.roles import check_roles
 
 from .halving import geometric_rungs

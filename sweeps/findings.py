@@ -63,7 +63,7 @@ def summary(
         experiment: what was tuned.
         study: its study.
         frame: the study's trials (`trials_frame`).
-        again: `frames.REPEATS` of the best few; the best is then the one with the best mean over seeds.
+        again: `schemas.REPEATS` of the best few; the best is then the one with the best mean over seeds.
         seconds: that it took.
 
     Raises:

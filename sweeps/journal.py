@@ -22,7 +22,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.storages.journal._storage import JournalStorageReplayResult
 
 from mutransfer.errors import RequestError
-from mutransfer.files import naming_the_disk
+from mutransfer.io import naming_the_disk
 
 __all__ = ["Interruptible", "Journal"]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from mutransfer.errors import RequestError
-from mutransfer.runs import RunFolder
+from mutransfer.run_dir import RunFolder
 
 __all__ = ["only_one", "only_worker"]
 

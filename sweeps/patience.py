@@ -17,7 +17,7 @@ from optuna.study._study_direction import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from mutransfer.errors import RequestError
-from mutransfer.masking import masked
+from mutransfer.io import masked
 
 from .outages import outage
 

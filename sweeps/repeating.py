@@ -11,9 +11,9 @@ import optuna
 import pandas as pd
 from optuna.trial import FrozenTrial
 
-from mutransfer.frames import REPEATS
 from mutransfer.proxies.training import Outcome
-from mutransfer.runs import RunFolder
+from mutransfer.run_dir import RunFolder
+from mutransfer.schemas import REPEATS
 
 from .experiment import Experiment, with_values
 from .failures import needed
@@ -53,7 +53,7 @@ class Repeating:
     def run(
         self, folder: RunFolder, executor: Executor, flops: float | None, progress: Callable[[int, int, str], None]
     ) -> pd.DataFrame:
-        """Do what is missing, wait for what others do, and return the frame `frames.REPEATS`.
+        """Do what is missing, wait for what others do, and return the frame `schemas.REPEATS`.
 
         It is in the folder's ``repeats.csv`` after every run.
 

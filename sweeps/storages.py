@@ -19,8 +19,8 @@ from optuna.storages import BaseStorage, GrpcStorageProxy, RDBStorage, _CachedSt
 from optuna.storages.journal import JournalRedisBackend
 
 from mutransfer.errors import RequestError, describe
-from mutransfer.masking import masked
-from mutransfer.runs import RunFolder
+from mutransfer.io import masked
+from mutransfer.run_dir import RunFolder
 
 from .journal import Interruptible, Journal
 from .locks import only_worker

@@ -12,7 +12,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.trial import FrozenTrial
 
 from mutransfer.errors import RequestError
-from mutransfer.frames import TRIALS
+from mutransfer.schemas import TRIALS
 
 from .auto import START, Auto, tpe
 from .claims import FINISHED
@@ -148,7 +148,7 @@ def _pruner(experiment: Experiment) -> optuna.pruners.BasePruner:
 
 
 def trials_frame(trials: list[FrozenTrial]) -> pd.DataFrame:
-    """Return all trials as a frame (`frames.TRIALS` and one column per hyperparameter)."""
+    """Return all trials as a frame (`schemas.TRIALS` and one column per hyperparameter)."""
     names = sorted({name for trial in trials for name in trial.params})
     rows = []
     for trial in trials:

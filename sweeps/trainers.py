@@ -9,8 +9,8 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
+from mutransfer.config import Settings
 from mutransfer.errors import nearest
-from mutransfer.settings import Settings
 
 __all__ = ["PLACEHOLDERS", "Trainer"]
 

@@ -11,9 +11,9 @@ from collections.abc import Callable
 from optuna.trial import TrialState
 
 from mutransfer.errors import RequestError
-from mutransfer.files import naming_the_disk
-from mutransfer.frames import TRIALS
-from mutransfer.runs import RunFolder
+from mutransfer.io import naming_the_disk
+from mutransfer.run_dir import RunFolder
+from mutransfer.schemas import TRIALS
 
 from .claims import Claims
 from .executors import Planned, check_trainer, one_by_one

@@ -12,12 +12,12 @@ import pandas as pd
 
 from mutransfer.basins import REGRET_LIMIT, bracket
 from mutransfer.errors import RequestError
-from mutransfer.files import read_json
-from mutransfer.frames import BASINS
+from mutransfer.io import read_json
 from mutransfer.proxies.builtin import cross_entropy
 from mutransfer.recipe import Recipe
-from mutransfer.runs import RunFolder
+from mutransfer.run_dir import RunFolder
 from mutransfer.scale import Scale
+from mutransfer.schemas import BASINS
 
 from .experiment import Experiment
 from .failures import needed
@@ -45,7 +45,7 @@ def basins(
     step: float = 1.0,
     progress: Callable[[int, int, str, float | None], None] = lambda done, total, text, ahead: None,
 ) -> pd.DataFrame:
-    """Train over a grid of learning rates at every width and return the frame `frames.BASINS`.
+    """Train over a grid of learning rates at every width and return the frame `schemas.BASINS`.
 
     The grid has a point every ``step`` octaves and starts around the recipe's own learning rate, another parametrization's
     around that at which no matrix gets a higher one than under the experiment's own; each width's is extended

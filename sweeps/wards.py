@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from mutransfer.files import naming_the_disk
+from mutransfer.io import naming_the_disk
 
 __all__ = ["Ward"]
 

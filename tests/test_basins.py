@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from mutransfer.basins import DRIFT_LIMIT, REGRET_LIMIT, judge, optima, worth
 from mutransfer.errors import RequestError
-from mutransfer.frames import BASINS, OPTIMA
+from mutransfer.schemas import BASINS, OPTIMA
 
 Loss = Callable[[int, int, float], float]  # (width, seed, log2 lr) → loss
 

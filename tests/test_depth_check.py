@@ -14,8 +14,8 @@ from mutransfer.cli import run
 from mutransfer.coord_check import record
 from mutransfer.coord_check.measure import places
 from mutransfer.coord_check.verdicts import verdict
-from mutransfer.frames import varying
 from mutransfer.reports.coordinates import CoordinateFigure
+from mutransfer.schemas import varying
 
 from . import families
 

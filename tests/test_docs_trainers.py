@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mutransfer.frames import TRIALS
-from mutransfer.runs import RunFolder
+from mutransfer.run_dir import RunFolder
+from mutransfer.schemas import TRIALS
 from mutransfer.sweeps.experiment import Experiment
 
 ROOT = Path(__file__).parents[1]

@@ -138,7 +138,7 @@ def test_a_wrong_import_is_seen(file: str, line: str, tmp_path: Path) -> None:
         ("mutransfer/cli/new.py", "from ..sweeps.study import open_study"),
         ("proxies/data/new.py", "from ..training import train"),
         ("sweeps/new.py", "from mutransfer.proxies.training import train"),
-        ("reports/new.py", "from mutransfer.frames import BASINS"),
+        ("reports/new.py", "from mutransfer.schemas import BASINS"),
     ],
 )
 def test_a_right_import_is_not(file: str, line: str, tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from mutransfer.masking import masked
-from mutransfer.runs import RunFolder
+from mutransfer.io import masked
+from mutransfer.run_dir import RunFolder
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,10 @@ from torch.nn import functional as F
 
 import mutransfer as mt
 from mutransfer.errors import RequestError
-from mutransfer.files import write_json
+from mutransfer.io import write_json
 from mutransfer.planning.target import KEYS, TargetConfig, of_evidence, regularizers, target_config
 from mutransfer.recipe import Recipe
-from mutransfer.runs import RunFolder
+from mutransfer.run_dir import RunFolder
 from mutransfer.scale import Scale
 
 from . import families

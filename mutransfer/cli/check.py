@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ..coord_check import Verdict
     from ..coord_check.cache import CheckCache
     from ..family import Family
-    from ..runs import RunFolder
+    from ..run_dir import RunFolder
 
 WIDTHS = "64,128,256,512"
 BATCH, LENGTH = 4, 16  # a mean over few examples is as telling: it is taken over features as well (docs/log.md)
@@ -105,7 +105,7 @@ def check(
         if name and name not in (known := [*TABLES, OWN]):
             raise RequestError(f"unknown parametrization {name!r}: {nearest(name, known)}")
     if out is not None:
-        from ..runs import RunFolder
+        from ..run_dir import RunFolder
 
         folder = RunFolder(out).make()
         folder.note_environment(device=where, **({"data_sha256": source.sha256, "data": source.name} if source else {}))
@@ -149,10 +149,10 @@ def check(
         frame = pd.concat([frame, control_frame], ignore_index=True)
     result = summary(judged, parametrization, second, control)
     if out is not None:
-        from ..files import write_json
-        from ..frames import COORDINATES
+        from ..io import write_json
         from ..reports import write_report
-        from ..runs import RunFolder
+        from ..run_dir import RunFolder
+        from ..schemas import COORDINATES
 
         COORDINATES.write(frame, folder.coordinates)
         write_json(folder.check, result | {"report": None, "modules": None})

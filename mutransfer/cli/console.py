@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import RequestError
-from ..files import naming_the_disk
+from ..io import naming_the_disk
 from ..printing import results
 
 __all__ = ["AsJson", "Device", "Progress", "Seed", "emit", "numbers", "plain", "say", "table"]

@@ -56,10 +56,10 @@ def demo(
     as_json: AsJson = False,
 ) -> int:
     """Check, tune a proxy of width 16, verify up to width 256 against SP, transfer, report: some three minutes on two cores."""
-    from ..files import write_json
-    from ..frames import COORDINATES
+    from ..io import write_json
     from ..reports import write_report
-    from ..runs import RunFolder
+    from ..run_dir import RunFolder
+    from ..schemas import COORDINATES
     from ..sweeps.executors import executor_for
     from ..sweeps.experiment import Experiment
     from ..sweeps.forecast import Forecast, Watched, run_seconds

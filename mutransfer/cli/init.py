@@ -26,7 +26,7 @@ def init(
 ) -> int:
     """Write DIR/experiment.yaml, commented and ready to tune."""
     from ..errors import RequestError
-    from ..files import write_text
+    from ..io import write_text
 
     path = folder / "experiment.yaml"
     if path.exists() and not force:

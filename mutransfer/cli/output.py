@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ..files import write_json, write_text
+from ..io import write_json, write_text
 from ..recipe import Recipe
 
 __all__ = ["OUTPUTS", "Output", "schema", "write_documents"]

@@ -13,7 +13,7 @@ from .console import AsJson, UnusedDevice, emit, say
 
 if TYPE_CHECKING:
     from ..planning.target import TargetConfig
-    from ..runs import RunFolder
+    from ..run_dir import RunFolder
 
 
 def add_to(app: typer.Typer) -> None:
@@ -37,8 +37,8 @@ def transfer(
 ) -> int:
     """Write the target config: every parameter's settings, schedule, provenance, and warnings about what may not transfer."""
     from ..export import export
-    from ..files import write_text
-    from ..runs import RunFolder
+    from ..io import write_text
+    from ..run_dir import RunFolder
 
     beside = out.parent if out is not None and to is None else run
     target = target_of(RunFolder(run).existing(), width, depth, batch_size, tokens, seed, beside=beside)
@@ -76,7 +76,7 @@ def target_of(
     It is to be written into the folder ``beside``, by default the run folder.
     """
     from ..errors import RequestError
-    from ..files import read_json
+    from ..io import read_json
     from ..planning.build import plan
     from ..planning.target import of_evidence, regularizers, target_config
     from ..recipe import Recipe

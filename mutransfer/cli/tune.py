@@ -48,7 +48,7 @@ def tune(
     """Find the best hyperparameters of the proxy; run again, or by several workers, it adds only the missing trials."""
     import torch
 
-    from ..runs import RunFolder
+    from ..run_dir import RunFolder
     from ..sweeps.executors import executor_for
     from ..sweeps.experiment import Experiment
     from ..sweeps.tuning import tune as run

@@ -14,7 +14,7 @@ from .console import AsJson, Device, Progress, UnusedSeed, device_of, emit, numb
 if TYPE_CHECKING:
     import pandas as pd
 
-    from ..runs import RunFolder
+    from ..run_dir import RunFolder
     from ..sweeps.experiment import Experiment
     from ..sweeps.forecast import Forecast
     from ..sweeps.jobs import Executor
@@ -64,7 +64,7 @@ def verify(
     """Say whether the best learning rate stays where the proxy found it (exit 1 if not), and what the proxy's one costs."""
     from ..errors import RequestError
     from ..recipe import Recipe
-    from ..runs import RunFolder
+    from ..run_dir import RunFolder
     from ..sweeps.executors import executor_for
     from ..sweeps.experiment import Experiment
 
@@ -97,7 +97,7 @@ def verify_run(
     ``forecast``, if there is one, has the phases "basins" and "control", and is told of the executor's runs.
     """
     from ..basins import DRIFT_LIMIT, flat_range, judge, optima, worth
-    from ..files import write_json
+    from ..io import write_json
     from ..sweeps.budgets import price
     from ..sweeps.control import announcement, comparison, conclusion, finished_trials, tune_control
     from ..sweeps.locks import only_one

@@ -19,7 +19,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from ..errors import RequestError
-from ..frames import COORDINATES
+from ..schemas import COORDINATES
 
 __all__ = ["CheckCache"]
 

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..names import pattern_of
 from ..optimizers.rules import OPTIMIZERS
+from ..param_names import pattern_of
 from ..planning.plan import ParameterPlan, Plan
 from .slopes import beyond, slope
 from .updates import relative_updates

@@ -17,8 +17,8 @@ import torch
 from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from ..names import plain_name, planned_names
 from ..optimizers.rules import OPTIMIZERS
+from ..param_names import plain_name, planned_names
 from ..parametrizations.spec import FOLDS
 from ..parametrizations.tables import TABLES, table
 from ..planning.plan import Plan, as_entered

@@ -12,10 +12,10 @@ import pandas as pd
 import torch
 
 from ..errors import RequestError, nearest
-from ..frames import COORDINATES
-from ..names import plain_name
 from ..optimizers.rules import OPTIMIZERS
+from ..param_names import plain_name
 from ..planning.plan import Plan, matched
+from ..schemas import COORDINATES
 from .measure import (
     ROOT,
     Owned,

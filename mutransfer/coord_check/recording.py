@@ -15,14 +15,14 @@ from torch.utils._pytree import tree_leaves
 
 from ..errors import RequestError, nearest
 from ..family import Family, unwrapped
-from ..frames import COORDINATES
-from ..names import planned_names
 from ..optimizers.rules import OPTIMIZERS
+from ..param_names import planned_names
 from ..parametrizations.tables import table
 from ..planning.build import plan
 from ..planning.plan import Plan
 from ..recipe import Recipe
 from ..scale import Scale
+from ..schemas import COORDINATES
 from ..tracing.construct import on_fake_tensors
 from ..tracing.observe import observe, with_depth_constants
 from ..tracing.run import build
@@ -369,7 +369,7 @@ def record(
         cache: where finished sizes are kept, and taken from when they are asked for again.
 
     Returns:
-        A frame with the columns of `frames.COORDINATES`.
+        A frame with the columns of `schemas.COORDINATES`.
 
     Raises:
         RequestError: fewer than two different widths, a model that cannot be planned or trained, or NaN in the batch.

@@ -10,10 +10,10 @@ import numpy as np
 import pandas as pd
 
 from ..errors import RequestError, nearest
-from ..frames import SLOPES, varying
 from ..optimizers.rules import OPTIMIZERS
 from ..parametrizations.spec import Band, Table
 from ..parametrizations.tables import HEALTHY, HEALTHY_DECAY, HEALTHY_DEPTH, TABLES
+from ..schemas import SLOPES, varying
 from .diagnosis import cause, missing
 from .slopes import beyond, slope, wide_and_narrow
 from .updates import relative_updates, without_gradient
@@ -37,7 +37,7 @@ Status = Literal["pass", "fail", "undecided"]
 class Verdict:
     """What a coordinate check found.
 
-    ``slopes`` has the columns of `frames.SLOPES`; ``cause`` says in a sentence what failed, or what is missing; ``fault`` is
+    ``slopes`` has the columns of `schemas.SLOPES`; ``cause`` says in a sentence what failed, or what is missing; ``fault`` is
     the key of the fault in `faults.FAULTS` that the slopes look like, "epsilon", "one-parameter", or None. ``widen`` says that an
     undecided check waits for wider models, which decide it sooner than more seeds.
     """

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..errors import RequestError
-from ..names import pattern_of
 from ..optimizers.rules import OPTIMIZERS, OptimizerRule
+from ..param_names import pattern_of
 from ..planning.plan import ParameterPlan
 from ..planning.target import TargetConfig
 

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Callback
 
 from ..coord_check.recorder import Recorder
-from ..frames import COORDINATES
+from ..schemas import COORDINATES
 
 __all__ = ["RecorderCallback"]
 

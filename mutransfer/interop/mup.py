@@ -24,10 +24,10 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from ..errors import RequestError
 from ..family import Family
-from ..files import write_text
 from ..initialization import Init
-from ..names import planned_names
+from ..io import write_text
 from ..optimizers.rules import optimizer_rule
+from ..param_names import planned_names
 from ..parametrizations.spec import Factors
 from ..parametrizations.tables import table
 from ..planning.build import finished

@@ -10,7 +10,7 @@ import torch
 from transformers import TrainerCallback
 
 from ..coord_check.recorder import Recorder
-from ..frames import COORDINATES
+from ..schemas import COORDINATES
 
 __all__ = ["RecorderCallback"]
 

@@ -14,9 +14,9 @@ import pandas as pd
 import torch
 
 from ..errors import RequestError
-from ..files import read_json
-from ..names import planned_names
+from ..io import read_json
 from ..optimizers.rules import OPTIMIZERS
+from ..param_names import planned_names
 from .plan import Plan
 
 __all__ = ["COLUMNS", "audit", "live"]

@@ -23,15 +23,15 @@ from torch.nn.utils import parametrize
 
 from ..errors import RequestError, nearest
 from ..family import is_lazy
-from ..files import read_json, write_json
-from ..frames import PARAMETERS
 from ..initialization import Init, draw_
-from ..names import plain_name, planned_names
+from ..io import read_json, write_json
 from ..optimizers.rules import OPTIMIZERS
+from ..param_names import plain_name, planned_names
 from ..parametrizations.spec import Factors
 from ..parametrizations.tables import table
 from ..recipe import Recipe
 from ..scale import Scale
+from ..schemas import PARAMETERS
 from . import schedulers
 from .laws import averaged
 
@@ -56,7 +56,7 @@ FORMAT = "mutransfer-plan/1"
 
 @dataclass(frozen=True)
 class ParameterPlan:
-    """What one parameter starts from and is trained with; the columns are those of `frames.PARAMETERS`.
+    """What one parameter starts from and is trained with; the columns are those of `schemas.PARAMETERS`.
 
     ``*_factor`` compares with the base model under the same recipe; ``gauge`` is the factor between this parameter and
     the one in the source's own gauge (see `fold.Factors`); ``multiplier`` is what is left in the forward pass (`unit`),
@@ -130,7 +130,7 @@ class Plan:
         return "\n".join([repr(self)[1:-1], text, *(f"note: {note}" for note in self.notes)])
 
     def frame(self) -> pd.DataFrame:
-        """Return one row per parameter (`frames.PARAMETERS`)."""
+        """Return one row per parameter (`schemas.PARAMETERS`)."""
         rows = [row.as_row() | {"shape": "x".join(map(str, row.shape))} for row in self.rows]
         return PARAMETERS.frame([{key: row[key] for key in PARAMETERS.columns} for row in rows])
 

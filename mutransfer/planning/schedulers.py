@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ..errors import RequestError, describe
-from ..names import planned_names
+from ..param_names import planned_names
 
 __all__ = ["check", "per_group"]
 

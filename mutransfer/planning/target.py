@@ -19,13 +19,13 @@ from torch.utils._pytree import tree_map_only
 from .. import paths
 from ..errors import RequestError, nearest
 from ..family import Family
-from ..files import read_json, write_json
 from ..initialization import InitWatcher
-from ..names import pattern_of
+from ..io import read_json, write_json
 from ..optimizers.rules import optimizer_rule
+from ..param_names import pattern_of
 from ..parametrizations.tables import table
 from ..recipe import Recipe
-from ..runs import RunFolder
+from ..run_dir import RunFolder
 from ..scale import Scale
 from ..tracing.run import LAYERS, build
 from .build import apply_law

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..names import pattern_of
+from ..param_names import pattern_of
 from . import ops as ops
 from .aliases import Axis
 from .dataflow import storage_key, strides

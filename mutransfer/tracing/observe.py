@@ -15,7 +15,7 @@ import torch
 from ..errors import RequestError
 from ..family import Family
 from ..initialization import Init, InitWatcher
-from ..names import pattern_of
+from ..param_names import pattern_of
 from ..scale import Scale
 from .columns import Columns, Joins, Labels, mixed_columns
 from .constants import Constant, common, constants, loose

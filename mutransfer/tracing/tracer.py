@@ -15,7 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..names import pattern_of
+from ..param_names import pattern_of
 from . import ops as ops
 from .aliases import Cuts, Roots
 from .columns import Joins, Labels

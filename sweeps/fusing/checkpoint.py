@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from mutransfer.files import write_bytes
+from mutransfer.io import write_bytes
 from mutransfer.planning.plan import Plan
 
 from ..experiment import Experiment

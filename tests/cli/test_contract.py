@@ -13,10 +13,10 @@ import pytest
 from mutransfer.cli import run
 from mutransfer.cli.console import plain
 from mutransfer.export import FORMATS
-from mutransfer.frames import BASINS, COORDINATES, TRIALS
 from mutransfer.planning import build
 from mutransfer.planning.target import KEYS, TargetConfig
 from mutransfer.recipe import Recipe
+from mutransfer.schemas import BASINS, COORDINATES, TRIALS
 from mutransfer.sweeps.experiment import Experiment
 
 from .processes import Processes, validated

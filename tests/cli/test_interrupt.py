@@ -14,8 +14,8 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from mutransfer.frames import BASINS, TRIALS
 from mutransfer.recipe import Recipe
+from mutransfer.schemas import BASINS, TRIALS
 
 from .processes import Ended, Processes, Started, contents, group_of, until
 

@@ -19,7 +19,7 @@ import torch
 from mutransfer.cli import demo, run
 from mutransfer.cli.console import plain
 from mutransfer.cli.output import OUTPUTS, write_documents
-from mutransfer.frames import BASINS
+from mutransfer.schemas import BASINS
 from mutransfer.sweeps import verifying
 
 from .processes import Processes, validated

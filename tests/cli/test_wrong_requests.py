@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mutransfer.frames import TRIALS
+from mutransfer.schemas import TRIALS
 
 from .processes import Ended, Processes, contents
 

@@ -13,7 +13,7 @@ from torch import nn
 
 import mutransfer as mt
 from mutransfer.coord_check import record, verdict
-from mutransfer.frames import COORDINATES
+from mutransfer.schemas import COORDINATES
 
 from .. import families
 

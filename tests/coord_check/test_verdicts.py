@@ -17,8 +17,8 @@ from mutransfer.coord_check import record
 from mutransfer.coord_check.measure import module_roles
 from mutransfer.coord_check.verdicts import MARGIN, verdict
 from mutransfer.errors import RequestError
-from mutransfer.frames import COORDINATES, SLOPES
 from mutransfer.scale import Scale
+from mutransfer.schemas import COORDINATES, SLOPES
 
 from .. import families
 

@@ -13,10 +13,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mutransfer.files import write_json
-from mutransfer.frames import BASINS, COORDINATES, OPTIMA, PARAMETERS, SLOPES, TRIALS, varying
+from mutransfer.io import write_json
 from mutransfer.recipe import Recipe
 from mutransfer.reports import write_report
+from mutransfer.schemas import BASINS, COORDINATES, OPTIMA, PARAMETERS, SLOPES, TRIALS, varying
 
 WIDTHS = (64, 256, 1024)
 OPTIMUM = {"mup": (-7.0, -7.0, -7.0), "sp": (-7.0, -8.0, -9.0)}

@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mutransfer.frames import BASINS
 from mutransfer.reports.expected import expected_loss
+from mutransfer.schemas import BASINS
 
 WIDTHS, SEEDS, NOISE = (64, 128, 256, 512), 5, 0.01
 

@@ -12,8 +12,8 @@ import pytest
 from matplotlib.figure import Figure
 
 from mutransfer.errors import RequestError
-from mutransfer.frames import BASINS, COORDINATES, OPTIMA, SLOPES, TRIALS
 from mutransfer.reports import BasinFigure, CoordinateFigure, HistoryFigure, WiderFigure
+from mutransfer.schemas import BASINS, COORDINATES, OPTIMA, SLOPES, TRIALS
 
 from .conftest import coordinate_frame, slope_frame
 

@@ -14,10 +14,10 @@ import pandas as pd
 import pytest
 
 from mutransfer.errors import RequestError
-from mutransfer.files import write_json
-from mutransfer.frames import BASINS, COORDINATES, PARAMETERS, TRIALS
+from mutransfer.io import write_json
 from mutransfer.reports import write_report
 from mutransfer.reports.downloads import download, downloads
+from mutransfer.schemas import BASINS, COORDINATES, PARAMETERS, TRIALS
 
 HOSTILE = "<script>alert(1)</script>"
 FIGURES = {"basins", "coordinates", "history", "importances", "parallel", "planned", "slices", "wider"}

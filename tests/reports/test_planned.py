@@ -9,9 +9,9 @@ import pandas as pd
 import pytest
 
 from mutransfer.errors import RequestError
-from mutransfer.frames import PARAMETERS
 from mutransfer.reports import PlanFigure
 from mutransfer.reports.style import DIVERGING
+from mutransfer.schemas import PARAMETERS
 
 
 @pytest.fixture

@@ -13,10 +13,10 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 
 from mutransfer.errors import RequestError
-from mutransfer.frames import TRIALS
 from mutransfer.reports import ImportanceFigure, ParallelFigure, SliceFigure
 from mutransfer.reports.optuna_plots import HOMES
 from mutransfer.reports.study import fence_of, search_space, study_of
+from mutransfer.schemas import TRIALS
 
 ALL = (SliceFigure, ImportanceFigure, ParallelFigure)
 

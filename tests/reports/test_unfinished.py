@@ -11,12 +11,12 @@ import pytest
 from mutransfer.cli.check import begin
 from mutransfer.cli.transfer import target_of
 from mutransfer.cli.verify import verify_run
-from mutransfer.files import read_json, write_json
-from mutransfer.frames import BASINS, COORDINATES, TRIALS
+from mutransfer.io import read_json, write_json
 from mutransfer.proxies.training import Outcome
 from mutransfer.recipe import Recipe
 from mutransfer.reports import write_report
-from mutransfer.runs import RunFolder
+from mutransfer.run_dir import RunFolder
+from mutransfer.schemas import BASINS, COORDINATES, TRIALS
 from mutransfer.sweeps.experiment import Experiment
 from mutransfer.sweeps.jobs import Job, Report
 from mutransfer.sweeps.tuning import tune

@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import mutransfer as mt
-from mutransfer.names import WRAPPERS, plain_name, planned_names
+from mutransfer.param_names import WRAPPERS, plain_name, planned_names
 from mutransfer.planning.audit import audit
 
 from .. import families

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mutransfer.runs import RunFolder
+from mutransfer.run_dir import RunFolder
 
 from .scripts import MODEL, ours, until
 from .small import within

@@ -11,7 +11,7 @@ from typing import Any
 
 import psutil
 
-from mutransfer.runs import RunFolder
+from mutransfer.run_dir import RunFolder
 from mutransfer.sweeps.commands import Commands
 from mutransfer.sweeps.experiment import Experiment
 from mutransfer.sweeps.jobs import Job

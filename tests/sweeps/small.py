@@ -16,7 +16,7 @@ from optuna.storages.journal import JournalFileBackend
 
 from mutransfer.proxies.training import Outcome
 from mutransfer.recipe import Recipe
-from mutransfer.runs import RunFolder
+from mutransfer.run_dir import RunFolder
 from mutransfer.sweeps.experiment import Experiment
 from mutransfer.sweeps.jobs import Job, OneByOne, Report, alone
 

@@ -11,7 +11,7 @@ import pytest
 from optuna.distributions import FloatDistribution
 from optuna.samplers import TPESampler
 
-from mutransfer.runs import RunFolder
+from mutransfer.run_dir import RunFolder
 from mutransfer.sweeps import auto
 from mutransfer.sweeps.auto import START, Auto, tpe
 from mutransfer.sweeps.experiment import Experiment

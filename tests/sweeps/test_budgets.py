@@ -14,11 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mutransfer.cli.verify import price_lines
-from mutransfer.frames import BASINS, REPEATS, TRIALS
 from mutransfer.optimizers.muon import orthogonalized
 from mutransfer.price import FlopCounter
-from mutransfer.runs import RunFolder
+from mutransfer.run_dir import RunFolder
 from mutransfer.scale import Scale
+from mutransfer.schemas import BASINS, REPEATS, TRIALS
 from mutransfer.sweeps import budgets
 from mutransfer.sweeps.budgets import Spent, price
 from mutransfer.sweeps.experiment import Budget

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from mutransfer.errors import RequestError
-from mutransfer.runs import RunFolder
+from mutransfer.run_dir import RunFolder
 from mutransfer.sweeps.attempt import Attempt
 from mutransfer.sweeps.commands import Commands
 from mutransfer.sweeps.executors import executor_for

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mutransfer.recipe import Recipe
-from mutransfer.runs import RunFolder
+from mutransfer.run_dir import RunFolder
 from mutransfer.sweeps.commands import Commands
 from mutransfer.sweeps.told import Told, told
 from mutransfer.sweeps.tuning import tune

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from mutransfer.frames import TRIALS
-from mutransfer.runs import RunFolder
+from mutransfer.run_dir import RunFolder
+from mutransfer.schemas import TRIALS
 from mutransfer.sweeps.commands import Commands
 from mutransfer.sweeps.executors import executor_for
 from mutransfer.sweeps.jobs import Job

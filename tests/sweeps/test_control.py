@@ -9,9 +9,9 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from mutransfer.frames import TRIALS
 from mutransfer.recipe import Recipe
-from mutransfer.runs import RunFolder
+from mutransfer.run_dir import RunFolder
+from mutransfer.schemas import TRIALS
 from mutransfer.sweeps.commands import Commands
 from mutransfer.sweeps.control import (
     Control,

@@ -11,7 +11,7 @@ from optuna.distributions import FloatDistribution
 from optuna.samplers import GPSampler
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from mutransfer.runs import RunFolder
+from mutransfer.run_dir import RunFolder
 from mutransfer.sweeps.claims import FIXED
 from mutransfer.sweeps.gaussian import LOOKED_AT, GaussianProcess, foreseen
 from mutransfer.sweeps.jobs import Job

@@ -14,8 +14,8 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
 from mutransfer.errors import RequestError
-from mutransfer.frames import REPEATS, TRIALS
-from mutransfer.runs import RunFolder
+from mutransfer.run_dir import RunFolder
+from mutransfer.schemas import REPEATS, TRIALS
 from mutransfer.sweeps.jobs import Job
 from mutransfer.sweeps.processes import Processes
 from mutransfer.sweeps.repeating import CLAIM

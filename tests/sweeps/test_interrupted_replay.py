@@ -14,7 +14,7 @@ from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal._storage import JournalStorageReplayResult
 from optuna.trial import TrialState
 
-from mutransfer.runs import RunFolder
+from mutransfer.run_dir import RunFolder
 from mutransfer.sweeps.claims import Claims
 from mutransfer.sweeps.journal import Interruptible, Journal
 from mutransfer.sweeps.storages import opened, own_journal

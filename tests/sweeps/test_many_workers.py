@@ -12,7 +12,7 @@ import optuna
 import pytest
 import yaml
 
-from mutransfer.frames import TRIALS
+from mutransfer.schemas import TRIALS
 from mutransfer.sweeps.storages import opened
 
 from .servers import PASSWORD, Postgres, Proxy, Redis, postgres, proxy, redis, wait_for

@@ -14,10 +14,10 @@ from optuna.trial import TrialState, create_trial
 
 from mutransfer.cli.verify import verify_run
 from mutransfer.errors import RequestError
-from mutransfer.frames import TRIALS
 from mutransfer.recipe import Recipe
 from mutransfer.reports import write_report
-from mutransfer.runs import RunFolder
+from mutransfer.run_dir import RunFolder
+from mutransfer.schemas import TRIALS
 from mutransfer.sweeps.executors import executor_for
 from mutransfer.sweeps.experiment import Experiment
 from mutransfer.sweeps.gaussian import foreseen

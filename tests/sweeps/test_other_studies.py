@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from mutransfer.errors import RequestError
-from mutransfer.runs import RunFolder
+from mutransfer.run_dir import RunFolder
 from mutransfer.sweeps.experiment import Experiment
 from mutransfer.sweeps.storages import own_journal
 from mutransfer.sweeps.study import open_study

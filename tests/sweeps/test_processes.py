@@ -13,7 +13,7 @@ import pytest
 from mutransfer.errors import RequestError
 from mutransfer.proxies.training import Outcome
 from mutransfer.recipe import Recipe
-from mutransfer.runs import RunFolder
+from mutransfer.run_dir import RunFolder
 from mutransfer.sweeps.experiment import Experiment
 from mutransfer.sweeps.jobs import Job, OneByOne, Report, alone
 from mutransfer.sweeps.processes import Processes, ending

@@ -16,7 +16,7 @@ from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState
 
 from mutransfer.errors import RequestError
-from mutransfer.runs import RunFolder
+from mutransfer.run_dir import RunFolder
 from mutransfer.sweeps import storages
 from mutransfer.sweeps.outages import outage
 from mutransfer.sweeps.patience import Patient

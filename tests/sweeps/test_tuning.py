@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from mutransfer.frames import TRIALS
-from mutransfer.runs import RunFolder
+from mutransfer.run_dir import RunFolder
 from mutransfer.scale import Scale
+from mutransfer.schemas import TRIALS
 from mutransfer.sweeps.jobs import Job, OneByOne
 from mutransfer.sweeps.tuning import tune
 

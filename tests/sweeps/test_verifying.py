@@ -12,9 +12,9 @@ import pytest
 
 from mutransfer.basins import judge, optima
 from mutransfer.errors import RequestError
-from mutransfer.frames import BASINS
 from mutransfer.recipe import Recipe
-from mutransfer.runs import RunFolder
+from mutransfer.run_dir import RunFolder
+from mutransfer.schemas import BASINS
 from mutransfer.sweeps.jobs import Job, OneByOne
 from mutransfer.sweeps.processes import Processes
 from mutransfer.sweeps.verifying import LIMIT, REACH, basins

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from mutransfer.errors import RequestError
-from mutransfer.frames import TRIALS
 from mutransfer.recipe import Recipe
-from mutransfer.runs import RunFolder
+from mutransfer.run_dir import RunFolder
+from mutransfer.schemas import TRIALS
 from mutransfer.sweeps.jobs import Job
 from mutransfer.sweeps.tuning import Tuned, tune
 

@@ -12,10 +12,10 @@ import torch
 import mutransfer as mt
 from mutransfer.cli.transfer import target_of
 from mutransfer.errors import RequestError
-from mutransfer.files import write_json
+from mutransfer.io import write_json
 from mutransfer.planning.target import TargetConfig
 from mutransfer.proxies.reference import load_family
-from mutransfer.runs import RunFolder
+from mutransfer.run_dir import RunFolder
 from mutransfer.scale import Scale
 from mutransfer.sweeps.experiment import Experiment
 from mutransfer.sweeps.jobs import plan_of

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from mutransfer.errors import RequestError
-from mutransfer.runs import RunFolder
+from mutransfer.run_dir import RunFolder
 from mutransfer.sweeps.experiment import Experiment
 from mutransfer.sweeps.fusing.checkpoint import Checkpoints
 from mutransfer.sweeps.fusing.executor import Fused
@@ -129,7 +129,7 @@ def test_a_disk_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 KILLED = """
 import sys, torch
 from pathlib import Path
-from mutransfer.runs import RunFolder
+from mutransfer.run_dir import RunFolder
 from mutransfer.sweeps.experiment import Experiment
 from mutransfer.sweeps.fusing.checkpoint import Checkpoints
 from mutransfer.sweeps.fusing.executor import Fused

@@ -12,7 +12,7 @@ import pytest
 
 from mutransfer.proxies.training import Outcome
 from mutransfer.recipe import Recipe
-from mutransfer.runs import RunFolder
+from mutransfer.run_dir import RunFolder
 from mutransfer.scale import Scale
 from mutransfer.sweeps.experiment import Experiment, with_values
 from mutransfer.sweeps.fusing.executor import Fused

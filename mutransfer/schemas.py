@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 
 from .errors import RequestError
-from .files import write_bytes, write_text
+from .io import write_bytes, write_text
 
 __all__ = ["BASINS", "COORDINATES", "OPTIMA", "PARAMETERS", "REPEATS", "SLOPES", "TRIALS", "Schema", "varying"]
 

@@ -1,4 +1,4 @@
-"""Files that are either written whole or not at all."""
+"""Write files whole or not at all, name the disk in errors, and keep passwords out of files and messages."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 from .errors import RequestError
 
-__all__ = ["FULL_DISK", "naming_the_disk", "read_json", "write_bytes", "write_json", "write_text"]
+__all__ = ["FULL_DISK", "masked", "naming_the_disk", "read_json", "write_bytes", "write_json", "write_text"]
 
 # EFBIG is what a size limit (ulimit -f, a quota of some file systems) answers instead of ENOSPC.
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -87,3 +88,13 @@ def read_json(path: str | os.PathLike[str], what: str) -> Any:
         raise RequestError(f"{path} is a folder: expected {what}.") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise RequestError(f"{path} is not valid JSON ({error}): expected {what}.") from None
+
+
+# scheme://user:password@host; greedy, as a password that was not percent-encoded may hold a / or an @.
+_IN_ADDRESS = re.compile(r"(://[^:/?#\s@]*):(\S*)@")
+_IN_QUERY = re.compile(r"([?&\s](?:password|passwd|sslpassword)=)[^&\s]*", re.IGNORECASE)
+
+
+def masked(text: str) -> str:
+    """Return ``text`` with the password of every URL in it as ``***``."""
+    return _IN_QUERY.sub(r"\1***", _IN_ADDRESS.sub(r"\1:***@", text))

@@ -15,8 +15,7 @@ from typing import Any
 
 from . import paths
 from .errors import RequestError
-from .files import naming_the_disk, read_json, write_json
-from .masking import masked
+from .io import masked, naming_the_disk, read_json, write_json
 
 __all__ = ["RunFolder", "environment"]
 
