@@ -24,8 +24,8 @@ from mutransfer.coord_check import Verdict
 from mutransfer.coord_check.check import judge
 from mutransfer.coord_check.diagnosis import FAULTS, Fault, plant, plant_in
 from mutransfer.optimizers.rules import OPTIMIZERS
-from mutransfer.proxies.builtin import DEFAULT_DATA, DEFAULT_DEPTH, builtin
 from mutransfer.proxies.data import load_data
+from mutransfer.proxies.load import DEFAULT_DATA, DEFAULT_DEPTH, builtin
 from mutransfer.tracing.observe import observe
 from mutransfer.tracing.specs import Observation
 

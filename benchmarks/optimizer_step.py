@@ -9,8 +9,8 @@ import torch
 from harness import Claim, arguments, at_most, paired_ratio, publish
 
 import mutransfer as mt
-from mutransfer.proxies.builtin import cross_entropy
-from mutransfer.proxies.models.transformer import Transformer, TransformerShape
+from mutransfer.proxies.load import cross_entropy
+from mutransfer.proxies.models import Transformer, TransformerShape
 
 PAIRS = 60  # steps of each per model at width 256; fewer at larger ones, whose steps are longer
 RECIPE = mt.Recipe(lr=2**-8, weight_decay=0.1)

@@ -33,7 +33,7 @@ import importlib, json, resource, sys, time
 started = time.perf_counter()
 from mutransfer.proxies import huggingface
 import mutransfer as mt, mutransfer.planning.build
-from mutransfer.proxies.reference import load_family
+from mutransfer.proxies.load import load_family
 path, kind = sys.argv[1:]
 sys.modules.setdefault("torchvision", None)
 importlib.import_module(f"transformers.models.{kind}.modeling_{kind}")

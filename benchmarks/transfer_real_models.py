@@ -22,7 +22,7 @@ from harness import Claim, publish
 import mutransfer as mt
 from mutransfer.basins import optima
 from mutransfer.proxies.data import load_data
-from mutransfer.proxies.reference import load_family
+from mutransfer.proxies.load import load_family
 from mutransfer.proxies.training import Training, train
 from mutransfer.schemas import BASINS
 from mutransfer.tracing.observe import observe

@@ -16,7 +16,7 @@ from mutransfer.errors import RequestError, nearest
 from mutransfer.io import write_text
 from mutransfer.optimizers.rules import optimizer_rule
 from mutransfer.parametrizations.tables import table
-from mutransfer.proxies.builtin import DEFAULT_DATA
+from mutransfer.proxies.load import DEFAULT_DATA
 from mutransfer.recipe import Recipe
 from mutransfer.run_dir import RunFolder
 from mutransfer.scale import Scale

@@ -20,7 +20,7 @@ from mutransfer.planning.plan import Plan
 from mutransfer.price import Flops, optimizer_flops, step_cost
 from mutransfer.proxies.data import Data, load_data
 from mutransfer.proxies.importing import modules_in
-from mutransfer.proxies.reference import load_family
+from mutransfer.proxies.load import load_family
 from mutransfer.proxies.training import Outcome, Training, train
 from mutransfer.recipe import Recipe
 from mutransfer.scale import Scale

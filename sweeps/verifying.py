@@ -13,7 +13,7 @@ import pandas as pd
 from mutransfer.basins import REGRET_LIMIT, bracket
 from mutransfer.errors import RequestError
 from mutransfer.io import read_json
-from mutransfer.proxies.builtin import cross_entropy
+from mutransfer.proxies.load import cross_entropy
 from mutransfer.recipe import Recipe
 from mutransfer.run_dir import RunFolder
 from mutransfer.scale import Scale

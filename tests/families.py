@@ -8,8 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from mutransfer import Family, Scale
-from mutransfer.proxies.models import MLP, ResNet, Transformer
-from mutransfer.proxies.models.transformer import TransformerShape
+from mutransfer.proxies.models import MLP, ResNet, Transformer, TransformerShape
 
 VOCABULARY = 17
 

@@ -18,7 +18,7 @@ from mutransfer.export import FORMATS, export
 from mutransfer.export.pytorch import matches, patterns
 from mutransfer.optimizers.rules import OPTIMIZERS
 from mutransfer.planning.target import target_config
-from mutransfer.proxies.schedules import multiplier
+from mutransfer.proxies.training import multiplier
 from mutransfer.recipe import Recipe
 
 from . import families

@@ -78,7 +78,7 @@ def check(
     """Say whether activations and their changes keep their size as the width, or the depth, grows (exit 1 if not)."""
     from ..coord_check import OWN
     from ..parametrizations.tables import TABLES
-    from ..proxies.hf_fields import told
+    from ..proxies.hf_config import describe_changes
     from ..recipe import Recipe
     from .models import family_for, fields_asked_for, fields_between, subject_of
 
@@ -98,7 +98,7 @@ def check(
         width=max(sizes, default=family.base.width), depth=max(layers, default=family.base.depth)
     )
     if grown := fields_between(family, target):
-        say(f"{family.name} {told(grown)}")
+        say(f"{family.name} {describe_changes(grown)}")
     if lr is not None:
         Recipe.read({"lr": lr}, "--lr")
     for name in (parametrization, control):

@@ -80,9 +80,8 @@ def family_for(
     experiment file brings its options, roles, data and base as well. ``roles`` are written as PATTERN=ROLE.
     """
     from .. import paths
-    from ..proxies.builtin import DEFAULT_DATA, DEFAULT_DEPTH
     from ..proxies.data import load_data
-    from ..proxies.reference import load_family
+    from ..proxies.load import DEFAULT_DATA, DEFAULT_DEPTH, load_family
     from ..scale import Scale
     from ..tracing.roles import roles_from, with_roles
 
@@ -130,7 +129,7 @@ def load_own(
 ) -> Family:
     """Return a user's family at the base it brings, or a bare build function's at ``base``."""
     from ..errors import RequestError
-    from ..proxies.reference import load_family
+    from ..proxies.load import load_family
 
     try:
         return load_family(model, data, None, batch_size=batch_size, options=options)

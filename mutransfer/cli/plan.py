@@ -36,7 +36,7 @@ def plan(
 ) -> int:
     """Print what is set for every parameter, before anything is touched."""
     from ..planning import build
-    from ..proxies.hf_fields import told
+    from ..proxies.hf_config import describe_changes
     from .models import family_for, fields_asked_for, fields_between
 
     options = fields_asked_for(model, width_field, depth_field)
@@ -50,7 +50,7 @@ def plan(
     deeper = "" if scale.depth == family.base.depth else f", depth {family.base.depth} → {scale.depth}"
     heading = f"{family.name} {parametrization} {optimizer}: width {family.base.width} → {width}{deeper}, {len(frame)} parameters"
     text = "\n".join(
-        [heading, *([told(grown)] if grown else []), "", text, *(f"note: {note}" for note in planned.notes)]
+        [heading, *([describe_changes(grown)] if grown else []), "", text, *(f"note: {note}" for note in planned.notes)]
     )
     parameters = [
         row

@@ -25,7 +25,7 @@ def train(
 ) -> int:
     """Train the target on one device, or by its own trainer; an interrupted run goes on from its last checkpoint."""
     from ..planning.target import TargetConfig
-    from ..proxies.bigrun import run_target
+    from ..proxies.target_run import run_target
     from ..sweeps.target import train_target, trainer_of
 
     config = TargetConfig.load(target)

@@ -45,18 +45,18 @@ def load_data(spec: str, sequence_length: int = 128) -> Data:
 
             return digits.load()
         case "bytes":
-            from . import stdlib
+            from . import corpora
 
-            return stdlib.load(sequence_length)
+            return corpora.load_standard_library(sequence_length)
         case "markov":
             from . import markov
 
             return markov.load(sequence_length)
         case "text":
-            from . import text
+            from . import corpora
 
-            return text.load(path, sequence_length)
+            return corpora.load_text(path, sequence_length)
         case _:
-            from . import memmap
+            from . import corpora
 
-            return memmap.load(path, sequence_length)
+            return corpora.load_token_file(path, sequence_length)

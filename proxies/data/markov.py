@@ -10,8 +10,7 @@ from scipy.special import entr
 
 from mutransfer.errors import RequestError
 
-from .base import Batch, Data, generator
-from .tokens import VALIDATION_SEQUENCES, batches_of, check_sequence_length, next_token
+from .base import VALIDATION_SEQUENCES, Batch, Data, batches_of, check_sequence_length, generator, next_token
 
 __all__ = ["Markov", "load"]
 

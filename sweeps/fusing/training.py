@@ -15,8 +15,7 @@ from torch.utils._pytree import tree_map
 from mutransfer.family import Family, unwrapped
 from mutransfer.planning.plan import Plan
 from mutransfer.proxies.data import Data
-from mutransfer.proxies.schedules import multiplier
-from mutransfer.proxies.training import FINITE_EVERY
+from mutransfer.proxies.training import FINITE_EVERY, multiplier
 
 from .compiling import compiled
 from .graphs import Graphed, graphed

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mutransfer.family import Family
-from mutransfer.proxies.reference import load_family
+from mutransfer.proxies.load import load_family
 
 __all__ = ["CONFIGS", "family"]
 

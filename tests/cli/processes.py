@@ -37,7 +37,7 @@ torch.set_num_threads(1)
 kept = os.dup(1)
 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 mutransfer.cli.run(["plan", "mlp", "--width", "16"])
-import optuna, pandas, scipy.stats, mutransfer.planning.audit, mutransfer.proxies.bigrun, mutransfer.sweeps.verifying
+import optuna, pandas, scipy.stats, mutransfer.planning.audit, mutransfer.proxies.target_run, mutransfer.sweeps.verifying
 import mutransfer.sweeps.tuning, mutransfer.reports, mutransfer.planning.target
 sys.stdout.flush()
 os.dup2(kept, 1)

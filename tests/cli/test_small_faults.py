@@ -13,7 +13,7 @@ from mutransfer.cli.console import Progress
 from mutransfer.cli.models import BASE_WIDTH_HELP, MODEL
 from mutransfer.errors import RequestError, describe, nearest
 from mutransfer.proxies.data import load_data
-from mutransfer.proxies.reference import load_family
+from mutransfer.proxies.load import load_family
 from mutransfer.scale import Scale
 from mutransfer.sweeps.experiment import Experiment
 

@@ -9,7 +9,7 @@ import torch
 
 from mutransfer.errors import RequestError
 from mutransfer.proxies.data import Data, load_data
-from mutransfer.proxies.data.tokens import Tokens
+from mutransfer.proxies.data.base import Tokens
 
 T = 16
 SOURCES = ["digits", "bytes", "markov", "text", "bin"]

@@ -21,9 +21,9 @@ import mutransfer as mt
 from mutransfer.errors import RequestError
 from mutransfer.planning.audit import audit
 from mutransfer.planning.target import TargetConfig, target_config
-from mutransfer.proxies.bigrun import run_target
 from mutransfer.proxies.data import load_data
-from mutransfer.proxies.reference import load_family
+from mutransfer.proxies.load import load_family
+from mutransfer.proxies.target_run import run_target
 from mutransfer.scale import Scale
 
 BASE = Scale(16, 2)
@@ -124,7 +124,7 @@ def test_the_comparison_would_notice_a_lost_moment(tmp_path: Path) -> None:
 SCRIPT = """
 import sys
 from pathlib import Path
-from mutransfer.proxies.bigrun import run_target
+from mutransfer.proxies.target_run import run_target
 from mutransfer.planning.target import TargetConfig
 import torch
 torch.set_num_threads(1)

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mutransfer.proxies.data import Data, load_data, markov, stdlib
-from mutransfer.proxies.data.reading import read_tree, tree_sha256
+from mutransfer.proxies.data import Data, corpora, load_data, markov
+from mutransfer.proxies.data.corpora import read_tree, tree_sha256
 
 from .corpora import T, equal, marked_files, rows
 
@@ -17,7 +17,7 @@ from .corpora import T, equal, marked_files, rows
 @pytest.mark.parametrize("name", ["bytes", "text"])
 def test_files_are_held_out_whole(tmp_path: Path, name: str):
     contents = marked_files(tmp_path, 60, ".py")
-    data = stdlib.load(T, root=str(tmp_path)) if name == "bytes" else load_data(f"text:{tmp_path}", T)
+    data = corpora.load_standard_library(T, root=str(tmp_path)) if name == "bytes" else load_data(f"text:{tmp_path}", T)
     seen = {"training": set(), "held out": set()}
     batches = {"training": [data.batch(step, 64, seed=0) for step in range(40)], "held out": data.validation()}
     for part, pairs in batches.items():
@@ -33,11 +33,11 @@ def test_files_are_held_out_whole(tmp_path: Path, name: str):
 
 def test_the_standard_library_comes_without_tests_and_packages(tmp_path: Path):
     marked_files(tmp_path, 60, ".py")
-    before = stdlib.load(T, root=str(tmp_path)).sha256
+    before = corpora.load_standard_library(T, root=str(tmp_path)).sha256
     for path in ["test/a.py", "part0/tests/a.py", "site-packages/a.py", "part0/__pycache__/a.py", "notes.txt"]:
         (tmp_path / path).parent.mkdir(exist_ok=True)
         (tmp_path / path).write_bytes(b"not part of the corpus")
-    assert stdlib.load(T, root=str(tmp_path)).sha256 == before
+    assert corpora.load_standard_library(T, root=str(tmp_path)).sha256 == before
 
 
 def test_the_standard_library_names_its_python(sources: dict[str, Data]):

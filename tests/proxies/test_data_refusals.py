@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mutransfer.errors import RequestError
-from mutransfer.proxies.data import load_data, stdlib
+from mutransfer.proxies.data import corpora, load_data
 
 from .corpora import TOKEN_SOURCES, T, marked_files, refusal
 
@@ -110,4 +110,4 @@ def test_a_forbidden_folder_is_not_left_out(request: pytest.FixtureRequest):
 
 def test_a_folder_without_python_is_refused(tmp_path: Path):
     with pytest.raises(RequestError, match="holds no Python source files: give your own text as text:PATH"):
-        stdlib.load(T, root=str(tmp_path))
+        corpora.load_standard_library(T, root=str(tmp_path))

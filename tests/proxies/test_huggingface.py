@@ -17,8 +17,8 @@ import mutransfer as mt
 from mutransfer.errors import RequestError
 from mutransfer.family import Family
 from mutransfer.proxies.data import load_data
-from mutransfer.proxies.hf_fields import resized, told
-from mutransfer.proxies.reference import load_family
+from mutransfer.proxies.hf_config import describe_changes, resized
+from mutransfer.proxies.load import load_family
 from mutransfer.scale import Scale
 
 COMMON = {"vocab_size": 64, "max_position_embeddings": 64}
@@ -202,7 +202,7 @@ def test_the_user_names_what_grows(write: Write) -> None:
     # A common name stands for the config's own; without its heads the head dim has to grow.
     family = load(write("gpt2"), width_fields=["hidden_size"])
     assert (fields(family).width, fields(family).head_dims) == ({"n_embd": 32}, (("head_dim", 8, 16),))
-    assert "head dim grows 8→16" in told(fields(family).between(Scale(32, 2), Scale(64, 2)))
+    assert "head dim grows 8→16" in describe_changes(fields(family).between(Scale(32, 2), Scale(64, 2)))
 
 
 def test_a_field_that_only_later_layers_read(write: Write) -> None:

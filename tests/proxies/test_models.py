@@ -12,8 +12,7 @@ from torch.nn import functional as F
 import mutransfer as mt
 from mutransfer.errors import RequestError
 from mutransfer.price import step_flops
-from mutransfer.proxies.models import MLP, ResNet, Transformer
-from mutransfer.proxies.models.transformer import Attention, TransformerShape, _rotate
+from mutransfer.proxies.models import MLP, Attention, ResNet, Transformer, TransformerShape, _rotate
 from mutransfer.scale import Scale
 
 from .. import families

@@ -15,7 +15,7 @@ import torch
 import mutransfer as mt
 from mutransfer.errors import RequestError
 from mutransfer.proxies.data import load_data
-from mutransfer.proxies.reference import load_family
+from mutransfer.proxies.load import load_family
 from mutransfer.scale import Scale
 
 BASE = Scale(16, 2)

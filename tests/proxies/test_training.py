@@ -15,8 +15,7 @@ from torch import nn
 
 import mutransfer as mt
 from mutransfer.proxies.data.base import Batch
-from mutransfer.proxies.schedules import multiplier, scheduler
-from mutransfer.proxies.training import Outcome, Training, train
+from mutransfer.proxies.training import Outcome, Training, multiplier, scheduler, train
 from mutransfer.scale import Scale
 
 from .. import families

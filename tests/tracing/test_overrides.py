@@ -14,7 +14,7 @@ from mutransfer.cli.transfer import target_of
 from mutransfer.errors import RequestError
 from mutransfer.io import write_json
 from mutransfer.planning.target import TargetConfig
-from mutransfer.proxies.reference import load_family
+from mutransfer.proxies.load import load_family
 from mutransfer.run_dir import RunFolder
 from mutransfer.scale import Scale
 from mutransfer.sweeps.experiment import Experiment

@@ -14,7 +14,7 @@ import torch
 import mutransfer as mt
 from mutransfer.planning.build import plan
 from mutransfer.proxies.data.base import Data
-from mutransfer.proxies.reference import load_family
+from mutransfer.proxies.load import load_family
 from mutransfer.proxies.training import Training
 from mutransfer.sweeps.fusing.training import FusedTraining, Place
 

@@ -1,17 +1,18 @@
-"""From what a person writes for MODEL to a family: a built-in, ``file.py:name``, ``package.module:name`` or ``hf:config.json``.
+"""From the MODEL argument to a family: a built-in, ``file.py:name``, ``package.module:name`` or ``hf:config.json``.
 
 The string itself is what travels to workers and into target configs; nothing that it leads to needs to be picklable.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 
 from mutransfer.errors import RequestError, nearest
 from mutransfer.family import Family
@@ -20,11 +21,73 @@ from mutransfer.tracing.construct import on_fake_tensors
 from mutransfer.tracing.roles import check_roles, with_roles
 from mutransfer.tracing.run import build
 
-from .builtin import BUILTIN, DEFAULT_DATA, builtin, cross_entropy
 from .data.base import Data
 from .importing import FORMS, guarded, import_file, import_module, said
 
-__all__ = ["load_family"]
+__all__ = ["BUILTIN", "DEFAULT_DATA", "builtin", "load_family"]
+
+DEFAULT_DATA = {"mlp": "digits", "resnet": "digits", "transformer": "bytes"}
+DEFAULT_DEPTH = {"mlp": 4, "resnet": 2, "transformer": 2}
+
+
+def cross_entropy(model: torch.nn.Module, batch: Any) -> torch.Tensor:
+    """Return the mean cross-entropy in nats of ``(inputs, targets)``, targets of any shape."""
+    inputs, targets = batch
+    return F.cross_entropy(model(inputs).flatten(0, -2), targets.flatten())
+
+
+def _mlp(data: Data, **options: Any) -> Callable[[Scale], torch.nn.Module]:
+    from .models import MLP
+
+    inputs = data.batch(0, 1, 0)[0].numel()
+    return lambda scale: MLP(inputs, scale.width, scale.depth, data.classes, **options)
+
+
+def _resnet(data: Data, **options: Any) -> Callable[[Scale], torch.nn.Module]:
+    from .models import ResNet
+
+    return lambda scale: ResNet(data.inputs, scale.width, scale.depth, data.classes, **options)
+
+
+def _transformer(data: Data, **options: Any) -> Callable[[Scale], torch.nn.Module]:
+    from .models import Transformer, TransformerShape
+
+    return lambda scale: Transformer(TransformerShape(scale.width, scale.depth, data.classes, **options))
+
+
+BUILTIN = {"mlp": (_mlp, "images"), "resnet": (_resnet, "images"), "transformer": (_transformer, "tokens")}
+
+
+def builtin(name: str, data: Data, base: Scale, batch_size: int = 32, **options: Any) -> Family:
+    """Return the built-in model ``name`` as a family over ``data``.
+
+    Args:
+        name: mlp, resnet or transformer.
+        data: where its examples come from; it also says how many classes or tokens there are.
+        base: the scale at which µP changes nothing.
+        batch_size: examples in the family's example batch.
+        options: further arguments of the model (a transformer's ``head_dim``, ``tied``, …).
+
+    Raises:
+        RequestError: unknown model, data of another kind, an unknown option, or a base that the model cannot have.
+    """
+    if name not in BUILTIN:
+        raise RequestError(f"unknown model {name!r}: {nearest(name, BUILTIN)}")
+    make, kind = BUILTIN[name]
+    if data.kind != kind:
+        raise RequestError(
+            f"{name} reads {kind} and the data {data.name!r} holds {data.kind}: choose data of that kind."
+        )
+    build = make(data, **options)
+    try:
+        with torch.device("meta"):
+            build(base)
+    except TypeError as error:
+        raise RequestError(
+            f"{name} does not take these options ({error}): see its class in mutransfer.proxies.models."
+        ) from None
+    return Family(build, data.batch(0, batch_size, 0), cross_entropy, base, name)
+
 
 BUILD = "a function build(width, depth) that returns a torch.nn.Module"
 
@@ -58,7 +121,7 @@ def load_family(
 
 def _load(model: str, data: Data | None, base: Scale | None, batch_size: int, options: dict[str, Any]) -> Family:
     if model.startswith("hf:"):
-        from .huggingface import load  # transformers takes seconds to import
+        from .hf import load  # transformers takes seconds to import
 
         return load(model, data, base, batch_size=batch_size, options=options)
     if model in BUILTIN:
