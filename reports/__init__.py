@@ -6,15 +6,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mutransfer.reports.basins import BasinFigure as BasinFigure
-    from mutransfer.reports.coordinates import CoordinateFigure as CoordinateFigure
-    from mutransfer.reports.history import HistoryFigure as HistoryFigure
-    from mutransfer.reports.importances import ImportanceFigure as ImportanceFigure
+    from mutransfer.reports.coord_check_figure import CoordinateFigure as CoordinateFigure
     from mutransfer.reports.page import write_report as write_report
-    from mutransfer.reports.parallel import ParallelFigure as ParallelFigure
-    from mutransfer.reports.planned import PlanFigure as PlanFigure
-    from mutransfer.reports.slices import SliceFigure as SliceFigure
-    from mutransfer.reports.wider import WiderFigure as WiderFigure
+    from mutransfer.reports.plan_figure import PlanFigure as PlanFigure
+    from mutransfer.reports.search_figures import HistoryFigure as HistoryFigure
+    from mutransfer.reports.search_figures import ImportanceFigure as ImportanceFigure
+    from mutransfer.reports.search_figures import ParallelFigure as ParallelFigure
+    from mutransfer.reports.search_figures import SliceFigure as SliceFigure
+    from mutransfer.reports.transfer_figures import BasinFigure as BasinFigure
+    from mutransfer.reports.transfer_figures import WiderFigure as WiderFigure
 
 __all__ = [
     "BasinFigure",
@@ -29,14 +29,14 @@ __all__ = [
 ]
 
 _HOMES = {
-    "BasinFigure": "basins",
-    "CoordinateFigure": "coordinates",
-    "HistoryFigure": "history",
-    "ImportanceFigure": "importances",
-    "ParallelFigure": "parallel",
-    "PlanFigure": "planned",
-    "SliceFigure": "slices",
-    "WiderFigure": "wider",
+    "BasinFigure": "transfer_figures",
+    "CoordinateFigure": "coord_check_figure",
+    "HistoryFigure": "search_figures",
+    "ImportanceFigure": "search_figures",
+    "ParallelFigure": "search_figures",
+    "PlanFigure": "plan_figure",
+    "SliceFigure": "search_figures",
+    "WiderFigure": "transfer_figures",
     "write_report": "page",
 }
 

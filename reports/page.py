@@ -1,12 +1,14 @@
-"""The report of a run: one HTML file that needs nothing else, the figures as PNG beside it."""
+"""The report of a run: one self-contained HTML file with its data as links, and the figures as PNG beside it."""
 
 from __future__ import annotations
 
 import base64
 import functools
+import gzip
 import hashlib
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,30 +18,59 @@ from markupsafe import Markup
 
 from mutransfer.errors import RequestError
 from mutransfer.io import write_text
-from mutransfer.reports.basins import BasinFigure
-from mutransfer.reports.cells import (
+from mutransfer.reports.contents import RunContents
+from mutransfer.reports.coord_check_figure import CoordinateFigure
+from mutransfer.reports.figure import ReportFigure
+from mutransfer.reports.plan_figure import PlanFigure
+from mutransfer.reports.search_figures import HistoryFigure, ImportanceFigure, ParallelFigure, SliceFigure
+from mutransfer.reports.summary import answers, facts, findings, overall
+from mutransfer.reports.tables import (
     comparison_table,
     environment_table,
     optimum_table,
     parameter_table,
     recipe_table,
     slope_table,
+    throughput_table,
 )
-from mutransfer.reports.contents import RunContents
-from mutransfer.reports.coordinates import CoordinateFigure
-from mutransfer.reports.downloads import downloads
-from mutransfer.reports.figure import ReportFigure
-from mutransfer.reports.history import HistoryFigure
-from mutransfer.reports.importances import ImportanceFigure
-from mutransfer.reports.parallel import ParallelFigure
-from mutransfer.reports.planned import PlanFigure
-from mutransfer.reports.slices import SliceFigure
-from mutransfer.reports.summary import answers, facts, findings, overall
-from mutransfer.reports.throughput import throughput_table
-from mutransfer.reports.wider import WiderFigure
+from mutransfer.reports.transfer_figures import BasinFigure, WiderFigure
 from mutransfer.schemas import OPTIMA, varying
 
-__all__ = ["write_report"]
+__all__ = ["BUDGET", "Download", "download", "downloads", "write_report"]
+
+LARGEST_PLAIN = 200_000
+BUDGET = 1_400_000  # characters of all links together: a page of 3 MB has to hold the figures and tables as well
+KINDS = {"csv": "text/csv;charset=utf-8", "json": "application/json", "yaml": "text/yaml;charset=utf-8"}
+
+
+@dataclass(frozen=True)
+class Download:
+    """A file's name and the ``data:`` URI that holds it; an empty one for a file too large for the page."""
+
+    name: str
+    uri: str
+
+
+def download(name: str, content: str) -> Download:
+    """Return ``content`` as a link; a long one is compressed, and its name says so."""
+    raw, kind = content.encode(), KINDS[name.rpartition(".")[2]]
+    if len(raw) > LARGEST_PLAIN:
+        raw, name, kind = gzip.compress(raw, mtime=0), f"{name}.gz", "application/gzip"
+    return Download(name, f"data:{kind};base64,{base64.b64encode(raw).decode()}")
+
+
+def downloads(files: dict[str, str], budget: int = BUDGET) -> list[Download]:
+    """Return a link per file (name → content) in the order given, the small ones first to get a place in the page.
+
+    A file that does not fit any more has an empty link: it lies in the run folder.
+    """
+    made = {name: download(name, content) for name, content in files.items()}
+    for name in sorted(made, key=lambda name: len(made[name].uri)):
+        budget -= len(made[name].uri)
+        if budget < 0:
+            made[name] = Download(name, "")
+    return list(made.values())
+
 
 FIGURES = {"basins", "wider", "coordinates", "history", "slices", "importances", "parallel", "planned"}
 HERE = Path(__file__).parent

@@ -14,7 +14,7 @@ from mutransfer.cli import run
 from mutransfer.coord_check import record
 from mutransfer.coord_check.measure import places
 from mutransfer.coord_check.verdicts import verdict
-from mutransfer.reports.coordinates import CoordinateFigure
+from mutransfer.reports.coord_check_figure import CoordinateFigure
 from mutransfer.schemas import varying
 
 from . import families

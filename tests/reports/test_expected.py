@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mutransfer.reports.expected import expected_loss
+from mutransfer.reports.summary import expected_loss
 from mutransfer.schemas import BASINS
 
 WIDTHS, SEEDS, NOISE = (64, 128, 256, 512), 5, 0.01

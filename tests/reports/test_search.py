@@ -14,8 +14,7 @@ from matplotlib.figure import Figure
 
 from mutransfer.errors import RequestError
 from mutransfer.reports import ImportanceFigure, ParallelFigure, SliceFigure
-from mutransfer.reports.optuna_plots import HOMES
-from mutransfer.reports.study import fence_of, search_space, study_of
+from mutransfer.reports.optuna_study import HOMES, fence_of, search_space, study_of
 from mutransfer.schemas import TRIALS
 
 ALL = (SliceFigure, ImportanceFigure, ParallelFigure)

@@ -1,4 +1,4 @@
-"""The planned table as a picture: for every role, how each setting at the target differs from the base model's."""
+"""The plan as a figure: for every role, how each setting at the target differs from the base model's."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from matplotlib.figure import Figure
 
 from mutransfer.errors import RequestError
 from mutransfer.reports.figure import ReportFigure
-from mutransfer.reports.style import DIVERGING, GREY, INK, literal, styled
-from mutransfer.reports.words import number, plain, power_of_two
+from mutransfer.reports.style import DIVERGING, GREY, INK, literal, number, plain, power_of_two, styled
 from mutransfer.schemas import PARAMETERS
 
 __all__ = ["PlanFigure"]

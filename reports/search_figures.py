@@ -1,0 +1,466 @@
+"""Figures of a search: its history, loss against each hyperparameter, parallel coordinates, and importances, by Optuna."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.text import Text
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+from optuna.distributions import CategoricalDistribution, FloatDistribution
+
+from mutransfer.errors import RequestError
+from mutransfer.reports.figure import ReportFigure
+from mutransfer.reports.optuna_study import (
+    as_losses,
+    drawable,
+    fence_of,
+    hyperparameters,
+    is_lost,
+    plotted,
+    search_space,
+    study_of,
+)
+from mutransfer.reports.style import (
+    GREY,
+    INK,
+    ORDER,
+    colour,
+    counted,
+    literal,
+    log_loss,
+    number,
+    plain,
+    power_of_ten,
+    styled,
+    value_axis,
+)
+from mutransfer.schemas import TRIALS
+
+__all__ = ["HistoryFigure", "ImportanceFigure", "ParallelFigure", "SliceFigure"]
+
+FINISHED = ("COMPLETE", "PRUNED", "FAIL")
+
+
+@dataclass(frozen=True, eq=False)
+class HistoryFigure(ReportFigure):
+    """Trials of a study (schema TRIALS) in the order of their numbers.
+
+    Raises:
+        RequestError: the frame lacks a column, or no trial has finished.
+    """
+
+    trials: pd.DataFrame
+    maximize: bool = False
+    title = "Search history"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "trials", TRIALS.frame(self.trials))
+        if not self.trials["state"].isin(FINISHED).any():
+            raise RequestError("no trial has finished yet: run `mutransfer tune EXPERIMENT.yaml` on.")
+
+    def frame(self) -> pd.DataFrame:
+        """Return the trials: one row each (schema TRIALS, hyperparameters behind)."""
+        return self.trials.copy()
+
+    @property
+    def caption(self) -> str:
+        """How to read the figure."""
+        running = int((~self.trials["state"].isin(FINISHED)).sum())
+        cut = int((self.trials["state"].eq("FAIL") & self.trials["steps"].isna()).sum())
+        counts = {"not finished yet": running, "interrupted and done again": cut}
+        said = " and ".join(f"{count} {what}" for what, count in counts.items() if count)
+        left_out = f" Not drawn: {said}." if said else ""
+        return (
+            "Each mark is one trial on the proxy, placed where its compute ends. The line is the best loss so far; the "
+            "dotted line is the default recipe (trial 0), so the gap between the two is what the search has gained. "
+            "Hollow triangles were pruned (stopped early, at their last loss), × along the top diverged or failed."
+            + left_out
+        )
+
+    def draw(self) -> Figure:
+        """Return the drawing."""
+        there = self.trials["state"].isin(FINISHED) & ~(self.trials["state"].eq("FAIL") & self.trials["steps"].isna())
+        rows = self.trials[there].sort_values("number")
+        # An interrupted trial has failed and noted no compute; the others' places do not depend on it.
+        rows = rows.assign(flops=rows["flops"].where(rows["state"].ne("FAIL"), rows["flops"].fillna(0.0)))
+        compute = rows["flops"].notna().all() and rows["flops"].sum() > 0
+        power = math.floor(math.log10(rows["flops"].sum())) if compute else 0
+        rows = rows.assign(x=rows["flops"].cumsum() / 10**power if compute else rows["number"])
+        lost = rows["diverged"].fillna(False) | rows["value"].isna() | rows["state"].eq("FAIL")
+        full, pruned = rows[rows["state"].eq("COMPLETE") & ~lost], rows[rows["state"].eq("PRUNED") & ~lost]
+        with styled():
+            figure = Figure(figsize=(7.6, 3.5), layout="constrained")
+            axes = figure.subplots()
+            _scale(axes, rows["value"].dropna())
+            hue = colour("mup")
+            quiet: dict[str, Any] = {"linestyle": "", "markersize": 5, "alpha": 0.75}
+            axes.plot(full["x"], full["value"], marker="o", color=hue, label="finished", gid="finished", **quiet)
+            axes.plot(
+                pruned["x"], pruned["value"], marker="v", mfc="none", color=GREY, label="pruned", gid="pruned", **quiet
+            )
+            top: dict[str, Any] = {
+                "transform": axes.get_xaxis_transform(),
+                "color": colour("sp"),
+                "gid": "lost",
+                "markersize": 5,
+            }
+            axes.plot(rows["x"][lost], [0.965] * lost.sum(), "x", label="diverged or failed", **top)
+            if len(full):
+                _best(axes, full, float(rows["x"].max()), self.maximize)
+            default = full[full["number"] == 0]
+            if len(default):
+                axes.axhline(
+                    default["value"].iloc[0], color=INK, linestyle=":", linewidth=1.3, label="default recipe (trial 0)"
+                )
+            axes.set_ylabel("validation metric" if self.maximize else "validation loss")
+            axes.set_xlabel(
+                f"compute spent so far ({power_of_ten(power)} floating point operations)" if compute else "trial"
+            )
+            axes.margins(x=0.02)
+            figure.legend(loc="outside upper left", ncols=5, handlelength=1.6, columnspacing=1.2)
+        return figure
+
+
+def _scale(axes: Axes, values: pd.Series) -> None:
+    """Set the y axis around all losses, with room on top for the crosses."""
+    if values.empty:
+        return
+    low, high = float(values.min()), float(values.max())
+    if log_loss(axes, values):
+        axes.set_ylim(low / (high / low) ** 0.14, high * (high / low) ** 0.14)
+    else:
+        span = high - low or abs(high) or 1.0
+        axes.set_ylim(low - 0.14 * span, high + 0.14 * span)
+
+
+def _best(axes: Axes, full: pd.DataFrame, end: float, maximize: bool) -> None:
+    """Draw the best loss so far as steps, and name the trial that reached it."""
+    best = full["value"].cummax() if maximize else full["value"].cummin()
+    x, y = [*full["x"], end], [*best, best.iloc[-1]]
+    axes.step(x, y, where="post", color=INK, linewidth=1.8, label="best so far", gid="best")
+    winner = full.loc[full["value"].idxmax() if maximize else full["value"].idxmin()]
+    text = f"trial {winner['number']}: {number(float(winner['value']))}"
+    axes.plot(winner["x"], winner["value"], "o", markersize=10, mfc="none", color=INK)
+    side = "right" if winner["x"] > 0.6 * end else "left"
+    axes.annotate(
+        text, (winner["x"], winner["value"]), (0, -10), textcoords="offset points", ha=side, va="top", fontsize=8.5
+    )
+
+
+MOST_PANELS = 8
+HEADROOM = 0.1  # of the height, for the crosses
+
+
+@dataclass(frozen=True, eq=False)
+class SliceFigure(ReportFigure):
+    """`optuna.visualization.matplotlib.plot_slice` of the complete trials (schema TRIALS), with the diverged ones on top.
+
+    Raises:
+        RequestError: the frame lacks a column, or there is too little to compare.
+    """
+
+    trials: pd.DataFrame
+    maximize: bool = False
+    title = "Loss against each hyperparameter"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "trials", as_losses(drawable(self.trials), self.maximize))
+
+    def frame(self) -> pd.DataFrame:
+        """Return the trials: one row each (schema TRIALS, hyperparameters behind)."""
+        return as_losses(self.trials, self.maximize)
+
+    @property
+    def names(self) -> list[str]:
+        """The hyperparameters that are drawn, in the order of the panels."""
+        return sorted(hyperparameters(self.trials))[:MOST_PANELS]
+
+    @property
+    def caption(self) -> str:
+        """How to read the figure, and what it leaves out."""
+        pruned = int((self.trials["state"].eq("PRUNED") & ~is_lost(self.trials)).sum())
+        text = (
+            "Each dot is one complete trial, the later the darker; the ring is the best. × along the top are trials that "
+            "diverged or failed, at the value that they tried; triangles below them had a loss off the scale. All other "
+            "hyperparameters vary as well, so what counts is the lower edge of the cloud: a bottom inside the range is an "
+            "optimum, one at its end asks for a wider range."
+        )
+        text += f" Not drawn: {counted(pruned, 'pruned trial')}." if pruned else ""
+        hidden = len(hyperparameters(self.trials)) - len(self.names)
+        return text + (f" In the CSV only: {counted(hidden, 'more hyperparameter')}." if hidden else "")
+
+    def draw(self) -> Figure:
+        """Return the drawing."""
+        lost = is_lost(self.trials)
+        values = self.trials["value"].where(self.trials["state"].eq("COMPLETE") & ~lost)
+        shown = self.trials[
+            [column for column in self.trials if column not in hyperparameters(self.trials)] + self.names
+        ]
+        fence, count = fence_of(values), len(self.names)
+        study = study_of(shown, values.where(values <= fence))
+        with styled():
+            figure = plotted("plot_slice", study, target_name="negated metric" if self.maximize else "validation loss")
+            figure.set_size_inches(max(2.0 * count + 1.2, 5.6), 3.3)
+            figure.suptitle("")
+            *panels, bar = figure.axes
+            bar.set_ylabel("trial")
+            _height(panels[0], values[values <= fence])
+            beyond = self.trials[values > fence]
+            best = self.trials.loc[values.idxmin()]
+            for axes, name in zip(panels, self.names, strict=True):
+                self._panel(axes, name, best)
+                self._on_top(axes, name, self.trials[lost], "x", 1 - 0.4 * HEADROOM, "lost")
+                self._on_top(axes, name, beyond, "^", 1 - 0.9 * HEADROOM, "beyond")
+        return figure
+
+    def _panel(self, axes: Axes, name: str, best: pd.Series) -> None:
+        """Restyle one of Optuna's panels, and mark the best trial in it."""
+        axes.collections[0].set(cmap=ORDER, sizes=[20], edgecolor="white", linewidth=0.4, alpha=0.9, gid="complete")
+        axes.set_title("")
+        axes.set_xlabel(plain(name, 22), parse_math=False)
+        space = search_space(self.trials)[name]
+        if isinstance(space, CategoricalDistribution):
+            axes.set_xticks(_places(axes, space.choices), [plain(str(choice), 12) for choice in space.choices])
+            axes.set_xlim(-0.6, len(space.choices) - 0.4)
+            literal(axes.get_xticklabels())
+        elif isinstance(space, FloatDistribution):
+            value_axis(axes.xaxis, space.low, space.high, powers=name == "lr")
+            pad = 0.05 * (math.log(space.high / space.low) if space.log else space.high - space.low)
+            factor = math.exp(pad)
+            axes.set_xlim(
+                *((space.low / factor, space.high * factor) if space.log else (space.low - pad, space.high + pad))
+            )
+        at = _places(axes, [best[name]])
+        axes.plot(at, [best["value"]] * len(at), "o", markersize=10, mfc="none", color=INK, gid="best")
+
+    def _on_top(self, axes: Axes, name: str, trials: pd.DataFrame, mark: str, height: float, gid: str) -> None:
+        """Mark trials that have no place at their loss, at ``height`` (a fraction of the panel)."""
+        x = _places(axes, trials[name])
+        style: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "color": colour("sp"), "markersize": 4.5}
+        axes.plot(x, [height] * len(x), mark, mfc="none", gid=gid, **style)
+
+
+def _height(axes: Axes, values: pd.Series) -> None:
+    """Set the y axis around the losses that are shown, with room on top for what has no place there."""
+    low, high = float(values.min()), float(values.max())
+    if log_loss(axes, values, ratio=2.5):
+        axes.set_ylim(low / (high / low) ** 0.07, high * (high / low) ** (0.04 + 1.3 * HEADROOM))
+    else:
+        span = high - low or abs(high) or 1.0
+        axes.set_ylim(low - 0.07 * span, high + (0.04 + 1.3 * HEADROOM) * span)
+
+
+def _places(axes: Axes, values: Iterable[Any]) -> list[float]:
+    """Where values lie on the x axis: Optuna writes categories as their ``repr``, and a new one gets the next place."""
+    there = [value for value in values if not pd.isna(value)]
+    if not axes.xaxis.have_units():
+        return [float(value) for value in there]
+    return [float(axes.xaxis.convert_units(repr(str(value)))) for value in there]
+
+
+MOST_AXES = 8
+SHELF = 0.08  # of the loss axis, above what is shown: where diverged trials lie
+
+
+@dataclass(frozen=True, eq=False)
+class ParallelFigure(ReportFigure):
+    """`optuna.visualization.matplotlib.plot_parallel_coordinate` of the complete trials and the diverged ones.
+
+    Losses beyond Tukey's fence (the upper quartile and 1.5 times the quartiles' distance) are drawn at it: one bad trial
+    would press all others into a line. Diverged trials lie on a shelf above.
+
+    Raises:
+        RequestError: the frame lacks a column, or fewer than two hyperparameters vary.
+    """
+
+    trials: pd.DataFrame
+    maximize: bool = False
+    title = "All hyperparameters at once"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "trials", as_losses(drawable(self.trials), self.maximize))
+        if len(hyperparameters(self.trials)) < 2:
+            raise RequestError("one hyperparameter took more than one value, and lines between axes need at least two.")
+
+    def frame(self) -> pd.DataFrame:
+        """Return the trials: one row each (schema TRIALS, hyperparameters behind)."""
+        return as_losses(self.trials, self.maximize)
+
+    @property
+    def names(self) -> list[str]:
+        """The hyperparameters that are drawn, in the order of the axes."""
+        return sorted(hyperparameters(self.trials))[:MOST_AXES]
+
+    @property
+    def clipped(self) -> tuple[pd.Series, float, int]:
+        """Return the height of every trial that is drawn, the fence, and how many finite losses lie beyond it."""
+        lost = is_lost(self.trials)
+        values = self.trials["value"].where(self.trials["state"].eq("COMPLETE") & ~lost)
+        fence, low = fence_of(values), float(values.min())
+        shelf = fence + SHELF * ((fence - low) or abs(fence) or 1.0)
+        return values.clip(upper=fence).mask(lost, shelf), fence, int((values > fence).sum())
+
+    @property
+    def caption(self) -> str:
+        """How to read the figure, and what it leaves out."""
+        _, fence, beyond = self.clipped
+        text = (
+            "Each line is one trial, from its loss on the left through the values that it tried; dark is good. Where dark "
+            "lines cross an axis in a bundle, that value matters; where they spread over all of it, it does not."
+        )
+        if beyond:
+            text += f" Drawn at the height of {number(fence)}: {counted(beyond, 'trial')} with a larger loss."
+        if is_lost(self.trials).any():
+            text += " Dashed lines from the top are trials that diverged or failed."
+        hidden = len(hyperparameters(self.trials)) - len(self.names)
+        return text + (f" In the CSV only: {counted(hidden, 'more hyperparameter')}." if hidden else "")
+
+    def draw(self) -> Figure:
+        """Return the drawing."""
+        heights, fence, beyond = self.clipped
+        space, gone = search_space(self.trials), is_lost(self.trials).any()
+        # The best are drawn last, on top of the others.
+        ranked = self.trials.assign(number=heights.rank(ascending=False, method="first", na_option="top").astype(int))
+        with styled():
+            figure = plotted("plot_parallel_coordinate", study_of(ranked, heights), params=self.names)
+            main, bar, *others = figure.axes
+            figure.set_size_inches(max(1.35 * len(self.names) + 2.4, 6.4), 3.9)
+            main.set_title("")
+            main.grid(visible=False)
+            main.set_xticks(
+                range(len(self.names) + 1),
+                ["−metric" if self.maximize else "loss", *(plain(name, 18) for name in self.names)],
+                rotation=0,
+            )
+            (lines,) = (found for found in main.collections if isinstance(found, LineCollection))
+            _restyle(lines, fence)
+            bottom = float(heights.min())
+            ticks = [
+                tick
+                for tick in MaxNLocator(5).tick_values(bottom, fence)
+                if bottom <= tick < fence - 0.06 * (fence - bottom)
+            ]
+            main.set_yticks(
+                [*ticks, fence], [*map(number, ticks), ("≥\u00a0" if beyond else "") + number(float(f"{fence:.3g}"))]
+            )
+            if bottom < fence:
+                bar.set_ylim(bottom, fence)
+            bar.set_ylabel("negated metric" if self.maximize else "validation loss")
+            for axes, name in zip(others, self.names, strict=True):
+                axes.grid(visible=False)
+                axes.spines["right"].set_visible(True)
+                if isinstance(values := space[name], FloatDistribution):
+                    value_axis(axes.yaxis, values.low, values.high, powers=name == "lr")
+                else:
+                    choices = [plain(label.get_text(), 14) for label in axes.get_yticklabels()]
+                    axes.set_yticks(axes.get_yticks(), choices)
+                    literal(axes.get_yticklabels())
+                for label in axes.get_yticklabels():
+                    label.set_bbox({"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 0.6})
+            literal(main.get_xticklabels())
+            if gone:
+                dashes = Line2D(
+                    [], [], color=colour("sp"), linestyle=(0, (3, 2)), linewidth=1, label="diverged or failed"
+                )
+                figure.legend(handles=[dashes], loc="outside upper left")
+        return figure
+
+
+def _restyle(lines: LineCollection, fence: float) -> None:
+    """Set colours by loss, dark for low and the best quarter strong; dashes in another colour for lines from the shelf."""
+    starts = np.array([segment[0, 1] for segment in lines.get_segments()])
+    lost = starts > fence
+    best = starts <= np.quantile(starts[~lost], 0.25)
+    crowd = min(1.0, 60 / len(starts))  # many lines have to be faint, or they hide each other
+    shades = ORDER.reversed().with_extremes(over=colour("sp"))
+    lines.set(cmap=shades, clim=(float(starts.min()), fence), gid="trials")
+    lines.set_alpha(np.where(best, 0.6 + 0.3 * crowd, 0.25 + 0.5 * crowd).tolist())
+    lines.set_linewidth(np.where(best, 1.4, 0.9).tolist())
+    lines.set_linestyle([(0, (3, 2)) if gone else "-" for gone in lost])
+
+
+FEWEST = 20  # complete trials: the best tenth has to be more than one
+
+
+@dataclass(frozen=True, eq=False)
+class ImportanceFigure(ReportFigure):
+    """`optuna.visualization.matplotlib.plot_param_importances` of the trials (schema TRIALS) that ended with a loss.
+
+    Optuna's default evaluator, PED-ANOVA (2304.10255). It knows no diverged trials: those are counted in the caption.
+
+    Raises:
+        RequestError: the frame lacks a column, or there are too few trials or hyperparameters to rank.
+    """
+
+    trials: pd.DataFrame
+    maximize: bool = False
+    title = "Importance of the hyperparameters"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "trials", as_losses(drawable(self.trials), self.maximize))
+        losses, count = self.trials["value"][self._complete], len(hyperparameters(self.trials))
+        if len(losses) < FEWEST or count < 2 or losses.nunique() < 2:
+            raise RequestError(
+                f"{len(losses)} complete trials with {losses.nunique()} different losses over {count} hyperparameters tell no "
+                f"importances (at least {FEWEST}, 2 and 2): run `mutransfer tune EXPERIMENT.yaml` on."
+            )
+
+    @property
+    def _complete(self) -> pd.Series:
+        return self.trials["state"].eq("COMPLETE") & ~is_lost(self.trials)
+
+    def frame(self) -> pd.DataFrame:
+        """Return the trials: one row each (schema TRIALS, hyperparameters behind)."""
+        return as_losses(self.trials, self.maximize)
+
+    @property
+    def caption(self) -> str:
+        """How to read the figure."""
+        lost = int(is_lost(self.trials).sum())
+        return (
+            "How much more tightly a hyperparameter's values lie among the best tenth of the trials than among all, as a "
+            f"share of the sum (PED-ANOVA, Optuna's default), over {self._complete.sum()} complete trials"
+            + (f"; {lost} that diverged or failed are not in it, see the crosses above" if lost else "")
+            + ". A guide to what to search next and not a measurement: with fewer than a hundred trials the order of "
+            "neighbours is chance, and a hyperparameter whose whole range is good looks unimportant."
+        )
+
+    def draw(self) -> Figure:
+        """Return the drawing."""
+        study = study_of(self.trials, self.trials["value"].where(self._complete))
+        with styled():
+            figure = plotted("plot_param_importances", study)
+            (axes,) = figure.axes
+            figure.set_size_inches(6.4, 0.9 + 0.3 * len(axes.patches))
+            axes.set(title="", xlabel="share of the importance", ylabel="")
+            axes.set_title("", loc="left")
+            if legend := axes.get_legend():
+                legend.remove()
+            axes.grid(visible=False, axis="y")
+            axes.tick_params(axis="y", length=0)
+            bars: list[Any] = list(axes.patches)
+            for bar in bars:
+                bar.set(color=colour("mup"), height=0.62)
+            for label in axes.texts:
+                _beside(label)
+            axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+            axes.set_xlim(0, 1.12 * max(bar.get_width() for bar in bars))
+            axes.set_yticks(axes.get_yticks(), [plain(label.get_text()) for label in axes.get_yticklabels()])
+            literal(axes.get_yticklabels())
+        return figure
+
+
+def _beside(label: Text) -> None:
+    """Set a bar's number a little off the bar's end, as a percentage."""
+    share = label.get_text()
+    text = f"{float(share):.0%}" if share[:1].isdigit() else "under 1%"
+    label.set(text=f" {text}", fontsize=8.5)
