@@ -20,9 +20,9 @@ from scipy import stats
 
 from mutransfer.run_dir import RunFolder
 from mutransfer.sweeps.experiment import Budget, Experiment, Range, Size
-from mutransfer.sweeps.fusing.executor import Fused
 from mutransfer.sweeps.jobs import Executor, OneByOne, family_of, flops_of
-from mutransfer.sweeps.tuning import tune
+from mutransfer.sweeps.tune import tune
+from mutransfer.sweeps.vectorized.executor import Fused
 
 NO_WORSE = 0.01  # of the loss above the floor: the margin of "no worse"
 

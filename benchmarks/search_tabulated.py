@@ -23,9 +23,9 @@ from mutransfer.proxies.training import Outcome
 from mutransfer.recipe import Recipe
 from mutransfer.run_dir import RunFolder
 from mutransfer.sweeps.experiment import Budget, Experiment, with_values
-from mutransfer.sweeps.fusing.executor import Fused
 from mutransfer.sweeps.jobs import Executor, Job, Report, Reported, family_of, flops_of
-from mutransfer.sweeps.tuning import tune
+from mutransfer.sweeps.tune import tune
+from mutransfer.sweeps.vectorized.executor import Fused
 
 STEPS, TRIALS = 100, 48
 POINTS = {"lr": 28, "init_scale": 11, "alpha_output": 11}

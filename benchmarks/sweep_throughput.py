@@ -23,9 +23,9 @@ from mutransfer.proxies.training import Training, train
 from mutransfer.recipe import Recipe
 from mutransfer.sweeps.executors import Planned, executor_for
 from mutransfer.sweeps.experiment import Experiment, Size
-from mutransfer.sweeps.fusing.executor import Fused
 from mutransfer.sweeps.jobs import Executor, Job, OneByOne, family_of, plan_of
 from mutransfer.sweeps.processes import Processes
+from mutransfer.sweeps.vectorized.executor import Fused
 
 ROUNDS = 5
 TRIALS = 1000  # of the sweep that the planner plans for: long enough for what is done once not to matter

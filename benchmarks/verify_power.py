@@ -21,7 +21,7 @@ from scipy import stats
 
 from mutransfer.basins import DRIFT_LIMIT, REGRET_LIMIT, judge, optima
 from mutransfer.schemas import BASINS
-from mutransfer.sweeps.verifying import grid
+from mutransfer.sweeps.verify import grid
 
 KINDS = ("flat", "sharp", "cliff", "noisy", "negative", "edge")
 WIDTHS = (16, 64, 256)

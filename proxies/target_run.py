@@ -198,8 +198,8 @@ def _refuse_other_data(target: TargetConfig, data: Data) -> None:
 
 def _identity(target: TargetConfig, data: Data) -> str:
     """Hash of all that decides what is trained; who tuned it when, and what was warned about, does not."""
-    told = {key: value for key, value in target.as_dict().items() if key not in ("provenance", "warnings", "notes")}
-    return hashlib.sha256(json.dumps([told, data.sha256], sort_keys=True).encode()).hexdigest()
+    settings = {key: value for key, value in target.as_dict().items() if key not in ("provenance", "warnings", "notes")}
+    return hashlib.sha256(json.dumps([settings, data.sha256], sort_keys=True).encode()).hexdigest()
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ FEWEST_WIDTHS = 3  # two give one pace, and no sign whether it holds
 
 @dataclass(frozen=True)
 class Expected:
-    """A validation loss with the interval for one run; all NaN where it cannot be told. ``words`` say how or why not."""
+    """A validation loss with the interval for one run; all NaN where it cannot be expected. ``words`` say how or why not."""
 
     loss: float
     low: float
@@ -252,7 +252,7 @@ def _recipe(recipe: Recipe) -> str:
 
 
 def _expected(run: RunContents, basins: pd.DataFrame | None) -> Fact:
-    """The loss to expect at the target's size, or in one line why it is not told."""
+    """The loss to expect at the target's size, or in one line why it is not expected."""
     size = run.target.get("scale")
     transferred = run.verify.get("transferred_log2_lr")
     if not isinstance(size, dict) or not isinstance(size.get("width"), int) or "parametrization" not in run.target:
@@ -262,10 +262,10 @@ def _expected(run: RunContents, basins: pd.DataFrame | None) -> Fact:
     name = f"Expected loss of one run at width {size['width']}"
     if basins is None or not isinstance(transferred, int | float):
         return Fact(name, "not told", run.missing("verify.json"))
-    told = expected_loss(basins, float(transferred), run.target)
-    if not told.known:
-        return Fact(name, "not told", told.words)
-    return Fact(name, f"{number(told.loss)} [{number(told.low)}, {number(told.high)}]", told.words)
+    expected = expected_loss(basins, float(transferred), run.target)
+    if not expected.known:
+        return Fact(name, "not told", expected.words)
+    return Fact(name, f"{number(expected.loss)} [{number(expected.low)}, {number(expected.high)}]", expected.words)
 
 
 def facts(run: RunContents, optima: pd.DataFrame | None) -> list[Fact]:

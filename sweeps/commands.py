@@ -1,17 +1,22 @@
-"""An own trainer that is a command: run with a trial's settings, heard on its stdout, and ended when it is pruned or late."""
+"""Training by a user's command: run with a trial's settings, its reports read from stdout, and ended with all it started."""
 
 from __future__ import annotations
 
+import contextlib
+import json
+import math
 import os
 import select
 import shlex
 import shutil
+import subprocess
+import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mutransfer.errors import RequestError
 from mutransfer.export import export
@@ -19,15 +24,131 @@ from mutransfer.io import naming_the_disk, write_text
 from mutransfer.planning.target import TargetConfig
 from mutransfer.proxies.training import Outcome
 
-from .attempt import Attempt
-from .experiment import Experiment
+from .experiment import Experiment, Trainer
 from .jobs import Job, Report, alone, plan_of
 from .processes import ending
-from .told import told
-from .trainers import Trainer
-from .wards import Ward
+from .user_trainers import TrialRun
 
-__all__ = ["CommandRun", "Commands", "check_command", "environment", "look"]
+__all__ = [
+    "CommandRun",
+    "Commands",
+    "ParsedReport",
+    "SupervisedProcess",
+    "check_command",
+    "environment",
+    "look",
+    "parse_report",
+]
+
+
+class ParsedReport(NamedTuple):
+    """A loss at a step (None where it was not given), and whether it is the final one."""
+
+    step: int | None
+    loss: float
+    final: bool
+
+
+def parse_report(line: bytes) -> ParsedReport | None:
+    """Return what ``line`` tells: ``{"step": 100, "loss": 2.3}``, with ``"final": true`` for the last; None for other text.
+
+    A loss of null, NaN or Infinity is one that is not finite; a step is the number of optimizer steps done.
+    """
+    if not line.lstrip().startswith(b"{"):
+        return None
+    try:
+        given = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(given, dict) or "loss" not in given:
+        return None
+    loss, step, final = given["loss"], given.get("step"), given.get("final", False)
+    loss = math.nan if loss is None else loss
+    if not _is_number(loss) or not isinstance(final, bool) or not (step is None or _is_step(step)):
+        return None
+    return ParsedReport(None if step is None else int(step), float(loss), final)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_step(value: Any) -> bool:
+    return _is_number(value) and math.isfinite(value) and value >= 0 and value == int(value)
+
+
+SUPERVISOR = Path(__file__).with_name("_supervisor.py")
+LONGEST = 2**20  # bytes of a line: beyond, it is none that anybody meant to be read
+TAIL = 4096  # bytes at the end of what a command said, where the reason is
+
+
+class SupervisedProcess:
+    """One run of a command in ``folder``, or the current one; its stderr goes to the file ``errors``, appended to what is there.
+
+    It lives in a session of its own: a Ctrl-C at the terminal does not reach it, and it ends when `stop` is called, or when
+    this process is gone, however that came.
+    """
+
+    def __init__(
+        self, words: Sequence[str], errors: Path, grace: float, environment: dict[str, str], folder: str | None = None
+    ) -> None:
+        with naming_the_disk(errors), errors.open("ab") as file:
+            self._errors, self._before = errors, file.tell()
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", "-S", str(SUPERVISOR), str(grace), *words],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file, start_new_session=True, env=environment,
+                cwd=folder,
+            )  # fmt: skip
+        assert self._process.stdout is not None
+        self._stdout = self._process.stdout
+        os.set_blocking(self._stdout.fileno(), False)
+        self._rest = b""
+
+    @property
+    def readable(self) -> int | None:
+        """The file descriptor to wait for; None once stdout has ended."""
+        return None if self._stdout.closed else self._stdout.fileno()
+
+    @property
+    def code(self) -> int | None:
+        """The exit code, above 128 for a signal; None while anything of the command lives."""
+        return self._process.poll()
+
+    def lines(self) -> Iterator[bytes]:
+        """Yield the lines that are there, without waiting, and at the end of stdout what follows the last line break."""
+        while not self._stdout.closed:
+            try:
+                read = os.read(self._stdout.fileno(), 2**16)
+            except BlockingIOError:
+                return
+            *whole, self._rest = (self._rest + read).split(b"\n")
+            if not read:
+                self._stdout.close()
+            if self._rest and (not read or len(self._rest) > LONGEST):
+                whole, self._rest = [*whole, self._rest], b""
+            yield from whole
+
+    def stop(self) -> None:
+        """Ask the command to end; it is killed if it does not."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()
+
+    def close(self) -> None:
+        """Wait until nothing of the command is left, and let go of it."""
+        self.stop()
+        self._process.wait()
+        self._stdout.close()
+
+    def last_words(self) -> str:
+        """Return the end of what it said on stderr, in one line."""
+        with self._errors.open("rb") as file:
+            file.seek(max(self._before, file.seek(0, os.SEEK_END) - TAIL))
+            lines = file.read().decode(errors="replace").splitlines()
+        # Rulers and empty lines say nothing.
+        said = [" ".join(line.split()) for line in lines if any(letter.isalnum() for letter in line)]
+        return " / ".join(said[-2:])[-300:].rstrip(".")
+
 
 LOOK_EVERY = 0.05  # seconds between looks at commands that say nothing
 
@@ -63,7 +184,7 @@ class Commands:
                 for job in islice(source, self.capacity - len(running)):
                     slot = min(set(range(self.capacity)) - running.keys())
                     ask = None if report is None else alone(report, job)
-                    attempt = Attempt(experiment.steps, job.rungs, ask, maximize=experiment.maximize)
+                    attempt = TrialRun(experiment.steps, job.rungs, ask, maximize=experiment.maximize)
                     home = self._home(job)
                     # Of another job of that name, whose checkpoint is not this one's.
                     shutil.rmtree(home / "out", ignore_errors=True)
@@ -108,7 +229,7 @@ class CommandRun:
     """
 
     def __init__(
-        self, trainer: Trainer, target: TargetConfig, attempt: Attempt, home: Path, folder: str | None, *, slot: int = 0,
+        self, trainer: Trainer, target: TargetConfig, attempt: TrialRun, home: Path, folder: str | None, *, slot: int = 0,
         environment: dict[str, str],
     ) -> None:  # fmt: skip
         self.attempt, self.home, self.folder = attempt, home, folder
@@ -130,13 +251,15 @@ class CommandRun:
         self.final: float | None = None
         self.late, self.stopping = False, False
         self.begun = time.monotonic()
-        self.ward = Ward(self.words, self.home / "stderr.log", self.trainer.grace, self.environment, self.folder)
+        self.process = SupervisedProcess(
+            self.words, self.home / "stderr.log", self.trainer.grace, self.environment, self.folder
+        )
 
     def advance(self) -> Outcome | None:
         """Take in what the command has said and done; return its outcome once it has ended for good."""
-        code = self.ward.code  # before reading: what an ended command has said is all there
+        code = self.process.code  # before reading: what an ended command has said is all there
         with naming_the_disk(self.home), (self.home / "stdout.log").open("ab") as log:
-            for line in self.ward.lines():
+            for line in self.process.lines():
                 if not self._heard(line):
                     log.write(line + b"\n")
         if self.trainer.timeout is not None and time.monotonic() - self.begun > self.trainer.timeout:
@@ -144,12 +267,12 @@ class CommandRun:
             self._stop()
         if code is None:
             return None
-        self.ward.close()
+        self.process.close()
         return self._ended(code)
 
     def _heard(self, line: bytes) -> bool:
-        """Take in a line, and return whether it told a loss; after a stop, and after the final loss, none counts."""
-        if (found := told(line)) is None:
+        """Take in a line, and return whether it said a loss; after a stop, and after the final loss, none counts."""
+        if (found := parse_report(line)) is None:
             return False
         if self.stopping or self.final is not None:
             return True
@@ -164,14 +287,14 @@ class CommandRun:
     def _stop(self) -> None:
         if not self.stopping:
             self.stopping = True
-            self.ward.stop()
+            self.process.stop()
 
     def _ended(self, code: int) -> Outcome | None:
         if self.final is not None:  # whatever happened while it cleaned up
             return self.attempt.outcome(self.final)
         if self.attempt.stopped or self.attempt.diverged:
             return self.attempt.outcome()
-        said = self.ward.last_words()
+        said = self.process.last_words()
         where = f"{f'saying {said!r}; ' if said else ''}see {self.home}"
         if self.late:
             return self.attempt.outcome(

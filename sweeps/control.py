@@ -23,10 +23,10 @@ from mutransfer.schemas import BASINS, TRIALS
 
 from .commands import Commands
 from .experiment import Experiment, Range
-from .failures import needed
-from .findings import at_edges
 from .jobs import Executor, Job, flops_of, plan_of
-from .tuning import tune
+from .results import at_edges
+from .tune import tune
+from .user_trainers import needed
 
 __all__ = [
     "Control", "announcement", "comparison", "conclusion", "control_experiment", "control_folder", "finished_trials", "short",

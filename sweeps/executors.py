@@ -14,13 +14,13 @@ from mutransfer.errors import RequestError, nearest
 from mutransfer.proxies.importing import modules_in
 from mutransfer.proxies.training import Outcome
 
-from .callables import load_trainer
 from .commands import Commands, check_command
 from .experiment import Experiment
 from .jobs import Executor, Job, OneByOne, Report
 from .processes import Processes
+from .user_trainers import load_trainer
 
-__all__ = ["MANNERS", "PRECISIONS", "Planned", "check_trainer", "executor_for", "one_by_one"]
+__all__ = ["MANNERS", "PRECISIONS", "LazyExecutor", "check_trainer", "executor_for", "one_by_one"]
 
 MANNERS = ("auto", "one", "processes", "fused")
 PRECISIONS = ("float32", "bfloat16")
@@ -59,12 +59,12 @@ def executor_for(
             case "processes":
                 yield held.enter_context(Processes(at_once or _cores()))
             case _:
-                yield Planned(
+                yield LazyExecutor(
                     lambda missing: _planned(experiment, missing, how, at_once, device, precision, checkpoints, held)
                 )
 
 
-class Planned:
+class LazyExecutor:
     """An executor that is chosen when it is first needed: what is wrong with a request is said before anything is measured."""
 
     def __init__(self, choose: Callable[[int | None], Executor]) -> None:
@@ -156,10 +156,10 @@ def _planned(
 
     from mutransfer.precision import bfloat16_is_slow, bfloat16_slowdown
 
-    from .choosing import chosen
-    from .fusing.checkpoint import Checkpoints
-    from .fusing.executor import Fused
-    from .fusing.refusing import refusal
+    from .autoselect import chosen
+    from .vectorized.checkpoint import Checkpoints
+    from .vectorized.executor import Fused
+    from .vectorized.support import refusal
 
     why = refusal(experiment, device=device)
     if why is not None and precision != "float32":

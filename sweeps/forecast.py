@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from mutransfer.proxies.training import Outcome
 from mutransfer.scale import Scale
 
+from .autoselect import single_step
 from .experiment import Experiment
 from .jobs import Executor, Job, Report, family_of
-from .timing import single_step
 
 __all__ = ["Forecast", "Watched", "run_seconds"]
 

@@ -1,7 +1,7 @@
 """One training run of a sweep, described by plain data so that any process can do it, and how many are done at once.
 
 An `Executor` is the seam between deciding which runs to do and doing them: the study and the basins know nothing of
-processes, devices or fusing.
+processes, devices or vectorized.
 """
 
 from __future__ import annotations
@@ -26,9 +26,8 @@ from mutransfer.recipe import Recipe
 from mutransfer.scale import Scale
 from mutransfer.tracing.observe import observe
 
-from .attempt import Attempt
-from .callables import call
 from .experiment import NO_DATA, Experiment, Size
+from .user_trainers import TrialRun, call
 
 __all__ = [
     "Executor", "Job", "OneByOne", "Report", "Reported", "alone", "cost_of", "do", "family_of", "flops_of", "loaded",
@@ -208,7 +207,7 @@ def do(experiment: Experiment, job: Job, device: str, report: Report | None, com
         if trainer.call is None:
             raise RequestError("the trainer is a command, and this executor calls functions: use executor_for.")
         reference = experiment.here().references()["call"]
-        attempt = Attempt(experiment.steps, job.rungs, ask, maximize=experiment.maximize)
+        attempt = TrialRun(experiment.steps, job.rungs, ask, maximize=experiment.maximize)
         with modules_in(experiment.folder):
             return call(reference, job.recipe, planned, job.seed, attempt)
     family, data = family_of(experiment)

@@ -73,11 +73,11 @@ class Processes:
             while True:
                 for job in itertools.islice(source, self.capacity - len(self._busy())):
                     self._begin(experiment, job, report is not None)
-                if not (busy := self._busy()):
+                if not (running := self._busy()):
                     return
                 # Also the processes: one that dies may leave its end of the pipe open in a child of its own.
-                ready = set(connection.wait([end for w in busy for end in (w.pipe, w.process.sentinel)]))
-                for worker in busy:
+                ready = set(connection.wait([end for w in running for end in (w.pipe, w.process.sentinel)]))
+                for worker in running:
                     if ready & {worker.pipe, worker.process.sentinel}:
                         yield from self._heard(worker, report)
         finally:
@@ -178,12 +178,12 @@ def _serve(pipe: Connection, compile: bool) -> None:
         except EOFError:
             return
         ask = functools.partial(_ask, pipe) if reports else None
-        told: tuple[str, Any]
+        message: tuple[str, Any]
         try:
-            told = "done", do(experiment, job, "cpu", ask, compile)
+            message = "done", do(experiment, job, "cpu", ask, compile)
         except Exception as error:
-            told = "raised", _portable(error)
-        pipe.send(told)
+            message = "raised", _portable(error)
+        pipe.send(message)
 
 
 def _ask(pipe: Connection, reported: Sequence[Reported]) -> Sequence[bool]:

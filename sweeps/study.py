@@ -14,13 +14,11 @@ from optuna.trial import FrozenTrial
 from mutransfer.errors import RequestError
 from mutransfer.schemas import TRIALS
 
-from .auto import START, Auto, tpe
-from .claims import FINISHED
 from .experiment import BETAS, Experiment
-from .gaussian import GaussianProcess
-from .halving import Halving, judged_once
-from .independent import Independent, inside
-from .storages import Opened
+from .pruners import Halving, judged_once
+from .samplers import START, Auto, GaussianProcess, Independent, inside, tpe
+from .storage import Opened
+from .workers import FINISHED
 
 __all__ = ["baseline", "distributions", "open_study", "trials_frame"]
 

@@ -80,7 +80,7 @@ def test_the_command_is_tuned_and_trains_the_big_model(page: Path) -> None:
 
 
 def test_the_page_names_every_key_and_placeholder() -> None:
-    from mutransfer.sweeps.trainers import PLACEHOLDERS, Trainer
+    from mutransfer.sweeps.experiment import PLACEHOLDERS, Trainer
 
     assert {key for key in Trainer.model_fields if key != "call" and key not in PAGE} == set()
     assert {name for name in PLACEHOLDERS if f"`{{{name}}}`" not in PAGE} == set()

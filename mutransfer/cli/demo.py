@@ -60,12 +60,12 @@ def demo(
     from ..reports import write_report
     from ..run_dir import RunFolder
     from ..schemas import COORDINATES
+    from ..sweeps.autoselect import limited
     from ..sweeps.executors import executor_for
     from ..sweeps.experiment import Experiment
     from ..sweeps.forecast import Forecast, Watched, run_seconds
     from ..sweeps.jobs import OneByOne, family_of
-    from ..sweeps.timing import limited
-    from ..sweeps.tuning import tune
+    from ..sweeps.tune import tune
     from .check import begin, judge, summary
     from .console import Progress
     from .transfer import target_of
@@ -127,7 +127,7 @@ def demo(
 
 def _phases(experiment: Experiment, seconds: Mapping[Scale, float], at_once: int) -> dict[str, float]:
     """Return what each phase should take: ``seconds`` are those of one run at each scale, by itself."""
-    from ..sweeps.verifying import REACH
+    from ..sweeps.verify import REACH
 
     proxy, *_, widest = seconds
     # Around the transferred learning rate; SP's around its own likely best, beside the transferred one.

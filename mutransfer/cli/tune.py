@@ -51,7 +51,7 @@ def tune(
     from ..run_dir import RunFolder
     from ..sweeps.executors import executor_for
     from ..sweeps.experiment import Experiment
-    from ..sweeps.tuning import tune as run
+    from ..sweeps.tune import tune as run
 
     given = list(changes or [])
     given += [f"trials={trials}"] if trials is not None else []

@@ -98,10 +98,10 @@ def verify_run(
     """
     from ..basins import DRIFT_LIMIT, flat_range, judge, optima, worth
     from ..io import write_json
-    from ..sweeps.budgets import price
     from ..sweeps.control import announcement, comparison, conclusion, finished_trials, tune_control
-    from ..sweeps.locks import only_one
-    from ..sweeps.verifying import basins, regret_limit_of, unit_of
+    from ..sweeps.storage import only_one
+    from ..sweeps.tune import price
+    from ..sweeps.verify import basins, regret_limit_of, unit_of
     from .console import plain, say
 
     name = experiment.parametrization
@@ -198,12 +198,12 @@ def text_of(result: dict[str, Any], optima: pd.DataFrame) -> str:
         f"regret: fitted loss at the transferred learning rate above the fitted minimum, {unit}, over {result['seeds']} seeds",
         "",
     ]
-    for kind, told in result["regret_compute"].items():
-        if told is not None:
+    for kind, worth in result["regret_compute"].items():
+        if worth is not None:
             regret = result["regret"][kind][widest]
             lines.append(
-                f"width {widest}: a regret of {regret['value']:.4f} {unit} ({kind}) is worth {told['value']:.1%} "
-                f"[{told['low']:.1%}, {told['high']:.1%}] of its compute, as the loss falls from width to width"
+                f"width {widest}: a regret of {regret['value']:.4f} {unit} ({kind}) is worth {worth['value']:.1%} "
+                f"[{worth['low']:.1%}, {worth['high']:.1%}] of its compute, as the loss falls from width to width"
             )
     lines += [
         f"width {widest}: {row['label']} (lr 2^{row['log2_lr']:.1f}): loss {row['loss']:.4f}"

@@ -101,7 +101,7 @@ def _mixed(seen: Observation, parametrization: str, optimizer: str) -> str | Non
         if growing(2.0, 2.0) != fixed(1.0, 2.0):
             return (
                 f"the columns of {name} {list(spec.shape)} are of two kinds and have one ratio, as its role is given: "
-                f"{spec.told_columns(spec.shape)}, and a learning rate that is right for the former lets the update of the "
+                f"{spec.describe_columns(spec.shape)}, and a learning rate that is right for the former lets the update of the "
                 f"latter fade with the width. Leave the role to be seen, or split the layer in two."
             )
     return None

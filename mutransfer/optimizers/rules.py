@@ -100,7 +100,7 @@ class OptimizerRule:
         """Return the settings that are equal for all parameters, of every rule in use."""
         return self.shared(recipe)
 
-    def told(self, recipe: Recipe) -> tuple[Any, ...]:
+    def reads(self, recipe: Recipe) -> tuple[Any, ...]:
         """Return all that the optimizer learns of the recipe, weight decay apart: what is not in it changes nothing."""
         lr, eps = self.base(recipe)
         return self.settings(recipe), lr, eps if self.has_eps else None
@@ -220,9 +220,9 @@ class Muon(OptimizerRule):
         """AdamW's too."""
         return {**ADAMW.shared(recipe), **self.shared(recipe)}
 
-    def told(self, recipe: Recipe) -> tuple[Any, ...]:
+    def reads(self, recipe: Recipe) -> tuple[Any, ...]:
         """AdamW's share too."""
-        return *super().told(recipe), *ADAMW.base(recipe)
+        return *super().reads(recipe), *ADAMW.base(recipe)
 
 
 def momentum(recipe: Recipe) -> dict[str, Any]:

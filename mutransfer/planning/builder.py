@@ -177,11 +177,11 @@ class Draft:
         )
         if lr == fixed_lr and not (rule.fold == "muon" and row.spectral):
             return
-        told = spec.told_columns(shape)
+        described = spec.describe_columns(shape)
         if spec.insisted:
             self.notes.append(
-                f"{name} {list(shape)} has one ratio for all of its columns, as its role is given, though {told}: the latter "
-                f"should have {fixed_lr / lr:g} times the learning rate."
+                f"{name} {list(shape)} has one ratio for all of its columns, as its role is given, though {described}: the "
+                f"latter should have {fixed_lr / lr:g} times the learning rate."
             )
             return
         power, decay_power, _ = FOLDS[rule.fold]
@@ -203,7 +203,7 @@ class Draft:
             why = "it is sparse"
         if why:
             raise RequestError(
-                f"{name} {list(shape)} sums over columns of two kinds: {told}. {self.rules.name} scales the former as "
+                f"{name} {list(shape)} sums over columns of two kinds: {described}. {self.rules.name} scales the former as "
                 f"{spec.role} and the latter as {fixed}, one parameter has one learning rate, and no multiplier of its input "
                 f"makes up for that: {why}. {spec.split_advice(shape)} To insist on one ratio for all columns, name the role "
                 f"in the family, roles={{{name!r}: {spec.role!r}}}."
@@ -216,7 +216,7 @@ class Draft:
             ),
         )
         self.notes.append(
-            f"{name} {list(shape)} is planned with a forward multiplier of {c:g}: {told}, which are scaled as {fixed}. Call "
+            f"{name} {list(shape)} is planned with a forward multiplier of {c:g}: {described}, which are scaled as {fixed}. Call "
             "plan.attach(model) after building the model and before plan.initialize(model)."
         )
 

@@ -360,8 +360,8 @@ def _set(plan: Plan) -> list[str]:
     rule, names = optimizer_rule(plan.optimizer, recipe), ["weight_decay", "init_scale", "clip", "warmup", "final"]
     if recipe.schedule == "wsd":
         names.append("cooldown")
-    reads = {name: rule.told(recipe.with_(**{name: value})) for name, value in _others(recipe).items()}
-    names += [name for name, told in reads.items() if told != rule.told(recipe)]
+    reads = {name: rule.reads(recipe.with_(**{name: value})) for name, value in _others(recipe).items()}
+    names += [name for name, read in reads.items() if read != rule.reads(recipe)]
     return [name for name in names if getattr(recipe, name) != getattr(DEFAULTS, name)]
 
 

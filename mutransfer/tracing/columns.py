@@ -418,14 +418,14 @@ def mixed_columns(
     if counts.keys() != more.keys():
         runs, wide_runs = _runs(narrow), _runs(wider)
         if len(runs) == len(wide_runs):
-            return _told(
+            return _described(
                 axis,
                 [
                     (begin, end, end - begin != wide_end - wide_begin)
                     for (begin, end), (wide_begin, wide_end) in zip(runs, wide_runs, strict=True)
                 ],
             )
-    return _told(
+    return _described(
         axis, [(begin, end, grows[narrow[begin]]) for begin, end in _runs(narrow) if narrow[begin] is not None]
     )
 
@@ -435,7 +435,7 @@ def _runs(each: Sequence[Any]) -> list[tuple[int, int]]:
     return list(zip(starts, [*starts[1:], len(each)], strict=True))
 
 
-def _told(axis: int, runs: Sequence[tuple[int, int, bool]]) -> tuple[Columns, ...]:
+def _described(axis: int, runs: Sequence[tuple[int, int, bool]]) -> tuple[Columns, ...]:
     if len({grows for *_, grows in runs}) < 2:
         return ()
     joined: list[Columns] = []

@@ -195,9 +195,9 @@ def extended_in_depth(
     for name, seen_name in origin.items():
         spec = seen.specs[seen_name]
         sizes = next((each for each in copies.get(spec.sizes, ()) if _siblings(each, name)), "")
-        carriers, meets, busy = sets[spec.carriers], sets[spec.meets], sets[spec.shared_carriers]
+        carriers, meets, shared = sets[spec.carriers], sets[spec.meets], sets[spec.shared_carriers]
         specs[name] = replace(
-            spec, name=name, init=inits[name], carriers=carriers, meets=meets, shared_carriers=busy, sizes=sizes
+            spec, name=name, init=inits[name], carriers=carriers, meets=meets, shared_carriers=shared, sizes=sizes
         )
     dots = tuple(replace(each, carriers=all_of(each.carriers)) for each in seen.dots)
     return replace(
@@ -386,8 +386,8 @@ def _observed(
     for name, spec in specs.items():
         if spec.tied:
             reads = {use.node for use in uses[name]}
-            busy = frozenset(each for each in spec.carriers if any(use.takers - reads for use in uses[each]))
-            specs[name] = replace(spec, shared_carriers=busy)
+            shared = frozenset(each for each in spec.carriers if any(use.takers - reads for use in uses[each]))
+            specs[name] = replace(spec, shared_carriers=shared)
     return Observation(
         specs,
         queries=frozenset().union(*(each.queries for each in seen.attentions)),

@@ -248,7 +248,7 @@ class ParamSpec:
             found.append(replace(each, begin=begin, end=begin + round((each.end - each.begin) * ratio)))
         return tuple(found)
 
-    def told_columns(self, shape: tuple[int, ...]) -> str:
+    def describe_columns(self, shape: tuple[int, ...]) -> str:
         """Say which columns grow and which do not, at another ``shape``."""
         columns = self.columns_at(shape)
         growing, fixed = (

@@ -37,8 +37,8 @@ torch.set_num_threads(1)
 kept = os.dup(1)
 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 mutransfer.cli.run(["plan", "mlp", "--width", "16"])
-import optuna, pandas, scipy.stats, mutransfer.planning.audit, mutransfer.proxies.target_run, mutransfer.sweeps.verifying
-import mutransfer.sweeps.tuning, mutransfer.reports, mutransfer.planning.target
+import optuna, pandas, scipy.stats, mutransfer.planning.audit, mutransfer.proxies.target_run, mutransfer.sweeps.verify
+import mutransfer.sweeps.tune, mutransfer.reports, mutransfer.planning.target
 sys.stdout.flush()
 os.dup2(kept, 1)
 

@@ -19,7 +19,7 @@ from mutransfer.run_dir import RunFolder
 from mutransfer.schemas import BASINS, COORDINATES, TRIALS
 from mutransfer.sweeps.experiment import Experiment
 from mutransfer.sweeps.jobs import Job, Report
-from mutransfer.sweeps.tuning import tune
+from mutransfer.sweeps.tune import tune
 
 from ..sweeps.small import Planted, experiment, octaves
 from .conftest import MODULES, coordinate_frame

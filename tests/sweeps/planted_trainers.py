@@ -8,7 +8,7 @@ __all__ = ["TRAINER"]
 TRAINER = """
 import torch
 from models import build
-from mutransfer.sweeps.attempt import Stop
+from mutransfer.sweeps.user_trainers import Stop
 
 def train(recipe, plan, seed, report):
     model = build(plan.scale.width, plan.scale.depth)

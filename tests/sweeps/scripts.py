@@ -15,7 +15,7 @@ from mutransfer.run_dir import RunFolder
 from mutransfer.sweeps.commands import Commands
 from mutransfer.sweeps.experiment import Experiment
 from mutransfer.sweeps.jobs import Job
-from mutransfer.sweeps.tuning import Tuned
+from mutransfer.sweeps.tune import Tuned
 
 from .small import each, experiment
 

@@ -13,11 +13,10 @@ from optuna.samplers import TPESampler
 
 from mutransfer.run_dir import RunFolder
 from mutransfer.sweeps import auto
-from mutransfer.sweeps.auto import START, Auto, tpe
 from mutransfer.sweeps.experiment import Experiment
-from mutransfer.sweeps.gaussian import GaussianProcess
 from mutransfer.sweeps.jobs import Job
-from mutransfer.sweeps.tuning import tune
+from mutransfer.sweeps.samplers import START, Auto, GaussianProcess, tpe
+from mutransfer.sweeps.tune import tune
 
 from .small import Planted, experiment, octaves
 

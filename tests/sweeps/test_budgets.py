@@ -20,9 +20,9 @@ from mutransfer.run_dir import RunFolder
 from mutransfer.scale import Scale
 from mutransfer.schemas import BASINS, REPEATS, TRIALS
 from mutransfer.sweeps import budgets
-from mutransfer.sweeps.budgets import Spent, price
 from mutransfer.sweeps.experiment import Budget
 from mutransfer.sweeps.jobs import flops_of
+from mutransfer.sweeps.tune import Spent, price
 
 from .small import experiment
 

@@ -11,14 +11,14 @@ import pytest
 
 from mutransfer.errors import RequestError
 from mutransfer.run_dir import RunFolder
-from mutransfer.sweeps.attempt import Attempt
 from mutransfer.sweeps.commands import Commands
 from mutransfer.sweeps.executors import executor_for
 from mutransfer.sweeps.experiment import Experiment
 from mutransfer.sweeps.jobs import Job, OneByOne
 from mutransfer.sweeps.processes import Processes
-from mutransfer.sweeps.tuning import tune
-from mutransfer.sweeps.verifying import basins
+from mutransfer.sweeps.tune import tune
+from mutransfer.sweeps.user_trainers import TrialRun
+from mutransfer.sweeps.verify import basins
 
 from .planted_trainers import TRAINER
 from .scripts import MODEL, states
@@ -269,7 +269,7 @@ def test_rungs_are_asked_once_and_in_order() -> None:
         asked.append((step, loss))
         return step == 30
 
-    attempt = Attempt(50, (10, 20, 30, 40), ask)
+    attempt = TrialRun(50, (10, 20, 30, 40), ask)
     assert [attempt.heard(step, step / 10) for step in (0, 9, 11, 19, 29, 29)] == [False] * 6
     attempt.again()
     assert attempt.last is None

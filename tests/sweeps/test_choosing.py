@@ -14,12 +14,11 @@ import pytest
 
 from mutransfer.errors import RequestError
 from mutransfer.sweeps import choosing
-from mutransfer.sweeps.choosing import chosen
-from mutransfer.sweeps.executors import Planned, executor_for
-from mutransfer.sweeps.fusing.executor import Fused
+from mutransfer.sweeps.autoselect import Timed, chosen
+from mutransfer.sweeps.executors import LazyExecutor, executor_for
 from mutransfer.sweeps.jobs import Job, OneByOne
 from mutransfer.sweeps.processes import Processes
-from mutransfer.sweeps.timing import Timed
+from mutransfer.sweeps.vectorized.executor import Fused
 
 from .small import experiment
 
@@ -96,7 +95,7 @@ def test_a_short_sweep_is_not_measured_for_long() -> None:
 
 def test_real_measurements(capsys: pytest.CaptureFixture[str]) -> None:
     with executor_for(experiment(trials=12), "fused") as executor:
-        assert isinstance(executor, Planned)
+        assert isinstance(executor, LazyExecutor)
         assert isinstance(executor.chosen, Fused)
         assert executor.capacity == 4
     (line,) = capsys.readouterr().err.splitlines()
@@ -105,7 +104,7 @@ def test_real_measurements(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_auto_says_what_it_chose(capsys: pytest.CaptureFixture[str]) -> None:
     with executor_for(experiment(), "auto") as executor:
-        assert isinstance(executor, Planned)
+        assert isinstance(executor, LazyExecutor)
         assert isinstance(executor.chosen, OneByOne)
     assert capsys.readouterr().err.startswith("trials are trained one by one: a step of one trial takes ")
 
@@ -114,11 +113,11 @@ def test_what_is_not_fused_says_why(plant: Plant, capsys: pytest.CaptureFixture[
     plant(1.0, {})
     asked = experiment(optimizer="adagrad", trials=40)
     with executor_for(asked, "auto") as executor:
-        assert isinstance(executor, Planned)
+        assert isinstance(executor, LazyExecutor)
         assert isinstance(executor.chosen, Processes)
     assert "; they cannot be fused, as adagrad has no update of many trials at once" in capsys.readouterr().err
     with executor_for(asked, "fused") as executor:
-        assert isinstance(executor, Planned)
+        assert isinstance(executor, LazyExecutor)
         assert isinstance(executor.chosen, OneByOne)
     assert capsys.readouterr().err.startswith("trials are trained one by one: adagrad has no update")
 
@@ -137,7 +136,7 @@ def test_a_precision_that_nothing_has() -> None:
 
 def test_checkpoints_are_where_they_are_told(tmp_path: Path) -> None:
     with executor_for(experiment(trials=12), "fused", 2, checkpoints=tmp_path) as executor:
-        assert isinstance(executor, Planned)
+        assert isinstance(executor, LazyExecutor)
         assert isinstance(executor.chosen, Fused)
         assert executor.chosen.checkpoints is not None
         assert executor.chosen.checkpoints.folder == tmp_path
@@ -145,7 +144,7 @@ def test_checkpoints_are_where_they_are_told(tmp_path: Path) -> None:
 
 WITHOUT_A_COMPILER = """
 import warnings
-from mutransfer.sweeps.timing import fused_step, single_step
+from mutransfer.sweeps.autoselect import fused_step, single_step
 from tests.sweeps.small import experiment
 warnings.simplefilter("ignore")
 assert single_step(experiment(), "cpu", 1, False) is not None
@@ -177,11 +176,11 @@ def test_what_is_left_to_do_is_planned_and_what_was_fused_goes_on(tmp_path: Path
     plant(5e-3, {2: 4e-3})
     asked = experiment(steps=1000, trials=400)
     with executor_for(asked, "auto") as executor:
-        assert isinstance(executor, Planned)
+        assert isinstance(executor, LazyExecutor)
         executor.expect(2)
         assert isinstance(executor.chosen, OneByOne)
     (tmp_path / "some.trials").touch()
     with executor_for(asked, "auto", checkpoints=tmp_path) as executor:
-        assert isinstance(executor, Planned)
+        assert isinstance(executor, LazyExecutor)
         executor.expect(2)
         assert isinstance(executor.chosen, Fused)

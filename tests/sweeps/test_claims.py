@@ -13,9 +13,9 @@ from optuna.distributions import FloatDistribution
 from optuna.storages import JournalStorage
 from optuna.trial import TrialState
 
-from mutransfer.sweeps.claims import Claims, places
 from mutransfer.sweeps.journal import Journal
-from mutransfer.sweeps.patience import Patient
+from mutransfer.sweeps.retry import RetryingStorage
+from mutransfer.sweeps.workers import TrialQueue, valid_trials
 
 SPACE = {"lr": FloatDistribution(0.01, 1.0, log=True)}
 FIRST = {"lr": 0.5}
@@ -25,7 +25,7 @@ class Killed(BaseException):
     """As SIGKILL: nobody cleans up."""
 
 
-class Steps(Patient):
+class Steps(RetryingStorage):
     """A worker's storage that calls ``before`` ahead of each write to a trial."""
 
     def __init__(self, path: Path, before: Callable[[], None]) -> None:
@@ -49,18 +49,18 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "j"
 
 
-def worker(path: Path, name: str, total: int = 6, before: Callable[[], None] = lambda: None) -> Claims:
+def worker(path: Path, name: str, total: int = 6, before: Callable[[], None] = lambda: None) -> TrialQueue:
     storage = Steps(path, before)
     sampler = optuna.samplers.RandomSampler(seed=sum(name.encode()))
     study = optuna.load_study(storage=storage, study_name="s", sampler=sampler)
-    return Claims(study, SPACE, total, FIRST, name)
+    return TrialQueue(study, SPACE, total, FIRST, name)
 
 
-def tell(claims: Claims, number: int) -> None:
+def tell(claims: TrialQueue, number: int) -> None:
     claims.study.tell(claims.begun.pop(number), 1.0)
 
 
-def assert_exact(claims: Claims, total: int) -> None:
+def assert_exact(claims: TrialQueue, total: int) -> None:
     claims.withdraw()
     trials = claims.trials()
     finished = [trial for trial in trials if trial.state is TrialState.COMPLETE]
@@ -73,7 +73,7 @@ def assert_exact(claims: Claims, total: int) -> None:
     assert lost <= set(values)
 
 
-def all_running(claims: Claims) -> list[optuna.trial.FrozenTrial]:
+def all_running(claims: TrialQueue) -> list[optuna.trial.FrozenTrial]:
     return [trial for trial in claims.trials() if trial.state is TrialState.RUNNING]
 
 
@@ -119,7 +119,7 @@ def test_a_trial_buried_by_two_at_once_is_repeated_once(path: Path) -> None:
     one = worker(path, "one", total=1, before=meanwhile)
     one.give_back(all_running(one))
     assert [trial.state.name for trial in one.trials()] == ["FAIL", "WAITING", "WAITING"]
-    assert [trial.number for trial in places(one.trials())] == [1]
+    assert [trial.number for trial in valid_trials(one.trials())] == [1]
     again = one.next()
     assert again is not None
     assert (again.number, again.params) == (1, FIRST)
@@ -194,7 +194,7 @@ def test_whatever_the_order_and_whoever_is_killed(seed: int, path: Path) -> None
     """Four workers step in a random order, each step of a storage may be a worker's last, and anyone buries the dead."""
     rng = random.Random(seed)
     total, made, kills = 6, 0, 12
-    alive: list[Claims] = []
+    alive: list[TrialQueue] = []
     dead: set[str] = set()
 
     def perhaps_killed() -> None:

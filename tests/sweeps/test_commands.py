@@ -9,10 +9,9 @@ import pytest
 
 from mutransfer.recipe import Recipe
 from mutransfer.run_dir import RunFolder
-from mutransfer.sweeps.commands import Commands
-from mutransfer.sweeps.told import Told, told
-from mutransfer.sweeps.tuning import tune
-from mutransfer.sweeps.verifying import basins
+from mutransfer.sweeps.commands import Commands, ParsedReport, told
+from mutransfer.sweeps.tune import tune
+from mutransfer.sweeps.verify import basins
 
 from .scripts import BOWL, own, run_one, states
 from .small import contents, experiment, journal
@@ -63,10 +62,10 @@ sys.stdout.write("no line break at the end")
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ('{"step": 100, "loss": 2.3}', Told(100, 2.3, False)),
-        (' {"step": 1e2, "loss": 2, "lr": 0.1, "final": true}\r', Told(100, 2.0, True)),
-        ('{"loss": 2.3}', Told(None, 2.3, False)),
-        ('{"step": 1, "loss": Infinity}', Told(1, float("inf"), False)),
+        ('{"step": 100, "loss": 2.3}', ParsedReport(100, 2.3, False)),
+        (' {"step": 1e2, "loss": 2, "lr": 0.1, "final": true}\r', ParsedReport(100, 2.0, True)),
+        ('{"loss": 2.3}', ParsedReport(None, 2.3, False)),
+        ('{"step": 1, "loss": Infinity}', ParsedReport(1, float("inf"), False)),
         ('{"step": 1, "loss": 2.3', None),
         ('{"step": NaN, "loss": 2.3}', None),
         ('{"step": 1, "loss": 2.3, "final": "yes"}', None),
@@ -74,7 +73,7 @@ sys.stdout.write("no line break at the end")
         ("", None),
     ],
 )
-def test_a_line_tells(line: str, expected: Told | None) -> None:
+def test_a_line_tells(line: str, expected: ParsedReport | None) -> None:
     assert told(line.encode()) == expected
 
 

@@ -19,7 +19,7 @@ from mutransfer.schemas import TRIALS
 from mutransfer.sweeps.commands import Commands
 from mutransfer.sweeps.executors import executor_for
 from mutransfer.sweeps.jobs import Job
-from mutransfer.sweeps.tuning import tune
+from mutransfer.sweeps.tune import tune
 
 from .scripts import BOWL, ours, own, run_one, states, until
 from .small import each

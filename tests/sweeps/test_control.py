@@ -24,8 +24,8 @@ from mutransfer.sweeps.control import (
 )
 from mutransfer.sweeps.experiment import Experiment
 from mutransfer.sweeps.jobs import Job, flops_of
-from mutransfer.sweeps.tuning import tune
-from mutransfer.sweeps.verifying import basins
+from mutransfer.sweeps.tune import tune
+from mutransfer.sweeps.verify import basins
 
 from .small import Counting, Failing, Planted, contents, experiment, journal, octaves
 

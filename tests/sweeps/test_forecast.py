@@ -6,10 +6,10 @@ import pytest
 
 from mutransfer.scale import Scale
 from mutransfer.sweeps import forecast
+from mutransfer.sweeps.autoselect import Timed, single_step
 from mutransfer.sweeps.experiment import Experiment
 from mutransfer.sweeps.forecast import UNSURE, Forecast, Watched, run_seconds
 from mutransfer.sweeps.jobs import Job, family_of
-from mutransfer.sweeps.timing import Timed, single_step
 
 from .small import Planted, experiment
 

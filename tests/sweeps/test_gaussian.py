@@ -12,10 +12,10 @@ from optuna.samplers import GPSampler
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from mutransfer.run_dir import RunFolder
-from mutransfer.sweeps.claims import FIXED
-from mutransfer.sweeps.gaussian import LOOKED_AT, GaussianProcess, foreseen
 from mutransfer.sweeps.jobs import Job
-from mutransfer.sweeps.tuning import tune
+from mutransfer.sweeps.samplers import LOOKED_AT, GaussianProcess, foreseen
+from mutransfer.sweeps.tune import tune
+from mutransfer.sweeps.workers import FIXED
 
 from .small import Planted, experiment, octaves
 

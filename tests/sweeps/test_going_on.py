@@ -18,8 +18,8 @@ from mutransfer.run_dir import RunFolder
 from mutransfer.schemas import REPEATS, TRIALS
 from mutransfer.sweeps.jobs import Job
 from mutransfer.sweeps.processes import Processes
-from mutransfer.sweeps.repeating import CLAIM
-from mutransfer.sweeps.tuning import Tuned, tune
+from mutransfer.sweeps.results import CLAIM
+from mutransfer.sweeps.tune import Tuned, tune
 
 from .small import Counting, Failing, Planted, experiment
 

@@ -7,10 +7,10 @@ from collections import Counter
 import optuna
 import pytest
 
-from mutransfer.sweeps.claims import REPEATS
 from mutransfer.sweeps.experiment import Experiment
-from mutransfer.sweeps.halving import Halving, _dealt, geometric_rungs, judged_once
+from mutransfer.sweeps.pruners import Halving, _dealt, geometric_rungs, judged_once
 from mutransfer.sweeps.study import _pruner
+from mutransfer.sweeps.workers import REPEATS
 
 
 def study(pruner: optuna.pruners.BasePruner) -> optuna.Study:

@@ -10,8 +10,8 @@ import pytest
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.trial import TrialState
 
-from mutransfer.sweeps.claims import Claims
-from mutransfer.sweeps.independent import Independent
+from mutransfer.sweeps.samplers import Independent
+from mutransfer.sweeps.workers import TrialQueue
 
 SPACE: dict[str, BaseDistribution] = {
     "init_scale": FloatDistribution(0.25, 4, log=True),
@@ -75,7 +75,7 @@ def test_a_line_waits_for_the_learning_rate() -> None:
 def test_workers_that_die_and_begin_together_do_every_point_once() -> None:
     alone, shared = study(), study()
     go(alone, 22)
-    workers = [Claims(shared, SPACE, 22, DEFAULTS, name) for name in "abc"]
+    workers = [TrialQueue(shared, SPACE, 22, DEFAULTS, name) for name in "abc"]
     turn = 0
     while workers[0].finished() < 22:
         turn += 1

@@ -10,7 +10,7 @@ import pytest
 from optuna.trial import TrialState
 
 from mutransfer.run_dir import RunFolder
-from mutransfer.sweeps.tuning import tune
+from mutransfer.sweeps.tune import tune
 
 from .small import Counting, Failing, Planted, experiment, journal, within
 from .tuned import assert_agrees, bowl, states

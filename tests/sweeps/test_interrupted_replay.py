@@ -15,9 +15,9 @@ from optuna.storages.journal._storage import JournalStorageReplayResult
 from optuna.trial import TrialState
 
 from mutransfer.run_dir import RunFolder
-from mutransfer.sweeps.claims import Claims
 from mutransfer.sweeps.journal import Interruptible, Journal
-from mutransfer.sweeps.storages import opened, own_journal
+from mutransfer.sweeps.storage import opened, own_journal
+from mutransfer.sweeps.workers import TrialQueue
 
 from .servers import redis
 
@@ -46,7 +46,7 @@ def test_the_parameters_that_it_met_are_tried_again(
     refused: bool, storage: BaseStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study = optuna.create_study(storage=storage, study_name="s")
-    claims = Claims(study, {"lr": FloatDistribution(0, 1)}, 4, None, "me")
+    claims = TrialQueue(study, {"lr": FloatDistribution(0, 1)}, 4, None, "me")
     if refused:
         trial = study.ask()
         study.tell(trial, state=TrialState.FAIL)

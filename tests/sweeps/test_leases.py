@@ -10,9 +10,8 @@ from optuna.storages import JournalStorage
 from optuna.trial import TrialState, create_trial
 
 from mutransfer.sweeps import leases
-from mutransfer.sweeps.claims import OWNER
 from mutransfer.sweeps.journal import Journal
-from mutransfer.sweeps.leases import Leases, worker_name
+from mutransfer.sweeps.workers import OWNER, Heartbeats, worker_name
 
 LEASE = 60.0
 
@@ -42,7 +41,7 @@ def begun(study: optuna.Study, owner: str | None) -> None:
     study.add_trial(create_trial(state=TrialState.RUNNING, system_attrs=attributes))
 
 
-def watched(one: Leases, clock: Clock, seconds: float, other: Leases | None = None) -> list[int]:
+def watched(one: Heartbeats, clock: Clock, seconds: float, other: Heartbeats | None = None) -> list[int]:
     """Look every ten seconds for ``seconds``, in which ``other`` shows that it lives; return who is dead then."""
     for _ in range(round(seconds / 10)):
         clock.now += 10
@@ -53,7 +52,7 @@ def watched(one: Leases, clock: Clock, seconds: float, other: Leases | None = No
 
 
 def test_silence_as_long_as_a_lease_is_death_and_a_sign_is_life(study: optuna.Study, clock: Clock) -> None:
-    me, other = Leases(study, "me", LEASE), Leases(study, "other", LEASE)
+    me, other = Heartbeats(study, "me", LEASE), Heartbeats(study, "other", LEASE)
     other._show()
     begun(study, "other")
     assert watched(me, clock, 600, other) == []
@@ -64,19 +63,19 @@ def test_silence_as_long_as_a_lease_is_death_and_a_sign_is_life(study: optuna.St
 
 def test_one_s_own_trials_are_never_dead(study: optuna.Study, clock: Clock) -> None:
     begun(study, "me")
-    assert watched(Leases(study, "me", LEASE), clock, 600) == []
+    assert watched(Heartbeats(study, "me", LEASE), clock, 600) == []
 
 
 def test_a_trial_taken_from_the_queue_and_never_signed_is_dead(study: optuna.Study, clock: Clock) -> None:
     begun(study, None)
-    me = Leases(study, "me", LEASE)
+    me = Heartbeats(study, "me", LEASE)
     assert watched(me, clock, 60) == []
     assert watched(me, clock, 20) == [0]
 
 
 def test_time_in_which_nothing_was_seen_does_not_count(study: optuna.Study, clock: Clock) -> None:
     """The server was away for an hour: the others could show no sign either."""
-    me, other = Leases(study, "me", LEASE), Leases(study, "other", LEASE)
+    me, other = Heartbeats(study, "me", LEASE), Heartbeats(study, "other", LEASE)
     other._show()
     begun(study, "other")
     assert watched(me, clock, 50) == []
@@ -86,7 +85,7 @@ def test_time_in_which_nothing_was_seen_does_not_count(study: optuna.Study, cloc
 
 
 def test_a_lease_is_the_owner_s(study: optuna.Study, clock: Clock) -> None:
-    me, quick = Leases(study, "me", LEASE), Leases(study, "quick", 20.0)
+    me, quick = Heartbeats(study, "me", LEASE), Heartbeats(study, "quick", 20.0)
     quick._show()
     begun(study, "quick")
     assert watched(me, clock, 20) == []
@@ -95,7 +94,7 @@ def test_a_lease_is_the_owner_s(study: optuna.Study, clock: Clock) -> None:
 
 def test_a_thread_shows_signs_and_looks_while_its_worker_trains(study: optuna.Study) -> None:
     begun(study, "dead")
-    with Leases(study, "me", 0.3) as me:
+    with Heartbeats(study, "me", 0.3) as me:
         me._ended.wait(1.0)
         assert [trial.number for trial in me.lapsed()] == [0]
         count, lease = study._storage.get_study_system_attrs(study._study_id)["mutransfer:sign:me"]

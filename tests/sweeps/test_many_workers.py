@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from mutransfer.schemas import TRIALS
-from mutransfer.sweeps.storages import opened
+from mutransfer.sweeps.storage import opened
 
 from .servers import PASSWORD, Postgres, Proxy, Redis, postgres, proxy, redis, wait_for
 from .small import SMALL

@@ -20,9 +20,9 @@ from mutransfer.run_dir import RunFolder
 from mutransfer.schemas import TRIALS
 from mutransfer.sweeps.executors import executor_for
 from mutransfer.sweeps.experiment import Experiment
-from mutransfer.sweeps.gaussian import foreseen
-from mutransfer.sweeps.halving import Halving
-from mutransfer.sweeps.tuning import tune
+from mutransfer.sweeps.pruners import Halving
+from mutransfer.sweeps.samplers import foreseen
+from mutransfer.sweeps.tune import tune
 
 from .scripts import MODEL
 from .small import experiment, journal

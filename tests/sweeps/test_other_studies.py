@@ -13,9 +13,9 @@ import pytest
 from mutransfer.errors import RequestError
 from mutransfer.run_dir import RunFolder
 from mutransfer.sweeps.experiment import Experiment
-from mutransfer.sweeps.storages import own_journal
+from mutransfer.sweeps.storage import own_journal
 from mutransfer.sweeps.study import open_study
-from mutransfer.sweeps.tuning import tune
+from mutransfer.sweeps.tune import tune
 
 from .small import Counting, Planted, contents, experiment, octaves, within
 from .tuned import bowl, refusal, states

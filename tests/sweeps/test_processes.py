@@ -17,8 +17,8 @@ from mutransfer.run_dir import RunFolder
 from mutransfer.sweeps.experiment import Experiment
 from mutransfer.sweeps.jobs import Job, OneByOne, Report, alone
 from mutransfer.sweeps.processes import Processes, ending
-from mutransfer.sweeps.tuning import tune
-from mutransfer.sweeps.verifying import basins
+from mutransfer.sweeps.tune import tune
+from mutransfer.sweeps.verify import basins
 
 from .small import Failing, children, each, experiment, journal, within
 

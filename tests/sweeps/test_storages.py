@@ -18,10 +18,9 @@ from optuna.trial import TrialState
 from mutransfer.errors import RequestError
 from mutransfer.run_dir import RunFolder
 from mutransfer.sweeps import storages
-from mutransfer.sweeps.outages import outage
-from mutransfer.sweeps.patience import Patient
-from mutransfer.sweeps.storages import opened
-from mutransfer.sweeps.tuning import tune
+from mutransfer.sweeps.retry import RetryingStorage, outage
+from mutransfer.sweeps.storage import opened
+from mutransfer.sweeps.tune import tune
 
 from .servers import PASSWORD, Postgres, free_port, postgres, proxy
 from .small import Planted, contents, experiment, within
@@ -135,9 +134,9 @@ class Flaky(InMemoryStorage):
         return lost
 
 
-def patient(name: str, times: int, after: bool, longest: float = 60) -> tuple[Patient, optuna.Study]:
+def patient(name: str, times: int, after: bool, longest: float = 60) -> tuple[RetryingStorage, optuna.Study]:
     flaky = Flaky("", 0, after)
-    storage = Patient(lambda: flaky, "grpc://head:1", longest=longest)
+    storage = RetryingStorage(lambda: flaky, "grpc://head:1", longest=longest)
     study = optuna.create_study(storage=storage, sampler=optuna.samplers.RandomSampler(seed=0))
     flaky.name, flaky.times = name, times
     return storage, study

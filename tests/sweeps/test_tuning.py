@@ -11,7 +11,7 @@ from mutransfer.run_dir import RunFolder
 from mutransfer.scale import Scale
 from mutransfer.schemas import TRIALS
 from mutransfer.sweeps.jobs import Job, OneByOne
-from mutransfer.sweeps.tuning import tune
+from mutransfer.sweeps.tune import tune
 
 from .small import Counting, Planted, each, experiment, journal, within
 from .tuned import assert_agrees, bowl, refusal, states

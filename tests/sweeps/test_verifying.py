@@ -17,7 +17,7 @@ from mutransfer.run_dir import RunFolder
 from mutransfer.schemas import BASINS
 from mutransfer.sweeps.jobs import Job, OneByOne
 from mutransfer.sweeps.processes import Processes
-from mutransfer.sweeps.verifying import LIMIT, REACH, basins
+from mutransfer.sweeps.verify import LIMIT, REACH, basins
 
 from .small import Counting, Failing, Planted, children, contents, experiment, octaves
 

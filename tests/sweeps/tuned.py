@@ -11,7 +11,7 @@ from mutransfer.recipe import Recipe
 from mutransfer.run_dir import RunFolder
 from mutransfer.schemas import TRIALS
 from mutransfer.sweeps.jobs import Job
-from mutransfer.sweeps.tuning import Tuned, tune
+from mutransfer.sweeps.tune import Tuned, tune
 
 from .small import journal, octaves
 

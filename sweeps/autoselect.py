@@ -1,0 +1,253 @@
+"""Choose an executor by short measurements: one by one, in parallel processes, or vectorized, whichever finishes first."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+
+from mutransfer.errors import RequestError
+from mutransfer.proxies.training import Training
+from mutransfer.scale import Scale
+
+from .experiment import Experiment
+from .jobs import family_of, plan_of
+from .vectorized.support import NOT_FOR_ONE, is_out_of_memory, refusal
+from .vectorized.training import Slot, VectorizedTraining
+
+__all__ = ["Choice", "Timed", "chosen", "fused_step", "limited", "single_step"]
+
+ENOUGH = 0.4  # seconds of measuring; at least three steps
+LEAST, MOST = 3, 50
+
+
+class Timed(NamedTuple):
+    """Seconds of one step of one trial, and seconds until the first was done: to compile, above all."""
+
+    step: float
+    first: float
+
+
+def single_step(
+    experiment: Experiment, device: str, threads: int | None = None, compile: bool = False, scale: Scale | None = None
+) -> Timed | None:
+    """Time one trial by itself, with ``threads`` on the CPU (those set if None); None if it cannot be compiled.
+
+    ``scale`` is the proxy's by default.
+    """
+    family, data = family_of(experiment)
+    plan = plan_of(experiment, scale or experiment.proxy_scale, experiment.parametrization, experiment.recipe)
+    with limited(threads):
+        training = Training(
+            family, plan, data, steps=10**6, batch_size=experiment.batch_size, seed=experiment.seed, device=device,
+            compile=compile,
+        )  # fmt: skip
+        try:
+            return _timed(lambda: training.advance(training.step + 1), device)
+        except Exception:
+            if not compile:
+                raise
+            return None  # whatever a compiler raises, or the want of one
+
+
+def fused_step(
+    experiment: Experiment, count: int, device: str, precision: torch.dtype | None = None, compile: bool = False
+) -> Timed | None:
+    """Time ``count`` fused trials, over ``count``; None if memory does not suffice, or if they cannot be compiled."""
+    family, data = family_of(experiment)
+    plan = plan_of(experiment, experiment.proxy_scale, experiment.parametrization, experiment.recipe)
+    slots = [Slot(plan, experiment.seed) for _ in range(count)]
+    try:
+        training = VectorizedTraining(
+            family, slots, data, steps=10**6, batch_size=experiment.batch_size, device=device, precision=precision,
+            clips=experiment.recipe.clip is not None or "clip" in experiment.search, compile=compile,
+        )  # fmt: skip
+        found = _timed(lambda: training.advance(1), device)
+    except Exception as error:
+        if is_out_of_memory(error):
+            return None
+        raise
+    return Timed(found.step / count, found.first) if training.compiles == compile else None
+
+
+def _timed(step: Callable[[], None], device: str) -> Timed:
+    """The first steps allocate, choose kernels and compile; they are not counted with the others."""
+    begun = time.perf_counter()
+    for _ in range(2):
+        step()
+    _wait(device)
+    first = time.perf_counter() - begun
+    times: list[float] = []
+    while len(times) < LEAST or (sum(times) < ENOUGH and len(times) < MOST):
+        _wait(device)
+        begun = time.perf_counter()
+        step()
+        _wait(device)
+        times.append(time.perf_counter() - begun)
+    return Timed(statistics.median(times), first)
+
+
+def _wait(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+@contextlib.contextmanager
+def limited(count: int | None) -> Iterator[None]:
+    """Compute with ``count`` threads on the CPU; None leaves them as they are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+How = Literal["one", "processes", "fused"]
+
+# What is not measured, as it takes longer than it tells.
+START = 4.0  # seconds until processes have imported torch
+SPOILED = 1.1  # how much slower a process is beside others than alone
+WORTH = 0.95  # twice as many at once must take less than this per trial
+SHORT = 15.0  # seconds of work that need no plan
+LONG = 120.0  # seconds of work for which compiling is tried, which takes from ten seconds to a minute for each manner
+FAR = 2.0  # how many times slower than the best a manner may be for its compiled form to be tried
+LEARNING = 3  # batches that a study has at least, so that its sampler learns from some
+LARGEST = {"cpu": 64, "cuda": 256}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a sweep's trials are trained: ``seconds`` is the time expected for all of them, ``reason`` the numbers."""
+
+    how: How
+    at_once: int
+    compile: bool
+    seconds: float
+    reason: str
+
+    def __str__(self) -> str:
+        """Return the choice and why, as one line."""
+        return f"trials are trained {self.words}: {self.reason}."
+
+    @property
+    def words(self) -> str:
+        """The choice by itself."""
+        many = {
+            "one": "one by one",
+            "processes": f"in {self.at_once} processes",
+            "fused": f"{self.at_once} at a time, fused",
+        }
+        return f"{many[self.how]}{', compiled' if self.compile else ''}"
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What is to be done, and on what."""
+
+    experiment: Experiment
+    trials: int
+    device: str
+    precision: torch.dtype | None
+
+    def choice(self, how: How, at_once: int, compile: bool = False) -> Choice | None:
+        """Measure one manner; None if it cannot be."""
+        work, cores = self.trials * self.experiment.steps, 1
+        if how == "fused":
+            found = fused_step(self.experiment, at_once, self.device, self.precision, compile)
+        else:
+            cores = at_once
+            threads = 1 if how == "processes" else None
+            found = single_step(self.experiment, self.device, threads, compile)
+        if found is None:
+            return None
+        step = found.step * (SPOILED / cores if how == "processes" else 1.0)
+        # The last round may leave some idle; fused and uncompiled, those that are left go on by themselves.
+        filled = how == "one" or (how == "fused" and not compile)
+        rounds = 1.0 if filled else math.ceil(self.trials / at_once) * at_once / self.trials
+        seconds = work * step * rounds + (START if how == "processes" else 0.0) + (found.first if compile else 0.0)
+        choice = Choice(how, at_once, compile, seconds, "")
+        about = "about " if how == "processes" else ""
+        return Choice(how, at_once, compile, seconds, f"{about}{1e3 * step:.2f} ms {choice.words}")
+
+
+def chosen(
+    experiment: Experiment, trials: int, device: str = "cpu", *, at_once: int | None = None,
+    precision: torch.dtype | None = None, only: How | None = None,
+) -> Choice:  # fmt: skip
+    """Return what does ``trials`` trials of the experiment soonest.
+
+    Steps are measured one by one and fused, by more and more at once as long as that pays and memory suffices. For
+    processes the time of a step on one thread is shared out over the cores. Where the best of these still takes minutes, it
+    and what comes near are compiled and measured again.
+
+    Args:
+        experiment: whose proxy is trained.
+        trials: how many there are to do.
+        device: where.
+        at_once: how many at a time, instead of what is best.
+        precision: of fused trials; another than None leaves no other manner.
+        only: choose the number and whether to compile for this manner.
+
+    Raises:
+        RequestError: the model cannot be trained.
+    """
+    work = _Work(experiment, trials, device, precision)
+    found = list(_uncompiled(work, at_once, only))
+    if not found:
+        raise RequestError(NOT_FOR_ONE)
+    soonest = min(choice.seconds for choice in found)
+    if soonest > LONG:
+        for how in dict.fromkeys(choice.how for choice in found):
+            best = min((choice for choice in found if choice.how == how), key=lambda choice: choice.seconds)
+            if best.seconds <= FAR * soonest and (again := work.choice(how, best.at_once, True)) is not None:
+                found.append(again)
+    best = min(found, key=lambda choice: choice.seconds)
+    reason = f"a step of one trial takes {'; '.join(choice.reason for choice in found)}"
+    why = refusal(experiment, device=device) if only in (None, "fused") else None
+    return Choice(
+        best.how,
+        best.at_once,
+        best.compile,
+        best.seconds,
+        reason + (f"; they cannot be fused, as {why}" if why else ""),
+    )
+
+
+def _uncompiled(work: _Work, at_once: int | None, only: How | None) -> Iterator[Choice]:
+    fusable = refusal(work.experiment, device=work.device) is None
+    unfused = (only is None and work.precision is None) or not fusable
+    if unfused or only == "one":
+        one = work.choice("one", 1)
+        assert one is not None
+        yield one
+        if one.seconds < SHORT and only is None and at_once is None:
+            return
+    if work.device == "cpu" and (unfused or only == "processes"):
+        cores = min(at_once or len(os.sched_getaffinity(0)), work.trials)
+        if cores > 1 and (side_by_side := work.choice("processes", cores)) is not None:
+            yield side_by_side
+    if fusable and only in (None, "fused"):
+        yield from _fused(work, at_once)
+
+
+def _fused(work: _Work, at_once: int | None) -> Iterator[Choice]:
+    most = min(LARGEST["cuda" if work.device.startswith("cuda") else "cpu"], max(2, work.trials // LEARNING))
+    before = math.inf
+    count = max(1, min(at_once, work.trials)) if at_once else min(4, most)
+    while (choice := work.choice("fused", count)) is None and math.isinf(before) and count > 1:
+        count //= 2  # memory does not suffice
+        at_once = at_once and count
+    while choice is not None:
+        yield choice
+        if at_once or count >= most or choice.seconds > WORTH * before:
+            return
+        before, count = choice.seconds, min(2 * count, most)
+        choice = work.choice("fused", count)

@@ -1,0 +1,276 @@
+"""A storage that retries while its server is away, and which errors of a database driver are transient."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+import time
+from collections.abc import Callable, Container, Sequence
+from typing import Any
+
+from optuna.distributions import BaseDistribution
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.storages import BaseStorage
+from optuna.study._frozen import FrozenStudy
+from optuna.study._study_direction import StudyDirection
+from optuna.trial import FrozenTrial, TrialState
+
+from mutransfer.errors import RequestError, describe
+from mutransfer.io import masked
+
+__all__ = ["RetryingStorage", "made_by_others", "outage"]
+
+# PostgreSQL's classes 08 (connection) and 57P (shutting down, starting up), too many connections; two transactions in each
+# other's way, of which one is to be tried again.
+SQL_STATES = ("08", "57P", "53300", "40001", "40P01")
+# MySQL: cannot connect, gone away, lost in the middle, shutting down, too many connections; deadlock, lock timeout.
+MYSQL_CODES = {2002, 2003, 2006, 2013, 2055, 1053, 1040, 1213, 1205}
+# A row, a table or a type is there already, of PostgreSQL and of MySQL.
+THERE = {"23505", "42P07", "42710", 1050, 1062}
+
+
+def outage(error: BaseException) -> str | None:
+    """Return what to tell a person if ``error`` says that the server does not answer now; None if it says anything else."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if _says_away(seen):
+            return describe(getattr(seen, "orig", None) or seen)
+        seen = seen.__cause__ or (None if seen.__suppress_context__ else seen.__context__)
+    return None
+
+
+def made_by_others(error: BaseException) -> bool:
+    """Return whether ``error``, on opening a database, says that another worker has just made what was to be made."""
+    driver = getattr(error, "orig", None)
+    return _state(driver) in THERE or next(iter(getattr(driver, "args", ())), None) in THERE
+
+
+def _says_away(error: BaseException) -> bool:
+    # By name: a driver that is not in use is not installed either.
+    kinds = {f"{kind.__module__.partition('.')[0]}.{kind.__name__}" for kind in type(error).__mro__}
+    if "sqlalchemy.DBAPIError" in kinds:
+        return _database_is_away(error)
+    if "grpc.RpcError" in kinds:
+        # UNKNOWN is how Optuna's proxy passes on that its own database is away.
+        code = getattr(error, "code", lambda: None)()
+        return getattr(code, "name", "") in {"UNAVAILABLE", "UNKNOWN", "DEADLINE_EXCEEDED", "CANCELLED"}
+    return bool(
+        kinds & {"redis.ConnectionError", "redis.TimeoutError", "builtins.ConnectionError", "builtins.TimeoutError"}
+    )
+
+
+def _database_is_away(error: BaseException) -> bool:
+    if getattr(error, "connection_invalidated", False):
+        return True
+    driver = getattr(error, "orig", None)
+    module = type(driver).__module__.partition(".")[0]
+    if module == "sqlite3" or "OperationalError" not in {kind.__name__ for kind in type(driver).__mro__}:
+        return False
+    state = _state(driver)
+    if module in {"psycopg", "psycopg2"}:
+        return state is None or str(state).startswith(SQL_STATES)  # without one it has not got as far as a server
+    code, *_ = getattr(driver, "args", ()) or (None,)
+    return code in MYSQL_CODES
+
+
+def _state(driver: BaseException | None) -> str | None:
+    return getattr(driver, "sqlstate", None) or getattr(driver, "pgcode", None)
+
+
+LONGEST = 600.0  # seconds that a server may be away
+SLEEPS = (0.1, 0.3, 1.0, 2.0)  # seconds between attempts; the last one goes on
+SAY_EVERY = 15.0
+HURRY = 2.0  # seconds
+
+
+class RetryingStorage(BaseStorage):
+    """An Optuna storage that waits for its server where it is gone, restarting or full of connections.
+
+    An answer may be lost after the server has done what was asked, so asking again must do no harm. Attributes, parameters
+    and reports are set to what they are already; a trial that is told twice is told once; of trials that are made twice, one
+    is nobody's, and `claims` gives it back.
+
+    Args:
+        open_: opens the storage.
+        where: its address, for messages.
+        reopen: open it again in an outage. A gRPC channel would wait up to two minutes to look again; a database's
+            connections come back by themselves, and its cache is to be kept.
+        longest: seconds after which waiting ends with a `RequestError`.
+    """
+
+    def __init__(
+        self, open_: Callable[[], BaseStorage], where: str, *, reopen: bool = False, longest: float = LONGEST
+    ) -> None:
+        self._open, self._where, self._reopens, self._longest = open_, where, reopen, longest
+        self._storage = open_()
+        self._lock = threading.Lock()
+        self._away_since: float | None = None
+        self._said = 0.0
+        self._studies: set[int] = set()
+
+    def _ask(self, name: str, *arguments: Any, **named: Any) -> Any:
+        begun = time.monotonic()
+        attempt = 0
+        while True:
+            storage = self._storage
+            try:
+                answer = getattr(storage, name)(*arguments, **named)
+            except UpdateFinishedTrialError:
+                if name == "set_trial_state_values" and attempt and self._is_told(*arguments, **named):
+                    return True
+                raise
+            except Exception as error:
+                reason = outage(error)
+                if reason is None:
+                    raise
+                if time.monotonic() - begun > self._longest:
+                    raise RequestError(
+                        f"the storage {masked(self._where)} has not answered for {self._longest:.0f} s ({masked(reason)}): "
+                        "start it and run the same command again; what was finished is kept."
+                    ) from error
+                self._say_away(reason)
+                time.sleep(SLEEPS[min(attempt, len(SLEEPS) - 1)])
+                attempt += 1
+                self._reopen(storage)
+            else:
+                self._say_back()
+                return answer
+
+    @property
+    def storage(self) -> BaseStorage:
+        """The storage that is asked."""
+        return self._storage
+
+    def hurry(self) -> None:
+        """Wait no longer than a moment from now on: somebody wants to end."""
+        self._longest = min(self._longest, HURRY)
+
+    def _is_told(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
+        """Whether the trial is what it was to become: then this worker itself made it so."""
+        trial = self.get_trial(trial_id)
+        return trial.state is state and (values is None or trial.values == list(values))
+
+    def _reopen(self, failed: BaseStorage) -> None:
+        with self._lock:
+            if self._reopens and self._storage is failed:  # no other thread has
+                with contextlib.suppress(Exception):
+                    self._storage = self._open()
+
+    def _say_away(self, reason: str) -> None:
+        with self._lock:
+            now = time.monotonic()
+            if self._away_since is None:
+                self._away_since, self._said = now, now - SAY_EVERY
+            if now - self._said >= SAY_EVERY:
+                self._said = now
+                waited = now - self._away_since
+                print(
+                    f"waiting for the storage {masked(self._where)} ({masked(reason)}), {waited:.0f} of at most "
+                    f"{self._longest:.0f} s …",
+                    file=sys.stderr,
+                    flush=True,
+                )
+
+    def _say_back(self) -> None:
+        if self._away_since is None:
+            return
+        with self._lock:
+            if self._away_since is not None:
+                waited = time.monotonic() - self._away_since
+                self._away_since = None
+                print(f"the storage answers again, after {waited:.0f} s", file=sys.stderr, flush=True)
+
+    # What Optuna calls; see its BaseStorage.
+
+    def create_new_study(self, directions: Sequence[StudyDirection], study_name: str | None = None) -> int:
+        """See BaseStorage."""
+        return self._ask("create_new_study", directions, study_name)
+
+    def delete_study(self, study_id: int) -> None:
+        """See BaseStorage."""
+        self._ask("delete_study", study_id)
+
+    def set_study_user_attr(self, study_id: int, key: str, value: Any) -> None:
+        """See BaseStorage."""
+        self._ask("set_study_user_attr", study_id, key, value)
+
+    def set_study_system_attr(self, study_id: int, key: str, value: Any) -> None:
+        """See BaseStorage."""
+        self._ask("set_study_system_attr", study_id, key, value)
+
+    def get_study_id_from_name(self, study_name: str) -> int:
+        """See BaseStorage."""
+        return self._ask("get_study_id_from_name", study_name)
+
+    def get_study_name_from_id(self, study_id: int) -> str:
+        """See BaseStorage."""
+        return self._ask("get_study_name_from_id", study_id)
+
+    def get_study_directions(self, study_id: int) -> list[StudyDirection]:
+        """See BaseStorage."""
+        return self._ask("get_study_directions", study_id)
+
+    def get_study_user_attrs(self, study_id: int) -> dict[str, Any]:
+        """See BaseStorage."""
+        return self._ask("get_study_user_attrs", study_id)
+
+    def get_study_system_attrs(self, study_id: int) -> dict[str, Any]:
+        """See BaseStorage."""
+        return self._ask("get_study_system_attrs", study_id)
+
+    def get_all_studies(self) -> list[FrozenStudy]:
+        """See BaseStorage."""
+        return self._ask("get_all_studies")
+
+    def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
+        """See BaseStorage."""
+        self._studies.add(study_id)
+        return self._ask("create_new_trial", study_id, template_trial)
+
+    def set_trial_param(
+        self, trial_id: int, param_name: str, param_value_internal: float, distribution: BaseDistribution
+    ) -> None:
+        """See BaseStorage."""
+        try:
+            self._ask("set_trial_param", trial_id, param_name, param_value_internal, distribution)
+        except KeyError:
+            # Optuna's proxy, restarted, knows no trial of a study whose trials nobody has read since.
+            for study_id in self._studies:
+                self.get_all_trials(study_id, deepcopy=False)
+            self._ask("set_trial_param", trial_id, param_name, param_value_internal, distribution)
+
+    def get_trial_id_from_study_id_trial_number(self, study_id: int, trial_number: int) -> int:
+        """See BaseStorage."""
+        return self._ask("get_trial_id_from_study_id_trial_number", study_id, trial_number)
+
+    def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
+        """See BaseStorage."""
+        return self._ask("set_trial_state_values", trial_id, state, values)
+
+    def set_trial_intermediate_value(self, trial_id: int, step: int, intermediate_value: float) -> None:
+        """See BaseStorage."""
+        self._ask("set_trial_intermediate_value", trial_id, step, intermediate_value)
+
+    def set_trial_user_attr(self, trial_id: int, key: str, value: Any) -> None:
+        """See BaseStorage."""
+        self._ask("set_trial_user_attr", trial_id, key, value)
+
+    def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
+        """See BaseStorage."""
+        self._ask("set_trial_system_attr", trial_id, key, value)
+
+    def get_trial(self, trial_id: int) -> FrozenTrial:
+        """See BaseStorage."""
+        return self._ask("get_trial", trial_id)
+
+    def get_all_trials(
+        self, study_id: int, deepcopy: bool = True, states: Container[TrialState] | None = None
+    ) -> list[FrozenTrial]:
+        """See BaseStorage."""
+        self._studies.add(study_id)
+        return self._ask("get_all_trials", study_id, deepcopy, states)
+
+    def remove_session(self) -> None:
+        """See BaseStorage."""
+        self._storage.remove_session()

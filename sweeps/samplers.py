@@ -1,0 +1,318 @@
+"""Samplers: the automatic choice, Optuna's Gaussian process with the results of pruned trials, and independent search.
+
+Independent search tunes the learning rate first, then every other hyperparameter by itself, then the best of each together.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Container, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+from optuna.samplers import BaseSampler
+from optuna.study import Study, StudyDirection
+from optuna.trial import FrozenTrial, TrialState
+from scipy import stats
+
+from .workers import FIXED, REPEATS, origin, valid_trials
+
+__all__ = ["Auto", "FEW", "GaussianProcess", "Independent", "START", "foreseen", "inside", "tpe"]
+
+# Of 2048 points at which Optuna looks before it climbs, which are two thirds of the time to ask beside trials that run.
+LOOKED_AT = 512
+ROUNDING = (
+    1e-9  # of a value or its range: what two processors differ by is far below it, what a sweep tells apart far above
+)
+
+
+class GaussianProcess(optuna.samplers.GPSampler):
+    """Expected improvement over a Gaussian process (Optuna's), beyond what is expected of trials that still run.
+
+    Optuna's own passes over pruned trials and those that wait, and proposes them again and again.
+
+    Args:
+        start: trials drawn at random before a model is made of them.
+        seed: of all that is drawn.
+    """
+
+    def __init__(self, start: int, seed: int) -> None:
+        super().__init__(n_startup_trials=start, seed=seed)
+        self._n_preliminary_samples = LOOKED_AT
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """See optuna's BaseSampler; nothing, which is then drawn at random, where a trial is the very same."""
+        values = super().sample_relative(_Foreseen(study), trial, search_space)  # type: ignore[arg-type]
+        return {} if any(_same(values, taken, search_space) for taken in _taken(study, trial)) else values
+
+
+def _taken(study: Study, asking: FrozenTrial) -> list[dict[str, Any]]:
+    """Parameters of all others that have not failed: at an edge of the ranges the process may come to the same ones again."""
+    others = (trial for trial in study.get_trials(deepcopy=False) if trial.state is not TrialState.FAIL)
+    return [{**other.system_attrs.get(FIXED, {}), **other.params} for other in others if other.number != asking.number]
+
+
+def _same(one: dict[str, Any], other: dict[str, Any], search_space: dict[str, BaseDistribution]) -> bool:
+    """Whether the parameters are equal but for rounding: the end of a range is 1 on one machine and 1 - 2^-53 on another."""
+    return one.keys() == other.keys() and all(
+        math.isclose(
+            value, other[name], rel_tol=ROUNDING, abs_tol=0 if ranged.log else ROUNDING * (ranged.high - ranged.low)
+        )
+        if isinstance(ranged := search_space[name], FloatDistribution)
+        else value == other[name]
+        for name, value in one.items()
+    )
+
+
+class _Foreseen:
+    """A study in which pruned trials are complete."""
+
+    def __init__(self, study: Study) -> None:
+        self._study = study
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._study, name)
+
+    def _get_trials(
+        self, deepcopy: bool = True, states: Container[TrialState] | None = None, use_cache: bool = False
+    ) -> list[FrozenTrial]:
+        trials = self._study._get_trials(deepcopy=False, use_cache=use_cache)
+        trials = foreseen(trials, maximize=self._study.direction is StudyDirection.MAXIMIZE)
+        return [trial for trial in trials if states is None or trial.state in states]
+
+
+def foreseen(trials: Sequence[FrozenTrial], *, maximize: bool = False) -> list[FrozenTrial]:
+    """Return the trials, the pruned ones as complete with the value that their last report lets expect.
+
+    It is on the Theil-Sen line through what complete trials reported at that step and came to, which is all that is known of
+    how losses go on, and at most the worst of these: how bad it would have been is of no use, and a wide range of values costs
+    the process its resolution. A trial that was pruned and reported nothing is left as it is.
+    """
+    complete = [trial for trial in trials if trial.state is TrialState.COMPLETE]
+    values = [trial.value for trial in complete if trial.value is not None]
+    worst = min(values, default=-np.inf) if maximize else max(values, default=np.inf)
+    lines: dict[int, tuple[float, float]] = {}
+    seen = []
+    for trial in trials:
+        step = trial.last_step
+        if trial.state is TrialState.PRUNED and step is not None and np.isfinite(trial.intermediate_values[step]):
+            if step not in lines:
+                lines[step] = _line(step, complete)
+            slope, rest = lines[step]
+            trial = copy.copy(trial)
+            ending = slope * trial.intermediate_values[step] + rest
+            trial.state, trial.value = TrialState.COMPLETE, max(worst, ending) if maximize else min(worst, ending)
+        seen.append(trial)
+    return seen
+
+
+def _line(step: int, complete: Sequence[FrozenTrial]) -> tuple[float, float]:
+    """Return slope and intercept of final losses over those at ``step``."""
+    known = [(each.intermediate_values[step], each.value) for each in complete if step in each.intermediate_values]
+    there, final = np.array(known, dtype=float).reshape(-1, 2).T
+    if len(np.unique(there)) < 3:
+        return 1.0, float(np.median(final - there)) if len(there) else 0.0
+    slope, rest, *_ = stats.theilslopes(final, there)
+    return (float(slope), float(rest)) if slope > 0 else (1.0, float(np.median(final - there)))
+
+
+# A Gaussian process takes 0.05 s to ask after 200 trials, 0.3 s after 800, and in the end the cube of their number.
+FEW = 250
+START = 8  # trials drawn at random before a model is made of them
+
+
+def tpe(seed: int) -> BaseSampler:
+    """Return Optuna's tree-structured Parzen estimator, joint over hyperparameters, which keeps away from what still runs."""
+    return optuna.samplers.TPESampler(n_startup_trials=START, multivariate=True, constant_liar=True, seed=seed)
+
+
+class Auto(BaseSampler):
+    """A Gaussian process for a study's first `FEW` trials, TPE from then on.
+
+    A batch that is asked for at once is where they differ most: see docs/throughput.md.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._few, self._many = GaussianProcess(START, seed), tpe(seed)
+
+    def _of(self, trial: FrozenTrial) -> BaseSampler:
+        return self._few if trial.number < FEW else self._many
+
+    def reseed_rng(self) -> None:
+        """See BaseSampler."""
+        self._few.reseed_rng()
+        self._many.reseed_rng()
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        """See BaseSampler."""
+        return self._of(trial).infer_relative_search_space(study, trial)
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """See BaseSampler."""
+        return self._of(trial).sample_relative(study, trial, search_space)
+
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        """See BaseSampler."""
+        return self._of(trial).sample_independent(study, trial, param_name, param_distribution)
+
+
+LAST = 3  # the phase of the best of each together
+
+
+class _Point(NamedTuple):
+    """A place, 0 to 1, on the line over ``name``, or the best so far without one; it depends on the phases before."""
+
+    phase: int
+    name: str | None = None
+    place: float = 0.0
+
+
+class Independent(optuna.samplers.BaseSampler):
+    """Line searches in turn (u-µP, 2407.17465, Figure 1a): as good as a joint search where couplings are weak.
+
+    Of ``trials`` points the first is the recipe itself, the next a line over the learning rate, then a line over each other
+    hyperparameter at the best learning rate, and the last the best value of each. A line is evenly spaced in its range's own
+    scale, ends included. Further trials fill lines through the best of all.
+
+    Args:
+        space: what is searched; the line over "lr", if it is there, comes first.
+        defaults: value of each before it is known better; the middle of its range if it lies outside.
+        trials: how many points to lay out.
+    """
+
+    def __init__(self, space: dict[str, BaseDistribution], defaults: dict[str, Any], trials: int) -> None:
+        self._space = space
+        self._defaults = {
+            name: defaults[name] if inside(each, defaults[name]) else _on_line(each, 0.5)
+            for name, each in space.items()
+        }
+        names = sorted(space, key=lambda name: name != "lr")  # stable: the others keep their order
+        counts = _counts(names, space, trials - 2)
+        self._plan = [_Point(0)]
+        for k, name in enumerate(names):
+            last = max(1, counts[name] - 1)
+            self._plan += [_Point(2 if k else 1, name, i / last) for i in range(counts[name])]
+        self._plan.append(_Point(LAST))
+        self._ranges = [name for name in names if isinstance(space[name], FloatDistribution)] or names
+
+    def waits(self, study: optuna.Study) -> bool:
+        """Return whether the next point depends on trials that are not finished yet."""
+        trials = study.get_trials(deepcopy=False)
+        phase = self._point(sum(_is_own(trial) for trial in trials)).phase
+        return any(
+            self._point(index).phase < min(phase, LAST)
+            for index, trial in self._holders(trials).items()
+            if not trial.state.is_finished()
+        )
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        """Return the whole space: see optuna's BaseSampler."""
+        return self._space
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """Return the point that is ``trial``'s by its number; what is done again has its parameters already."""
+        trials = study.get_trials(deepcopy=False)
+        point = self._point(_index(origin(trial, trials), trials))
+        values = self._best(trials, point.phase, study.direction is optuna.study.StudyDirection.MAXIMIZE)
+        return values if point.name is None else values | {point.name: _on_line(self._space[point.name], point.place)}
+
+    def sample_independent(
+        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        """Return the default of what is not in the space."""
+        return self._defaults[param_name]
+
+    def _point(self, index: int) -> _Point:
+        if index < len(self._plan):
+            return self._plan[index]
+        more, name = divmod(index - len(self._plan), len(self._ranges))
+        return _Point(LAST + 1, self._ranges[name], _between(more + 1))
+
+    def _holders(self, trials: list[FrozenTrial]) -> dict[int, FrozenTrial]:
+        """Return which trial does each point, or did."""
+        return {_index(origin(trial, trials), trials): trial for trial in valid_trials(trials)}
+
+    def _best(self, trials: list[FrozenTrial], phase: int, maximize: bool) -> dict[str, Any]:
+        """Return the best value of each hyperparameter on the lines of the phases before; after the last, the best of all."""
+        values, point = dict[str, float](), dict(self._defaults)
+        sign = -1 if maximize else 1
+        for index, trial in sorted(self._holders(trials).items()):
+            before = self._point(index)
+            if trial.state is not TrialState.COMPLETE or before.phase >= phase or trial.value is None:
+                continue
+            # The recipe itself is a point on every line.
+            names = list(self._space) if before.name is None or phase > LAST else [before.name]
+            value = sign * trial.value
+            if phase > LAST and value >= min(values.values(), default=math.inf):
+                continue
+            for each in names:
+                if each in trial.params and value < values.get(each, math.inf):
+                    values[each], point[each] = value, trial.params[each]
+        return point
+
+
+def _counts(names: list[str], space: dict[str, BaseDistribution], points: int) -> dict[str, int]:
+    """Share ``points`` out: one for each choice, the ranges alike, and what is left to the first line."""
+    even = max(2, points // len(names))
+    choices = {name: each.choices for name, each in space.items() if isinstance(each, CategoricalDistribution)}
+    counts = {name: min(even, len(each)) for name, each in choices.items()}
+    ranges = [name for name in names if name not in choices]
+    left = points - sum(counts.values())
+    for name in ranges:
+        counts[name] = max(2, left // len(ranges))
+    if ranges:
+        counts[ranges[0]] += max(0, points - sum(counts.values()))
+    return counts
+
+
+def _is_own(trial: FrozenTrial) -> bool:
+    """Whether a trial has a point of its own: not what is done again, nor what a person put into the queue."""
+    given = "fixed_params" in trial.system_attrs and trial.number > 0
+    return REPEATS not in trial.system_attrs and not given
+
+
+def _index(trial: FrozenTrial, trials: list[FrozenTrial]) -> int:
+    """The point's number: how many have one before. It never changes, and no worker needs to ask another."""
+    return sum(_is_own(other) for other in trials[: trial.number])
+
+
+def _between(number: int) -> float:
+    """Return the ``number``-th of places that fill 0 to 1 evenly, from 1: 1/2, 1/4, 3/4, 1/8, … (van der Corput)."""
+    place, share = 0.0, 0.5
+    while number:
+        number, bit = divmod(number, 2)
+        place, share = place + bit * share, share / 2
+    return place
+
+
+def inside(distribution: BaseDistribution, value: Any) -> bool:
+    """Return whether a distribution holds ``value``; None is in no range."""
+    if isinstance(distribution, CategoricalDistribution):
+        return value in distribution.choices
+    return value is not None and distribution._contains(value)
+
+
+def _on_line(distribution: BaseDistribution, place: float) -> Any:
+    """Return the value at ``place`` of a range, 0 its low end and 1 its high end, in its own scale."""
+    if isinstance(distribution, CategoricalDistribution):
+        return distribution.choices[round(place * (len(distribution.choices) - 1))]
+    assert isinstance(distribution, FloatDistribution)
+    low, high = distribution.low, distribution.high
+    if place in (0.0, 1.0):
+        return high if place else low
+    return (
+        float(np.exp((1 - place) * np.log(low) + place * np.log(high)))
+        if distribution.log
+        else low + place * (high - low)
+    )

@@ -1,0 +1,279 @@
+"""Open a study's storage by its address (a database, a gRPC proxy, Redis, or one journal file) and lock folders and files.
+
+Locks are the kernel's, which releases them when a process ends or is killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import importlib.util
+import json
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import optuna
+from optuna.storages import BaseStorage, GrpcStorageProxy, RDBStorage, _CachedStorage
+from optuna.storages.journal import JournalRedisBackend
+
+from mutransfer.errors import RequestError, describe
+from mutransfer.io import masked
+from mutransfer.run_dir import RunFolder
+
+from .journal import Interruptible, Journal
+from .retry import RetryingStorage, made_by_others
+
+__all__ = ["Opened", "naming_the_storage", "only_one", "only_worker", "opened", "own_journal"]
+
+
+@contextlib.contextmanager
+def only_one(folder: RunFolder) -> Iterator[None]:
+    """Hold the run folder for this process: a second sweep in it would take the first one's trials for dead.
+
+    Raises:
+        RequestError: another process holds it.
+    """
+    busy = f"another process is at work in {folder.path}: wait for it or use another --out."
+    with _held(folder.path / ".lock", busy):
+        yield
+
+
+@contextlib.contextmanager
+def only_worker(address: str) -> Iterator[None]:
+    """Hold the SQLite file of the URL ``address``: writers wait for each other there, and its locks fail on network disks.
+
+    Raises:
+        RequestError: another worker holds it, or it cannot be opened.
+    """
+    path = urlsplit(address).path.removeprefix("/")
+    if not path:  # in memory
+        yield
+        return
+    busy = (
+        f"another worker is at work in {address}, and SQLite serves one at a time: name a --storage for many, as journal:FILE "
+        "or postgresql://HOST/DATABASE."
+    )
+    try:
+        held = contextlib.ExitStack()
+        held.enter_context(_held(Path(f"{path}.lock"), busy))
+    except OSError as error:
+        reason = os.strerror(error.errno or 0)
+        raise RequestError(f"cannot open the storage {address} ({reason}): check its folder and its address.") from None
+    with held:
+        yield
+
+
+@contextlib.contextmanager
+def _held(path: Path, busy: str) -> Iterator[None]:
+    with open(path, "w", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RequestError(busy) from None
+        yield
+
+
+KNOWN = (
+    "postgresql://USER@HOST/DATABASE, mysql://…, grpc://HOST:PORT, redis://HOST:PORT/0, journal:FILE, or sqlite:///FILE"
+)
+DATABASES = ("postgresql", "postgres", "mysql", "mariadb")
+PACKAGES = {"sqlalchemy", "psycopg", "psycopg2", "MySQLdb", "pymysql", "mysql", "grpc", "redis"}
+ANSWER_WITHIN = 10  # seconds for a connection to be made
+SAME_TABLES = (
+    0.1,
+    0.3,
+    1.0,
+    3.0,
+    None,
+)  # seconds after each attempt at a new database's tables, which others make as well
+DRIVERS = {
+    "psycopg2": "pip install psycopg2-binary, or write postgresql+psycopg://…",
+    "psycopg": "pip install 'psycopg[binary]'",
+    "MySQLdb": "pip install mysqlclient",
+    "pymysql": "pip install pymysql",
+    "grpc": "pip install grpcio protobuf",
+    "redis": "pip install redis",
+}
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A storage that is open.
+
+    Args:
+        backend: the storage.
+        where: its address, for messages.
+        shared: other workers may be at work in it.
+        own: it is the run folder's journal, which holds one study.
+    """
+
+    backend: BaseStorage
+    where: str
+    shared: bool
+    own: bool = False
+
+
+def own_journal(folder: RunFolder) -> Opened:
+    """Open the journal in a run folder that this process holds.
+
+    Raises:
+        RequestError: it is no journal, or cannot be read.
+    """
+    try:
+        backend = Interruptible(Journal(folder.journal))
+    except (KeyError, AssertionError, json.JSONDecodeError) as error:
+        raise RequestError(f"cannot read the study in {folder.journal} ({error}): name another --out.") from None
+    return Opened(backend, str(folder.journal), False, own=True)
+
+
+@contextlib.contextmanager
+def opened(address: str) -> Iterator[Opened]:
+    """Open the storage at ``address``; a SQLite file is held for this process, as it serves one worker at a time.
+
+    Raises:
+        RequestError: it cannot be reached, its driver is missing, the address is none, or another worker holds the file.
+    """
+    shared = address.partition(":")[0].partition("+")[0].lower() != "sqlite"
+    with contextlib.nullcontext() if shared else only_worker(address):
+        backend = _reached(address)
+        try:
+            yield Opened(backend, masked(address), shared)
+        finally:
+            _close(backend)
+
+
+@contextlib.contextmanager
+def naming_the_storage(storage: Opened) -> Iterator[None]:
+    """Turn an error of the storage's driver that waiting does not mend (a full disk, a missing right) into a `RequestError`."""
+    try:
+        yield
+    except Exception as error:
+        kinds = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
+        if not isinstance(error, optuna.exceptions.StorageInternalError) and not kinds & PACKAGES:
+            raise
+        raise RequestError(
+            f"the storage {storage.where} failed ({masked(describe(_innermost(error)))}): mend that and run the same command "
+            "again; what was finished is kept."
+        ) from error
+
+
+def _close(backend: BaseStorage) -> None:
+    if isinstance(backend, RetryingStorage):
+        backend = backend.storage
+    if isinstance(backend, _CachedStorage):
+        backend._backend.remove_session()
+        backend._backend.engine.dispose()
+    elif isinstance(backend, GrpcStorageProxy):
+        backend.close()
+
+
+def _reached(address: str) -> BaseStorage:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        try:
+            return _opener(address)()
+        except RequestError:
+            raise
+        except ImportError as error:
+            missing = _missing(error)
+            raise RequestError(
+                f"the storage {masked(address)} needs the Python package {missing}: {DRIVERS.get(missing, 'install it')}."
+            ) from None
+        except Exception as error:  # whatever its driver raises
+            if isinstance(error, OSError) and error.filename is not None:
+                reason, move = os.strerror(error.errno or 0), "check its folder and its address"
+            else:
+                reason, move = masked(describe(_innermost(error))), "check that it runs and its address"
+            raise RequestError(f"cannot open the storage {masked(address)} ({reason}): {move}.") from None
+
+
+def _opener(address: str) -> Callable[[], BaseStorage]:
+    scheme, colon, rest = address.partition(":")
+    kind, server = scheme.partition("+")[0].lower(), rest.startswith("//")
+    if colon and kind == "journal" and rest:
+        return lambda: Interruptible(Journal(Path(rest.removeprefix("//"))))
+    if not colon and address.endswith(".journal"):
+        return lambda: Interruptible(Journal(Path(address)))
+    if kind == "sqlite":
+        return lambda: optuna.storages.get_storage(address)
+    if kind in DATABASES and server:
+        return lambda: RetryingStorage(lambda: _database(address), address)
+    if kind in ("redis", "rediss") and server:
+        return lambda: RetryingStorage(
+            lambda: Interruptible(JournalRedisBackend(address, prefix="mutransfer")), address
+        )
+    if kind == "grpc" and server:
+        return lambda: RetryingStorage(lambda: _proxy(address), address, reopen=True)
+    raise RequestError(f"the storage {masked(address)!r} is of no known kind: write {KNOWN}.")
+
+
+def _database(address: str) -> BaseStorage:
+    _make_tables(address)
+    # A connection that a restart has cut is noticed before it is used; a host that swallows packets is not waited for.
+    return optuna.storages.get_storage(_tables(address, pool_pre_ping=True))
+
+
+def _make_tables(address: str) -> None:
+    """Make a new database's tables, which several workers may do at once: all but one of them try again, and find them."""
+    from sqlalchemy.pool import NullPool  # takes a while, and a journal needs none of it
+
+    for pause in SAME_TABLES:
+        try:
+            # Without a pool: connections of a storage that could not be opened would stay open.
+            _tables(address, poolclass=NullPool)
+        except Exception as error:
+            if pause is None or not made_by_others(error):
+                raise
+            time.sleep(pause)
+        else:
+            return
+
+
+def _tables(address: str, **options: Any) -> RDBStorage:
+    within = {} if "connect_timeout" in address else {"connect_timeout": ANSWER_WITHIN}
+    return RDBStorage(_with_driver(address), engine_kwargs={**options, "connect_args": within})
+
+
+def _with_driver(address: str) -> str:
+    """Name psycopg where it is installed and no driver is named: SQLAlchemy's own default differs between its versions."""
+    scheme, _, rest = address.partition("://")
+    if scheme in ("postgresql", "postgres"):
+        installed = importlib.util.find_spec("psycopg") is not None
+        return f"postgresql{'+psycopg' if installed else ''}://{rest}"
+    return address
+
+
+def _proxy(address: str) -> BaseStorage:
+    try:
+        found = urlsplit(address)
+        host, port = found.hostname, found.port
+    except ValueError:
+        host = port = None
+    if not host or not port:
+        raise RequestError(f"the storage {masked(address)!r} has no host and port: write grpc://HOST:PORT.")
+    proxy = GrpcStorageProxy(host=host, port=port)
+    proxy.wait_server_ready(timeout=ANSWER_WITHIN)
+    return proxy
+
+
+def _missing(error: ImportError) -> str:
+    """The package that a driver's import asked for; Optuna says it only in the cause of its own error."""
+    seen: BaseException | None = error
+    name = None
+    while seen is not None:
+        name = getattr(seen, "name", None) or name
+        seen = seen.__cause__ or seen.__context__
+    return (name or str(error)).partition(".")[0]
+
+
+def _innermost(error: BaseException) -> BaseException:
+    """The database driver's own error, which says more than what is wrapped around it."""
+    if isinstance(error, optuna.exceptions.StorageInternalError) and error.__cause__ is not None:
+        error = error.__cause__
+    return getattr(error, "orig", None) or error

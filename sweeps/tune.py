@@ -1,0 +1,358 @@
+"""Tune: Optuna suggests, an executor trains, results are recorded; the run folder always holds everything that is finished."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import os
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import optuna
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from mutransfer.errors import RequestError
+from mutransfer.io import naming_the_disk
+from mutransfer.proxies.training import Outcome
+from mutransfer.run_dir import RunFolder
+from mutransfer.scale import Scale
+from mutransfer.schemas import BASINS, REPEATS, TRIALS, Schema
+
+from .executors import LazyExecutor, check_trainer, one_by_one
+from .experiment import Budget, Experiment, with_values
+from .jobs import Executor, Job, Reported, cost_of, flops_of, loaded, plan_of
+from .results import LOOK_EVERY, Replicates, Tuned, best_so_far, summary, usable
+from .retry import RetryingStorage
+from .samplers import Independent
+from .storage import naming_the_storage, only_one, opened, own_journal
+from .study import baseline, distributions, open_study, trials_frame
+from .user_trainers import Failures
+from .workers import FINISHED, LEASE, Heartbeats, TrialQueue, worker_name
+
+__all__ = ["Spent", "Tuned", "affordable", "count_running", "price", "tune"]
+
+
+@dataclass(frozen=True)
+class Spent:
+    """Floating point operations and seconds of the trials that were told, and the seconds that one usually takes.
+
+    Usually is the median of the complete ones: the first in each process may have compiled the model.
+
+    A trial that was interrupted was not told, and what it cost is not known.
+    """
+
+    flops: float = 0.0
+    seconds: float = 0.0
+    usual: float = 0.0
+
+    @classmethod
+    def of(cls, trials: Iterable[FrozenTrial]) -> Self:
+        """Add up what is noted in ``trials``."""
+        finished = [trial for trial in trials if "outcome" in trial.user_attrs]
+        outcomes = [trial.user_attrs["outcome"] for trial in finished]
+        complete = [
+            each.user_attrs["outcome"]["seconds"] or 0.0 for each in finished if each.state is TrialState.COMPLETE
+        ]
+        return cls(
+            sum(outcome["flops"] or 0.0 for outcome in outcomes),
+            sum(outcome["seconds"] or 0.0 for outcome in outcomes),
+            statistics.median(complete) if complete else 0.0,
+        )
+
+    def allows(self, budget: Budget, running: int, flops: float | None) -> bool:
+        """Return whether one more trial of ``flops`` fits beside ``running`` others, each as long as is usual.
+
+        How long a trial takes is not known before one has ended; the first ones are always allowed.
+        """
+        most = running + 1
+        if budget.flops is not None and flops is not None and self.flops + most * flops > budget.flops:
+            return False
+        if budget.seconds is None:
+            return True
+        return not self.usual or self.seconds + most * self.usual <= budget.seconds
+
+
+def price(experiment: Experiment, folder: RunFolder, target: Scale) -> dict[str, Any]:
+    """Return what was spent in ``folder``, in floating point operations, beside one run of the experiment at ``target``.
+
+    Returns:
+        ``tuning_flops`` (all trials, pruned ones too), ``repeats_flops`` (the best ones with other seeds), ``verify_flops`` (all
+        runs of the basins, the control's too), ``target_flops``; ``ratio`` of tuning to target; ``uncounted``, the
+        names of operations that no figure includes. None for what is not there, or not known (own trainers). Validation
+        is not included, in any of them.
+    """
+    cost = cost_of(experiment, target)
+    known = cost is not None
+    tuning = _spent(folder.trials, TRIALS) if known else None
+    whole = cost.total * experiment.steps if cost is not None else None
+    return {
+        "tuning_flops": tuning,
+        "repeats_flops": _spent(folder.repeats, REPEATS) if known else None,
+        "verify_flops": _spent(folder.basins, BASINS) if known else None,
+        "target_flops": whole,
+        "ratio": tuning / whole if tuning is not None and whole else None,
+        "uncounted": list(cost.uncounted) if cost is not None else [],
+    }
+
+
+def _spent(path: Path, schema: Schema) -> float | None:
+    total = schema.read(path)["flops"].sum(min_count=1) if path.exists() else math.nan
+    return None if math.isnan(total) else float(total)
+
+
+def run_trials(
+    experiment: Experiment,
+    claims: TrialQueue,
+    dead: Callable[[], list[FrozenTrial]],
+    executor: Executor,
+    flops: float | None,
+    beginning: Callable[[], None] = lambda: None,
+) -> Iterator[Trial]:
+    """Begin trials as the executor has room, while there are any to begin; yield each after it is told.
+
+    An interruption returns what is unfinished to the queue.
+
+    Args:
+        experiment: what is tuned.
+        claims: this worker's trials.
+        dead: says which trials' workers are dead.
+        executor: trains.
+        flops: of one step; None if they are not known.
+        beginning: called when the first trial begins, after whatever the executor does before.
+
+    Raises:
+        RequestError: too many in a row failed.
+    """
+
+    failures = Failures(executor.capacity)
+
+    def begun() -> Iterator[Job]:
+        first = True
+        while True:
+            claims.give_back(dead())
+            sampler = claims.study.sampler
+            if isinstance(sampler, Independent) and not claims.waiting() and sampler.waits(claims.study):
+                return
+            if not affordable(experiment, claims, flops):
+                return
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                trial = claims.next()
+            if trial is None:
+                return
+            if first:
+                beginning()
+            first = False
+            yield _job(experiment, trial)
+
+    def report(reported: Sequence[Reported]) -> list[bool]:
+        for job, step, loss in reported:
+            with contextlib.suppress(UpdateFinishedTrialError):
+                claims.begun[job.key].report(loss, step)
+        return [should_stop(claims.begun[job.key]) for job, _, _ in reported]
+
+    def should_stop(trial: Trial) -> bool:
+        try:
+            state = claims.trials()[trial.number].state
+            return state is not TrialState.RUNNING or trial.should_prune()
+        except UpdateFinishedTrialError:  # as halving notes a trial's rung in it
+            return True  # taken for dead by others, who do it again: `record_result` says so
+
+    try:
+        for job, outcome in executor.run(experiment, begun(), report):
+            trial = claims.begun[job.key]
+            failures.note(job.key, outcome, claims.finished())
+            known = record_result(claims.study, trial, outcome, flops)
+            del claims.begun[job.key]
+            if known:
+                yield trial
+    except BaseException:
+        # What cannot be told now (a full disk, an interruption inside the storage) is given back when the run resumes, or
+        # by another worker.
+        with contextlib.suppress(Exception):
+            if isinstance(claims.study._storage, RetryingStorage):
+                claims.study._storage.hurry()
+            claims.give_back_own()
+        raise
+
+
+def count_running(claims: TrialQueue) -> int:
+    """Return how many trials run, by any worker."""
+    return sum(trial.state is TrialState.RUNNING for trial in claims.trials())
+
+
+def affordable(experiment: Experiment, claims: TrialQueue, flops: float | None) -> bool:
+    """Return whether the budget allows one more trial, beside those that run."""
+    return Spent.of(claims.trials()).allows(
+        experiment.budget, count_running(claims), None if flops is None else flops * experiment.steps
+    )
+
+
+def record_result(study: optuna.Study, trial: Trial, outcome: Outcome, flops: float | None) -> bool:
+    """Tell the outcome; False if others took this worker for dead and the trial is not its own any more."""
+    finite = outcome.loss if math.isfinite(outcome.loss) else None
+    said = {
+        "loss": finite,
+        "start": outcome.start if math.isfinite(outcome.start) else None,
+        "diverged": outcome.diverged,
+        "steps": outcome.steps,
+        "flops": None if flops is None else flops * outcome.steps,
+        "seconds": outcome.seconds,
+        **({"failed": outcome.failed} if outcome.failed else {}),
+    }
+    try:
+        trial.set_user_attr("outcome", said)
+        if outcome.failed:
+            study.tell(trial, state=TrialState.FAIL)
+        elif outcome.stopped:
+            study.tell(trial, state=TrialState.PRUNED)
+        else:
+            study.tell(trial, _penalty(study, outcome.start) if outcome.diverged else outcome.loss)
+    except (UpdateFinishedTrialError, ValueError):
+        if study.get_trials(deepcopy=False)[trial.number].state is not TrialState.FAIL:
+            raise
+        print(
+            f"trial {trial.number} was taken for dead, as this worker had shown no sign of life, and is done again",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+        return False
+    return True
+
+
+def _penalty(study: optuna.Study, start: float) -> float:
+    """What a diverged trial is told as: a NaN would be a failure, which samplers ignore and `trials` does not count.
+
+    Twice its start; an own trainer may not tell it, and then the worst loss of the others is doubled. A metric to be
+    maximized is as far below.
+    """
+    sign = -1 if study.direction is optuna.study.StudyDirection.MAXIMIZE else 1
+    if not math.isfinite(start):
+        outcomes = [trial.user_attrs.get("outcome", {}) for trial in study.get_trials(deepcopy=False, states=FINISHED)]
+        losses = [had["loss"] for had in outcomes if not had.get("diverged") and had.get("loss") is not None]
+        if not losses:
+            return sign * 100.0
+        start = sign * max(sign * loss for loss in losses)
+    return start + sign * (abs(start) or 1.0)
+
+
+def _job(experiment: Experiment, trial: Trial) -> Job:
+    recipe = with_values(experiment.recipe, trial.params)
+    return Job(
+        trial.number, experiment.proxy_scale, experiment.parametrization, recipe, experiment.seed, experiment.rung_steps
+    )
+
+
+def tune(
+    experiment: Experiment,
+    folder: RunFolder,
+    *,
+    storage: str | None = None,
+    name: str | None = None,
+    lease: float = LEASE,
+    executor: Executor | None = None,
+    device: str = "cpu",
+    progress: Callable[[int, int, str], None] = lambda done, total, text: None,
+) -> Tuned:
+    """Bring the study in ``folder`` to ``experiment.trials`` finished trials, and write what it found.
+
+    The first trial is the experiment's own recipe, the one to beat. A trial that diverges is told as a finite penalty of
+    twice its starting loss, so that the sampler learns to keep away. Running it again adds only the missing trials, and
+    running it on several machines shares them.
+
+    Args:
+        experiment: what to tune.
+        folder: run folder; made if it does not exist.
+        storage: address of a storage (`storages.opened`), which other workers may share; by default a journal in the folder.
+        name: study name.
+        lease: seconds without a sign of life after which others take this worker for dead; the same for all of a study.
+        executor: how trials are trained; one by one in this process by default.
+        device: for the default executor.
+        progress: called with (finished, total, what was found).
+
+    Raises:
+        RequestError: another experiment or another data hash is in the folder, the disk is full, every trial diverged,
+            the budget reaches for none, or too many in a row failed.
+    """
+    begun = time.perf_counter()
+    if experiment.folder is None:
+        experiment = experiment.model_copy(update={"folder": os.getcwd()})
+    executor = executor or one_by_one(experiment, folder.path, device)
+    # A wrong model, corpus or size is said before anything is written.
+    _, data = loaded(experiment)
+    check_trainer(experiment)
+    plan_of(experiment, experiment.proxy_scale, experiment.parametrization, experiment.recipe)
+    flops = flops_of(experiment, experiment.proxy_scale)
+    if flops is None and experiment.budget.flops is not None:
+        raise RequestError("budget.flops cannot be counted without mutransfer's own data: use budget.seconds.")
+    _refuse_other_experiment(experiment, folder)
+    with contextlib.ExitStack() as held:
+        store = held.enter_context(opened(storage)) if storage else None
+        folder.make()
+        held.enter_context(naming_the_disk(folder.path))
+        if store is None or not store.shared:
+            held.enter_context(only_one(folder))
+        facts: dict[str, object] = {} if data is None else {"data_sha256": data.sha256, "data_facts": data.facts}
+        name_of_data = experiment.data if data is None else data.name
+        folder.note_environment(
+            **facts, data=name_of_data, seed=experiment.seed, device=device, places=experiment.places(folder.path)
+        )
+        experiment.save(folder.experiment)
+        folder.note_progress("tune", planned=experiment.trials, ended=False)
+        store = store or own_journal(folder)
+        held.enter_context(naming_the_storage(store))
+        owner = worker_name()
+        study = open_study(experiment, store, name, owner)
+        claims = TrialQueue(study, distributions(experiment), experiment.trials, baseline(experiment), owner)
+        leases = held.enter_context(Heartbeats(study, owner, lease)) if store.shared else None
+        if leases is None:
+            claims.give_back(trial for trial in claims.trials() if trial.state is TrialState.RUNNING)
+        dead = list if leases is None else leases.lapsed
+        if isinstance(executor, LazyExecutor):
+            executor.expect(max(1, experiment.trials - claims.finished()))
+        while (finished := claims.finished()) < experiment.trials and (
+            affordable(experiment, claims, flops) or count_running(claims)
+        ):
+            idle = True
+            # The time left is told from when the first trial begins: before it, an executor may measure and compile for minutes.
+            beginning = functools.partial(progress, finished, experiment.trials, best_so_far(study))
+            for _ in run_trials(experiment, claims, dead, executor, flops, beginning):
+                idle = False
+                TRIALS.write(trials_frame(claims.trials()), folder.trials)
+                progress(min(claims.finished(), experiment.trials), experiment.trials, best_so_far(study))
+            if idle:  # what is missing is being done by other workers
+                beginning()
+                time.sleep(LOOK_EVERY)
+        claims.withdraw()
+        frame = trials_frame(claims.trials())
+        TRIALS.write(frame, folder.trials)
+        again = None
+        if experiment.repeats is not None:
+            repeating = Replicates(experiment, study, usable(study), owner, leases)
+            folder.note_progress("repeats", planned=len(repeating.wanted), ended=False)
+            again = repeating.run(folder, executor, flops, progress)
+            folder.note_progress("repeats", planned=len(repeating.wanted), ended=True)
+        tuned = summary(experiment, study, frame, again, time.perf_counter() - begun)
+        tuned.best.save(folder.best)
+        folder.note_progress("tune", planned=experiment.trials, ended=True)
+    return tuned
+
+
+def _refuse_other_experiment(experiment: Experiment, folder: RunFolder) -> None:
+    if not folder.experiment.exists():
+        return
+    before = Experiment.load(folder.experiment).question()
+    now = experiment.question()
+    for key in now:
+        if before[key] != now[key]:
+            raise RequestError(
+                f"{folder.path} holds a study with {key} = {before[key]}, and this experiment has {now[key]}: use another "
+                "--out, or put it back to go on with that study."
+            )

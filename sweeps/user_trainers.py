@@ -1,0 +1,225 @@
+"""Training by a user's Python function: imported where it runs, its reports, and its failures in one sentence each."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import math
+import operator
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mutransfer.errors import RequestError, nearest
+from mutransfer.planning.plan import Plan
+from mutransfer.proxies.importing import helpers_of, import_file, import_module, said
+from mutransfer.proxies.training import Outcome
+from mutransfer.recipe import Recipe
+
+__all__ = ["TrialRun", "Failures", "Stop", "call", "load_trainer", "needed"]
+
+
+class Stop(Exception):  # noqa: N818 - as StopIteration: nothing went wrong
+    """Raised by ``report`` in an own trainer: this trial is not worth training on. Let it pass."""
+
+
+class TrialRun:
+    """One run of an own trainer, over all its tries.
+
+    Losses of different trials can be compared only at the same steps: the pruner is asked at the first report at or after
+    each rung, as if it were at the rung, and no rung twice. A loss at step 0 is the start, above which a run has diverged.
+
+    Args:
+        steps: length of the whole run.
+        rungs: steps at which ``ask`` is asked.
+        ask: (step, loss) → whether to stop.
+        maximize: more is better of what is reported as loss, so that below its start a run has diverged.
+        on_report: called with every step that is reported.
+    """
+
+    def __init__(
+        self, steps: int, rungs: tuple[int, ...] = (), ask: Callable[[int, float], bool] | None = None,
+        on_report: Callable[[int], None] = lambda step: None, *, maximize: bool = False,
+    ) -> None:  # fmt: skip
+        self.steps, self._rungs, self._ask, self._on_report = steps, sorted(rungs), ask, on_report
+        self._begun = time.perf_counter()
+        self._start = math.nan
+        self._last: tuple[int, float] | None = None
+        self.stopped, self._maximize = False, maximize
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the last reported loss is not finite."""
+        return self._last is not None and not math.isfinite(self._last[1])
+
+    @property
+    def last(self) -> float | None:
+        """The last loss that was told."""
+        return None if self._last is None else self._last[1]
+
+    def note(self, loss: float) -> None:
+        """Note a loss whose step was not told."""
+        self._last = (0 if self._last is None else self._last[0]), loss
+
+    def again(self) -> None:
+        """Begin another try: what the last one told no longer counts as this one's loss."""
+        self._last = None
+
+    def heard(self, step: int, loss: float) -> bool:
+        """Note a report, and return whether the run should end here: it is pruned, or has diverged."""
+        self._last = step, loss
+        self._on_report(step)
+        if not math.isfinite(loss):
+            return True
+        if step == 0:
+            self._start = loss
+        due = [rung for rung in self._rungs if rung <= step]
+        if due and self._ask is not None:
+            self._rungs = self._rungs[len(due) :]
+            self.stopped = self._ask(due[-1], loss) or self.stopped
+        return self.stopped
+
+    def outcome(self, loss: float | None = None, failed: str | None = None) -> Outcome:
+        """Return how the run ended: with ``loss``, ``failed``, or else where its last report was answered with a stop."""
+        seconds = time.perf_counter() - self._begun
+        step, last = self._last or (0, math.nan)
+        if failed is not None:
+            return Outcome(math.nan, self._start, step, False, seconds, failed, self._maximize)
+        if loss is not None:
+            return Outcome(loss, self._start, self.steps, False, seconds, maximize=self._maximize)
+        return Outcome(last, self._start, step, self.stopped, seconds, maximize=self._maximize)
+
+
+FORMS = "path/to/file.py:name or package.module:name"
+SIGNATURE = "(recipe, plan, seed, report)"
+
+
+def load_trainer(reference: str) -> Callable[..., Any]:
+    """Return the function that ``reference`` names; relative paths are taken from the current folder.
+
+    Raises:
+        RequestError: there is none, it cannot be imported, or it does not take ``(recipe, plan, seed, report)``.
+    """
+    where, _, name = reference.rpartition(":")
+    module = import_file(Path(where), FORMS) if _is_file(where) else import_module(where, FORMS)
+    if not hasattr(module, name):
+        own = [key for key, value in vars(module).items() if inspect.isfunction(value)]
+        hint = nearest(name, own) if own else f"define a function {name}{SIGNATURE} there."
+        raise RequestError(f"{where} has no {name!r}: {hint}")
+    function = getattr(module, name)
+    if not callable(function):
+        raise RequestError(f"{reference} is of type {type(function).__name__}: give a function {name}{SIGNATURE}.")
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # something compiled, which has none
+        return function
+    try:
+        signature.bind(*range(4))
+    except TypeError as error:
+        raise RequestError(f"{reference} is called as {name}{SIGNATURE} and takes {signature} ({error}).") from None
+    return function
+
+
+def call(reference: str, recipe: Recipe, plan: Plan, seed: int, attempt: TrialRun) -> Outcome:
+    """Train by the function that ``reference`` names, and return how it ended.
+
+    It is called as ``train(recipe, plan, seed, report)`` and returns the final loss; ``report(step, loss)`` raises `Stop`
+    if it should not go on, and ``report.steps`` is the length of the run. Torch is seeded before, so that a trial is the
+    same wherever and after whatever it runs. An exception of its own is a failed run.
+
+    Raises:
+        RequestError: it cannot be imported, or what it reports or returns is no number.
+    """
+    function = load_trainer(reference)
+    where = reference.rpartition(":")[0]
+    file = str(Path(where).expanduser().resolve()) if _is_file(where) else None
+
+    torch.manual_seed(seed)
+    try:
+        with helpers_of(Path(file).parent) if file else contextlib.nullcontext():
+            loss = function(recipe, plan, seed, _Reporter(reference, attempt))
+    except RequestError:
+        raise
+    except (Exception, SystemExit) as error:
+        # Also what it raised in answer to the stop, and a loss that is not finite ends in many ways.
+        if attempt.stopped or attempt.diverged:
+            return attempt.outcome()
+        return attempt.outcome(failed=f"{reference} raised {said(error, file)}")
+    return attempt.outcome(_loss(loss, f"{reference} returned"))
+
+
+class _Reporter:
+    """What a trainer is given as ``report``."""
+
+    def __init__(self, reference: str, attempt: TrialRun) -> None:
+        self._reference, self._attempt, self.steps = reference, attempt, attempt.steps
+
+    def __call__(self, step: int, loss: float) -> None:
+        if self._attempt.heard(_step(step, self._reference), _loss(loss, f"{self._reference} reported")):
+            raise Stop
+
+
+def _is_file(where: str) -> bool:
+    return where.endswith(".py") or "/" in where or "\\" in where
+
+
+def _step(step: Any, reference: str) -> int:
+    with contextlib.suppress(TypeError):
+        if (whole := operator.index(step)) >= 0 and not isinstance(step, bool):
+            return whole
+    raise RequestError(f"{reference} reported at step {step!r}: give the number of optimizer steps done.")
+
+
+def _loss(loss: Any, what: str) -> float:
+    with contextlib.suppress(TypeError, ValueError, RuntimeError):
+        if not isinstance(loss, (bool, str)):
+            return float(loss.detach() if isinstance(loss, torch.Tensor) else loss)
+    shown = "None" if loss is None else f"{type(loss).__name__} {loss!s:.60}".replace("\n", " ")
+    raise RequestError(f"{what} {shown}: give the loss, one number ({math.nan} where it is none).")
+
+
+class Failures:
+    """Counts the failures in a row of a sweep that has ``capacity`` runs at a time.
+
+    As many as run at once, and two more, may fail together of one passing cause. As long as nothing has ever finished
+    there is no reason to believe in a passing one: a script that cannot work should not be run all night.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.in_a_row = 0
+
+    def note(self, number: int, outcome: Outcome, finished: int) -> None:
+        """Count trial ``number``; ``finished`` is how many the study has.
+
+        Raises:
+            RequestError: enough have failed.
+        """
+        self.in_a_row = self.in_a_row + 1 if outcome.failed else 0
+        if self.in_a_row < (self.capacity + 2 if finished else min(self.capacity, 2)) or not outcome.failed:
+            return
+        if finished:
+            raise RequestError(
+                f"{self.in_a_row} trials in a row failed, the last, trial {number}, because {outcome.failed}: mend that and run "
+                "the same command again; what was finished is kept."
+            )
+        raise RequestError(
+            f"trial {number} failed because {outcome.failed}, and none has finished yet: mend that and run the same command "
+            "again."
+        )
+
+
+def needed(outcome: Outcome, what: str) -> Outcome:
+    """Return ``outcome`` of ``what``, a run that no other can stand in for.
+
+    Raises:
+        RequestError: it failed.
+    """
+    if outcome.failed:
+        raise RequestError(
+            f"{what} failed because {outcome.failed}: mend that and run the same command again; what was finished is kept."
+        )
+    return outcome

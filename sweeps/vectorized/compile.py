@@ -1,0 +1,227 @@
+"""A whole training step as one compiled program: traced to tensor operations, what is constant computed once, then Inductor."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from mutransfer.errors import describe
+
+from .step import Moving
+
+__all__ = ["Graph", "Graphed", "Step", "compiled", "distance", "graphed"]
+
+Step = Callable[..., Any]
+LARGEST = 2**22  # entries of a constant that is kept
+
+
+def compiled(step: Step, example: tuple[Any, ...], tolerance: float = 1e-3) -> Step | None:
+    """Return a step compiled for inputs like ``example``, or None with a warning that says why it cannot be.
+
+    Args:
+        step: takes pytrees of tensors and returns (losses, `Moving`), changes nothing in place, and computes the same
+            operations whatever the values.
+        example: its arguments. The step is traced on them, and done once both ways to be compared.
+        tolerance: how far the compiled step may be from the other, in norm, relative to losses, parameters, buffers and
+            states. What a compiler reorders is far below this, a wrong operation far above.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's own about itself
+            program, expected = _compile(step, example)
+            far = distance(program(*example), expected)
+        if not far < tolerance:
+            raise ArithmeticError(f"its first step is {far:.1g} away from the uncompiled one")
+    except Exception as error:  # whatever a compiler raises; without one, the same step runs
+        warnings.warn(f"fused trials run uncompiled ({describe(error)}).", RuntimeWarning, stacklevel=2)
+        return None
+    return program
+
+
+def _compile(step: Step, example: tuple[Any, ...]) -> tuple[Step, Any]:
+    flat, spec = tree_flatten(example)
+    out_spec: list[Any] = []
+
+    def flattened(*tensors: Tensor) -> list[Tensor]:
+        out, found = tree_flatten(step(*tree_unflatten(tensors, spec)))
+        out_spec.append(found)
+        return out
+
+    # Under vmap only what all models share can be read as a number, such as whether positions are consecutive: a constant.
+    graph = make_fx(flattened, _error_on_data_dependent_ops=False)(*flat)
+    fold_constants(graph)
+    expected = tree_unflatten(graph(*flat), out_spec[0])
+    with torch._inductor.config.patch(emulate_precision_casts=True):  # bfloat16 is rounded where it is written
+        program = torch._inductor.compile(graph, flat)
+
+    def run(*inputs: Any) -> Any:
+        return tree_unflatten(program(*tree_flatten(inputs)[0]), out_spec[0])
+
+    return run, expected
+
+
+def distance(found: tuple[Tensor, Moving], expected: tuple[Tensor, Moving]) -> float:
+    """The largest distance of any part, in norm: single entries may differ, where Adam makes a step of rounding."""
+
+    def parts(losses: Tensor, moving: Moving) -> list[list[Tensor]]:
+        states = [[state[i] for state in moving.states.values() if len(state) > i] for i in range(2)]
+        return [[losses], list(moving.trained.values()), list(moving.buffers.values()), *states]
+
+    def norm(tensors: list[Tensor]) -> float:
+        return math.sqrt(sum(float(each.double().nan_to_num(0, 0, 0).square().sum()) for each in tensors))
+
+    worst = 0.0
+    for ours, theirs in zip(parts(*found), parts(*expected), strict=True):
+        gaps = [a.double() - b.double() for a, b in zip(ours, theirs, strict=True)]
+        worst = max(worst, norm(gaps) / max(norm(theirs), 1e-30))
+    return worst
+
+
+@torch.no_grad()
+def fold_constants(graph: fx.GraphModule) -> None:
+    """Compute once, in place, what depends on no input: rotary tables, masks.
+
+    It saves work in every step, and the compiled program then has the very numbers of the uncompiled one: Inductor's own
+    float32 cosine is another.
+    """
+    known: dict[fx.Node, Any] = {}
+    nodes = graph.graph
+    for node in list(nodes.nodes):
+        if node.op == "get_attr":
+            known[node] = getattr(graph, str(node.target))
+        if node.op == "call_function" and _pure(node) and all(each in known for each in node.all_input_nodes):
+            args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
+            known[node] = node.target(*args, **kwargs)
+    for number, (node, value) in enumerate(known.items()):
+        needed = any(user not in known for user in node.users)
+        if node.op == "get_attr" or not needed or not isinstance(value, Tensor) or value.numel() > LARGEST:
+            continue
+        name = f"_folded_{number}"
+        graph.register_buffer(name, value.detach().clone())
+        with nodes.inserting_before(node):
+            node.replace_all_uses_with(nodes.get_attr(name))
+    nodes.eliminate_dead_code()
+    graph.recompile()
+
+
+def _pure(node: fx.Node) -> bool:
+    """Draws are made anew every time, and what is written to is no constant."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    written = any(_writes(user) for user in node.users)
+    return torch.Tag.nondeterministic_seeded not in target.tags and not target._schema.is_mutable and not written
+
+
+def _writes(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+WARMUPS = 3  # libraries choose kernels and allocate workspaces in the first calls, which cannot be captured
+
+
+class Graph(Protocol):
+    """What records operations once and does them again, on the same memory."""
+
+    def record(self, operations: Callable[[], None]) -> None:
+        """Record ``operations``, which may be done a few times."""
+        ...
+
+    def replay(self) -> None:
+        """Do again what was recorded."""
+        ...
+
+
+class CudaGraph:
+    """`torch.cuda.CUDAGraph`, warmed up on a stream of its own as torch asks."""
+
+    def __init__(self) -> None:
+        self._graph = torch.cuda.CUDAGraph()
+
+    def record(self, operations: Callable[[], None]) -> None:
+        """See `Graph.record`."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARMUPS):
+                operations()
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(self._graph):
+            operations()
+
+    def replay(self) -> None:
+        """See `Graph.replay`."""
+        self._graph.replay()
+
+
+class Graphed:
+    """A step on memory of its own: what it is given is copied there where it has changed, and its state is advanced there.
+
+    The state it returns is that memory, so that nothing of it is copied as long as it is given back; who keeps it longer
+    than to the next call, keeps a copy.
+
+    Args:
+        step: takes (`Moving`, ...) and returns (losses, `Moving`), pytrees of tensors; changes nothing in place.
+        example: its arguments.
+        graph: what records it.
+    """
+
+    def __init__(self, step: Step, example: tuple[Any, ...], graph: Graph) -> None:
+        flat, self._spec = tree_flatten(example)
+        self._memory: list[Tensor] = [each.detach().clone() for each in flat]
+        self._seen: list[tuple[int, int]] = [(-1, -1)] * len(flat)
+        self._held: list[Tensor | None] = [None] * len(flat)  # or another tensor could get the id in `_seen`
+        self._states = len(tree_flatten(example[0])[0])
+        inputs = tree_unflatten(self._memory, self._spec)
+        self._now, self._losses = inputs[0], torch.empty(0)
+
+        def operations() -> None:
+            self._losses, after = step(*inputs)
+            with torch.no_grad():
+                tree_map(lambda into, each: into.copy_(each), self._now, after)
+
+        self._graph = graph
+        graph.record(operations)
+
+    def __call__(self, *inputs: Any) -> Any:
+        """Return the losses, and the state after the step."""
+        flat, spec = tree_flatten(inputs)
+        if spec != self._spec:
+            raise ValueError("a captured step was given inputs of another structure")
+        for index, (into, each) in enumerate(zip(self._memory, flat, strict=True)):
+            seen = id(each), each._version
+            if each is into:
+                self._held[index] = None
+            elif index < self._states or seen != self._seen[index]:
+                into.copy_(each)
+                self._seen[index], self._held[index] = seen, each
+        self._graph.replay()
+        return self._losses.clone(), self._now
+
+
+def graphed(step: Step, example: tuple[Any, ...], tolerance: float) -> Step | None:
+    """Return ``step`` replayed from a CUDA graph, or None with a warning that says why it cannot be.
+
+    Args:
+        step: as `Graphed` takes it.
+        example: its arguments, on a GPU; done once both ways to be compared.
+        tolerance: how far the replayed step may be from the other (`compiling.distance`).
+    """
+    try:
+        replayed = Graphed(step, example, CudaGraph())
+        far = distance(replayed(*example), step(*example))
+        if not far < tolerance:
+            raise ArithmeticError(f"its first step is {far:.1g} away from the same step launched one by one")
+    except Exception as error:  # a synchronisation, an allocation, a library that cannot be captured
+        warnings.warn(
+            f"fused trials launch their operations one by one ({describe(error)}).", RuntimeWarning, stacklevel=2
+        )
+        return None
+    return replayed

@@ -1,0 +1,330 @@
+"""The executor that trains many jobs as one program: each is compared at its own rungs, and a finished one frees its slot."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from mutransfer.errors import RequestError
+from mutransfer.proxies.training import Outcome
+from mutransfer.scale import Scale
+
+from ..experiment import Experiment
+from ..jobs import Job, OneByOne, Report, Reported, alone, family_of, plan_of
+from .checkpoint import Checkpoints, course_of
+from .support import NOT_FOR_ONE, is_out_of_memory, refusal
+from .training import Slot, Snapshot, Step, VectorizedTraining
+
+__all__ = ["Batch", "Fused", "Precision", "Running"]
+
+LONGEST = 25  # steps between looks, so that trials that are lost are soon replaced
+
+
+@dataclass
+class Running:
+    """A job in progress: ``start`` is its loss before the first step, ``seconds`` its share of the time."""
+
+    job: Job
+    course: str
+    slot: Slot
+    snapshot: Snapshot | None = None
+    start: float | None = None
+    reported: list[tuple[int, float]] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def outcome(self, loss: float, stopped: bool) -> Outcome:
+        """Return how it ended."""
+        assert self.start is not None
+        return Outcome(loss, self.start, self.slot.step, stopped, self.seconds)
+
+    def entry(self, snapshot: Snapshot) -> dict[str, Any]:
+        """Return what `resume` needs, as plain data."""
+        return {**snapshot, "start": self.start, "told": list(self.reported), "seconds": self.seconds}
+
+    def resume(self, entry: dict[str, Any]) -> None:
+        """Go on from an entry when it is put in a slot."""
+        self.snapshot = {"step": entry["step"], "tensors": entry["tensors"]}
+        self.slot.step = entry["step"]
+        self.start, self.reported, self.seconds = (
+            entry["start"],
+            [tuple(pair) for pair in entry["told"]],
+            entry["seconds"],
+        )
+
+
+class Batch:
+    """Jobs in a `VectorizedTraining`, one in each slot; a slot without a job waits for one.
+
+    Args:
+        make: a training of some jobs.
+        jobs: those to begin with, in the order of their slots.
+        report: asked at rungs, of all that are at one; True stops a job.
+    """
+
+    def __init__(
+        self, make: Callable[[Sequence[Running]], VectorizedTraining], jobs: Sequence[Running], report: Report | None
+    ) -> None:
+        self.report = report
+        self.training = make(jobs)
+        self.running: list[Running | None] = list(jobs)
+
+    @property
+    def live(self) -> list[Running]:
+        """The jobs that run."""
+        return [each for each in self.running if each is not None]
+
+    @property
+    def free(self) -> list[int]:
+        """The slots that wait."""
+        return [index for index, each in enumerate(self.running) if each is None]
+
+    def put(self, index: int, running: Running) -> None:
+        """Begin, or go on with, a job in a free slot."""
+        self.training.begin(index, running.slot, running.snapshot)
+        running.snapshot = None
+        self.running[index] = running
+
+    def compact(self) -> None:
+        """Give up free slots, if what is left is then faster: a compiled step is of one size, so it must lose half."""
+        kept = [index for index, each in enumerate(self.running) if each is not None]
+        if len(kept) < len(self.running) and (not self.training.compiles or 2 * len(kept) <= len(self.running)):
+            self.training.keep(kept)
+            self.running = [self.running[index] for index in kept]
+
+    def entries(self) -> dict[str, dict[str, Any]]:
+        """Return the jobs that run as plain data, by their courses."""
+        return {each.course: each.entry(self.training.snapshot(index)) for index, each in self._places()}
+
+    def taken_out(self) -> list[Running]:
+        """Return the jobs that run, each with all that it needs to go on elsewhere, or to begin again."""
+        for index, each in self._places():
+            if each.slot.step > 0:
+                each.snapshot = self.training.snapshot(index)
+        return self.live
+
+    def go(self) -> tuple[list[tuple[Job, Outcome]], bool]:
+        """Train up to the next rung or end of any job; return those that have ended, and whether there was a rung."""
+        self._start()
+        steps = self.training.steps
+        ahead = min(min(mark for mark in (*r.slot.marks, steps) if mark > r.slot.step) - r.slot.step for r in self.live)
+        with self._shared():
+            self.training.advance(min(ahead, LONGEST))
+        due = [i for i, each in self._places() if not each.slot.finite or each.slot.step in (*each.slot.marks, steps)]
+        whole = [i for i in due if self.training.slots[i].finite]
+        with self._shared():
+            losses = dict(zip(whole, self.training.validate(whole), strict=True)) if whole else {}
+        return self._judged({index: losses.get(index, math.nan) for index in due}), bool(losses)
+
+    def _start(self) -> None:
+        fresh = [index for index, each in self._places() if each.start is None]
+        if fresh:
+            with self._shared():
+                losses = self.training.validate(fresh)
+            for index, loss in zip(fresh, losses, strict=True):
+                self.running[index].start = loss  # type: ignore[union-attr]
+
+    def _judged(self, losses: dict[int, float]) -> list[tuple[Job, Outcome]]:
+        """Take out what has ended, as `proxies.training.train` does at a rung and at the end; all at a rung report together."""
+        at_rung = {
+            index: Reported(running.job, running.slot.step, losses[index])
+            for index, running in self._places()
+            if math.isfinite(losses.get(index, math.nan)) and running.slot.step < self.training.steps
+        }
+        answers = self.report(list(at_rung.values())) if self.report is not None and at_rung else []
+        stopped = {index for index, stop in zip(at_rung, answers, strict=False) if stop}
+        ended = []
+        for index in losses:
+            running = self.running[index]
+            assert running is not None
+            if index in at_rung:
+                running.reported.append((running.slot.step, losses[index]))
+            if index not in at_rung or index in stopped:
+                ended.append((running.job, running.outcome(losses[index], stopped=index in stopped)))
+                self.running[index] = None
+        return ended
+
+    def _places(self) -> Iterator[tuple[int, Running]]:
+        return ((index, each) for index, each in enumerate(self.running) if each is not None)
+
+    def _shared(self) -> _Shared:
+        return _Shared(self.live)
+
+
+class _Shared:
+    """Counts the time inside of it towards all jobs alike."""
+
+    def __init__(self, jobs: list[Running]) -> None:
+        self.jobs = jobs
+
+    def __enter__(self) -> None:
+        self.begun = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        for each in self.jobs:
+            each.seconds += (time.perf_counter() - self.begun) / len(self.jobs)
+
+
+Precision = Literal["float32", "bfloat16"]
+# Of an experiment, what its training step does not depend on.
+NOT_COMPILED = {
+    "trials", "search", "recipe", "steps", "seed", "sampler", "pruner", "rungs", "budget", "repeats",
+}  # fmt: skip
+
+
+class Fused:
+    """``count`` jobs as one program, in this process.
+
+    Jobs of another scale than those that run wait until these have ended. What cannot be fused is done one by one, with a
+    line on stderr that says why; where memory does not suffice, half as many go on.
+
+    Args:
+        count: how many at a time.
+        device: where to train.
+        precision: of matrix products; bfloat16 is `torch.autocast`, weights and optimizer states stay float32.
+        compile: compile the training step, which takes from ten seconds to a minute for each scale.
+        checkpoints: where running trials are saved at rungs; nowhere if None.
+    """
+
+    def __init__(
+        self, count: int, device: str = "cpu", *, precision: Precision = "float32", compile: bool = False,
+        checkpoints: Checkpoints | None = None,
+    ) -> None:  # fmt: skip
+        self.capacity = count
+        self.device, self.precision, self.compile, self.checkpoints = device, precision, compile, checkpoints
+        self._known: dict[str, dict[str, Step | None]] = {}
+
+    def run(
+        self, experiment: Experiment, jobs: Iterable[Job], report: Report | None = None
+    ) -> Iterator[tuple[Job, Outcome]]:
+        """See `Executor.run`."""
+        source = _Source(iter(jobs))
+        while (scale := source.scale()) is not None:
+            reason = refusal(experiment, scale, self.device)
+            if reason is None:
+                yield from self._together(experiment, scale, source, report)
+            else:
+                _say(f"trials at width {scale.width} run one by one: {reason}.")
+                yield from OneByOne(self.device).run(experiment, source.all_of(scale), report)
+        if self.checkpoints is not None:
+            self.checkpoints.clear()
+
+    def _together(
+        self, experiment: Experiment, scale: Scale, source: _Source, report: Report | None
+    ) -> Iterator[tuple[Job, Outcome]]:
+        """Do jobs of one scale until the next is of another, or there are none."""
+        waiting: list[Running] = []
+        batch: Batch | None = None
+        clips = experiment.recipe.clip is not None or "clip" in experiment.search
+        while True:
+            room = self.capacity - len(waiting) - (len(batch.live) if batch else 0)
+            for job in source.several_of(scale, room):
+                waiting.append(running := self._running(experiment, job))
+                if stopped := self._replayed(running, report):
+                    waiting.pop()
+                    yield job, stopped
+            if not waiting and (batch is None or not batch.live):
+                return
+            try:
+                if batch is None:
+                    first = waiting[: self.capacity]
+                    batch = Batch(lambda jobs: self._training(experiment, jobs, clips), first, report)
+                    del waiting[: len(first)]
+                for index in batch.free[: len(waiting)]:
+                    batch.put(index, waiting[0])
+                    waiting.pop(0)
+                batch.compact()
+                ended, rung = batch.go()
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                waiting, batch, ended, rung = self._halved(batch, waiting, error), None, [], False
+            yield from ended
+            if rung and batch is not None:
+                self._save(batch, waiting)
+
+    def _running(self, experiment: Experiment, job: Job) -> Running:
+        plan = plan_of(experiment, job.scale, job.parametrization, job.recipe)
+        marks = frozenset(rung for rung in job.rungs if 0 < rung < experiment.steps)
+        sha256 = family_of(experiment)[1].sha256
+        course = course_of(experiment, plan, job.seed, sha256, self.precision) if self.checkpoints else ""
+        running = Running(job, course, Slot(plan, job.seed, marks))
+        if self.checkpoints is not None and (entry := self.checkpoints.take(course)) is not None:
+            running.resume(entry)
+        return running
+
+    def _replayed(self, running: Running, report: Report | None) -> Outcome | None:
+        """Tell a trial that goes on after a kill what it reported before; it may be stopped there now."""
+        for step, loss in running.reported if report is not None else []:
+            assert report is not None
+            if alone(report, running.job)(step, loss):
+                running.slot.step = step
+                return running.outcome(loss, stopped=True)
+        return None
+
+    def _training(self, experiment: Experiment, jobs: Sequence[Running], clips: bool) -> VectorizedTraining:
+        family, data = family_of(experiment)
+        same = experiment.model_dump_json(exclude=NOT_COMPILED)
+        known = self._known.setdefault(f"{same} at {jobs[0].job.scale}, {len(jobs)} at once", {})
+        training = VectorizedTraining(
+            family, [each.slot for each in jobs], data, steps=experiment.steps, batch_size=experiment.batch_size,
+            device=self.device, precision=torch.bfloat16 if self.precision == "bfloat16" else None,
+            clips=clips or any(each.job.recipe.clip is not None for each in jobs),
+            # A program is of one size: it pays where all slots are filled again and again.
+            compile=self.compile and len(jobs) == self.capacity, known=known, snapshots=[each.snapshot for each in jobs],
+        )  # fmt: skip
+        for each in jobs:
+            each.snapshot = None
+        return training
+
+    def _halved(self, batch: Batch | None, waiting: list[Running], error: Exception) -> list[Running]:
+        """Take all out that can go on, and make room for half as many."""
+        running = batch.taken_out() if batch is not None else []
+        at_once = len(running) or min(len(waiting), self.capacity)
+        if at_once <= 1:
+            raise RequestError(NOT_FOR_ONE) from error
+        self.capacity = at_once // 2
+        _say(f"out of memory with {at_once} trials at once: going on with {self.capacity}.")
+        if self.device != "cpu":
+            torch.cuda.empty_cache()
+        return [*running, *waiting]
+
+    def _save(self, batch: Batch, waiting: Sequence[Running]) -> None:
+        if self.checkpoints is not None and self.checkpoints.due():
+            halted = {each.course: each.entry(each.snapshot) for each in waiting if each.snapshot is not None}
+            self.checkpoints.save({**halted, **batch.entries()})
+
+
+class _Source:
+    """Jobs as they are asked for, with one look ahead."""
+
+    def __init__(self, jobs: Iterator[Job]) -> None:
+        self._jobs = jobs
+        self._ahead: Job | None = None
+
+    def scale(self) -> Scale | None:
+        """Return the next job's scale, or None if there is no next one."""
+        if self._ahead is None:
+            self._ahead = next(self._jobs, None)
+        return None if self._ahead is None else self._ahead.scale
+
+    def several_of(self, scale: Scale, count: int) -> Iterator[Job]:
+        """Hand out at most ``count`` jobs, as long as they are of ``scale``."""
+        while count > 0 and self.scale() == scale:
+            assert self._ahead is not None
+            job, self._ahead = self._ahead, None
+            count -= 1
+            yield job
+
+    def all_of(self, scale: Scale) -> Iterator[Job]:
+        """Hand out jobs one by one, as long as they are of ``scale``."""
+        return self.several_of(scale, sys.maxsize)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

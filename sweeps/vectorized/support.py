@@ -1,0 +1,98 @@
+"""Whether an experiment's trials can be vectorized, found by trying: two together must equal two apart; and out of memory."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+
+from mutransfer.errors import describe
+from mutransfer.planning.plan import Plan
+from mutransfer.proxies.training import Training
+from mutransfer.scale import Scale
+
+from ..experiment import Experiment
+from ..jobs import family_of, plan_of
+from .optim import FUSED
+from .training import Slot, VectorizedTraining
+
+__all__ = ["NOT_FOR_ONE", "is_out_of_memory", "refusal"]
+
+NOT_FOR_ONE = "there is not enough memory for one trial: lower batch_size or the proxy's width in the experiment."
+
+# What CPU allocators say in a plain RuntimeError.
+SAID = ("can't allocate memory", "not enough memory", "Cannot allocate memory", "std::bad_alloc")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Say whether ``error``, or what caused it, is that there was no memory left."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, (torch.OutOfMemoryError, MemoryError)):
+            return True
+        if isinstance(seen, (RuntimeError, OSError)) and any(words in str(seen) for words in SAID):
+            return True
+        seen = seen.__cause__
+    return False
+
+
+STEPS = 3
+EXAMPLES = 8
+TOLERANCE = 1e-3  # of the loss after three steps: rounding is far below, trials that mix are far above
+SEEDS = (0, 1)
+
+
+def refusal(experiment: Experiment, scale: Scale | None = None, device: str = "cpu") -> str | None:
+    """Say why trials of ``experiment`` at ``scale`` (the proxy's by default) cannot be fused, or None if they can.
+
+    Raises:
+        RequestError: they cannot be trained at all.
+    """
+    if experiment.trainer is not None:
+        return f"{experiment.trainer} trains them, one at a time"
+    if experiment.optimizer not in FUSED:
+        return f"{experiment.optimizer} has no update of many trials at once ({', '.join(FUSED)} have)"
+    return _tried(experiment.model_dump_json(exclude={"trials"}), scale or experiment.proxy_scale, device)
+
+
+@functools.lru_cache(maxsize=16)
+def _tried(key: str, scale: Scale, device: str) -> str | None:
+    experiment = Experiment.model_validate_json(key)
+    plan = plan_of(experiment, scale, experiment.parametrization, experiment.recipe)
+    apart = _apart(experiment, plan, device, 0)
+    try:
+        together = _together(experiment, plan, device)
+    except Exception as error:
+        if is_out_of_memory(error):
+            return "there is no memory for two of them at once"
+        return f"the model does not run under torch.vmap ({describe(error)})"
+    for alone, beside in zip(apart, together, strict=True):
+        lost = not math.isfinite(alone) and not math.isfinite(beside)
+        if not lost and not abs(alone - beside) <= TOLERANCE * abs(alone):
+            if _apart(experiment, plan, device, 1) != apart:
+                return None  # random, as with dropout: nothing to compare
+            return f"beside another trial the model's loss after {STEPS} steps is {beside:.6g} instead of {alone:.6g}"
+    return None
+
+
+def _together(experiment: Experiment, plan: Plan, device: str) -> list[float]:
+    family, data = family_of(experiment)
+    slots = [Slot(plan, seed) for seed in SEEDS]
+    size = min(experiment.batch_size, EXAMPLES)
+    training = VectorizedTraining(family, slots, data, steps=STEPS, batch_size=size, device=device)
+    training.advance(STEPS)
+    return training.validate(range(len(SEEDS)))
+
+
+def _apart(experiment: Experiment, plan: Plan, device: str, draws: int) -> list[float]:
+    family, data = family_of(experiment)
+    losses = []
+    for seed in SEEDS:
+        size = min(experiment.batch_size, EXAMPLES)
+        training = Training(family, plan, data, steps=STEPS, batch_size=size, seed=seed, device=device)
+        with torch.random.fork_rng():
+            torch.manual_seed(draws)
+            training.advance(STEPS)
+        losses.append(training.validate())
+    return losses

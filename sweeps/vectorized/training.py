@@ -1,0 +1,235 @@
+"""K trainings of equal shape side by side: each is what `proxies.training.Training` would be by itself."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from mutransfer.family import Family, unwrapped
+from mutransfer.planning.plan import Plan
+from mutransfer.proxies.data import Data
+from mutransfer.proxies.training import FINITE_EVERY, multiplier
+
+from .compile import Graphed, compiled, graphed
+from .optim import Clock, Kind, blank_state, kind_of, numbers_of
+from .step import Moving, Program, Stack, Tensors, losses_of, moving_parts
+
+__all__ = ["VectorizedTraining", "Slot", "Snapshot", "Step"]
+
+Snapshot = dict[str, Any]
+Step = Callable[..., Any]
+
+# How far a compiled first step may be from the other: bfloat16, as in Muon, is rounded in other places.
+FINE, ROUGH = 1e-3, 5e-2
+BATCHES = 256  # kept: trials of one seed see the same batches, a little apart
+
+
+@dataclass
+class Slot:
+    """One training: ``marks`` are the steps at which it is looked at; it goes no further once it is not ``finite``."""
+
+    plan: Plan
+    seed: int
+    marks: frozenset[int] = frozenset()
+    step: int = 0
+    finite: bool = True
+
+
+class VectorizedTraining:
+    """Trainings that can be advanced together, validated, taken out, put in and compacted.
+
+    Args:
+        family: the model at any size and its loss.
+        slots: one training each, all at one scale and under one optimizer.
+        data: training and validation batches.
+        steps: length of every run, which the schedules are laid over.
+        batch_size: examples per step and training.
+        device: where to train.
+        precision: of matrix products, under `torch.autocast`; the tensors' own if None.
+        clips: whether any training, also one that begins later, may clip its gradients.
+        compile: compile the step, and validation of all; once for this number of trainings. Fewer go on uncompiled, and so
+            do all, with a warning that says why, where it cannot be compiled.
+        known: programs compiled before for the same family, scale, data and number; those of this training are added.
+        snapshots: of trainings that go on, one for each slot.
+
+    Raises:
+        RequestError: the model or its loss raised.
+    """
+
+    def __init__(
+        self, family: Family, slots: Sequence[Slot], data: Data, *, steps: int, batch_size: int, device: str = "cpu",
+        precision: torch.dtype | None = None, clips: bool = True, compile: bool = False,
+        known: dict[str, Step | None] | None = None, snapshots: Sequence[Snapshot | None] = (),
+    ) -> None:  # fmt: skip
+        self.family, self.data, self.steps, self.batch_size, self.device = family, data, steps, batch_size, device
+        self.slots, self.precision = list(slots), precision
+        first = slots[0].plan
+        model = unwrapped(family.built(first.scale, device))
+        first.attach(model)
+        self._batch = functools.lru_cache(maxsize=BATCHES)(lambda step, seed: data.batch(step, batch_size, seed))
+        self._held_out = [tree_map(lambda each: each.to(device), batch) for batch in data.validation()]
+        trained, moving = moving_parts(family, model, self._to_device(self._batch(0, slots[0].seed)))
+        self.stack = Stack(family, model, len(slots), trained, moving)
+        self.kinds: dict[str, Kind] = {
+            row.name: kind_of(first, row, device) for row in first.rows if row.name in trained
+        }
+        states = {name: blank_state(kind, self.stack.trained[name]) for name, kind in self.kinds.items()}
+        self.now = Moving(self.stack.trained, self.stack.buffers, states)
+        self.settings = {
+            row.name: {key: self._column(row.shape) for key in numbers_of(first, row)}
+            for row in first.rows
+            if row.name in trained
+        }
+        self.limit = torch.full((len(slots),), math.inf, dtype=torch.float64, device=device)
+        self._compile, self._known = compile, {} if known is None else known
+        self._graphs = device.startswith("cuda")
+        rough = precision is not None or any(kind.name == "muon" for kind in self.kinds.values())
+        self._tolerance = ROUGH if rough else FINE
+        self.step: Step
+        self._use(Program(self.stack, self.kinds, clips, precision))
+        for index, slot in enumerate(slots):
+            self.begin(index, slot, snapshots[index] if snapshots else None)
+
+    @torch.no_grad()
+    def begin(self, index: int, slot: Slot, snapshot: Snapshot | None = None) -> None:
+        """Begin a training in a slot, over whatever was there, or go on with one that `snapshot` took out."""
+        if snapshot is None:
+            model = self.family.build(slot.plan.scale).to(self.device)
+            slot.plan.attach(model)
+            slot.plan.initialize(model, slot.seed)
+            self.stack.put(index, model)
+            tree_map(lambda stack: stack[index].zero_(), self.now.states)
+        else:
+            everything = (self.now.trained, self.stack.resting, self.now.buffers, self.now.states)
+            tree_map(lambda stack, own: stack[index].copy_(own), everything, tuple(snapshot["tensors"]))
+            slot.step = snapshot["step"]
+        for row in slot.plan.rows:
+            for key, value in numbers_of(slot.plan, row).items():
+                if row.name in self.settings:
+                    self.settings[row.name][key][index] = value
+        clip = slot.plan.recipe.clip
+        self.limit[index] = math.inf if clip is None else clip
+        if clip is not None and not self._uncompiled.clips:
+            self._use(Program(self.stack, self.kinds, True, self.precision))
+        self.slots[index] = slot
+
+    def snapshot(self, index: int) -> Snapshot:
+        """Return all of one training but its plan and seed, on the CPU, so that it can go on elsewhere."""
+        everything = (self.now.trained, self.stack.resting, self.now.buffers, self.now.states)
+        tensors = tree_map(lambda stack: stack[index].to("cpu", copy=True), everything)
+        return {"step": self.slots[index].step, "tensors": list(tensors)}
+
+    def keep(self, indices: Sequence[int]) -> None:
+        """Go on with some of the trainings only, in this order."""
+        chosen = torch.tensor(list(indices), device=self.device)
+        everything = (self.now, self.stack.resting, self.settings, self.limit)
+        # All or nothing, as memory may not suffice.
+        self.now, self.stack.resting, self.settings, self.limit = tree_map(lambda each: each[chosen], everything)
+        self.stack.trained, self.stack.buffers = self.now.trained, self.now.buffers
+        if len(indices) != len(self.slots):
+            self._compile = False
+            self._use(self._uncompiled)
+        self.slots = [self.slots[index] for index in indices]
+
+    def advance(self, count: int) -> None:
+        """Train ``count`` steps, then note where a loss was not finite when its own training would have looked."""
+        self.stack.model.train()
+        begun = [slot.step for slot in self.slots]
+        losses: list[Tensor] = []
+        try:
+            for step in range(count):
+                losses.append(self._stepped(begun, step))
+        finally:  # also of a step that fails, for want of memory
+            if losses:
+                self._note(begun, torch.stack(losses, 1).tolist())
+
+    def _stepped(self, begun: list[int], step: int) -> Tensor:
+        clock, batch = self._clock(begun, step), self._batches(begun, step)
+        inputs = (self.now, self.stack.resting, self.settings, self.limit, clock, batch)
+        if self.compiles and self.step is self._uncompiled:
+            self.step = self._compiled(f"step, clips: {self._uncompiled.clips}", self.step, inputs)
+            self._compile = self.step is not self._uncompiled
+        if self._graphs and not isinstance(self.step, Graphed):
+            replayed = graphed(self.step, inputs, self._tolerance)
+            self.step, self._graphs = replayed or self.step, replayed is not None
+        losses, self.now = self.step(*inputs)
+        self.stack.trained, self.stack.buffers = self.now.trained, self.now.buffers  # frees those before
+        return losses
+
+    def _note(self, begun: list[int], histories: list[list[float]]) -> None:
+        """Advance the slots by their losses, and end those at which their own training would have ended."""
+        for slot, before, history in zip(self.slots, begun, histories, strict=True):
+            for step, loss in enumerate(history, before + 1):
+                if not slot.finite or step > self.steps:
+                    break
+                slot.step = step
+                if step % FINITE_EVERY == 0 or step in slot.marks or step == self.steps:
+                    slot.finite = math.isfinite(loss)
+
+    @torch.no_grad()
+    def validate(self, indices: Sequence[int]) -> list[float]:
+        """Return the mean losses of some trainings over the held-out batches, in nats."""
+        self.stack.model.eval()
+        chosen = torch.tensor(list(indices), device=self.device)
+        whole = len(chosen) == len(self.slots)
+        pick = lambda part: {name: each if whole else each[chosen] for name, each in part.items()}  # noqa: E731
+        tensors, buffers = pick({**self.stack.resting, **self.now.trained}), pick(self.now.buffers)
+        sizes = [len(targets) for _, targets in self._held_out]
+        judge: Step = self._judge
+        # Not for the very start: trials that then end at different times would pay for a program that is not used again.
+        known = "validation" in self._known or self.slots[0].step > 0
+        if whole and self.compiles and known and len(set(sizes)) == 1:
+            example = self._for_each(self._held_out[0], len(chosen))
+            judge = self._compiled("validation", judge, (tensors, buffers, example))
+        losses = [
+            judge(tensors, buffers, self._for_each(batch, len(chosen)))[0] * size
+            for batch, size in zip(self._held_out, sizes, strict=True)
+        ]
+        means = (sum(losses) / sum(sizes)).tolist()
+        return [mean if self.slots[index].finite else math.nan for index, mean in zip(indices, means, strict=True)]
+
+    @property
+    def compiles(self) -> bool:
+        """Whether the step is compiled, or will be before the next one: for this number of trainings."""
+        return self._compile
+
+    def _use(self, program: Program) -> None:
+        self.step = self._uncompiled = program
+
+    def _compiled(self, name: str, step: Step, inputs: tuple[Any, ...]) -> Step:
+        """Return the compiled step, or the step itself where it cannot be compiled."""
+        if name not in self._known:
+            self._known[name] = compiled(step, inputs, self._tolerance)
+        return self._known[name] or step
+
+    def _judge(self, tensors: Tensors, buffers: Tensors, batch: Any) -> tuple[Tensor, Moving]:
+        return losses_of(self.stack, tensors, buffers, batch, self.precision)[0], Moving({}, {}, {})
+
+    def _for_each(self, batch: Any, count: int) -> Any:
+        """One batch for all: as every model's own, as what a program reads of a shared one would be compiled in."""
+        return tree_map(lambda each: each.expand(count, *each.shape), batch)
+
+    def _clock(self, begun: list[int], step: int) -> Clock:
+        at = [min(each + step, self.steps - 1) for each in begun]
+        factors = [multiplier(slot.plan.recipe, k, self.steps) for slot, k in zip(self.slots, at, strict=True)]
+        both = torch.tensor([factors, [k + 1 for k in at]], dtype=torch.float64).to(self.device)
+        return Clock(both[0], both[1])
+
+    def _batches(self, begun: list[int], step: int) -> Any:
+        """Every training's own batch, side by side; one that has ended repeats its last."""
+        at = [min(each + step, self.steps - 1) for each in begun]
+        batches = [self._batch(k, slot.seed) for k, slot in zip(at, self.slots, strict=True)]
+        return self._to_device(tree_map(lambda *each: torch.stack(each), *batches))
+
+    def _to_device(self, batch: Any) -> Any:
+        return tree_map(lambda each: each.to(self.device, non_blocking=True), batch)
+
+    def _column(self, shape: tuple[int, ...]) -> Tensor:
+        return torch.zeros((len(self.slots), *[1] * len(shape)), dtype=torch.float64, device=self.device)

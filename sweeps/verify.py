@@ -1,0 +1,261 @@
+"""Verify a transfer: learning-rate basins at several widths, extended until each optimum is bracketed."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from mutransfer.basins import REGRET_LIMIT, bracket
+from mutransfer.errors import RequestError
+from mutransfer.io import read_json
+from mutransfer.proxies.load import cross_entropy
+from mutransfer.recipe import Recipe
+from mutransfer.run_dir import RunFolder
+from mutransfer.scale import Scale
+from mutransfer.schemas import BASINS
+
+from .experiment import Experiment
+from .jobs import Executor, Job, flops_of, loaded, plan_of
+from .user_trainers import needed
+
+__all__ = ["basins", "grid", "regret_limit_of", "unit_of"]
+
+REACH = 2  # grid points on each side of the best one, so that a parabola has shoulders
+LIMIT = 14  # grid points per width at most: beyond, the loss does not depend on the learning rate
+FINEST = 1 / 8  # octaves to which a cliff beside the best point is resolved: what a cell hides is a part of a drift
+PARTS = 64  # of a step, to which grid points are whole
+
+Done = dict[tuple[str, int, int, float], dict[str, Any]]  # (parametrization, width, seed, grid point in steps) → row
+
+
+def basins(
+    experiment: Experiment,
+    recipe: Recipe,
+    widths: Sequence[int],
+    *,
+    folder: RunFolder,
+    executor: Executor,
+    parametrizations: Sequence[str] = ("mup",),
+    seeds: int = 3,
+    step: float = 1.0,
+    progress: Callable[[int, int, str, float | None], None] = lambda done, total, text, ahead: None,
+) -> pd.DataFrame:
+    """Train over a grid of learning rates at every width and return the frame `schemas.BASINS`.
+
+    The grid has a point every ``step`` octaves and starts around the recipe's own learning rate, another parametrization's
+    around that at which no matrix gets a higher one than under the experiment's own; each width's is extended
+    towards its best point until that has two points on both sides. Where the loss diverges or jumps right beside the best
+    point, the cell between the two is halved until it is at most 1/8 octave. Every finished run is written to the folder's
+    ``basins.csv`` at once, and runs found there are not done again. Where two parametrizations have the same plan, as at the
+    base's scale, the run is done once and stands for both, in the other's rows at no cost.
+
+    Args:
+        experiment: the proxy's experiment: model, data, steps.
+        recipe: all other hyperparameters, and the center of the grid.
+        widths: at least two.
+        folder: run folder.
+        executor: how runs are done.
+        parametrizations: "mup", and "sp" as a control.
+        seeds: repeats of every run; the same ones for all.
+        step: octaves between grid points.
+        progress: called with (runs done, runs known to be needed, what runs, operations left over those done by this call).
+
+    Raises:
+        RequestError: fewer than two widths, one that the model cannot have, another data hash than the folder's, or a run
+            that failed.
+    """
+    widths = sorted(set(widths))
+    if len(widths) < 2:
+        raise RequestError(f"a drift needs at least two widths, and {widths} is {len(widths)}: see --widths.")
+    # What is wrong is said before anything is written.
+    alike = {width: _alike(experiment, _scale(experiment, width), parametrizations, recipe) for width in widths}
+    flops = {width: flops_of(experiment, _scale(experiment, width)) for width in widths}
+    middle = {
+        (name, width): _middle(experiment, _scale(experiment, width), name, recipe, step)
+        for name, width in itertools.product(parametrizations, widths)
+    }
+    center = math.log2(recipe.lr)
+    _, data = loaded(experiment)
+    folder.note_environment(data_sha256=data and data.sha256)
+    done = _known(folder, recipe, step)
+    behind = 0.0  # operations of a step, over the runs of this call; the widest come first and take by far the longest
+    while True:
+        wanted = [
+            Job(
+                (name, width, seed, k), _scale(experiment, width), name, recipe.with_(lr=2 ** (center + k * step)), seed
+            )
+            for name in parametrizations
+            for width in widths
+            for k in grid(done, name, width, seeds, step, middle=middle[name, width], maximize=experiment.maximize)
+            for seed in range(seeds)
+        ]
+        for name, width, seed, k in (job.key for job in wanted if job.key not in done):
+            if (same := done.get((alike[width][name], width, seed, k))) is not None:
+                spent = dict.fromkeys(("flops", "seconds"), 0.0)  # by the run that this one equals
+                done[name, width, seed, k] = {**same, "parametrization": name} | spent
+        missing = [job for job in wanted if job.key not in done]
+        waiting = {job.key for job in missing}
+        count = len(wanted) - len(missing)
+        if missing:
+            folder.verify.unlink(missing_ok=True)  # its verdict is about other runs than those that are being done
+            _note(folder, experiment, recipe, len(wanted), widths, parametrizations, seeds, step)
+        missing = [
+            job
+            for job in missing
+            if (job.key == (own := (alike[job.key[1]][job.key[0]], *job.key[1:]))) or own not in waiting
+        ]
+        ahead = sum(flops[job.scale.width] or 1.0 for job in missing)
+        progress(count, len(wanted), "", ahead / behind if behind else None)
+        if not waiting:
+            break
+        # The longest first, so that none is left running alone at the end.
+        for job, outcome in executor.run(experiment, sorted(missing, key=lambda job: -job.scale.width)):
+            name, width, seed, k = job.key
+            # A grid with a hole gives no optimum.
+            needed(outcome, f"the run of {name} at width {width} with lr {job.recipe.lr:.3g} and seed {seed}")
+            done[job.key] = {
+                "parametrization": name, "width": width, "depth": job.scale.depth, "seed": seed, "log2_lr": center + k * step,
+                "loss": outcome.loss if math.isfinite(outcome.loss) else None, "diverged": outcome.diverged,
+                "flops": None if (each := flops[width]) is None else each * outcome.steps, "seconds": outcome.seconds,
+            }  # fmt: skip
+            count += 1
+            BASINS.write(pd.DataFrame(done.values()), folder.basins)
+            ahead, behind = ahead - (flops[width] or 1.0), behind + (flops[width] or 1.0)
+            progress(count, len(wanted), f"{name} width {width}", ahead / behind)
+    BASINS.write(pd.DataFrame(done.values()), folder.basins)
+    _note(folder, experiment, recipe, len(wanted), widths, parametrizations, seeds, step, ended=True)
+    keys = {job.key for job in wanted}
+    return BASINS.frame([row for key, row in done.items() if key in keys])
+
+
+def _note(
+    folder: RunFolder, experiment: Experiment, recipe: Recipe, planned: int, widths: Sequence[int],
+    parametrizations: Sequence[str], seeds: int, step: float, *, ended: bool = False,
+) -> None:  # fmt: skip
+    """Note how many runs of which question are planned: of an interrupted verification the folder tells what is missing."""
+    arguments = {"--widths": ",".join(map(str, widths)), "--seeds": seeds, "--step": step}
+    if controls := [name for name in parametrizations if name != experiment.parametrization]:
+        arguments["--control"] = controls[0]
+    question = {
+        **experiment.subject(),
+        "recipe": recipe.model_dump(mode="json"),
+        "parametrizations": [*parametrizations],
+    }
+    question |= {"widths": [*widths], "seeds": seeds}
+    folder.note_progress("verify", planned=planned, ended=ended, arguments=arguments, question=question)
+
+
+def _alike(experiment: Experiment, scale: Scale, parametrizations: Sequence[str], recipe: Recipe) -> dict[str, str]:
+    """Return for every parametrization the first one whose plan at ``scale`` is the same, as all are at the base's scale."""
+    plans = {name: plan_of(experiment, scale, name, recipe) for name in parametrizations}
+    if experiment.trainer is not None:  # which may read the parametrization's name
+        return {name: name for name in plans}
+    return {
+        name: next(first for first, other in plans.items() if other.rows == own.rows) for name, own in plans.items()
+    }
+
+
+def _scale(experiment: Experiment, width: int) -> Scale:
+    return experiment.proxy_scale.with_(width=width)
+
+
+def _known(folder: RunFolder, recipe: Recipe, step: float) -> Done:
+    """Runs of an earlier call with the same recipe; those of another recipe answer another question."""
+    question = {"recipe": recipe.model_dump(mode="json"), "step": step}
+    before = read_json(folder.environment, "the run's environment") if folder.environment.exists() else {}
+    if before.get("basins") != question or not folder.basins.exists():
+        if folder.basins.exists():
+            folder.basins.replace(folder.path / "basins.previous.csv")  # finished runs are never thrown away
+        folder.verify.unlink(missing_ok=True)
+        folder.note_environment(basins=question)
+        return {}
+    center = math.log2(recipe.lr)
+    known: Done = {}
+    for row in BASINS.read(folder.basins).to_dict("records"):
+        k = round((row["log2_lr"] - center) / step * PARTS) / PARTS
+        known[row["parametrization"], row["width"], row["seed"], k] = row
+    return known
+
+
+def _middle(experiment: Experiment, scale: Scale, name: str, recipe: Recipe, step: float) -> int:
+    """Return the grid point around which a grid is first laid: 0 for the experiment's own parametrization.
+
+    Another one is likely to have its best where no matrix gets a higher learning rate than under the experiment's own.
+    """
+    own = {row.name: row.lr for row in plan_of(experiment, scale, experiment.parametrization, recipe).rows}
+    ratios = [
+        own[row.name] / row.lr for row in plan_of(experiment, scale, name, recipe).rows if row.lr and own[row.name]
+    ]
+    return round(math.log2(min(ratios, default=1.0)) / step)
+
+
+def grid(
+    done: Done, name: str, width: int, seeds: int, step: float, *, middle: int = 0, maximize: bool = False
+) -> list[float]:
+    """Return the grid points that this width needs, in steps from the center, given the runs in ``done``.
+
+    It is first laid around ``middle``; 0, the transferred learning rate, is always among them.
+    """
+    known: dict[float, dict[int, dict[str, Any]]] = {}
+    for (parametrization, w, seed, k), row in done.items():
+        if (parametrization, w) == (name, width) and seed < seeds:
+            known.setdefault(k, {})[seed] = row
+    points: set[float] = {0, *range(middle - REACH, middle + REACH + 1)}
+    while all(len(known.get(k, {})) == seeds for k in points):
+        further = _further(sorted(points), known, step, -1 if maximize else 1)
+        if further <= points:
+            break
+        points |= further
+    return sorted(points)
+
+
+def _further(points: list[float], known: dict[float, dict[int, dict[str, Any]]], step: float, sign: int) -> set[float]:
+    """Grid points that the losses at ``points`` ask for."""
+    losses = [[_known_loss(known[k][seed], sign) for k in points] for seed in sorted(known[points[0]])]
+    at = bracket(step * np.array(points), np.array(losses))
+    best = points[at.best]
+    low, high = math.floor(best) - REACH, math.ceil(best) + REACH
+    wanted: set[float] = set()
+    # Beyond a cliff there is nothing to look for.
+    if len(points) < LIMIT:
+        wanted |= set(range(low, math.floor(best) + 1)) if not at.cliff_low else set()
+        wanted |= set(range(math.ceil(best), high + 1)) if not at.cliff_high else set()
+    for cliff, last, lost in ((at.cliff_low, at.first, at.first - 1), (at.cliff_high, at.last, at.last + 1)):
+        if cliff and abs(points[lost] - points[last]) * step > FINEST:
+            wanted.add((points[lost] + points[last]) / 2)
+    return wanted
+
+
+def _known_loss(row: dict[str, Any], sign: int) -> float:
+    lost = row["diverged"] or row["loss"] is None or not math.isfinite(row["loss"])
+    return math.inf if lost else sign * row["loss"]
+
+
+def unit_of(experiment: Experiment) -> str:
+    """Return the unit of the experiment's losses: "nats", or that it is a loss of the person's own."""
+    if experiment.trainer is None:
+        family, _ = loaded(experiment)
+        if experiment.model.startswith("hf:") or family.loss is cross_entropy:
+            return "nats"
+    return "in the metric's unit" if experiment.maximize else "in the loss's unit"
+
+
+def regret_limit_of(experiment: Experiment, basins: pd.DataFrame, given: float | None = None) -> float:
+    """Return what the transferred learning rate may cost: ``given``, 0.02 nats, or 2% of the size of another loss.
+
+    The size is that of the smallest width's best mean loss, negative or not.
+    """
+    if given is not None:
+        return given
+    if unit_of(experiment) == "nats":
+        return REGRET_LIMIT
+    rows = basins[(basins["width"] == basins["width"].min()) & ~basins["diverged"].astype(bool)]
+    rows = rows[rows["parametrization"] == experiment.parametrization]
+    means = rows.groupby("log2_lr")["loss"].mean()
+    best = means.max() if experiment.maximize else means.min()
+    return REGRET_LIMIT * (abs(float(best)) if best == best and best != 0 else 1.0)

@@ -1,0 +1,83 @@
+"""A machine whose memory does not suffice for all trials: half as many go on, and every one ends as it would have."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from mutransfer.errors import RequestError
+from mutransfer.sweeps.vectorized.support import is_out_of_memory
+
+LIMITED = """
+import json, resource, sys, warnings
+warnings.simplefilter("ignore")
+import torch
+torch.set_num_threads(1)
+from mutransfer.sweeps.experiment import Experiment
+from mutransfer.sweeps.vectorized.executor import Fused
+from mutransfer.sweeps.jobs import Job, OneByOne
+
+asked = Experiment.read(json.loads(sys.argv[1]), "test")
+todo = [Job(k, asked.proxy_scale, "mup", asked.recipe.with_(lr=2.0 ** (-k - 3)), k, (2,)) for k in range(12)]
+apart = {job.key: outcome.loss for job, outcome in OneByOne().run(asked, todo[:3])}
+in_use = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (in_use + int(sys.argv[2]), -1))
+fused = Fused(int(sys.argv[3]))
+together = {job.key: outcome.loss for job, outcome in fused.run(asked, todo)}
+resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
+print(json.dumps({"capacity": fused.capacity, "ended": len(together), "pairs": [(apart[k], together[k]) for k in apart]}))
+"""
+# 2.2 million parameters: with gradients, Adam's state and what a step returns, 80 MB a trial.
+ASKED = {
+    "model": "mlp", "data": "digits", "proxy": {"width": 1024, "depth": 3}, "steps": 3, "batch_size": 16, "rungs": 1,
+}  # fmt: skip
+MB = 2**20
+
+
+def limited(megabytes: int, count: int, **changes: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", LIMITED, json.dumps({**ASKED, **changes}), str(megabytes * MB), str(count)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_out_of_memory_halves_and_goes_on() -> None:
+    done = limited(480, 12)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    lines = [line for line in done.stderr.splitlines() if "out of memory" in line]
+    assert lines[0] == "out of memory with 12 trials at once: going on with 6."
+    assert result["capacity"] < 12
+    assert len(lines) == {6: 1, 3: 2, 1: 3}[result["capacity"]]
+    assert result["ended"] == 12
+    for apart, together in result["pairs"]:
+        assert together == pytest.approx(apart, rel=1e-4)
+
+
+def test_no_memory_for_two_is_one_by_one() -> None:
+    done = limited(64, 4)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "trials at width 1024 run one by one: there is no memory for two of them at once.\n"
+    assert json.loads(done.stdout)["ended"] == 12
+
+
+def test_no_memory_for_a_single_trial_is_a_sentence() -> None:
+    done = limited(100, 4, proxy={"width": 256, "depth": 3}, batch_size=40_000)
+    assert done.returncode == 1
+    assert "RequestError: there is not enough memory for one trial: lower batch_size" in done.stderr
+    assert "out of memory with 4 trials at once: going on with 2." in done.stderr
+    assert "out of memory with 2 trials at once: going on with 1." in done.stderr
+
+
+def test_what_counts_as_out_of_memory() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**50)
+    assert is_out_of_memory(caught.value)
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory."))
+    wrapped = RequestError("the loss of model raised")
+    wrapped.__cause__ = caught.value
+    assert is_out_of_memory(wrapped)
+    assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
