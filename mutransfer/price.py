@@ -38,8 +38,7 @@ from .flop_formulas import FORMULAS, HIGHER_ORDER, Formula, grouped_mm, is_free
 from .optimizers.rules import OPTIMIZERS, Muon
 from .planning.plan import Plan
 from .scale import Scale
-from .tracing.construct import on_cpu, on_fake_tensors
-from .tracing.run import REAL, build, quiet, unfused
+from .tracing.run import REAL, build, on_cpu, on_fake_tensors, quiet, unfused
 
 __all__ = ["FlopCounter", "Flops", "optimizer_flops", "step_cost", "step_flops"]
 

@@ -17,9 +17,8 @@ from torch.nn import functional as F
 from mutransfer.errors import RequestError, nearest
 from mutransfer.family import Family
 from mutransfer.scale import Scale
-from mutransfer.tracing.construct import on_fake_tensors
 from mutransfer.tracing.roles import check_roles, with_roles
-from mutransfer.tracing.run import build
+from mutransfer.tracing.run import build, on_fake_tensors
 
 from .data.base import Data
 from .importing import FORMS, guarded, import_file, import_module, said

@@ -157,8 +157,7 @@ def _planned(
     from mutransfer.precision import bfloat16_is_slow, bfloat16_slowdown
 
     from .autoselect import chosen
-    from .vectorized.checkpoint import Checkpoints
-    from .vectorized.executor import Fused
+    from .vectorized.executor import Checkpoints, Fused
     from .vectorized.support import refusal
 
     why = refusal(experiment, device=device)

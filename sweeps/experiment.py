@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import Field, model_validator
 
-from mutransfer import paths
+from mutransfer import run_dir
 from mutransfer.config import Settings
 from mutransfer.errors import RequestError, nearest
 from mutransfer.io import write_text
@@ -298,13 +298,13 @@ class Experiment(Settings):
     def subject(self) -> dict[str, Any]:
         """Return which model, by its whole path, is scaled by which rules: what verdicts are about, whatever the recipe."""
         asked = self.model_dump(mode="json", include={"parametrization", "optimizer", "model", "options"})
-        path = paths.path_of("model", self.model)
+        path = run_dir.path_of("model", self.model)
         if path is not None and self.folder is not None:
-            asked["model"] = paths.with_path("model", self.model, os.path.normpath(os.path.join(self.folder, path)))
+            asked["model"] = run_dir.with_path("model", self.model, os.path.normpath(os.path.join(self.folder, path)))
         return asked
 
     def references(self) -> dict[str, str]:
-        """Return what may hold a path, by the keys of `paths.path_of`."""
+        """Return what may hold a path, by the keys of `run_dir.path_of`."""
         call = None if self.trainer is None else self.trainer.call
         return {"model": self.model, "data": self.data, **({} if call is None else {"call": call})}
 
@@ -317,11 +317,13 @@ class Experiment(Settings):
 
     def here(self) -> Experiment:
         """Return this experiment with paths that lead from the current folder."""
-        return self.referring({key: paths.from_here(key, each, self.folder) for key, each in self.references().items()})
+        return self.referring(
+            {key: run_dir.from_here(key, each, self.folder) for key, each in self.references().items()}
+        )
 
     def places(self, beside: Path) -> dict[str, str]:
-        """Return where its folder and its absolute paths are, for a record in the folder ``beside``; see `paths.recorded`."""
-        return {} if self.folder is None else paths.recorded(self.references(), self.folder, beside)
+        """Return where its folder and its absolute paths are, for a record in the folder ``beside``; see `run_dir.recorded`."""
+        return {} if self.folder is None else run_dir.recorded(self.references(), self.folder, beside)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the experiment with every default spelled out."""
@@ -369,11 +371,11 @@ class Experiment(Settings):
         return cls.load(run.experiment)._moved(run, f"the run {run.path}")
 
     def _moved(self, run: RunFolder, what: str | None) -> Experiment:
-        """Return the experiment with what ``run`` has recorded of its places; ``what`` is for the sentence of `paths.found`."""
+        """Return the experiment with what ``run`` has recorded of its places; ``what`` is for the sentence of `run_dir.found`."""
         known = run.noted().get("places", {})
         if self.folder is None or not known:
             return self
-        references, folder = paths.found(self.references(), self.folder, known, run.path, what)
+        references, folder = run_dir.found(self.references(), self.folder, known, run.path, what)
         return self.referring(references).model_copy(update={"folder": folder})
 
     def _with_typed(self, changes: list[str]) -> Experiment:
@@ -382,7 +384,7 @@ class Experiment(Settings):
         typed = {change.partition("=")[0] for change in changes}
         keys = {"model": {"model"}, "data": {"data"}, "call": {"trainer", "trainer.call"}}
         references = {
-            key: paths.anchored(key, each, self.folder) if typed & keys[key] else each
+            key: run_dir.anchored(key, each, self.folder) if typed & keys[key] else each
             for key, each in self.references().items()
         }
         here = self.referring(references)

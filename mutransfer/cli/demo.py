@@ -60,10 +60,9 @@ def demo(
     from ..reports import write_report
     from ..run_dir import RunFolder
     from ..schemas import COORDINATES
-    from ..sweeps.autoselect import limited
+    from ..sweeps.autoselect import Forecast, Watched, limited, run_seconds
     from ..sweeps.executors import executor_for
     from ..sweeps.experiment import Experiment
-    from ..sweeps.forecast import Forecast, Watched, run_seconds
     from ..sweeps.jobs import OneByOne, family_of
     from ..sweeps.tune import tune
     from .check import begin, judge, summary

@@ -79,7 +79,7 @@ def family_for(
     Built-in models have default data, depth and (if ``default_width`` is given) base width; others bring their own, and an
     experiment file brings its options, roles, data and base as well. ``roles`` are written as PATTERN=ROLE.
     """
-    from .. import paths
+    from .. import run_dir
     from ..proxies.data import load_data
     from ..proxies.load import DEFAULT_DATA, DEFAULT_DEPTH, load_family
     from ..scale import Scale
@@ -90,7 +90,7 @@ def family_for(
         from ..sweeps.jobs import loaded
 
         if data is not None:  # typed in the current folder
-            typed = data if experiment.folder is None else paths.anchored("data", data, experiment.folder)
+            typed = data if experiment.folder is None else run_dir.anchored("data", data, experiment.folder)
             experiment = experiment.model_copy(update={"data": typed})
         family, source = loaded(experiment)
         at = family.base.with_(width=base_width or family.base.width, depth=base_depth or family.base.depth)

@@ -26,7 +26,7 @@ def train(
     """Train the target on one device, or by its own trainer; an interrupted run goes on from its last checkpoint."""
     from ..planning.target import TargetConfig
     from ..proxies.target_run import run_target
-    from ..sweeps.launch import train_target, trainer_of
+    from ..sweeps.commands import train_target, trainer_of
 
     config = TargetConfig.load(target)
     folder, trainer = out or target.parent / "train", trainer_of(config)

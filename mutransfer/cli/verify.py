@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from ..run_dir import RunFolder
+    from ..sweeps.autoselect import Forecast
     from ..sweeps.experiment import Experiment
-    from ..sweeps.forecast import Forecast
     from ..sweeps.jobs import Executor
 
 COLUMNS = {

@@ -18,8 +18,7 @@ import pandas as pd
 from ..optimizers.rules import OPTIMIZERS
 from ..param_names import pattern_of
 from ..planning.plan import ParameterPlan, Plan
-from .slopes import beyond, slope
-from .updates import relative_updates
+from .slopes import beyond, relative_updates, slope
 
 __all__ = [
     "FAULTS",

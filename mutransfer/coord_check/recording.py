@@ -23,9 +23,8 @@ from ..planning.plan import Plan
 from ..recipe import Recipe
 from ..scale import Scale
 from ..schemas import COORDINATES
-from ..tracing.construct import on_fake_tensors
 from ..tracing.observe import observe, with_depth_constants
-from ..tracing.run import build
+from ..tracing.run import build, on_fake_tensors
 from ..tracing.specs import Observation
 from .cache import CheckCache
 from .measure import (

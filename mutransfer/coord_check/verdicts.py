@@ -15,8 +15,7 @@ from ..parametrizations.spec import Band, Table
 from ..parametrizations.tables import HEALTHY, HEALTHY_DECAY, HEALTHY_DEPTH, TABLES
 from ..schemas import SLOPES, varying
 from .diagnosis import cause, missing
-from .slopes import beyond, slope, wide_and_narrow
-from .updates import relative_updates, without_gradient
+from .slopes import beyond, relative_updates, slope, wide_and_narrow, without_gradient
 
 __all__ = ["MARGIN", "Verdict", "verdict"]
 

@@ -35,10 +35,9 @@ from ..planning.builder import Draft
 from ..planning.plan import Plan
 from ..recipe import Recipe
 from ..scale import Scale
-from ..tracing.construct import on_fake_tensors
 from ..tracing.growing_products import Heads
 from ..tracing.observe import shapes_of
-from ..tracing.run import WIDER, build
+from ..tracing.run import WIDER, build, on_fake_tensors
 from ..tracing.specs import Observation, ParamSpec
 
 __all__ = ["BaseShapes", "based_on", "plan_annotated", "read_bsh", "write_bsh"]

@@ -16,9 +16,8 @@ from ..parametrizations.spec import Factors
 from ..parametrizations.tables import table
 from ..recipe import Recipe
 from ..scale import Scale
-from ..tracing.construct import on_fake_tensors
 from ..tracing.observe import at_target, observe, shapes_of, with_depth_constants
-from ..tracing.run import build
+from ..tracing.run import build, on_fake_tensors
 from ..tracing.specs import Observation, fits, kinds, match_layers
 from .builder import Draft, fold_all
 from .laws import Ratios, averaged, law

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-from .. import paths
+from .. import run_dir
 from ..errors import RequestError, nearest
 from ..family import Family
 from ..initialization import InitWatcher
@@ -108,7 +108,7 @@ class TargetConfig:
     def found(self) -> tuple[dict[str, str], str | None]:
         """Return the references to model, data and trainer as they lead from the current folder, and the folder they are in.
 
-        What was recorded is looked for from the file of the target, then where it was (`paths.found`).
+        What was recorded is looked for from the file of the target, then where it was (`run_dir.found`).
 
         Raises:
             RequestError: one of them is gone.
@@ -119,8 +119,8 @@ class TargetConfig:
         if folder is None:  # written by an earlier version, whose paths led from the current folder
             return references, None
         places = self.provenance.get("places", {})
-        now, home = paths.found(references, folder, places, self.beside, f"the target {self.model}")
-        return {key: paths.from_here(key, each, home) for key, each in now.items()}, home
+        now, home = run_dir.found(references, folder, places, self.beside, f"the target {self.model}")
+        return {key: run_dir.from_here(key, each, home) for key, each in now.items()}, home
 
     @property
     def tokens(self) -> int:

@@ -18,13 +18,12 @@ from ..initialization import Init, InitWatcher
 from ..param_names import pattern_of
 from ..scale import Scale
 from .columns import Columns, Joins, Labels, mixed_columns
-from .constants import Constant, common, constants, loose
-from .construct import on_fake_tensors
 from .dataflow import Use
 from .growing_products import Heads, at_sizes, compared, contractions, in_attention
 from .residual import residual_branches, unrecognized_branches
 from .roles import check_patterns, check_roles, possible, role_given, roles_of, settled, unused
-from .run import LAYERS, WIDER, build, forward
+from .run import LAYERS, WIDER, build, forward, on_fake_tensors
+from .scales import Constant, common, constants, loose
 from .specs import Observation, ParamSpec, kinds, match_layers
 from .tracer import OpTracer
 

@@ -1,15 +1,26 @@
-"""Builds and forward passes under observation: on fake tensors, and as the operations that the model consists of."""
+"""Builds and forward passes under observation: on fake tensors, and as the operations that the model consists of.
+
+torch's own `Module._apply`, `copy.deepcopy` and lazy parameters do not work on fake tensors, and no machine has every device
+that a model is written for. So while a model is observed, a cast replaces a parameter's data, a tensor for any device is on the
+CPU, and every source of random numbers is seeded; all of it is restored afterwards.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
+import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.overrides import TorchFunctionMode
+from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_map_only
 
@@ -17,11 +28,231 @@ from ..errors import RequestError, describe
 from ..family import Family, is_lazy, unwrapped
 from ..initialization import InitWatcher
 from ..scale import Scale
-from .construct import drawn_from, on_cpu, seeded
 from .scales import of_buffers
 from .tracer import OpTracer
 
-__all__ = ["LAYERS", "REAL", "WIDER", "build", "forward", "quiet", "unfused"]
+__all__ = [
+    "LAYERS",
+    "REAL",
+    "WIDER",
+    "build",
+    "drawn_from",
+    "forward",
+    "on_cpu",
+    "on_fake_tensors",
+    "quiet",
+    "seeded",
+    "unfused",
+]
+
+
+@contextlib.contextmanager
+def on_fake_tensors() -> Iterator[FakeTensorMode]:
+    """Run builds and forward passes on fake tensors; what they change in the process is put back afterwards.
+
+    That is the state of Python's, numpy's and torch's random number generators, and torch's default type and device.
+    """
+    dtype, default = torch.get_default_dtype(), _default_device()
+    with _generators_kept(), _patched():
+        try:
+            with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+                yield mode
+        finally:
+            torch.set_default_dtype(dtype)
+            if _default_device() is not default:
+                torch.set_default_device(None if default is None else default.device)
+
+
+class on_cpu(TorchFunctionMode):  # noqa: N801 - read as a function, like torch.no_grad
+    """While active, whatever is created on or moved to a device is on the CPU, and copies of fake tensors are clones.
+
+    torch's own deep copy would copy the fake mode along with the tensor, and a tensor of another mode has views that do not
+    share its storage.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.__deepcopy__ and isinstance(args[0], FakeTensor):
+            return _cloned(*args, **kwargs)
+        if func in (torch.Tensor.cuda, torch.Tensor.xpu, torch.Tensor.share_memory_, torch.Tensor.pin_memory):
+            return args[0]
+        if kwargs.get("device") is not None or (func in _device_constructors() and _default_device() is not None):
+            kwargs = kwargs | {"device": "cpu"}
+        if func is torch.Tensor.to:
+            return func(args[0], *map(_without_device, args[1:]), **kwargs)
+        if func is torch.Tensor.type and len(args) > 1 and isinstance(args[1], str):
+            return func(args[0], args[1].replace("torch.cuda.", "torch."), **kwargs)
+        return func(*args, **kwargs)
+
+
+def seeded(seed: int) -> None:
+    """Seed Python's, numpy's and torch's generators, and those that are made without a seed from now on."""
+    random.seed(seed)
+    _entropy.seed(seed)
+    if (numpy := sys.modules.get("numpy")) is not None:
+        numpy.random.seed(seed)
+    with _disable_current_modes():
+        torch.default_generator.manual_seed(seed)
+
+
+def drawn_from() -> int:
+    """Return a number that changes when Python's or numpy's generators, or one made without a seed, are drawn from."""
+    numpy = sys.modules.get("numpy")
+    kind, keys, *rest = numpy.random.get_state() if numpy else ("", b"")
+    return hash((random.getstate(), _entropy.getstate(), kind, bytes(keys), *rest))
+
+
+def _without_device(value: Any) -> Any:
+    is_device = isinstance(value, torch.device | str) or (isinstance(value, int) and not isinstance(value, bool))
+    return torch.device("cpu") if is_device else value
+
+
+def _default_device() -> Any:
+    return getattr(torch._GLOBAL_DEVICE_CONTEXT, "device_context", None)
+
+
+def _cloned(tensor: FakeTensor, memo: dict[int, Any]) -> torch.Tensor:
+    if id(tensor) not in memo:
+        clone: torch.Tensor = tensor.detach().clone()
+        if isinstance(tensor, torch.nn.Parameter):
+            clone = torch.nn.Parameter(clone, tensor.requires_grad)
+        memo[id(tensor)] = clone.requires_grad_(tensor.requires_grad)
+        for name in tensor.__dict__.keys() - clone.__dict__.keys():  # what the user hung on it
+            setattr(clone, name, copy.deepcopy(tensor.__dict__[name], memo))
+    return memo[id(tensor)]
+
+
+@contextlib.contextmanager
+def _generators_kept() -> Iterator[None]:
+    numpy = sys.modules.get("numpy")
+    python, legacy = random.getstate(), numpy.random.get_state() if numpy else None
+    on_cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    cpu = torch.default_generator.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        torch.default_generator.set_state(cpu)
+        if numpy:
+            numpy.random.set_state(legacy)
+        if on_cuda is not None:
+            torch.cuda.set_rng_state_all(on_cuda)
+
+
+_entropy = random.Random(0)  # what generators that are made without a seed take theirs from
+_apply, _parameter, _buffer = nn.Module._apply, UninitializedParameter.__new__, UninitializedBuffer.__new__
+_seed, _generator = random.Random.seed, torch.Generator
+
+
+@contextlib.contextmanager
+def _patched() -> Iterator[None]:
+    """Change what torch and the generators do on the way; in a thread without a fake mode they do what they always do."""
+    patches: list[tuple[Any, str, Any]] = [
+        (nn.Module, "_apply", _applied),
+        (UninitializedParameter, "__new__", _lazy(_parameter, _FakeUninitializedParameter)),
+        (UninitializedBuffer, "__new__", _lazy(_buffer, _FakeUninitializedBuffer)),
+        (torch, "Generator", _OnCpu),
+        (random.Random, "seed", _seeded),
+    ]
+    if "numpy" in sys.modules:
+        import numpy.random.bit_generator as numpys
+
+        if hasattr(numpys, "randbits"):
+            patches.append((numpys, "randbits", _entropy.getrandbits))
+    before = [(owner, name, vars(owner)[name]) for owner, name, _ in patches]
+    for owner, name, value in patches:
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        for owner, name, value in before:
+            setattr(owner, name, value)
+
+
+class _AnyGenerator(type(_generator)):  # type: ignore[misc]
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return isinstance(instance, _generator)
+
+
+class _OnCpu(_generator, metaclass=_AnyGenerator):  # type: ignore[misc, valid-type]
+    """`torch.Generator` of whatever device, on the CPU."""
+
+    def __new__(cls, device: Any = None) -> Any:
+        return _generator()
+
+
+def _seeded(self: random.Random, a: Any = None, version: int = 2) -> None:
+    """`random.Random.seed`, which without a seed takes one that is the same in every process."""
+    _seed(self, _entropy.getrandbits(64) if a is None and self is not _entropy else a, version)
+
+
+def _is_fake() -> bool:
+    return any(isinstance(mode, FakeTensorMode) for mode in _get_current_dispatch_mode_stack())
+
+
+def _applied(self: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+    """`nn.Module._apply` for fake tensors: a parameter keeps its identity and takes the new data, as real ones do.
+
+    torch swaps a fake parameter with the new one, which fails where anything else knows it (pytorch issue 148977).
+    """
+    if not _is_fake():
+        return _apply(self, fn, recurse)
+    if recurse:
+        for module in self.children():
+            module._apply(fn)
+    for key, parameter in self._parameters.items():
+        if parameter is None:
+            continue
+        with torch.no_grad():
+            made = fn(parameter)
+        if isinstance(parameter, FakeTensor) or not isinstance(made, FakeTensor):
+            parameter.data = made
+        else:  # a parameter that was made before
+            self._parameters[key] = nn.Parameter(made, parameter.requires_grad)
+        if parameter.grad is not None:
+            with torch.no_grad():
+                parameter.grad = fn(parameter.grad)
+    for key, buffer in self._buffers.items():
+        if buffer is not None:
+            self._buffers[key] = fn(buffer)
+    return self
+
+
+class _FakeUninitialized(FakeTensor):
+    """A fake tensor whose shape is not known yet, in place of torch's, which cannot be made of one."""
+
+    cls_to_become = FakeTensor
+    shape = torch.Tensor.shape  # of no entries, which fake tensors' own code asks for
+
+    def __deepcopy__(self: Any, memo: dict[int, Any]) -> Any:
+        if id(self) not in memo:
+            kind: Any = UninitializedParameter if isinstance(self, UninitializedParameter) else UninitializedBuffer
+            memo[id(self)] = kind(self.requires_grad, None, self.dtype)
+        return memo[id(self)]
+
+
+class _FakeUninitializedParameter(_FakeUninitialized, UninitializedParameter):
+    pass
+
+
+class _FakeUninitializedBuffer(_FakeUninitialized, UninitializedBuffer):
+    pass
+
+
+def _lazy(original: Any, fake: type) -> Any:
+    def new(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if not _is_fake():
+            return original(cls, *args, **kwargs)
+        with _disable_current_modes():
+            like = original(cls, *args, **{**kwargs, "device": "cpu"} if len(args) < 2 else kwargs)
+        made: Any = torch.empty(0, dtype=like.dtype, device="cpu").requires_grad_(like.requires_grad)
+        made.__dict__.update(like.__dict__)  # a buffer's persistence
+        made._is_param = issubclass(cls, nn.Parameter)
+        made.__class__ = fake
+        return made
+
+    return staticmethod(new)
+
 
 WIDER = 2  # a doubled width keeps every divisibility the base has
 LAYERS = 4  # of a deep base that are watched

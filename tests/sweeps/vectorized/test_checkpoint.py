@@ -17,8 +17,7 @@ from mutransfer.run_dir import RunFolder
 from mutransfer.sweeps.experiment import Experiment
 from mutransfer.sweeps.jobs import Job, Reported
 from mutransfer.sweeps.tune import tune
-from mutransfer.sweeps.vectorized.checkpoint import Checkpoints
-from mutransfer.sweeps.vectorized.executor import Fused
+from mutransfer.sweeps.vectorized.executor import Checkpoints, Fused
 from mutransfer.sweeps.vectorized.support import refusal
 from mutransfer.sweeps.vectorized.training import VectorizedTraining
 
@@ -131,7 +130,7 @@ import sys, torch
 from pathlib import Path
 from mutransfer.run_dir import RunFolder
 from mutransfer.sweeps.experiment import Experiment
-from mutransfer.sweeps.vectorized.checkpoint import Checkpoints
+from mutransfer.sweeps.vectorized.executor import Checkpoints
 from mutransfer.sweeps.vectorized.executor import Fused
 from mutransfer.sweeps.tune import tune
 torch.set_num_threads(1)

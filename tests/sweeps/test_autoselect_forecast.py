@@ -6,9 +6,8 @@ import pytest
 
 from mutransfer.scale import Scale
 from mutransfer.sweeps import forecast
-from mutransfer.sweeps.autoselect import Timed, single_step
+from mutransfer.sweeps.autoselect import UNSURE, Forecast, Timed, Watched, run_seconds, single_step
 from mutransfer.sweeps.experiment import Experiment
-from mutransfer.sweeps.forecast import UNSURE, Forecast, Watched, run_seconds
 from mutransfer.sweeps.jobs import Job, family_of
 
 from .small import Planted, experiment
