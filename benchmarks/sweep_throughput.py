@@ -21,7 +21,7 @@ from harness import Claim, arguments, at_least, publish
 
 from mutransfer.proxies.training import Training, train
 from mutransfer.recipe import Recipe
-from mutransfer.sweeps.executors import Planned, executor_for
+from mutransfer.sweeps.executors import LazyExecutor, executor_for
 from mutransfer.sweeps.experiment import Experiment, Size
 from mutransfer.sweeps.jobs import Executor, Job, OneByOne, family_of, plan_of
 from mutransfer.sweeps.processes import Processes
@@ -114,7 +114,7 @@ def measure(
         if device == "cpu":
             ways["processes"] = Way("two processes", two, few)
         with executor_for(asked, "auto", device=device) as planned:
-            assert isinstance(planned, Planned)
+            assert isinstance(planned, LazyExecutor)
             words = _words(planned)
             ways["planned"] = Way("as planned", planned, max(*counts, planned.capacity))
             for number in range((1 if quick else ROUNDS) + 1):
@@ -127,7 +127,7 @@ def measure(
     return ways, words
 
 
-def _words(planned: Planned) -> str:
+def _words(planned: LazyExecutor) -> str:
     """Return what the planner says of its choice, which it makes now."""
     with contextlib.redirect_stderr(io.StringIO()) as said:
         _ = planned.chosen

@@ -20,7 +20,7 @@ from mutransfer.cli import demo, run
 from mutransfer.cli.console import plain
 from mutransfer.cli.output import OUTPUTS, write_documents
 from mutransfer.schemas import BASINS
-from mutransfer.sweeps import verifying
+from mutransfer.sweeps import verify
 
 from .processes import Processes, validated
 
@@ -253,7 +253,7 @@ def test_verify_in_every_verdict(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     (shop / "run" / "best.json").write_text(f'{{"lr": {2**-5}}}')
-    monkeypatch.setattr(verifying, "basins", lambda *args, **options: simulated(optima, noise))
+    monkeypatch.setattr(verify, "basins", lambda *args, **options: simulated(optima, noise))
     code = run(["verify", str(shop / "run"), "--widths", "8,16", "--executor", "one", "--json"])
     told = validated("verify", capsys.readouterr().out)
     assert (told["verdict"], code) == (verdict, 0 if verdict == "pass" else 1), told["reasons"]

@@ -9,7 +9,7 @@ import pytest
 
 from mutransfer.recipe import Recipe
 from mutransfer.run_dir import RunFolder
-from mutransfer.sweeps.commands import Commands, ParsedReport, told
+from mutransfer.sweeps.commands import Commands, ParsedReport, parse_report
 from mutransfer.sweeps.tune import tune
 from mutransfer.sweeps.verify import basins
 
@@ -74,7 +74,7 @@ sys.stdout.write("no line break at the end")
     ],
 )
 def test_a_line_tells(line: str, expected: ParsedReport | None) -> None:
-    assert told(line.encode()) == expected
+    assert parse_report(line.encode()) == expected
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mutransfer.scale import Scale
-from mutransfer.sweeps import forecast
+from mutransfer.sweeps import autoselect
 from mutransfer.sweeps.autoselect import UNSURE, Forecast, Timed, Watched, run_seconds, single_step
 from mutransfer.sweeps.experiment import Experiment
 from mutransfer.sweeps.jobs import Job, family_of
@@ -79,7 +79,7 @@ def test_a_run_takes_its_steps_two_validations_and_what_comes_before_the_first(m
         seen.append(single_step(experiment, device, threads, scale=scale))
         return Timed(step=0.5, first=7.0)
 
-    monkeypatch.setattr(forecast, "single_step", timed)
+    monkeypatch.setattr(autoselect, "single_step", timed)
     given = experiment(steps=30)
     batches = len(family_of(given)[1].validation())
     assert run_seconds(given, Scale(16, 2)) == pytest.approx(7 + 0.5 * (30 + 2 * batches / 3))

@@ -19,7 +19,7 @@ from mutransfer.price import FlopCounter
 from mutransfer.run_dir import RunFolder
 from mutransfer.scale import Scale
 from mutransfer.schemas import BASINS, REPEATS, TRIALS
-from mutransfer.sweeps import budgets
+from mutransfer.sweeps import tune
 from mutransfer.sweeps.experiment import Budget
 from mutransfer.sweeps.jobs import flops_of
 from mutransfer.sweeps.tune import Spent, price
@@ -102,9 +102,9 @@ def test_the_price_of_tuning_repeats_and_verify_beside_one_run(tmp_path: Path) -
 
 
 def test_what_no_figure_includes_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cost = budgets.cost_of
+    cost = tune.cost_of
     monkeypatch.setattr(
-        budgets, "cost_of", lambda *asked: replace(cost(*asked), total=1e6, uncounted=("mylib::op", "aten::_fft_r2c"))
+        tune, "cost_of", lambda *asked: replace(cost(*asked), total=1e6, uncounted=("mylib::op", "aten::_fft_r2c"))
     )
     asked = experiment()
     found = price(asked, filled(tmp_path / "run"), Scale(64, 2))

@@ -17,7 +17,7 @@ from optuna.trial import TrialState
 
 from mutransfer.errors import RequestError
 from mutransfer.run_dir import RunFolder
-from mutransfer.sweeps import storages
+from mutransfer.sweeps import storage
 from mutransfer.sweeps.retry import RetryingStorage, outage
 from mutransfer.sweeps.storage import opened
 from mutransfer.sweeps.tune import tune
@@ -63,7 +63,7 @@ def test_what_cannot_be_opened_is_said(
     address: str, said: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(storages, "ANSWER_WITHIN", 1)
+    monkeypatch.setattr(storage, "ANSWER_WITHIN", 1)
     with within(20):
         sentence = refusal(address.format(port=free_port()))
     assert all(part in sentence for part in said), sentence

@@ -12,7 +12,7 @@ from optuna.distributions import FloatDistribution
 from optuna.samplers import TPESampler
 
 from mutransfer.run_dir import RunFolder
-from mutransfer.sweeps import auto
+from mutransfer.sweeps import samplers
 from mutransfer.sweeps.experiment import Experiment
 from mutransfer.sweeps.jobs import Job
 from mutransfer.sweeps.samplers import START, Auto, GaussianProcess, tpe
@@ -40,7 +40,7 @@ def process(seed: int) -> GaussianProcess:
 def test_the_number_of_a_trial_decides(
     told: int, made: Callable[[int], optuna.samplers.BaseSampler], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(auto, "FEW", 30)
+    monkeypatch.setattr(samplers, "FEW", 30)
     assert asked(Auto(3), told) == asked(made(3), told)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from mutransfer.errors import RequestError
-from mutransfer.sweeps import choosing
+from mutransfer.sweeps import autoselect
 from mutransfer.sweeps.autoselect import Timed, chosen
 from mutransfer.sweeps.executors import LazyExecutor, executor_for
 from mutransfer.sweeps.jobs import Job, OneByOne
@@ -33,9 +33,9 @@ def plant(monkeypatch: pytest.MonkeyPatch) -> Plant:
         def timed(step: float | None, compile: bool, gain: float) -> Timed | None:
             return None if step is None else Timed(step / gain, 30.0) if compile else Timed(step, 0.1)
 
-        monkeypatch.setattr(choosing, "single_step", lambda *given: timed(one, given[3], gains[0]))
-        monkeypatch.setattr(choosing, "fused_step", lambda *given: timed(fused.get(given[1]), given[4], gains[1]))
-        monkeypatch.setattr(choosing.os, "sched_getaffinity", lambda _: {0, 1})
+        monkeypatch.setattr(autoselect, "single_step", lambda *given: timed(one, given[3], gains[0]))
+        monkeypatch.setattr(autoselect, "fused_step", lambda *given: timed(fused.get(given[1]), given[4], gains[1]))
+        monkeypatch.setattr(autoselect.os, "sched_getaffinity", lambda _: {0, 1})
 
     return put
 

@@ -9,7 +9,7 @@ import pytest
 from optuna.storages import JournalStorage
 from optuna.trial import TrialState, create_trial
 
-from mutransfer.sweeps import leases
+from mutransfer.sweeps import workers
 from mutransfer.sweeps.journal import Journal
 from mutransfer.sweeps.workers import OWNER, Heartbeats, worker_name
 
@@ -26,7 +26,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
-    monkeypatch.setattr(leases, "time", made)
+    monkeypatch.setattr(workers, "time", made)
     return made
 
 
