@@ -18,7 +18,16 @@ import threading
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any, ParamSpec, TextIO, TypeVar
 
-__all__ = ["in_worker", "no_tracebacks_of_torch", "once", "release_at_exit_only", "reserved", "results", "shown_once"]
+__all__ = [
+    "in_worker",
+    "log_to_stderr",
+    "no_tracebacks_of_torch",
+    "once",
+    "release_at_exit_only",
+    "reserved",
+    "results",
+    "shown_once",
+]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -94,6 +103,28 @@ def in_worker() -> None:
     global _results
     _results = sys.stderr
     no_tracebacks_of_torch().__enter__()  # for good
+
+
+class _Lines(logging.Handler):
+    """Writes every record as a line on today's standard error, in one write, which a Ctrl-C does not split."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            print(self.format(record) + "\n", end="", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def log_to_stderr() -> Iterator[None]:
+    """Write what this package logs, from INFO on, to standard error: the command line's handler."""
+    logger, lines = logging.getLogger("mutransfer"), _Lines()
+    level = logger.level
+    logger.addHandler(lines)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(lines)
+        logger.setLevel(level)
 
 
 class _NoTracebacks(logging.Filter):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import logging
 import multiprocessing
 import sys
 from collections.abc import Callable, Container
@@ -31,6 +32,8 @@ from .hf_config import Fields, Whole, flat, infer, resized
 from .importing import said
 
 __all__ = ["Sized", "load", "task_for"]
+
+logger = logging.getLogger(__name__)
 
 Loss = Callable[[torch.nn.Module, Any], Tensor]
 
@@ -331,7 +334,7 @@ def _transformers() -> Any:
         except Exception:
             sys.modules["torchvision"] = None  # type: ignore[assignment]
             if multiprocessing.parent_process() is None:
-                print("torchvision is broken beside this torch and left out: see `mutransfer doctor`.", file=sys.stderr)
+                logger.warning("torchvision is broken beside this torch and left out: see `mutransfer doctor`.")
     try:
         module = importlib.import_module("transformers")
         # It speaks of checkpoints and tokenizers, and there are none here.

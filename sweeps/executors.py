@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import os
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from .processes import Processes
 from .user_trainers import load_trainer
 
 __all__ = ["MANNERS", "PRECISIONS", "LazyExecutor", "check_trainer", "executor_for", "one_by_one"]
+
+logger = logging.getLogger(__name__)
 
 MANNERS = ("auto", "one", "processes", "fused")
 PRECISIONS = ("float32", "bfloat16")
@@ -120,7 +122,7 @@ def _own(
             f"--precision {precision} is for fused trials, and {experiment.trainer} trains: leave it out."
         )
     if how == "fused":
-        print(f"trials are not fused: {experiment.trainer} trains them.", file=sys.stderr, flush=True)
+        logger.info("trials are not fused: %s trains them.", experiment.trainer)
         how, at_once = "one", None
     count = at_once or (_cores() if how == "processes" else 1)
     if experiment.trainer.command is not None:
@@ -164,21 +166,20 @@ def _planned(
     if why is not None and precision != "float32":
         raise RequestError(f"--precision {precision} needs trials that can be fused, and {why}: leave it out.")
     if why is not None and how == "fused":
-        print(f"trials are trained one by one: {why}.", file=sys.stderr, flush=True)
+        logger.info("trials are trained one by one: %s.", why)
         return OneByOne(device)
     if precision == "bfloat16" and bfloat16_is_slow(device):
-        print(
-            f"warning: this CPU multiplies bfloat16 {bfloat16_slowdown():.0f} times slower than float32: "
-            "--precision float32 is the faster one here.",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
+        logger.warning(
+            "warning: this CPU multiplies bfloat16 %.0f times slower than float32: --precision float32 is the faster one here.",
+            bfloat16_slowdown(),
+        )
     begun = checkpoints is not None and any(checkpoints.glob("*"))  # what was fused goes on inside of its trials
     choice = chosen(
         experiment, missing or experiment.trials, device, at_once=at_once,
         precision=None if precision == "float32" else torch.bfloat16,
         only="fused" if how == "fused" or (begun and why is None) else None,
     )  # fmt: skip
-    print(choice, file=sys.stderr, flush=True)
+    logger.info("%s", choice)
     match choice.how:
         case "one":
             return OneByOne(device, compile=choice.compile)

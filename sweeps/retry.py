@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import sys
+import logging
 import threading
 import time
 from collections.abc import Callable, Container, Sequence
@@ -20,6 +20,8 @@ from mutransfer.errors import RequestError, describe
 from mutransfer.io import masked
 
 __all__ = ["RetryingStorage", "made_by_others", "outage"]
+
+logger = logging.getLogger(__name__)
 
 # PostgreSQL's classes 08 (connection) and 57P (shutting down, starting up), too many connections; two transactions in each
 # other's way, of which one is to be tried again.
@@ -165,12 +167,10 @@ class RetryingStorage(BaseStorage):
             if now - self._said >= SAY_EVERY:
                 self._said = now
                 waited = now - self._away_since
-                print(
-                    f"waiting for the storage {masked(self._where)} ({masked(reason)}), {waited:.0f} of at most "
-                    f"{self._longest:.0f} s …",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                logger.warning(
+                    "waiting for the storage %s (%s), %.0f of at most %.0f s …",
+                    masked(self._where), masked(reason), waited, self._longest,
+                )  # fmt: skip
 
     def _say_back(self) -> None:
         if self._away_since is None:
@@ -179,7 +179,7 @@ class RetryingStorage(BaseStorage):
             if self._away_since is not None:
                 waited = time.monotonic() - self._away_since
                 self._away_since = None
-                print(f"the storage answers again, after {waited:.0f} s", file=sys.stderr, flush=True)
+                logger.warning("the storage answers again, after %.0f s", waited)
 
     # What Optuna calls; see its BaseStorage.
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import math
 import os
 import statistics
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -38,6 +38,8 @@ from .user_trainers import Failures
 from .workers import FINISHED, LEASE, Heartbeats, TrialQueue, worker_name
 
 __all__ = ["Spent", "Tuned", "affordable", "count_running", "price", "tune"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -164,7 +166,7 @@ def run_trials(
             state = claims.trials()[trial.number].state
             return state is not TrialState.RUNNING or trial.should_prune()
         except UpdateFinishedTrialError:  # as halving notes a trial's rung in it
-            return True  # taken for dead by others, who do it again: `record_result` says so
+            return True  # others retry it, as this worker missed its heartbeat: `record_result` says so
 
     try:
         for job, outcome in executor.run(experiment, begun(), report):
@@ -219,10 +221,7 @@ def record_result(study: optuna.Study, trial: Trial, outcome: Outcome, flops: fl
     except (UpdateFinishedTrialError, ValueError):
         if study.get_trials(deepcopy=False)[trial.number].state is not TrialState.FAIL:
             raise
-        print(
-            f"trial {trial.number} was taken for dead, as this worker had shown no sign of life, and is done again",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
+        logger.warning("trial %d is retried by another worker, as this one missed its heartbeat", trial.number)
         return False
     return True
 
@@ -272,7 +271,7 @@ def tune(
         folder: run folder; made if it does not exist.
         storage: address of a storage (`storages.opened`), which other workers may share; by default a journal in the folder.
         name: study name.
-        lease: seconds without a sign of life after which others take this worker for dead; the same for all of a study.
+        lease: seconds without a heartbeat after which other workers retry this one's trials; the same for all of a study.
         executor: how trials are trained; one by one in this process by default.
         device: for the default executor.
         progress: called with (finished, total, what was found).

@@ -104,7 +104,9 @@ class TrialQueue:
             waiting = next((trial for trial in holders if trial.state is TrialState.WAITING), None)
             if waiting is None and len(holders) == self._total:
                 return None
-            with contextlib.suppress(UpdateFinishedTrialError):  # taken for dead before it had begun: so the next one
+            with contextlib.suppress(
+                UpdateFinishedTrialError
+            ):  # retried by another worker before it had begun: so the next one
                 if waiting is None and (made := self._made()) is not None:
                     return self._begin(made)
                 if waiting is not None and self._took(waiting):
@@ -184,7 +186,7 @@ def _suggest(trial: Trial, name: str, distribution: BaseDistribution) -> None:
         trial.suggest_float(name, distribution.low, distribution.high, log=distribution.log)
 
 
-LEASE = 60.0  # seconds without a sign of life
+LEASE = 60.0  # seconds without a heartbeat
 SIGN = "mutransfer:sign:"  # of a study's attribute: a worker's [count, lease]
 SIGNS = 6  # per lease
 
@@ -230,7 +232,7 @@ class Heartbeats:
         return self._lapsed
 
     def silent(self, owner: str) -> bool:
-        """Return whether a worker has shown no sign of life for its lease, as far as these questions have been asked."""
+        """Return whether a worker has missed its heartbeat for its lease, as far as these questions have been asked."""
         sign = self._storage.get_study_system_attrs(self._study_id).get(f"{SIGN}{owner}")
         now = time.monotonic()
         before, since = self._owners.get(owner, (None, now))

@@ -62,9 +62,11 @@ def _run(arguments: list[str]) -> int:
     try:
         import typer
 
+        from ..printing import log_to_stderr
         from .app import app
 
-        code = typer.main.get_command(app).main(args=arguments, prog_name="mutransfer", standalone_mode=False)
+        with log_to_stderr():
+            code = typer.main.get_command(app).main(args=arguments, prog_name="mutransfer", standalone_mode=False)
     except RequestError as error:
         print(f"mutransfer: {error}", file=sys.stderr)
         return 2

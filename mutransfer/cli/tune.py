@@ -25,7 +25,8 @@ def tune(
     study: Annotated[str | None, typer.Option(help="Name of the study in that storage.")] = None,
     trials: Annotated[int | None, typer.Option(min=1, help="Finished trials in all, earlier ones included.")] = None,
     lease: Annotated[
-        float, typer.Option(min=1, help="Seconds without a sign of life after which a worker is taken for dead.")
+        float,
+        typer.Option(min=1, help="Seconds without a heartbeat after which other workers retry a worker's trials."),
     ] = 60,
     out: Annotated[Path | None, typer.Option(help="Run folder; runs/NAME of the experiment by default.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of everything random.")] = None,

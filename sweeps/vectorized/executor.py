@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import io
 import json
+import logging
 import math
 import sys
 import time
@@ -33,6 +34,8 @@ from .support import NOT_FOR_ONE, is_out_of_memory, refusal
 from .training import Slot, Snapshot, Step, VectorizedTraining
 
 __all__ = ["Batch", "Checkpoints", "Fused", "Precision", "Running", "course_of"]
+
+logger = logging.getLogger(__name__)
 
 LONGEST = 25  # steps between looks, so that trials that are lost are soon replaced
 
@@ -220,7 +223,7 @@ class Fused:
             if reason is None:
                 yield from self._together(experiment, scale, source, report)
             else:
-                _say(f"trials at width {scale.width} run one by one: {reason}.")
+                logger.info(f"trials at width {scale.width} run one by one: {reason}.")
                 yield from OneByOne(self.device).run(experiment, source.all_of(scale), report)
         if self.checkpoints is not None:
             self.checkpoints.clear()
@@ -300,7 +303,7 @@ class Fused:
         if at_once <= 1:
             raise RequestError(NOT_FOR_ONE) from error
         self.capacity = at_once // 2
-        _say(f"out of memory with {at_once} trials at once: going on with {self.capacity}.")
+        logger.info(f"out of memory with {at_once} trials at once: going on with {self.capacity}.")
         if self.device != "cpu":
             torch.cuda.empty_cache()
         return [*running, *waiting]
@@ -335,10 +338,6 @@ class _Source:
     def all_of(self, scale: Scale) -> Iterator[Job]:
         """Hand out jobs one by one, as long as they are of ``scale``."""
         return self.several_of(scale, sys.maxsize)
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 SUFFIX = ".trials"

@@ -207,7 +207,7 @@ def test_a_worker_that_was_only_stopped_finds_its_trial_done_by_others(tmp_path:
     assert shop.wait(stopped) == 0, stopped.err
     trials = assert_exact(shop, [other, stopped])
     assert trials[lost].state.name == "FAIL"
-    assert f"trial {lost} was taken for dead" in stopped.err
+    assert f"trial {lost} is retried by another worker" in stopped.err
 
 
 def test_a_worker_that_is_told_to_end_gives_its_trial_back_at_once(tmp_path: Path, forked: Workers) -> None:
