@@ -74,7 +74,7 @@ class RunFolder:
             )
         return self
 
-    def noted(self) -> dict[str, Any]:
+    def read_environment(self) -> dict[str, Any]:
         """Return what `note_environment` has written, or nothing before it has."""
         found = read_json(self.environment, "the run's environment") if self.environment.exists() else {}
         return found if isinstance(found, dict) else {}
@@ -85,7 +85,7 @@ class RunFolder:
         Raises:
             RequestError: the folder holds results on data with another SHA-256.
         """
-        before = self.noted()
+        before = self.read_environment()
         if "places" in facts:  # those of before a move still lead to what is there now
             facts["places"] = {**before.get("places", {}), **facts["places"]}
         known, now = before.get("data_sha256"), facts.get("data_sha256")
@@ -112,7 +112,7 @@ class RunFolder:
             arguments: options of the command line that make it go on, flag → value.
             question: what it is about, such as the recipe: plain data.
         """
-        before = self.noted()
+        before = self.read_environment()
         record = {
             "planned": planned,
             "ended": ended,
@@ -126,7 +126,7 @@ class RunFolder:
 
     def progress(self, command: str) -> dict[str, Any]:
         """Return what `note_progress` wrote of ``command``; empty where nothing was."""
-        progress = self.noted().get("progress")
+        progress = self.read_environment().get("progress")
         found = progress.get(command) if isinstance(progress, dict) else None
         return found if isinstance(found, dict) else {}
 
@@ -145,7 +145,7 @@ class RunFolder:
         known = dict(self.progress(command).get("question") or {})
         content = self.verdict(command) or {}
         if command == "verify" and "recipe" not in known:
-            basins = self.noted().get("basins")
+            basins = self.read_environment().get("basins")
             known |= {"recipe": basins["recipe"]} if isinstance(basins, dict) and "recipe" in basins else {}
         known |= {key: content[key] for key in ("parametrization", "optimizer") if key in content and key not in known}
         found = [
@@ -173,7 +173,7 @@ class RunFolder:
         if not isinstance(value, str) or (path := path_of("model", value)) is None:
             return value
         whole = os.path.abspath(path)
-        for before, relative in self.noted().get("places", {}).items():
+        for before, relative in self.read_environment().get("places", {}).items():
             if whole == before or whole.startswith(f"{before}/"):
                 moved = os.path.normpath(os.path.realpath(self.path / relative) + whole[len(before) :])
                 return with_path("model", value, moved if os.path.exists(moved) else whole)
@@ -258,16 +258,16 @@ def from_here(key: str, reference: str, folder: str | os.PathLike[str] | None) -
     return with_path(key, reference, whole if os.path.isabs(path) or below.startswith(os.pardir) else below)
 
 
-def recorded(references: Mapping[str, str], folder: str, beside: str | os.PathLike[str]) -> dict[str, str]:
-    """Return absolute → relative to the folder ``beside`` of ``folder`` and of every absolute path in ``references``."""
+def recorded(references: Mapping[str, str], folder: str, record_dir: str | os.PathLike[str]) -> dict[str, str]:
+    """Return absolute → relative to the folder ``record_dir`` of ``folder`` and of every absolute path in ``references``."""
     paths = [path_of(key, each) for key, each in references.items()]
-    home = os.path.realpath(beside)
+    home = os.path.realpath(record_dir)
     whole = sorted({folder, *(path for path in paths if path is not None and os.path.isabs(path))})
     return {path: os.path.relpath(os.path.realpath(path), home) for path in whole}
 
 
 def found(
-    references: Mapping[str, str], folder: str, places: Mapping[str, str], beside: str | os.PathLike[str],
+    references: Mapping[str, str], folder: str, places: Mapping[str, str], record_dir: str | os.PathLike[str],
     what: str | None = None,
 ) -> tuple[dict[str, str], str]:  # fmt: skip
     """Return the references of a record, and the folder that their relative paths lead from, where they are now.
@@ -276,13 +276,13 @@ def found(
         references: by key, as recorded.
         folder: what their relative paths led from when they were recorded.
         places: what `recorded` returned then.
-        beside: the folder that holds the record now.
+        record_dir: the folder that holds the record now.
         what: what the record is of, for the sentence; None to let pass what is gone.
 
     Raises:
         RequestError: a path leads nowhere, neither from the record nor from where it was.
     """
-    homes = _candidates(folder, places, beside)
+    homes = _candidates(folder, places, record_dir)
     home = next((each for each in homes if all(_there(key, ref, each) for key, ref in references.items())), folder)
     now = {}
     for key, reference in references.items():
@@ -291,7 +291,9 @@ def found(
         if path is None or _there(key, reference, home):
             continue
         choice = (
-            _candidates(path, places, beside) if os.path.isabs(path) else [os.path.join(each, path) for each in homes]
+            _candidates(path, places, record_dir)
+            if os.path.isabs(path)
+            else [os.path.join(each, path) for each in homes]
         )
         if (there := next(filter(os.path.exists, choice), None)) is not None:
             now[key] = with_path(key, reference, there)
@@ -305,9 +307,9 @@ def found(
     return now, home
 
 
-def _candidates(path: str, places: Mapping[str, str], beside: str | os.PathLike[str]) -> list[str]:
+def _candidates(path: str, places: Mapping[str, str], record_dir: str | os.PathLike[str]) -> list[str]:
     """Where the absolute ``path`` of a record may be now, the likeliest first."""
-    moved = [os.path.normpath(os.path.join(os.path.realpath(beside), places[path]))] if path in places else []
+    moved = [os.path.normpath(os.path.join(os.path.realpath(record_dir), places[path]))] if path in places else []
     return list(dict.fromkeys([*moved, path]))
 
 

@@ -25,7 +25,7 @@ FORMS = "a built-in (mlp, resnet, transformer), path/to/file.py:name, package.mo
 
 _loaded: dict[Path, tuple[tuple[int, int], ModuleType]] = {}  # file → (its time and size when read, what it gave)
 _folders: list[str | None] = []  # of `modules_in`
-_beside: dict[str, Path] = {}  # helper module → the folder it was imported from
+_sources: dict[str, Path] = {}  # helper module → the folder it was imported from
 
 
 def guarded(
@@ -156,9 +156,9 @@ def _on_path(folder: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def helpers_of(folder: Path) -> Iterator[None]:
     """Let modules in ``folder`` be imported, also where another model file's folder has some of the same names."""
-    for name in [name for name, home in _beside.items() if home != folder]:
+    for name in [name for name, home in _sources.items() if home != folder]:
         sys.modules.pop(name, None)
-        del _beside[name]
+        del _sources[name]
     before = set(sys.modules)
     try:
         with _on_path(folder):
@@ -168,4 +168,4 @@ def helpers_of(folder: Path) -> Iterator[None]:
             top = getattr(sys.modules.get(name.partition(".")[0]), "__file__", None)
             # Directly in the folder, as a file or a package: not in an environment somewhere below it.
             if top and folder == (Path(top).parent.parent if Path(top).stem == "__init__" else Path(top).parent):
-                _beside[name] = folder
+                _sources[name] = folder

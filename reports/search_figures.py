@@ -451,7 +451,7 @@ class ImportanceFigure(ReportFigure):
             for bar in bars:
                 bar.set(color=colour("mup"), height=0.62)
             for label in axes.texts:
-                _beside(label)
+                _format_share(label)
             axes.xaxis.set_major_formatter(PercentFormatter(1.0))
             axes.set_xlim(0, 1.12 * max(bar.get_width() for bar in bars))
             axes.set_yticks(axes.get_yticks(), [plain(label.get_text()) for label in axes.get_yticklabels()])
@@ -459,7 +459,7 @@ class ImportanceFigure(ReportFigure):
         return figure
 
 
-def _beside(label: Text) -> None:
+def _format_share(label: Text) -> None:
     """Set a bar's number a little off the bar's end, as a percentage."""
     share = label.get_text()
     text = f"{float(share):.0%}" if share[:1].isdigit() else "under 1%"

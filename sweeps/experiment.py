@@ -321,9 +321,9 @@ class Experiment(Settings):
             {key: run_dir.from_here(key, each, self.folder) for key, each in self.references().items()}
         )
 
-    def places(self, beside: Path) -> dict[str, str]:
-        """Return where its folder and its absolute paths are, for a record in the folder ``beside``; see `run_dir.recorded`."""
-        return {} if self.folder is None else run_dir.recorded(self.references(), self.folder, beside)
+    def places(self, record_dir: Path) -> dict[str, str]:
+        """Return where its folder and its absolute paths are, for a record in ``record_dir`` (`run_dir.recorded`)."""
+        return {} if self.folder is None else run_dir.recorded(self.references(), self.folder, record_dir)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the experiment with every default spelled out."""
@@ -372,7 +372,7 @@ class Experiment(Settings):
 
     def _moved(self, run: RunFolder, what: str | None) -> Experiment:
         """Return the experiment with what ``run`` has recorded of its places; ``what`` is for the sentence of `run_dir.found`."""
-        known = run.noted().get("places", {})
+        known = run.read_environment().get("places", {})
         if self.folder is None or not known:
             return self
         references, folder = run_dir.found(self.references(), self.folder, known, run.path, what)

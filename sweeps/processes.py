@@ -71,9 +71,9 @@ class Processes:
         source = iter(jobs)
         try:
             while True:
-                for job in itertools.islice(source, self.capacity - len(self._busy())):
+                for job in itertools.islice(source, self.capacity - len(self._running())):
                     self._begin(experiment, job, report is not None)
-                if not (running := self._busy()):
+                if not (running := self._running()):
                     return
                 # Also the processes: one that dies may leave its end of the pipe open in a child of its own.
                 ready = set(connection.wait([end for w in running for end in (w.pipe, w.process.sentinel)]))
@@ -81,9 +81,9 @@ class Processes:
                     if ready & {worker.pipe, worker.process.sentinel}:
                         yield from self._heard(worker, report)
         finally:
-            self._end(self._busy())  # nobody waits for them any more
+            self._end(self._running())  # nobody waits for them any more
 
-    def _busy(self) -> list[_Worker]:
+    def _running(self) -> list[_Worker]:
         return [worker for worker in self._workers if worker.job is not None]
 
     def _begin(self, experiment: Experiment, job: Job, reports: bool) -> None:

@@ -36,7 +36,7 @@ EXPERIMENT: dict[str, Any] = {
 # What the forecast of the time left takes for granted, measured on two cores of an EPYC.
 PRUNED = 0.7  # of a whole run, what a trial takes on average where the worse half ends at 40%
 ASKING = 0.1  # seconds in which the sampler proposes a trial
-BESIDE = 1.1  # how much slower a run is beside another
+SIDE_BY_SIDE = 1.1  # how much slower a run is beside another
 START = 5.0  # seconds until processes have imported torch
 CHECK_AND_REPORT = 18.0  # seconds
 WIDTHS = (16, 64, 256)
@@ -131,10 +131,11 @@ def _phases(experiment: Experiment, seconds: Mapping[Scale, float], at_once: int
     proxy, *_, widest = seconds
     # Around the transferred learning rate; SP's around its own likely best, beside the transferred one.
     points = {scale: 2 * (2 * REACH + 1) + (math.log2(scale.width / proxy.width) > REACH) for scale in seconds}
-    beside = BESIDE / at_once if at_once > 1 else 1.0
+    slowdown = SIDE_BY_SIDE / at_once if at_once > 1 else 1.0
     return {
         "tuning": experiment.trials * (PRUNED * seconds[proxy] + ASKING),
-        "basins": beside * SEEDS * sum(points[scale] * each for scale, each in seconds.items()) + (at_once > 1) * START,
-        "control": beside * (experiment.trials * PRUNED + SEEDS) * seconds[widest] + experiment.trials * ASKING,
+        "basins": slowdown * SEEDS * sum(points[scale] * each for scale, each in seconds.items())
+        + (at_once > 1) * START,
+        "control": slowdown * (experiment.trials * PRUNED + SEEDS) * seconds[widest] + experiment.trials * ASKING,
         "check and report": CHECK_AND_REPORT,
     }

@@ -40,8 +40,8 @@ def transfer(
     from ..io import write_text
     from ..run_dir import RunFolder
 
-    beside = out.parent if out is not None and to is None else run
-    target = target_of(RunFolder(run).existing(), width, depth, batch_size, tokens, seed, beside=beside)
+    home = out.parent if out is not None and to is None else run
+    target = target_of(RunFolder(run).existing(), width, depth, batch_size, tokens, seed, written_to=home)
     exported = export(target, to) if to is not None else None
     written = []
     if exported is not None:
@@ -69,11 +69,11 @@ def target_of(
     batch_size: int | None = None,
     tokens: int | None = None,
     seed: int = 0,
-    beside: Path | None = None,
+    written_to: Path | None = None,
 ) -> TargetConfig:
     """Return the `TargetConfig` of a run folder at another scale; sizes default to the proxy's.
 
-    It is to be written into the folder ``beside``, by default the run folder.
+    It is to be written into the folder ``written_to``, by default the run folder.
     """
     from ..errors import RequestError
     from ..io import read_json
@@ -109,7 +109,7 @@ def target_of(
         "trainer": None if experiment.trainer is None else experiment.trainer.model_dump(mode="json"),
         "direction": experiment.direction,
         "folder": experiment.folder,
-        "places": experiment.places(beside or folder.path),
+        "places": experiment.places(written_to or folder.path),
     }
     rules = experiment.parametrization, experiment.optimizer, recipe
     unproven = of_evidence(folder, recipe, experiment.subject(), [experiment.base_scale.width * 2**k for k in range(4)])

@@ -67,7 +67,7 @@ class TargetConfig:
         seed: of the initial weights and of the order of the data.
         provenance: where the recipe came from (plain JSON data): proxy, study, hashes, versions.
         warnings: what does not, or may not, transfer; one sentence each.
-        beside: the folder of the file that it was read from.
+        read_from: the folder of the file that it was read from.
 
     Raises:
         RequestError: a value of the wrong kind, or one that JSON cannot hold.
@@ -83,7 +83,7 @@ class TargetConfig:
     seed: int
     provenance: dict[str, Any]
     warnings: tuple[str, ...] = ()
-    beside: Path = field(default=Path(), compare=False)
+    read_from: Path = field(default=Path(), compare=False)
 
     def __post_init__(self) -> None:
         for name, least in (("sequence_length", 1), ("batch_size", 1), ("steps", 1), ("seed", 0)):
@@ -119,7 +119,7 @@ class TargetConfig:
         if folder is None:  # written by an earlier version, whose paths led from the current folder
             return references, None
         places = self.provenance.get("places", {})
-        now, home = run_dir.found(references, folder, places, self.beside, f"the target {self.model}")
+        now, home = run_dir.found(references, folder, places, self.read_from, f"the target {self.model}")
         return {key: run_dir.from_here(key, each, home) for key, each in now.items()}, home
 
     @property
@@ -177,7 +177,7 @@ class TargetConfig:
             table(plan.parametrization)
             names = ("model", "options", "data", "sequence_length", "batch_size", "steps", "seed", "provenance")
             target = cls(
-                plan=plan, warnings=tuple(data["warnings"]), beside=Path(path).parent,
+                plan=plan, warnings=tuple(data["warnings"]), read_from=Path(path).parent,
                 **{name: data[name] for name in names},
             )  # fmt: skip
             again = json.loads(json.dumps(target.as_dict()))

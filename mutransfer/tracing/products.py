@@ -82,10 +82,10 @@ class Dots:
         result.bent = any(flow.bent for _, flow in live) or (name in ops.UNARY and name not in LIKE and name != "pow")
         for tensor, flow in live:
             alpha = kwargs.get("alpha", 1) if name in ops.SUMS and len(args) > 1 and tensor is args[1] else 1
-            beside = (
+            others = (
                 [other for each, other in live if each is not tensor and not other.dots] if name in ops.PRODUCTS else []
             )
-            for other in beside:  # such as the norms of both sides
+            for other in others:  # such as the norms of both sides
                 alpha *= (
                     1 / other.number if name.startswith("div") and tensor is args[0] and other.number else other.number
                 )

@@ -244,13 +244,13 @@ class OpTracer(TorchDispatchMode):
             return others[0]
         node = self.graph.add(dict.fromkeys(flow.node for flow in others if flow.node)) if live else 0
         first = len(self._seen)
-        noted = self._note_uses(name, args, inputs, node)
+        used = self._note_uses(name, args, inputs, node)
         self._attentions.see(name, args, kwargs, self._flow, self.dots, self._modules[-1])
-        result = Flow(union(each.depends for each in flows), uses=union(each.uses for each in flows) | noted, node=node)
+        result = Flow(union(each.depends for each in flows), uses=union(each.uses for each in flows) | used, node=node)
         rooted = [self._roots.get(each) is not None for each in floating]
         result.carries = carried(name, flows, rooted)
-        if noted and contracts:
-            result.direct = noted
+        if used and contracts:
+            result.direct = used
         elif not contracts and name not in ops.AFFINE_NORMS and name not in NORMALIZED:
             result.direct = union(each.direct for each in flows)
         met = [(each, flow) for each, flow in zip(floating, flows, strict=True) if flow.depends]
@@ -301,7 +301,7 @@ class OpTracer(TorchDispatchMode):
         others = [self._flow(other) for other in inputs if self._roots.get(other) is None]
         carried = union(flow.carries for flow in others)
         operands = tuple(flow.node for flow in others if flow.node)
-        noted = 0
+        used = 0
         for tensor in inputs:
             root = self._roots.get(tensor)
             if root is None:
@@ -314,13 +314,13 @@ class OpTracer(TorchDispatchMode):
             if "in" in axes:
                 self._features |= union(other.uses for other in others)
             on_data = not any(other.depends for other in others)
-            noted |= 1 << len(self._seen)
+            used |= 1 << len(self._seen)
             shift = root.shift if root.linear else 0.0
             use = Use(name, axes, self.decode(carried), on_data, node, operands, shift, alone=alone, summed=summed)
             self._seen.append((root.index, use))
             self._used_in[self._names[root.index]].add(self._modules[-1])
             self._columns.append(self._met_by(name, args, inputs, tensor))
-        return noted
+        return used
 
     def _met_by(self, name: str, args: Any, inputs: list[torch.Tensor], tensor: torch.Tensor) -> tuple[Labels, ...]:
         """Return from which pieces the entries come that each axis of a parameter meets, as `Joins` numbers them."""

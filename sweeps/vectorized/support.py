@@ -67,12 +67,12 @@ def _tried(key: str, scale: Scale, device: str) -> str | None:
         if is_out_of_memory(error):
             return "there is no memory for two of them at once"
         return f"the model does not run under torch.vmap ({describe(error)})"
-    for alone, beside in zip(apart, together, strict=True):
-        lost = not math.isfinite(alone) and not math.isfinite(beside)
-        if not lost and not abs(alone - beside) <= TOLERANCE * abs(alone):
+    for alone, joint in zip(apart, together, strict=True):
+        lost = not math.isfinite(alone) and not math.isfinite(joint)
+        if not lost and not abs(alone - joint) <= TOLERANCE * abs(alone):
             if _apart(experiment, plan, device, 1) != apart:
                 return None  # random, as with dropout: nothing to compare
-            return f"beside another trial the model's loss after {STEPS} steps is {beside:.6g} instead of {alone:.6g}"
+            return f"beside another trial the model's loss after {STEPS} steps is {joint:.6g} instead of {alone:.6g}"
     return None
 
 
