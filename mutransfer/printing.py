@@ -110,7 +110,8 @@ class _Lines(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         with contextlib.suppress(OSError, ValueError, AttributeError):
-            print(self.format(record) + "\n", end="", file=sys.stderr, flush=True)
+            sys.stderr.write(self.format(record) + "\n")
+            sys.stderr.flush()
 
 
 @contextlib.contextmanager
