@@ -5,16 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import (
+from torch.utils.flop_counter import flop_registry
+
+from ._torch_internals import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensor,
     FakeTensorMode,
+    HigherOrderOperator,
+    TorchDispatchMode,
+    argument_schemas,
+    disable_current_modes,
+    overload_packet,
+    storage_id,
+    tree_leaves,
+    tree_map_only,
 )
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves, tree_map_only
-from torch.utils.flop_counter import flop_registry
-
 from .errors import RequestError
 from .flop_formulas import FORMULAS
 
@@ -88,7 +94,7 @@ class FakeValues(TorchDispatchMode):
     def _real(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Return the operation's result on real tensors."""
         records = self._leading_to({_storage(each) for each in _tensors((args, kwargs))}, str(func))
-        with _disable_current_modes(), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with disable_current_modes(), torch.no_grad(), torch.random.fork_rng(devices=[]):
             for record in records:
                 torch.manual_seed(record)  # the same whenever it is computed
                 self._compute(*self._tape[record])
@@ -152,22 +158,22 @@ def _tensors(tree: Any) -> list[torch.Tensor]:
 
 
 def _storage(tensor: torch.Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
+    return storage_id(tensor)
 
 
 def _changed(func: Any, args: Any, kwargs: dict[str, Any]) -> list[Any]:
     """Return the arguments that an operation writes into."""
-    if func is None or isinstance(func, torch._ops.HigherOrderOperator):
+    if func is None or isinstance(func, HigherOrderOperator):
         return []
-    named = [each for each in func._schema.arguments if each.alias_info is not None and each.alias_info.is_write]
-    given = dict(zip((each.name for each in func._schema.arguments), args, strict=False)) | kwargs
+    named = [each for each in argument_schemas(func) if each.alias_info is not None and each.alias_info.is_write]
+    given = dict(zip((each.name for each in argument_schemas(func)), args, strict=False)) | kwargs
     return [given[each.name] for each in named if each.name in given]
 
 
 def _is_product(func: Any) -> bool:
-    if isinstance(func, torch._ops.HigherOrderOperator):
+    if isinstance(func, HigherOrderOperator):
         return True
-    return func is not None and (func._overloadpacket in FORMULAS or func._overloadpacket in flop_registry)
+    return func is not None and (overload_packet(func) in FORMULAS or overload_packet(func) in flop_registry)
 
 
 def _random(tensor: torch.Tensor) -> torch.Tensor:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map_only
 
+from ._torch_internals import tree_map_only
 from .errors import RequestError, describe
 from .printing import once
 from .scale import Scale

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import flop_registry
 
+from ._torch_internals import argument_schemas, operator_name
+
 __all__ = ["FORMULAS", "HIGHER_ORDER", "Formula", "grouped_mm", "is_free"]
 
 aten = torch.ops.aten
@@ -255,9 +257,9 @@ FREE_NAMESPACES = {"prim", "prims", "profiler", "c10d", "_c10d_functional", "_dt
 @functools.cache
 def is_free(func: Any) -> bool:
     """Return whether an operation is entrywise, a reduction, a view, a gather or the like, which the price leaves out."""
-    namespace, _, name = func._schema.name.partition("::")
+    namespace, _, name = operator_name(func).partition("::")
     if namespace != "aten":
         return namespace in FREE_NAMESPACES
-    views = any(each.alias_info is not None and not each.alias_info.is_write for each in func._schema.arguments)
+    views = any(each.alias_info is not None and not each.alias_info.is_write for each in argument_schemas(func))
     tags = {getattr(torch.Tag, tag) for tag in ("pointwise", "reduction") if hasattr(torch.Tag, tag)}
     return views or bool(tags & {*func.tags}) or FREE.fullmatch(name.strip("_")) is not None

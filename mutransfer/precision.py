@@ -6,7 +6,8 @@ import functools
 import time
 
 import torch
-from torch.utils._python_dispatch import _disable_current_modes
+
+from ._torch_internals import disable_current_modes
 
 __all__ = ["bfloat16_is_slow", "bfloat16_slowdown"]
 
@@ -22,7 +23,7 @@ def bfloat16_slowdown() -> float:
     torch has no vectorized bfloat16 product for processors with AVX2 alone, which most desktops and older servers have.
     """
     # A fake or tracing mode that is active would record the products instead of computing them.
-    with _disable_current_modes(), torch.no_grad():
+    with disable_current_modes(), torch.no_grad():
         exact = torch.ones(SIZE, SIZE, dtype=torch.float32, device="cpu")
         return _seconds(exact.to(torch.bfloat16)) / _seconds(exact)
 

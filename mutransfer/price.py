@@ -26,11 +26,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
-from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
+from ._torch_internals import (
+    NEWTON_SCHULZ,
+    FakeTensor,
+    HigherOrderOperator,
+    TorchDispatchMode,
+    is_traceable_wrapper_subclass,
+    operator_name,
+    overload_packet,
+    tree_leaves,
+    tree_map_only,
+)
 from .errors import RequestError
 from .fake_values import FakeValues
 from .family import Family
@@ -42,7 +50,7 @@ from .tracing.run import REAL, build, on_cpu, on_fake_tensors, quiet, unfused
 
 __all__ = ["FlopCounter", "Flops", "optimizer_flops", "step_cost", "step_flops"]
 
-NEWTON_SCHULZ = 5  # torch.optim.Muon's ns_steps
+_, ITERATIONS, _ = NEWTON_SCHULZ
 
 
 @dataclass(frozen=True)
@@ -98,7 +106,7 @@ def optimizer_flops(plan: Plan) -> float:
     for row in plan.rows:
         if isinstance(OPTIMIZERS[plan.optimizer].of(row), Muon):
             short, long = sorted(row.shape)
-            total += NEWTON_SCHULZ * (2 * short * short * long + 2 * short**3 + 2 * short * short * long)
+            total += ITERATIONS * (2 * short * short * long + 2 * short**3 + 2 * short * short * long)
     return total
 
 
@@ -146,9 +154,9 @@ class FlopCounter(TorchDispatchMode):
         kwargs = kwargs or {}
         if any(is_traceable_wrapper_subclass(each) for each in tree_leaves((args, kwargs))):
             return NotImplemented  # ragged or sharded: what it holds is operated on in turn, and seen then
-        if isinstance(func, torch._ops.HigherOrderOperator):
+        if isinstance(func, HigherOrderOperator):
             return self._higher_order(func, args, kwargs)
-        packet = func._overloadpacket
+        packet = overload_packet(func)
         formula = FORMULAS.get(packet) or flop_registry.get(packet)
         if formula is None and not is_free(func):
             with self:  # what torch itself breaks down, in inference mode
@@ -160,7 +168,7 @@ class FlopCounter(TorchDispatchMode):
         if formula is not None:
             self._add(func, formula, args, kwargs, out)
         elif not is_free(func):
-            self._uncounted[func._schema.name] = None
+            self._uncounted[operator_name(func)] = None
         return out
 
     def _add(self, func: Any, formula: Formula, args: Any, kwargs: dict[str, Any], out: Any) -> None:
@@ -218,7 +226,7 @@ def _flex_attention_trains_on_the_cpu() -> Iterator[None]:
 
 
 def _name(func: Any) -> str:
-    return str(func.name() if isinstance(func, torch._ops.HigherOrderOperator) else func._schema.name)
+    return operator_name(func)
 
 
 def _layout(args: Any) -> str:

@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._guards import detect_fake_mode
 from torch.nn import functional as F
 
+from mutransfer._torch_internals import detect_fake_mode
 from mutransfer.errors import RequestError, nearest
 from mutransfer.family import Family
 from mutransfer.scale import Scale

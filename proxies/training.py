@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map_only
 
+from mutransfer._torch_internals import tree_map_only
 from mutransfer.family import Family
 from mutransfer.planning.plan import Plan
 from mutransfer.recipe import Recipe

@@ -12,19 +12,16 @@ import errno
 import fcntl
 import json
 import os
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
-from optuna.storages.journal._storage import JournalStorageReplayResult
 
 from mutransfer.errors import RequestError
 from mutransfer.io import naming_the_disk
 
-__all__ = ["Interruptible", "Journal"]
+__all__ = ["Journal"]
 
 BLOCK = 65536  # bytes looked back at a time for the last newline
 FIRST = b'{"op_code":'  # how a journal begins, Optuna's own as well
@@ -82,25 +79,6 @@ class Journal(JournalFileBackend):
             yield file
         finally:
             os.close(file)  # and with it the lock
-
-
-class Interruptible(JournalStorage):
-    """Optuna's storage on a journal, whatever its backend, in which a Ctrl-C may come anywhere.
-
-    Optuna counts a line as read before it applies it. After an interruption in between this process would go on without what
-    the line says, such as a trial's parameters; so it reads the journal anew.
-    """
-
-    def _sync_with_backend(self) -> None:
-        try:
-            super()._sync_with_backend()
-        except Exception:  # what was asked for is refused; all lines up to there are applied
-            raise
-        except BaseException:
-            # Under another name, or what was refused would be refused again as it is read.
-            self._worker_id_prefix = f"{uuid.uuid4()}-"
-            self._replay_result = JournalStorageReplayResult(self._worker_id_prefix)
-            raise
 
 
 def _end_of_last_line(file: int) -> int:

@@ -12,12 +12,13 @@ from typing import Any
 from optuna.distributions import BaseDistribution
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import BaseStorage
-from optuna.study._frozen import FrozenStudy
-from optuna.study._study_direction import StudyDirection
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from mutransfer.errors import RequestError, describe
 from mutransfer.io import masked
+
+from ._optuna_internals import FrozenStudy
 
 __all__ = ["RetryingStorage", "made_by_others", "outage"]
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +18,7 @@ from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from scipy import stats
 
+from ._optuna_internals import StudyView, contains, set_preliminary_samples
 from .workers import FIXED, REPEATS, origin, valid_trials
 
 __all__ = ["Auto", "FEW", "GaussianProcess", "Independent", "START", "foreseen", "inside", "tpe"]
@@ -41,13 +42,15 @@ class GaussianProcess(optuna.samplers.GPSampler):
 
     def __init__(self, start: int, seed: int) -> None:
         super().__init__(n_startup_trials=start, seed=seed)
-        self._n_preliminary_samples = LOOKED_AT
+        set_preliminary_samples(self, LOOKED_AT)
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
         """See optuna's BaseSampler; nothing, which is then drawn at random, where a trial is the very same."""
-        values = super().sample_relative(_Foreseen(study), trial, search_space)  # type: ignore[arg-type]
+        maximize = study.direction is StudyDirection.MAXIMIZE
+        view: Any = StudyView(study, lambda trials: foreseen(trials, maximize=maximize))
+        values = super().sample_relative(view, trial, search_space)
         return {} if any(_same(values, taken, search_space) for taken in _taken(study, trial)) else values
 
 
@@ -67,23 +70,6 @@ def _same(one: dict[str, Any], other: dict[str, Any], search_space: dict[str, Ba
         else value == other[name]
         for name, value in one.items()
     )
-
-
-class _Foreseen:
-    """A study in which pruned trials are complete."""
-
-    def __init__(self, study: Study) -> None:
-        self._study = study
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._study, name)
-
-    def _get_trials(
-        self, deepcopy: bool = True, states: Container[TrialState] | None = None, use_cache: bool = False
-    ) -> list[FrozenTrial]:
-        trials = self._study._get_trials(deepcopy=False, use_cache=use_cache)
-        trials = foreseen(trials, maximize=self._study.direction is StudyDirection.MAXIMIZE)
-        return [trial for trial in trials if states is None or trial.state in states]
 
 
 def foreseen(trials: Sequence[FrozenTrial], *, maximize: bool = False) -> list[FrozenTrial]:
@@ -300,7 +286,7 @@ def inside(distribution: BaseDistribution, value: Any) -> bool:
     """Return whether a distribution holds ``value``; None is in no range."""
     if isinstance(distribution, CategoricalDistribution):
         return value in distribution.choices
-    return value is not None and distribution._contains(value)
+    return value is not None and contains(distribution, value)
 
 
 def _on_line(distribution: BaseDistribution, place: float) -> Any:

@@ -19,14 +19,15 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import optuna
-from optuna.storages import BaseStorage, GrpcStorageProxy, RDBStorage, _CachedStorage
+from optuna.storages import BaseStorage, GrpcStorageProxy, RDBStorage
 from optuna.storages.journal import JournalRedisBackend
 
 from mutransfer.errors import RequestError, describe
 from mutransfer.io import masked
 from mutransfer.run_dir import RunFolder
 
-from .journal import Interruptible, Journal
+from ._optuna_internals import CachedStorage, InterruptibleJournalStorage, close_database
+from .journal import Journal
 from .retry import RetryingStorage, made_by_others
 
 __all__ = ["Opened", "naming_the_storage", "only_one", "only_worker", "opened", "own_journal"]
@@ -126,7 +127,7 @@ def own_journal(folder: RunFolder) -> Opened:
         RequestError: it is no journal, or cannot be read.
     """
     try:
-        backend = Interruptible(Journal(folder.journal))
+        backend = InterruptibleJournalStorage(Journal(folder.journal))
     except (KeyError, AssertionError, json.JSONDecodeError) as error:
         raise RequestError(f"cannot read the study in {folder.journal} ({error}): name another --out.") from None
     return Opened(backend, str(folder.journal), False, own=True)
@@ -166,9 +167,8 @@ def naming_the_storage(storage: Opened) -> Iterator[None]:
 def _close(backend: BaseStorage) -> None:
     if isinstance(backend, RetryingStorage):
         backend = backend.storage
-    if isinstance(backend, _CachedStorage):
-        backend._backend.remove_session()
-        backend._backend.engine.dispose()
+    if isinstance(backend, CachedStorage):
+        close_database(backend)
     elif isinstance(backend, GrpcStorageProxy):
         backend.close()
 
@@ -197,16 +197,16 @@ def _opener(address: str) -> Callable[[], BaseStorage]:
     scheme, colon, rest = address.partition(":")
     kind, server = scheme.partition("+")[0].lower(), rest.startswith("//")
     if colon and kind == "journal" and rest:
-        return lambda: Interruptible(Journal(Path(rest.removeprefix("//"))))
+        return lambda: InterruptibleJournalStorage(Journal(Path(rest.removeprefix("//"))))
     if not colon and address.endswith(".journal"):
-        return lambda: Interruptible(Journal(Path(address)))
+        return lambda: InterruptibleJournalStorage(Journal(Path(address)))
     if kind == "sqlite":
         return lambda: optuna.storages.get_storage(address)
     if kind in DATABASES and server:
         return lambda: RetryingStorage(lambda: _database(address), address)
     if kind in ("redis", "rediss") and server:
         return lambda: RetryingStorage(
-            lambda: Interruptible(JournalRedisBackend(address, prefix="mutransfer")), address
+            lambda: InterruptibleJournalStorage(JournalRedisBackend(address, prefix="mutransfer")), address
         )
     if kind == "grpc" and server:
         return lambda: RetryingStorage(lambda: _proxy(address), address, reopen=True)

@@ -14,6 +14,7 @@ from optuna.trial import FrozenTrial
 from mutransfer.errors import RequestError
 from mutransfer.schemas import TRIALS
 
+from ._optuna_internals import storage_of, study_id
 from .experiment import BETAS, Experiment
 from .pruners import Halving, judged_once
 from .samplers import START, Auto, GaussianProcess, Independent, inside, tpe
@@ -58,8 +59,8 @@ def open_study(experiment: Experiment, storage: Opened, name: str | None, owner:
 
 def _refuse_other_study(study: optuna.Study, experiment: Experiment, storage: Opened) -> None:
     """One study is one question: trials of another experiment in it would count, and one could be called the best."""
-    if storage.own and len(names := optuna.get_all_study_names(study._storage)) > 1:
-        study._storage.delete_study(study._study_id)
+    if storage.own and len(names := optuna.get_all_study_names(storage_of(study))) > 1:
+        storage_of(study).delete_study(study_id(study))
         raise RequestError(
             f"the run folder holds the study {min(set(names) - {study.study_name})!r}: leave out --study, or use another --out."
         )

@@ -26,6 +26,7 @@ from mutransfer.run_dir import RunFolder
 from mutransfer.scale import Scale
 from mutransfer.schemas import BASINS, REPEATS, TRIALS, Schema
 
+from ._optuna_internals import storage_of
 from .executors import LazyExecutor, check_trainer, one_by_one
 from .experiment import Budget, Experiment, with_values
 from .jobs import Executor, Job, Reported, cost_of, flops_of, loaded, plan_of
@@ -180,8 +181,8 @@ def run_trials(
         # What cannot be told now (a full disk, an interruption inside the storage) is given back when the run resumes, or
         # by another worker.
         with contextlib.suppress(Exception):
-            if isinstance(claims.study._storage, RetryingStorage):
-                claims.study._storage.hurry()
+            if isinstance(storage := storage_of(claims.study), RetryingStorage):
+                storage.hurry()
             claims.give_back_own()
         raise
 

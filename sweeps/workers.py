@@ -26,6 +26,8 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
+from ._optuna_internals import forget_cached_trials, storage_of, study_id, trial_id
+
 __all__ = ["TrialQueue", "FINISHED", "FIXED", "LEASE", "Heartbeats", "OWNER", "origin", "valid_trials", "worker_name"]
 
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
@@ -81,7 +83,7 @@ class TrialQueue:
         owner: str,
     ) -> None:
         self.study, self._space, self._total, self._first, self.owner = study, space, total, first, owner
-        self._storage = study._storage
+        self._storage = storage_of(study)
         self.begun: dict[int, Trial] = {}
 
     def trials(self) -> list[FrozenTrial]:
@@ -110,7 +112,7 @@ class TrialQueue:
                 if waiting is None and (made := self._made()) is not None:
                     return self._begin(made)
                 if waiting is not None and self._took(waiting):
-                    return self._begin(waiting._trial_id)
+                    return self._begin(trial_id(waiting))
 
     def give_back(self, lost: Iterable[FrozenTrial]) -> None:
         """Fail trials that will have no outcome; their parameters wait to be tried again, once, whoever else does this."""
@@ -125,7 +127,7 @@ class TrialQueue:
                 kept |= {FIXED: parameters, REPEATS: number}
                 kept.pop(OWNER, None)
                 self.study.add_trial(create_trial(state=TrialState.WAITING, system_attrs=kept))
-            self._fail(trial._trial_id)
+            self._fail(trial_id(trial))
 
     def give_back_own(self) -> None:
         """Give back all that this worker has begun and not finished."""
@@ -140,29 +142,29 @@ class TrialQueue:
             if trial.state is not TrialState.WAITING or trial.number in valid:
                 continue
             if trials[trial.system_attrs[REPEATS]].state.is_finished():  # until then it may become valid
-                self._fail(trial._trial_id)
+                self._fail(trial_id(trial))
 
     def _made(self) -> int | None:
         """Make a new trial; None if other workers were faster and have taken the last places."""
         template = create_trial(state=TrialState.RUNNING, system_attrs={OWNER: self.owner})
-        made = self._storage.create_new_trial(self.study._study_id, template)
-        if any(trial._trial_id == made for trial in valid_trials(self.trials())[: self._total]):
+        made = self._storage.create_new_trial(study_id(self.study), template)
+        if any(trial_id(trial) == made for trial in valid_trials(self.trials())[: self._total]):
             return made
         self._fail(made)
         return None
 
     def _took(self, waiting: FrozenTrial) -> bool:
-        taken = self._storage.set_trial_state_values(waiting._trial_id, TrialState.RUNNING)
+        taken = self._storage.set_trial_state_values(trial_id(waiting), TrialState.RUNNING)
         if taken:
-            self._storage.set_trial_system_attr(waiting._trial_id, OWNER, self.owner)
+            self._storage.set_trial_system_attr(trial_id(waiting), OWNER, self.owner)
         return taken
 
-    def _begin(self, trial_id: int) -> Trial:
-        taken = self._storage.get_trial(trial_id)
+    def _begin(self, number: int) -> Trial:
+        taken = self._storage.get_trial(number)
         if taken.number == 0 and self._first is not None and FIXED not in taken.system_attrs:
-            self._storage.set_trial_system_attr(trial_id, FIXED, self._first)
-        self.study._thread_local.cached_all_trials = None  # as ask does: the sampler is to see what is there now
-        trial = Trial(self.study, trial_id)
+            self._storage.set_trial_system_attr(number, FIXED, self._first)
+        forget_cached_trials(self.study)  # as ask does: the sampler is to see what is there now
+        trial = Trial(self.study, number)
         for name, distribution in self._space.items():
             _suggest(trial, name, distribution)
         self.begun[taken.number] = trial
@@ -173,9 +175,9 @@ class TrialQueue:
         running = [trial for trial in self.trials() if trial.state is TrialState.RUNNING]
         return [t for t in running if t.system_attrs.get(OWNER) == self.owner and t.number not in self.begun]
 
-    def _fail(self, trial_id: int) -> None:
+    def _fail(self, number: int) -> None:
         with contextlib.suppress(UpdateFinishedTrialError):  # somebody else has
-            self._storage.set_trial_state_values(trial_id, TrialState.FAIL)
+            self._storage.set_trial_state_values(number, TrialState.FAIL)
 
 
 def _suggest(trial: Trial, name: str, distribution: BaseDistribution) -> None:
@@ -206,7 +208,7 @@ class Heartbeats:
     """
 
     def __init__(self, study: optuna.Study, owner: str, seconds: float = LEASE) -> None:
-        self._storage, self._study_id = study._storage, study._study_id
+        self._storage, self._study_number = storage_of(study), study_id(study)
         self.owner, self.seconds = owner, seconds
         self._count = 0
         self._watched = -float("inf")
@@ -233,7 +235,7 @@ class Heartbeats:
 
     def silent(self, owner: str) -> bool:
         """Return whether a worker has missed its heartbeat for its lease, as far as these questions have been asked."""
-        sign = self._storage.get_study_system_attrs(self._study_id).get(f"{SIGN}{owner}")
+        sign = self._storage.get_study_system_attrs(self._study_number).get(f"{SIGN}{owner}")
         now = time.monotonic()
         before, since = self._owners.get(owner, (None, now))
         self._owners[owner] = sign, (since if before == sign else now)
@@ -250,12 +252,12 @@ class Heartbeats:
 
     def _show(self) -> None:
         self._count += 1
-        self._storage.set_study_system_attr(self._study_id, f"{SIGN}{self.owner}", [self._count, self.seconds])
+        self._storage.set_study_system_attr(self._study_number, f"{SIGN}{self.owner}", [self._count, self.seconds])
 
     def watch(self) -> None:
         """Look at all running trials' owners."""
-        attributes = self._storage.get_study_system_attrs(self._study_id)
-        running = self._storage.get_all_trials(self._study_id, deepcopy=False, states=(TrialState.RUNNING,))
+        attributes = self._storage.get_study_system_attrs(self._study_number)
+        running = self._storage.get_all_trials(self._study_number, deepcopy=False, states=(TrialState.RUNNING,))
         now = time.monotonic()
         if now - self._watched > self.seconds / 2:  # nothing was seen for a while
             self._seen = {}

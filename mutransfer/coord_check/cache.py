@@ -16,8 +16,8 @@ from typing import Any
 
 import pandas as pd
 import torch
-from torch.utils._pytree import tree_leaves
 
+from .._torch_internals import tree_leaves
 from ..errors import RequestError
 from ..schemas import COORDINATES
 

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 from torch.func import functional_call
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from .._torch_internals import tree_flatten, tree_leaves, tree_unflatten
 from ..optimizers.rules import OPTIMIZERS
 from ..param_names import plain_name, planned_names
 from ..parametrizations.spec import FOLDS

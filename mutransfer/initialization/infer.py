@@ -12,8 +12,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import _disable_current_modes
 
+from .._torch_internals import disable_current_modes
 from ..errors import RequestError
 from .init import Init, Part, Program, UnreplayableError
 from .record import TRUNCATED, Constant, Recorder, Step, Window, apart, box, steps_to
@@ -109,7 +109,7 @@ class Folding:
         """Run an entrywise step on the one number that each of its tensors holds everywhere."""
         if isinstance(step.func, str) or torch.Tag.pointwise not in step.func.tags or step.random:
             return None
-        with _disable_current_modes():
+        with disable_current_modes():
             args = [
                 torch.full((1,), value, dtype=arg.dtype) if isinstance(arg, Window) else arg
                 for value, arg in zip(values, step.args, strict=True)
@@ -176,7 +176,7 @@ def _erfinv(init: Init) -> Init | None:
     """The inverse error function of a uniform draw is a truncated normal: `trunc_normal_` until torch 2.12."""
     if init.kind != "uniform" or init.a < -1 or init.b > 1:
         return None
-    with _disable_current_modes():
+    with disable_current_modes():
         low, high = torch.tensor([init.a, init.b], dtype=torch.float64).erfinv().tolist()
     return Init.truncated(0.0, math.sqrt(0.5), low, high)
 
@@ -192,7 +192,7 @@ def arguments(step: Step, *named: tuple[str, float]) -> tuple[float, float]:
 
 def one_number(tensor: torch.Tensor) -> Init | None:
     """A tensor from outside, if it holds one number everywhere."""
-    with _disable_current_modes():
+    with disable_current_modes():
         if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or not tensor.numel() or tensor.is_complex():
             return None
         first = tensor.detach().flatten()[0]
@@ -262,7 +262,7 @@ class InitWatcher(Recorder):
             program = Program.of(window, steps_to(window.version))
         except UnreplayableError:
             return None
-        with _disable_current_modes():
+        with disable_current_modes():
             return None if program.random else program.run(0).item()
 
     def _truncates(self, condition: torch.Tensor) -> bool:

@@ -18,8 +18,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
 import torch
-from torch.utils._python_dispatch import _disable_current_modes
 
+from .._torch_internals import argument_schemas, disable_current_modes, local_shape_and_offset
 from ..errors import RequestError
 from .record import TRUNCATED, Constant, Step, Window, tensors_in
 
@@ -334,7 +334,7 @@ class Program:
                 case _:
                     return value
 
-        with _disable_current_modes(), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with disable_current_modes(), torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             for step in self.steps:
                 kwargs = {key: decode(value) for key, value in step["kwargs"].items()}
@@ -385,7 +385,7 @@ class Program:
 @functools.lru_cache(maxsize=256)  # the same program comes once per layer
 def _measured(program: str) -> tuple[float, float]:
     own = Program.from_dict(json.loads(program))
-    with _disable_current_modes():
+    with disable_current_modes():
         first = own.run(0)
         runs = min(16, math.ceil(2**18 / first.numel())) if own.random else 1
         seen = torch.stack([first, *(own.run(seed) for seed in range(1, runs))]).double()
@@ -404,11 +404,11 @@ def _table(value: Any) -> bool:
 
 @functools.cache
 def _takes_dtype(func: Any) -> bool:
-    return not isinstance(func, str) and any(argument.name == "dtype" for argument in func._schema.arguments)
+    return not isinstance(func, str) and any(argument.name == "dtype" for argument in argument_schemas(func))
 
 
 def _values(tensor: torch.Tensor) -> list[Any]:
-    with _disable_current_modes():
+    with disable_current_modes():
         if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
             raise UnreplayableError("a tensor made before the model was built")
         if tensor.numel() > LITERAL:
@@ -508,10 +508,8 @@ def _box(start: tuple[int, ...], size: tuple[int, ...]) -> tuple[slice, ...]:
 
 
 def _shard(parameter: Any, name: str) -> tuple[torch.Tensor, tuple[int, ...]]:
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
     local = parameter.to_local()
-    size, start = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    size, start = local_shape_and_offset(parameter)
     if any(placement.is_partial() for placement in parameter.placements) or tuple(size) != tuple(local.shape):
         raise RequestError(
             f"{name} is placed as {parameter.placements}: initialize fills shards and replicas, so place it so first."

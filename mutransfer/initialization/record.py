@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import DataDependentOutputException
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from .._torch_internals import DataDependentOutputException, TorchDispatchMode, argument_schemas, storage_id
 
 __all__ = [
     "Constant",
@@ -53,7 +53,7 @@ class Window:
     @property
     def key(self) -> int:
         """The storage's identity."""
-        return self.version.storage._cdata
+        return storage_id(self.version.storage)
 
     @property
     def repeats(self) -> bool:
@@ -147,7 +147,7 @@ class Recorder(TorchDispatchMode):
 
     def window(self, tensor: torch.Tensor) -> Window | Constant:
         """Return the tensor as it is now; one made outside of this recording is taken by value."""
-        version = self._versions.get(tensor.untyped_storage()._cdata)
+        version = self._versions.get(storage_id(tensor))
         return Constant(tensor) if version is None else _window(tensor, version)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -178,11 +178,11 @@ class Recorder(TorchDispatchMode):
         if places is None:
             return
         written = [tensor for place in places for tensor in tensors_in(_argument(place, args, kwargs))]
-        results = written or [t for t in tensors_in(out) if t.untyped_storage()._cdata not in self._versions]
+        results = written or [t for t in tensors_in(out) if storage_id(t) not in self._versions]
         if not results:  # a view, or no tensor at all
             return
         blank = [_window(tensor, Version(tensor.untyped_storage())) for tensor in results]
-        read = {tensor.untyped_storage()._cdata for tensor in tensors_in(args[1:])}
+        read = {storage_id(tensor) for tensor in tensors_in(args[1:])}
         overwrites = (func._opname in OVERWRITES or "out" in kwargs) and not read & {window.key for window in blank}
         for window in blank:
             if func._opname in EMPTY or (overwrites and window.whole):
@@ -224,7 +224,7 @@ def _writes(func: Any) -> tuple[int | str, ...] | None:
     if torch.Tag.inplace_view in func.tags:
         return None
     places: list[int | str] = []
-    for i, argument in enumerate(func._schema.arguments):
+    for i, argument in enumerate(argument_schemas(func)):
         if argument.alias_info is not None and argument.alias_info.is_write:
             places.append(argument.name if argument.kwarg_only else i)
     return tuple(places)

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import AdamW, Muon, Optimizer
-from torch.optim._muon import _adjust_lr
 
+from .._torch_internals import muon_lr
 from ..precision import bfloat16_is_slow
 
 __all__ = ["MuonWithAdamW", "iteration_dtype", "orthogonalized"]
@@ -66,7 +66,7 @@ class _Muon(Muon):
                     iteration_dtype(parameter.device), group["ns_coefficients"], group["ns_steps"], group["eps"],
                 )  # fmt: skip
                 parameter.mul_(1 - lr * group["weight_decay"])
-                parameter.add_(direction, alpha=-_adjust_lr(lr, group["adjust_lr_fn"], parameter.shape))
+                parameter.add_(direction, alpha=-muon_lr(lr, group["adjust_lr_fn"], parameter.shape))
 
 
 class MuonWithAdamW(Optimizer):

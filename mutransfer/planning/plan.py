@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from .._torch_internals import multiply_all_
 from ..errors import RequestError, nearest
 from ..family import is_lazy
 from ..initialization import Init, draw_
@@ -561,7 +562,7 @@ def clip_grad_norm_(gauged: Iterable[tuple[float, torch.Tensor, tuple[Columns, .
     total = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
     scale = torch.clamp(max_norm / (total + 1e-6), max=1.0)
     for (_, device, _), grads in live.items():
-        torch._foreach_mul_(grads, scale.to(device))
+        multiply_all_(grads, scale.to(device))
     return total
 
 

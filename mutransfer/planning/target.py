@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map_only
 
 from .. import run_dir
+from .._torch_internals import FakeTensorMode, tree_map_only
 from ..errors import RequestError, nearest
 from ..family import Family
 from ..initialization import InitWatcher

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from .._torch_internals import storage_id
+
 __all__ = [
     "Attention",
     "Flow",
@@ -115,7 +117,7 @@ def union(bits: Iterable[int]) -> int:
 
 def storage_key(tensor: torch.Tensor) -> int:
     """Return what all views of one tensor share."""
-    return tensor.untyped_storage()._cdata
+    return storage_id(tensor)
 
 
 def numeric(tensor: torch.Tensor) -> bool:

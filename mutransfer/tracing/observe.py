@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import torch
 
+from .._torch_internals import ConvNd
 from ..errors import RequestError
 from ..family import Family
 from ..initialization import Init, InitWatcher
@@ -486,7 +487,7 @@ def _unsplittable(model: torch.nn.Module, name: str, modules: set[str]) -> str:
     """Return why features of the input that a parameter meets cannot be multiplied by a hook of the module that owns it."""
     prefix, _, key = name.rpartition(".")
     owner = model.get_submodule(prefix)
-    if key != "weight" or not isinstance(owner, torch.nn.Linear | torch.nn.modules.conv._ConvNd):
+    if key != "weight" or not isinstance(owner, torch.nn.Linear | ConvNd):
         return "it belongs to no plain linear layer or convolution"
     if modules != {prefix}:
         return f"it is used outside of {prefix}'s own forward"

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from .._torch_internals import storage_id
+
 __all__ = [
     "AFFINE_NORMS",
     "CONTRACTIONS",
@@ -205,7 +207,7 @@ class Decompositions:
 
     def _summed(self, mean: bool, call: Call, stacked: torch.Tensor, dims: Any, keepdim: bool = False) -> Any:
         for out, pieces, dim in self._stacks:
-            same = out.untyped_storage()._cdata == stacked.untyped_storage()._cdata and out.stride() == stacked.stride()
+            same = storage_id(out) == storage_id(stacked) and out.stride() == stacked.stride()
             if same and out.shape == stacked.shape and [each % out.dim() for each in dims] == [dim]:
                 total = pieces[0]
                 for piece in pieces[1:]:

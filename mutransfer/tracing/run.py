@@ -17,13 +17,18 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.overrides import TorchFunctionMode
-from torch.utils._device import _device_constructors
-from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
-from torch.utils._pytree import tree_map_only
 
+from .._torch_internals import (
+    FakeTensor,
+    FakeTensorMode,
+    current_dispatch_modes,
+    default_device,
+    device_constructors,
+    disable_current_modes,
+    tree_map_only,
+)
 from ..errors import RequestError, describe
 from ..family import Family, is_lazy, unwrapped
 from ..initialization import InitWatcher
@@ -52,14 +57,14 @@ def on_fake_tensors() -> Iterator[FakeTensorMode]:
 
     That is the state of Python's, numpy's and torch's random number generators, and torch's default type and device.
     """
-    dtype, default = torch.get_default_dtype(), _default_device()
+    dtype, default = torch.get_default_dtype(), default_device()
     with _generators_kept(), _patched():
         try:
             with FakeTensorMode(allow_non_fake_inputs=True) as mode:
                 yield mode
         finally:
             torch.set_default_dtype(dtype)
-            if _default_device() is not default:
+            if default_device() is not default:
                 torch.set_default_device(None if default is None else default.device)
 
 
@@ -76,7 +81,7 @@ class on_cpu(TorchFunctionMode):  # noqa: N801 - read as a function, like torch.
             return _cloned(*args, **kwargs)
         if func in (torch.Tensor.cuda, torch.Tensor.xpu, torch.Tensor.share_memory_, torch.Tensor.pin_memory):
             return args[0]
-        if kwargs.get("device") is not None or (func in _device_constructors() and _default_device() is not None):
+        if kwargs.get("device") is not None or (func in device_constructors() and default_device() is not None):
             kwargs = kwargs | {"device": "cpu"}
         if func is torch.Tensor.to:
             return func(args[0], *map(_without_device, args[1:]), **kwargs)
@@ -91,7 +96,7 @@ def seeded(seed: int) -> None:
     _entropy.seed(seed)
     if (numpy := sys.modules.get("numpy")) is not None:
         numpy.random.seed(seed)
-    with _disable_current_modes():
+    with disable_current_modes():
         torch.default_generator.manual_seed(seed)
 
 
@@ -105,10 +110,6 @@ def drawn_from() -> int:
 def _without_device(value: Any) -> Any:
     is_device = isinstance(value, torch.device | str) or (isinstance(value, int) and not isinstance(value, bool))
     return torch.device("cpu") if is_device else value
-
-
-def _default_device() -> Any:
-    return getattr(torch._GLOBAL_DEVICE_CONTEXT, "device_context", None)
 
 
 def _cloned(tensor: FakeTensor, memo: dict[int, Any]) -> torch.Tensor:
@@ -187,7 +188,7 @@ def _seeded(self: random.Random, a: Any = None, version: int = 2) -> None:
 
 
 def _is_fake() -> bool:
-    return any(isinstance(mode, FakeTensorMode) for mode in _get_current_dispatch_mode_stack())
+    return any(isinstance(mode, FakeTensorMode) for mode in current_dispatch_modes())
 
 
 def _applied(self: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
@@ -243,7 +244,7 @@ def _lazy(original: Any, fake: type) -> Any:
     def new(cls: Any, *args: Any, **kwargs: Any) -> Any:
         if not _is_fake():
             return original(cls, *args, **kwargs)
-        with _disable_current_modes():
+        with disable_current_modes():
             like = original(cls, *args, **{**kwargs, "device": "cpu"} if len(args) < 2 else kwargs)
         made: Any = torch.empty(0, dtype=like.dtype, device="cpu").requires_grad_(like.requires_grad)
         made.__dict__.update(like.__dict__)  # a buffer's persistence
@@ -304,7 +305,7 @@ def forward(family: Family, model: torch.nn.Module, scale: Scale, inits: InitWat
             raise _does_not_run(
                 family, error, f"on fake tensors, and at width {scale.width} is too large to be run"
             ) from error
-    with _disable_current_modes(), torch.random.fork_rng(devices=[]):
+    with disable_current_modes(), torch.random.fork_rng(devices=[]):
         model = build(family, scale)
         try:
             return _watched(family, model, family.batch_on("cpu"), None, seed)
@@ -316,7 +317,7 @@ def forward(family: Family, model: torch.nn.Module, scale: Scale, inits: InitWat
 
 def _on_cpu(batch: Any) -> Any:
     """Return the batch as the fake mode in force has it, if there is one."""
-    mode = next((each for each in _get_current_dispatch_mode_stack() if isinstance(each, FakeTensorMode)), None)
+    mode = next((each for each in current_dispatch_modes() if isinstance(each, FakeTensorMode)), None)
     return tree_map_only(torch.Tensor, lambda each: (mode.from_tensor(each) if mode else each).to("cpu"), batch)
 
 

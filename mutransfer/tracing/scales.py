@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_leaves, tree_map_only
 
+from .._torch_internals import disable_current_modes, tree_leaves, tree_map_only
 from ..initialization import Init, InitWatcher
 from . import ops as ops
 from .dataflow import Flow, Use, storage_key
@@ -76,7 +75,7 @@ class Scalars:
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         if not tensors or any(self._known.get(storage_key(each)) is None for each in tensors):
             return None
-        with _disable_current_modes():
+        with disable_current_modes():
             real = tree_map_only(torch.Tensor, lambda each: torch.tensor(self.value(each), dtype=torch.float64), args)
             return float(func(*real, **{key: each for key, each in kwargs.items() if key == "alpha"}))
 

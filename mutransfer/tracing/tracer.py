@@ -12,9 +12,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from .._torch_internals import TorchDispatchMode, tree_leaves
 from ..param_names import pattern_of
 from . import ops as ops
 from .aliases import Cuts, Roots

@@ -10,8 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from mutransfer._torch_internals import OpOverload, inductor_compile, is_mutable, tree_flatten, tree_map, tree_unflatten
 from mutransfer.errors import describe
 
 from .step import Moving
@@ -58,8 +58,7 @@ def _compile(step: Step, example: tuple[Any, ...]) -> tuple[Step, Any]:
     graph = make_fx(flattened, _error_on_data_dependent_ops=False)(*flat)
     fold_constants(graph)
     expected = tree_unflatten(graph(*flat), out_spec[0])
-    with torch._inductor.config.patch(emulate_precision_casts=True):  # bfloat16 is rounded where it is written
-        program = torch._inductor.compile(graph, flat)
+    program = inductor_compile(graph, flat)
 
     def run(*inputs: Any) -> Any:
         return tree_unflatten(program(*tree_flatten(inputs)[0]), out_spec[0])
@@ -114,14 +113,14 @@ def fold_constants(graph: fx.GraphModule) -> None:
 def _pure(node: fx.Node) -> bool:
     """Draws are made anew every time, and what is written to is no constant."""
     target = node.target
-    if not isinstance(target, torch._ops.OpOverload):
+    if not isinstance(target, OpOverload):
         return False
     written = any(_writes(user) for user in node.users)
-    return torch.Tag.nondeterministic_seeded not in target.tags and not target._schema.is_mutable and not written
+    return torch.Tag.nondeterministic_seeded not in target.tags and not is_mutable(target) and not written
 
 
 def _writes(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+    return is_mutable(node.target)
 
 
 WARMUPS = 3  # libraries choose kernels and allocate workspaces in the first calls, which cannot be captured

@@ -12,16 +12,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.optim._muon import DEFAULT_A, DEFAULT_B, DEFAULT_C, DEFAULT_NS_STEPS, EPS, _adjust_lr
-from torch.utils._pytree import register_dataclass
 
+from mutransfer._torch_internals import NEWTON_SCHULZ, muon_lr, register_dataclass
 from mutransfer.optimizers.muon import iteration_dtype, orthogonalized
 from mutransfer.planning.plan import Columns, ParameterPlan, Plan
 
 __all__ = ["FUSED", "Clock", "Kind", "Settings", "blank_state", "kind_of", "numbers_of", "stepped"]
 
 FUSED = ("adamw", "adam", "sgd", "muon", "muon-match-rms-adamw")
-NEWTON_SCHULZ = (DEFAULT_A, DEFAULT_B, DEFAULT_C), DEFAULT_NS_STEPS, EPS
 Settings = dict[str, Tensor]
 State = tuple[Tensor, ...]
 
@@ -116,5 +114,5 @@ def _muon(p: Tensor, g: Tensor, state: State, settings: Settings, lr: Tensor, ki
     momentum = settings["momentum"]
     buffer = torch.lerp(state[0], g, (1 - momentum).to(p.dtype))
     direction = orthogonalized(torch.lerp(g, buffer, momentum.to(p.dtype)), kind.iteration, *NEWTON_SCHULZ)
-    size = lr * _adjust_lr(1.0, kind.adjust, p.shape[1:])
+    size = lr * muon_lr(1.0, kind.adjust, p.shape[1:])
     return p * (1 - lr * settings["weight_decay"]).to(p.dtype) - size.to(p.dtype) * direction.to(p.dtype), (buffer,)

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import register_dataclass
 
+from mutransfer._torch_internals import register_dataclass
 from mutransfer.family import Family
 from mutransfer.planning.plan import parted
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
+from mutransfer._torch_internals import tree_map
 from mutransfer.family import Family, unwrapped
 from mutransfer.planning.plan import Plan
 from mutransfer.proxies.data import Data

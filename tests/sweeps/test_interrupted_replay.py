@@ -15,7 +15,8 @@ from optuna.storages.journal._storage import JournalStorageReplayResult
 from optuna.trial import TrialState
 
 from mutransfer.run_dir import RunFolder
-from mutransfer.sweeps.journal import Interruptible, Journal
+from mutransfer.sweeps._optuna_internals import InterruptibleJournalStorage
+from mutransfer.sweeps.journal import Journal
 from mutransfer.sweeps.storage import opened, own_journal
 from mutransfer.sweeps.workers import TrialQueue
 
@@ -72,7 +73,7 @@ def test_afterwards_it_knows_what_a_new_reader_knows(
         trial.report(1.0, 3)
         study.tell(trial, 2.0)
 
-    study = optuna.create_study(storage=Interruptible(Journal(tmp_path / "j")), study_name="s")
+    study = optuna.create_study(storage=InterruptibleJournalStorage(Journal(tmp_path / "j")), study_name="s")
     with monkeypatch.context() as patched:
         interrupted(line, patched)
         with pytest.raises(KeyboardInterrupt):
