@@ -33,11 +33,11 @@ from torch.utils._pytree import tree_unflatten as tree_unflatten
 
 __all__ = [
     "ConvNd", "DataDependentOutputException", "DynamicOutputShapeException", "FakeTensor", "FakeTensorMode",
-    "HigherOrderOperator", "OpOverload", "TorchDispatchMode", "argument_schemas", "current_dispatch_modes", "default_device", "detect_fake_mode",
-    "device_constructors", "disable_current_modes", "inductor_compile", "is_mutable", "is_traceable_wrapper_subclass",
-    "NEWTON_SCHULZ", "local_shape_and_offset", "multiply_all_", "muon_lr", "operator_name", "overload_packet",
-    "register_dataclass", "storage_id", "tree_flatten",
-    "tree_leaves", "tree_map", "tree_map_only", "tree_unflatten",
+    "HigherOrderOperator", "NEWTON_SCHULZ", "OpOverload", "TorchDispatchMode", "argument_schemas",
+    "current_dispatch_modes", "default_device", "detect_fake_mode", "device_constructors", "disable_current_modes",
+    "inductor_compile", "is_mutable", "is_traceable_wrapper_subclass", "local_shape_and_offset", "multiply_all_",
+    "muon_lr", "operator_name", "overload_packet", "register_dataclass", "storage_id", "tree_flatten", "tree_leaves",
+    "tree_map", "tree_map_only", "tree_unflatten",
 ]  # fmt: skip
 
 
