@@ -22,7 +22,17 @@ from .jobs import Executor, Job, Report, family_of, plan_of
 from .vectorized.support import NOT_FOR_ONE, is_out_of_memory, refusal
 from .vectorized.training import Slot, VectorizedTraining
 
-__all__ = ["Choice", "Forecast", "Timed", "Watched", "chosen", "fused_step", "limited", "run_seconds", "single_step"]
+__all__ = [
+    "Choice",
+    "Forecast",
+    "Timed",
+    "TimedExecutor",
+    "chosen",
+    "fused_step",
+    "limited",
+    "run_seconds",
+    "single_step",
+]
 
 ENOUGH = 0.4  # seconds of measuring; at least three steps
 LEAST, MOST = 3, 50
@@ -293,7 +303,7 @@ class Forecast:
         return pace * (self._rest + sum(self._open.values()))
 
 
-class Watched:
+class TimedExecutor:
     """Another executor, whose finished runs a forecast is told of.
 
     Args:

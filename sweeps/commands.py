@@ -39,7 +39,7 @@ __all__ = [
     "ParsedReport",
     "SupervisedProcess",
     "check_command",
-    "environment",
+    "command_environment",
     "look",
     "parse_report",
     "train_target",
@@ -196,7 +196,7 @@ class Commands:
                     shutil.rmtree(home / "out", ignore_errors=True)
                     running[slot] = job, CommandRun(
                         experiment.trainer, _target(experiment, job), attempt, home, experiment.folder, slot=slot,
-                        environment=environment(self.capacity),
+                        environment=command_environment(self.capacity),
                     )  # fmt: skip
                 if not running:
                     return
@@ -216,7 +216,7 @@ class Commands:
         return self.folder / "trials" / "_".join(map(str, key))
 
 
-def environment(side_by_side: int = 1) -> dict[str, str]:
+def command_environment(side_by_side: int = 1) -> dict[str, str]:
     """Return a command's environment: reports are to come when they are printed, and commands to share the cores."""
     share = max(1, len(os.sched_getaffinity(0)) // side_by_side)
     threads = {} if side_by_side == 1 else {"OMP_NUM_THREADS": str(share)}
@@ -371,7 +371,7 @@ def train_target(
             outcome = call(references["call"], target.plan.recipe, target.plan, target.seed, attempt)
     else:
         check_command(trainer, folder)
-        outcome = _run(CommandRun(trainer, target, attempt, out, folder, environment=environment()))
+        outcome = _run(CommandRun(trainer, target, attempt, out, folder, environment=command_environment()))
     needed(outcome, f"the run of {trainer} at width {target.plan.scale.width}")
     return {
         "loss": outcome.loss if math.isfinite(outcome.loss) else None,

@@ -23,7 +23,7 @@ from .experiment import Experiment
 from .jobs import Executor, Job, flops_of, loaded, plan_of
 from .user_trainers import needed
 
-__all__ = ["basins", "grid", "regret_limit_of", "unit_of"]
+__all__ = ["basins", "grid", "regret_limit_of", "loss_unit"]
 
 REACH = 2  # grid points on each side of the best one, so that a parabola has shoulders
 LIMIT = 14  # grid points per width at most: beyond, the loss does not depend on the learning rate
@@ -236,7 +236,7 @@ def _known_loss(row: dict[str, Any], sign: int) -> float:
     return math.inf if lost else sign * row["loss"]
 
 
-def unit_of(experiment: Experiment) -> str:
+def loss_unit(experiment: Experiment) -> str:
     """Return the unit of the experiment's losses: "nats", or that it is a loss of the person's own."""
     if experiment.trainer is None:
         family, _ = loaded(experiment)
@@ -252,7 +252,7 @@ def regret_limit_of(experiment: Experiment, basins: pd.DataFrame, given: float |
     """
     if given is not None:
         return given
-    if unit_of(experiment) == "nats":
+    if loss_unit(experiment) == "nats":
         return REGRET_LIMIT
     rows = basins[(basins["width"] == basins["width"].min()) & ~basins["diverged"].astype(bool)]
     rows = rows[rows["parametrization"] == experiment.parametrization]

@@ -60,7 +60,7 @@ def demo(
     from ..reports import write_report
     from ..run_dir import RunFolder
     from ..schemas import COORDINATES
-    from ..sweeps.autoselect import Forecast, Watched, limited, run_seconds
+    from ..sweeps.autoselect import Forecast, TimedExecutor, limited, run_seconds
     from ..sweeps.executors import executor_for
     from ..sweeps.experiment import Experiment
     from ..sweeps.jobs import OneByOne, family_of
@@ -81,12 +81,12 @@ def demo(
         forecast = Forecast(_phases(experiment, seconds, executor.capacity))
         forecast.begin("tuning")
         with Progress(f"tuning the proxy, width {WIDTHS[0]}", forecast.left) as progress:
-            alone = Watched(OneByOne(where), forecast, seconds)
+            alone = TimedExecutor(OneByOne(where), forecast, seconds)
             found = tune(experiment, folder, executor=alone, device=where, progress=progress)
         gain = f", the default recipe's is {found.default:.3f}" if found.default is not None else ""
         say(f"best recipe: lr {found.best.lr:.4g}, loss {found.value:.3f}{gain}")
         verified, optima = verify_run(
-            experiment, found.best, folder, WIDTHS, Watched(executor, forecast, seconds),
+            experiment, found.best, folder, WIDTHS, TimedExecutor(executor, forecast, seconds),
             seeds=SEEDS, control="sp", device=where, forecast=forecast,
         )  # fmt: skip
     family, _ = family_of(experiment)

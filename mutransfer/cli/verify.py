@@ -101,7 +101,7 @@ def verify_run(
     from ..sweeps.control import announcement, comparison, conclusion, finished_trials, tune_control
     from ..sweeps.storage import only_one
     from ..sweeps.tune import price
-    from ..sweeps.verify import basins, regret_limit_of, unit_of
+    from ..sweeps.verify import basins, loss_unit, regret_limit_of
     from .console import plain, say
 
     name = experiment.parametrization
@@ -134,7 +134,7 @@ def verify_run(
             )  # fmt: skip
     transferred = math.log2(recipe.lr)  # what `transfer` hands over
     limit = regret_limit_of(experiment, frame, regret_limit)
-    unit = unit_of(experiment)
+    unit = loss_unit(experiment)
     found = optima(frame, transferred, maximize=experiment.maximize, regret_limit=limit)
     ours = found[found["parametrization"] == name]
     status, reasons = judge(ours, regret_limit=limit, unit=unit)

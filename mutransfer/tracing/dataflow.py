@@ -17,7 +17,7 @@ from .._torch_internals import storage_id
 __all__ = [
     "Attention",
     "Flow",
-    "Graph",
+    "ValueGraph",
     "Pieces",
     "Region",
     "Scores",
@@ -90,7 +90,7 @@ class Sum:
 
 
 @dataclass
-class Graph:
+class ValueGraph:
     """The order of values in a forward pass. Node 0 is everything that depends on no parameter; ``result`` is the loss.
 
     ``pieces`` are the nodes that are a part of another: of which one, and which part.
@@ -137,7 +137,7 @@ Region = tuple[int, tuple[tuple[int, int], ...]]
 class Pieces:
     """Views of a part of a value, as nodes of the graph below the value's own."""
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: ValueGraph) -> None:
         self._graph = graph
         self._nodes: dict[tuple[int, Region], int] = {}
 

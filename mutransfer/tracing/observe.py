@@ -24,7 +24,7 @@ from .growing_products import Heads, at_sizes, compared, contractions, in_attent
 from .residual import residual_branches, unrecognized_branches
 from .roles import check_patterns, check_roles, possible, role_given, roles_of, settled, unused
 from .run import LAYERS, WIDER, build, forward, on_fake_tensors
-from .scales import Constant, common, constants, loose
+from .scales import SizePower, common, constants, loose
 from .specs import Observation, ParamSpec, kinds, match_layers
 from .tracer import OpTracer
 
@@ -375,7 +375,7 @@ def _observed(
             unsplittable=_unsplittable(model, name, seen.used_in(name)),
         )
         if (
-            any(each != Constant() for each in found[name])
+            any(each != SizePower() for each in found[name])
             and not specs[name].constant
             and not specs[name].readout_constant
         ):
@@ -408,7 +408,7 @@ def shapes_of(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
 
 def _spec(
     family: Family, name: str, shape: tuple[int, ...], grows: tuple[bool, ...], uses: list[Use], init: Init, *,
-    inside: bool, ends_branch: bool, constants: list[Constant], in_attention: float, mixed: bool, layer: bool, dotted: bool,
+    inside: bool, ends_branch: bool, constants: list[SizePower], in_attention: float, mixed: bool, layer: bool, dotted: bool,
 ) -> ParamSpec:  # fmt: skip
     roles: list[str] = []
     given = role_given(family.roles, name)

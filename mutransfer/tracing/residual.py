@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .dataflow import Graph, Sum, Use, meet, union
+from .dataflow import Sum, Use, ValueGraph, meet, union
 
 __all__ = [
     "Branch",
@@ -36,7 +36,7 @@ class Residual:
     carries: int
 
 
-def residual_sums(graph: Graph, above: list[int], known: Iterable[Residual] = ()) -> list[Residual]:
+def residual_sums(graph: ValueGraph, above: list[int], known: Iterable[Residual] = ()) -> list[Residual]:
     """Return the sums of which one side was made from the other, or from what the other was before.
 
     In x + f(x) + g(x) the second branch was made from what the stream was before the first. ``above`` are all `ancestors`;
@@ -52,7 +52,7 @@ def residual_sums(graph: Graph, above: list[int], known: Iterable[Residual] = ()
     return found
 
 
-def coupled(graph: Graph, found: list[Residual], above: list[int], after: list[int]) -> list[Residual]:
+def coupled(graph: ValueGraph, found: list[Residual], above: list[int], after: list[int]) -> list[Residual]:
     """Return the other half of two streams that add to each other, a + f(b) beside b + g(a), where a and b enter apart.
 
     Neither side of that sum was made from the other. But it is on the way from b to what is added to b, and goes on beside it.
@@ -77,7 +77,7 @@ def within(node: int, other: Residual, above: list[int]) -> bool:
     )
 
 
-def ancestors(graph: Graph, stops: frozenset[int]) -> list[int]:
+def ancestors(graph: ValueGraph, stops: frozenset[int]) -> list[int]:
     """Return for every node the set (as bits) of nodes it was made from, itself included, not looking past ``stops``."""
     above = [0]
     for node, parents in enumerate(graph.parents[1:], 1):
@@ -88,7 +88,7 @@ def ancestors(graph: Graph, stops: frozenset[int]) -> list[int]:
     return above
 
 
-def descendants(graph: Graph, read: int) -> list[int]:
+def descendants(graph: ValueGraph, read: int) -> list[int]:
     """Return for every node the set (as bits) of nodes through which all of its ways to the result go, itself included.
 
     ``read`` are the nodes that lead there.
@@ -107,7 +107,7 @@ def _ways(each: Sum) -> Iterable[tuple[int, int, int]]:
     return (each.left, each.right, each.right_carries), (each.right, each.left, each.left_carries)
 
 
-def _residual(each: Sum, graph: Graph, above: list[int], before: dict[int, int]) -> Residual | None:
+def _residual(each: Sum, graph: ValueGraph, above: list[int], before: dict[int, int]) -> Residual | None:
     for stream, branch, carries in _ways(each):
         source = _source(branch, stream, graph, above, before)
         if source:
@@ -120,7 +120,7 @@ def _residual(each: Sum, graph: Graph, above: list[int], before: dict[int, int])
     return None
 
 
-def _source(branch: int, stream: int, graph: Graph, above: list[int], before: dict[int, int]) -> int:
+def _source(branch: int, stream: int, graph: ValueGraph, above: list[int], before: dict[int, int]) -> int:
     """Return from what of the stream a branch was made: the stream or, if that is a piece of a value, all of it; or 0.
 
     A sum of two streams is no branch of either: what the one was before it took from the other came from elsewhere.
@@ -155,7 +155,7 @@ Layer = tuple[str, ...]  # the parts of a name up to its number
 
 
 def unrecognized_branches(
-    graph: Graph, uses: dict[str, list[Use]], inside: frozenset[str], shapes: Mapping[str, Any]
+    graph: ValueGraph, uses: dict[str, list[Use]], inside: frozenset[str], shapes: Mapping[str, Any]
 ) -> list[tuple[str, str]]:
     """Return matrices of numbered layers that are on no branch, each with one that is and should be no different.
 
@@ -201,7 +201,7 @@ class Branch:
     ends: int
 
 
-def residual_branches(graph: Graph, uses: dict[str, list[Use]]) -> list[Branch]:
+def residual_branches(graph: ValueGraph, uses: dict[str, list[Use]]) -> list[Branch]:
     """Return the residual branches of one forward pass, the outermost only.
 
     A branch within a branch (a gated unit written as x + …, a token shift) does not grow in number with the depth.
@@ -275,7 +275,7 @@ def _home(node: int, reach: list[int]) -> int:
     return fed[0] if len(fed) == 1 else 0
 
 
-def _recurs(found: Residual, graph: Graph, above: list[int], uses: dict[str, list[Use]]) -> bool:
+def _recurs(found: Residual, graph: ValueGraph, above: list[int], uses: dict[str, list[Use]]) -> bool:
     """Say whether this is a step of a recurrence, and no layer: the same parameters made its stream from an earlier input.
 
     Either it adds to its input what they made of an earlier sum with that input, or every step takes in a piece of one value.

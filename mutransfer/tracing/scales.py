@@ -21,7 +21,7 @@ from ..initialization import Init, InitWatcher
 from . import ops as ops
 from .dataflow import Flow, Use, storage_key
 
-__all__ = ["Constant", "Factors", "Scalars", "common", "constants", "loose", "of_buffers", "rounded"]
+__all__ = ["SizePower", "ScaleTracker", "Scalars", "common", "constants", "loose", "of_buffers", "rounded"]
 
 # Where the number stands among the arguments, or the number itself.
 FILLS: dict[str, int | float] = {"full": 1, "full_like": 1, "new_full": 2, "scalar_tensor": 0, "fill": 1, "fill_": 1}
@@ -115,7 +115,7 @@ HOMOGENEOUS = {
 }
 
 
-class Factors:
+class ScaleTracker:
     """What every use's result has been multiplied with where it is taken in.
 
     Attributes:
@@ -237,7 +237,7 @@ Taken = frozenset[tuple[float, float]]
 
 
 @dataclass(frozen=True)
-class Constant:
+class SizePower:
     """What the forward pass multiplies the result of one use with: a power of the size.
 
     ``inside`` says that the module which owns the parameter does it; ``torn`` that not all that takes the result in sees
@@ -249,7 +249,7 @@ class Constant:
     torn: bool = False
 
 
-def constants(seen: Sequence[Use], larger: Sequence[Use], ratio: float) -> list[Constant]:
+def constants(seen: Sequence[Use], larger: Sequence[Use], ratio: float) -> list[SizePower]:
     """Return the constant of every use in ``seen``; the model of ``larger`` is ``ratio`` times as large."""
     if len(seen) == len(larger):
         return [_compared(a.taken, b.taken, (a.inner, b.inner), ratio) for a, b in zip(seen, larger, strict=True)]
@@ -259,12 +259,12 @@ def constants(seen: Sequence[Use], larger: Sequence[Use], ratio: float) -> list[
     return [_compared(both[0], both[1], (inner[0], inner[1]), ratio)] * len(seen)
 
 
-def common(found: Sequence[Constant]) -> Constant:
+def common(found: Sequence[SizePower]) -> SizePower:
     """Return what all uses have in common; otherwise nothing, as a parameter has one scale for all of them."""
-    return found[0] if found and len(set(found)) == 1 and not found[0].torn else Constant()
+    return found[0] if found and len(set(found)) == 1 and not found[0].torn else SizePower()
 
 
-def loose(seen: Factors, larger: Factors, ratio: float) -> list[float]:
+def loose(seen: ScaleTracker, larger: ScaleTracker, ratio: float) -> list[float]:
     """Return the powers of numbers that are on no parameter's result."""
     found = set()
     before, after = seen.loose, larger.loose
@@ -275,18 +275,18 @@ def loose(seen: Factors, larger: Factors, ratio: float) -> list[float]:
     return sorted(found - {0.0})
 
 
-def _compared(taken: Taken, larger: Taken, inner: tuple[float, float], ratio: float) -> Constant:
+def _compared(taken: Taken, larger: Taken, inner: tuple[float, float], ratio: float) -> SizePower:
     before, after = _net(taken), _net(larger)
     if before == after:
-        return Constant()
+        return SizePower()
     if len(before) != len(after):
-        return Constant(torn=True)
+        return SizePower(torn=True)
     powers = {_power(a, b, ratio) for a, b in zip(before, after, strict=True)}
     if powers == {0.0}:
-        return Constant()
+        return SizePower()
     torn = len(powers) > 1 or {residual for _, residual in taken} != {residual for _, residual in larger}
     power = max(powers, key=abs)
-    return Constant(power, inside=_power(*inner, ratio) == power, torn=torn)
+    return SizePower(power, inside=_power(*inner, ratio) == power, torn=torn)
 
 
 def _net(taken: Iterable[tuple[float, float]]) -> list[float]:

@@ -18,10 +18,10 @@ from ..param_names import pattern_of
 from . import ops as ops
 from .aliases import Cuts, Roots
 from .columns import Joins, Labels
-from .dataflow import Flow, Graph, Pieces, Scores, Sum, Use, numeric, storage_key, union
+from .dataflow import Flow, Pieces, Scores, Sum, Use, ValueGraph, numeric, storage_key, union
 from .ops import Decompositions, adds
 from .products import NORMALIZED, SOFTMAX, Attentions, Dots, Gates, Products
-from .scales import Factors, Scalars
+from .scales import Scalars, ScaleTracker
 
 __all__ = ["OpTracer", "carried"]
 
@@ -90,13 +90,13 @@ class OpTracer(TorchDispatchMode):
         self._products = Products()
         self._model = model
         self._hooks: list[Any] = []
-        self.factors = Factors()
+        self.factors = ScaleTracker()
         self.dots = Dots()
         self._attentions = Attentions(self.decode)
         self.attentions = self._attentions.found
         self._sums: list[tuple[Sum, set[Scores]]] = []
         self.sizes: dict[str, str] = {}
-        self.graph = Graph()
+        self.graph = ValueGraph()
         self._pieces = Pieces(self.graph)
         self._decompositions = Decompositions()
         self.parts = Cuts()

@@ -16,7 +16,7 @@ from mutransfer.errors import describe
 
 from .step import Moving
 
-__all__ = ["Graph", "Graphed", "Step", "compiled", "distance", "graphed"]
+__all__ = ["CapturedGraph", "Graphed", "Step", "compiled", "distance", "graphed"]
 
 Step = Callable[..., Any]
 LARGEST = 2**22  # entries of a constant that is kept
@@ -126,7 +126,7 @@ def _writes(node: fx.Node) -> bool:
 WARMUPS = 3  # libraries choose kernels and allocate workspaces in the first calls, which cannot be captured
 
 
-class Graph(Protocol):
+class CapturedGraph(Protocol):
     """What records operations once and does them again, on the same memory."""
 
     def record(self, operations: Callable[[], None]) -> None:
@@ -145,7 +145,7 @@ class CudaGraph:
         self._graph = torch.cuda.CUDAGraph()
 
     def record(self, operations: Callable[[], None]) -> None:
-        """See `Graph.record`."""
+        """See `CapturedGraph.record`."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -156,7 +156,7 @@ class CudaGraph:
             operations()
 
     def replay(self) -> None:
-        """See `Graph.replay`."""
+        """See `CapturedGraph.replay`."""
         self._graph.replay()
 
 
@@ -172,7 +172,7 @@ class Graphed:
         graph: what records it.
     """
 
-    def __init__(self, step: Step, example: tuple[Any, ...], graph: Graph) -> None:
+    def __init__(self, step: Step, example: tuple[Any, ...], graph: CapturedGraph) -> None:
         flat, self._spec = tree_flatten(example)
         self._memory: list[Tensor] = [each.detach().clone() for each in flat]
         self._seen: list[tuple[int, int]] = [(-1, -1)] * len(flat)

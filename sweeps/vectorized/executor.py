@@ -30,10 +30,11 @@ from mutransfer.scale import Scale
 
 from ..experiment import Experiment
 from ..jobs import Job, OneByOne, Report, Reported, alone, family_of, plan_of
+from .compile import Step
 from .support import NOT_FOR_ONE, is_out_of_memory, refusal
-from .training import Slot, Snapshot, Step, VectorizedTraining
+from .training import Slot, Snapshot, VectorizedTraining
 
-__all__ = ["Batch", "Checkpoints", "Fused", "Precision", "Running", "course_of"]
+__all__ = ["SlotBatch", "Checkpoints", "Fused", "Precision", "Running", "course_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ class Running:
         )
 
 
-class Batch:
+class SlotBatch:
     """Jobs in a `VectorizedTraining`, one in each slot; a slot without a job waits for one.
 
     Args:
@@ -233,7 +234,7 @@ class Fused:
     ) -> Iterator[tuple[Job, Outcome]]:
         """Do jobs of one scale until the next is of another, or there are none."""
         waiting: list[Running] = []
-        batch: Batch | None = None
+        batch: SlotBatch | None = None
         clips = experiment.recipe.clip is not None or "clip" in experiment.search
         while True:
             room = self.capacity - len(waiting) - (len(batch.live) if batch else 0)
@@ -247,7 +248,7 @@ class Fused:
             try:
                 if batch is None:
                     first = waiting[: self.capacity]
-                    batch = Batch(lambda jobs: self._training(experiment, jobs, clips), first, report)
+                    batch = SlotBatch(lambda jobs: self._training(experiment, jobs, clips), first, report)
                     del waiting[: len(first)]
                 for index in batch.free[: len(waiting)]:
                     batch.put(index, waiting[0])
@@ -296,7 +297,7 @@ class Fused:
             each.snapshot = None
         return training
 
-    def _halved(self, batch: Batch | None, waiting: list[Running], error: Exception) -> list[Running]:
+    def _halved(self, batch: SlotBatch | None, waiting: list[Running], error: Exception) -> list[Running]:
         """Take all out that can go on, and make room for half as many."""
         running = batch.taken_out() if batch is not None else []
         at_once = len(running) or min(len(waiting), self.capacity)
@@ -308,7 +309,7 @@ class Fused:
             torch.cuda.empty_cache()
         return [*running, *waiting]
 
-    def _save(self, batch: Batch, waiting: Sequence[Running]) -> None:
+    def _save(self, batch: SlotBatch, waiting: Sequence[Running]) -> None:
         if self.checkpoints is not None and self.checkpoints.due():
             halted = {each.course: each.entry(each.snapshot) for each in waiting if each.snapshot is not None}
             self.checkpoints.save({**halted, **batch.entries()})

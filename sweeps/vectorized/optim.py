@@ -17,10 +17,10 @@ from mutransfer._torch_internals import NEWTON_SCHULZ, muon_lr, register_datacla
 from mutransfer.optimizers.muon import iteration_dtype, orthogonalized
 from mutransfer.planning.plan import Columns, ParameterPlan, Plan
 
-__all__ = ["FUSED", "Clock", "Kind", "Settings", "blank_state", "kind_of", "numbers_of", "stepped"]
+__all__ = ["FUSED", "Clock", "Kind", "OptimSettings", "blank_state", "kind_of", "numbers_of", "stepped"]
 
 FUSED = ("adamw", "adam", "sgd", "muon", "muon-match-rms-adamw")
-Settings = dict[str, Tensor]
+OptimSettings = dict[str, Tensor]
 State = tuple[Tensor, ...]
 
 
@@ -77,7 +77,7 @@ def blank_state(kind: Kind, parameter: Tensor) -> State:
 
 
 def stepped(
-    kind: Kind, parameter: Tensor, gradient: Tensor, state: State, settings: Settings, clock: Clock
+    kind: Kind, parameter: Tensor, gradient: Tensor, state: State, settings: OptimSettings, clock: Clock
 ) -> tuple[Tensor, State]:
     """Return parameters and state after one step."""
     multiplier, step = (each.view(-1, *[1] * (parameter.dim() - 1)) for each in (clock.multiplier, clock.step))
@@ -91,7 +91,7 @@ def stepped(
             return _sgd(parameter, gradient, state, settings, lr)
 
 
-def _adam(p: Tensor, g: Tensor, state: State, settings: Settings, lr: Tensor, t: Tensor) -> tuple[Tensor, State]:
+def _adam(p: Tensor, g: Tensor, state: State, settings: OptimSettings, lr: Tensor, t: Tensor) -> tuple[Tensor, State]:
     """AdamW; `Adam` is the same here, as its rule takes no weight decay (`torch.optim.adam._single_tensor_adam`)."""
     beta1, beta2 = settings["beta1"], settings["beta2"]
     keep = (1 - lr * settings["weight_decay"]).to(p.dtype)
@@ -102,14 +102,14 @@ def _adam(p: Tensor, g: Tensor, state: State, settings: Settings, lr: Tensor, t:
     return p * keep - size * first / (second.sqrt() / root + settings["eps"].to(p.dtype)), (first, second)
 
 
-def _sgd(p: Tensor, g: Tensor, state: State, settings: Settings, lr: Tensor) -> tuple[Tensor, State]:
+def _sgd(p: Tensor, g: Tensor, state: State, settings: OptimSettings, lr: Tensor) -> tuple[Tensor, State]:
     """SGD with momentum; a buffer of zeros makes the first step that of torch (`torch.optim.sgd._single_tensor_sgd`)."""
     g = g + settings["weight_decay"].to(p.dtype) * p
     buffer = state[0] * settings["momentum"].to(p.dtype) + g
     return p - lr.to(p.dtype) * buffer, (buffer,)
 
 
-def _muon(p: Tensor, g: Tensor, state: State, settings: Settings, lr: Tensor, kind: Kind) -> tuple[Tensor, State]:
+def _muon(p: Tensor, g: Tensor, state: State, settings: OptimSettings, lr: Tensor, kind: Kind) -> tuple[Tensor, State]:
     """Muon with Nesterov momentum (`torch.optim._muon._single_tensor_muon`)."""
     momentum = settings["momentum"]
     buffer = torch.lerp(state[0], g, (1 - momentum).to(p.dtype))

@@ -22,9 +22,9 @@ from mutransfer._torch_internals import register_dataclass
 from mutransfer.family import Family
 from mutransfer.planning.plan import parted
 
-from .optim import Clock, Kind, Settings, State, stepped
+from .optim import Clock, Kind, OptimSettings, State, stepped
 
-__all__ = ["FoldedAttention", "Moving", "Program", "Stack", "Tensors", "losses_of", "moving_parts"]
+__all__ = ["FoldedAttention", "Moving", "TrainingStep", "Stack", "Tensors", "losses_of", "moving_parts"]
 
 
 class FoldedAttention(TorchFunctionMode):
@@ -184,7 +184,7 @@ class Moving:
 register_dataclass(Moving)
 
 
-class Program:
+class TrainingStep:
     """The step of one stack's shape.
 
     Args:
@@ -198,7 +198,7 @@ class Program:
         self.stack, self.kinds, self.clips, self.precision = stack, kinds, clips, precision
 
     def __call__(
-        self, now: Moving, resting: Tensors, settings: dict[str, Settings], limit: Tensor, clock: Clock, batch: Any
+        self, now: Moving, resting: Tensors, settings: dict[str, OptimSettings], limit: Tensor, clock: Clock, batch: Any
     ) -> tuple[Tensor, Moving]:
         """Return the losses ``[K]`` before the step, and what it makes of ``now``.
 
@@ -246,7 +246,7 @@ def losses_of(
         return run(tensors, buffers, batch)
 
 
-def clipped(gradients: Tensors, kinds: dict[str, Kind], settings: dict[str, Settings], limit: Tensor) -> Tensors:
+def clipped(gradients: Tensors, kinds: dict[str, Kind], settings: dict[str, OptimSettings], limit: Tensor) -> Tensors:
     """Return gradients ``[K, ...]`` of which each model's norm is at most its ``limit`` (`Plan.clip_grad_norm_`)."""
     norms = [
         torch.linalg.vector_norm(piece.flatten(1), dim=1) * more * settings[name]["gauge"].flatten().to(each.dtype)

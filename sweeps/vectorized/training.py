@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,14 +17,13 @@ from mutransfer.planning.plan import Plan
 from mutransfer.proxies.data import Data
 from mutransfer.proxies.training import FINITE_EVERY, multiplier
 
-from .compile import Graphed, compiled, graphed
+from .compile import Graphed, Step, compiled, graphed
 from .optim import Clock, Kind, blank_state, kind_of, numbers_of
-from .step import Moving, Program, Stack, Tensors, losses_of, moving_parts
+from .step import Moving, Stack, Tensors, TrainingStep, losses_of, moving_parts
 
-__all__ = ["VectorizedTraining", "Slot", "Snapshot", "Step"]
+__all__ = ["Slot", "Snapshot", "VectorizedTraining"]
 
 Snapshot = dict[str, Any]
-Step = Callable[..., Any]
 
 # How far a compiled first step may be from the other: bfloat16, as in Muon, is rounded in other places.
 FINE, ROUGH = 1e-3, 5e-2
@@ -93,7 +92,7 @@ class VectorizedTraining:
         rough = precision is not None or any(kind.name == "muon" for kind in self.kinds.values())
         self._tolerance = ROUGH if rough else FINE
         self.step: Step
-        self._use(Program(self.stack, self.kinds, clips, precision))
+        self._use(TrainingStep(self.stack, self.kinds, clips, precision))
         for index, slot in enumerate(slots):
             self.begin(index, slot, snapshots[index] if snapshots else None)
 
@@ -117,7 +116,7 @@ class VectorizedTraining:
         clip = slot.plan.recipe.clip
         self.limit[index] = math.inf if clip is None else clip
         if clip is not None and not self._uncompiled.clips:
-            self._use(Program(self.stack, self.kinds, True, self.precision))
+            self._use(TrainingStep(self.stack, self.kinds, True, self.precision))
         self.slots[index] = slot
 
     def snapshot(self, index: int) -> Snapshot:
@@ -200,7 +199,7 @@ class VectorizedTraining:
         """Whether the step is compiled, or will be before the next one: for this number of trainings."""
         return self._compile
 
-    def _use(self, program: Program) -> None:
+    def _use(self, program: TrainingStep) -> None:
         self.step = self._uncompiled = program
 
     def _compiled(self, name: str, step: Step, inputs: tuple[Any, ...]) -> Step:

@@ -6,7 +6,7 @@ import pytest
 
 from mutransfer.scale import Scale
 from mutransfer.sweeps import autoselect
-from mutransfer.sweeps.autoselect import UNSURE, Forecast, Timed, Watched, run_seconds, single_step
+from mutransfer.sweeps.autoselect import UNSURE, Forecast, Timed, TimedExecutor, run_seconds, single_step
 from mutransfer.sweeps.experiment import Experiment
 from mutransfer.sweeps.jobs import Job, family_of
 
@@ -63,7 +63,7 @@ def test_runs_are_counted_by_what_they_take_not_by_how_many_they_are() -> None:
     expected = Forecast({"basins": 110.0}, Clock())
     expected.begin("basins")
     given = experiment()
-    watched = Watched(Planted(lambda job: 1.0), expected, {narrow: 10.0, wide: 100.0})
+    watched = TimedExecutor(Planted(lambda job: 1.0), expected, {narrow: 10.0, wide: 100.0})
     assert watched.capacity == 1
     jobs = [Job(k, scale, "mup", given.recipe, 0) for k, scale in enumerate((wide, narrow))]
     left = []

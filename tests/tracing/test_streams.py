@@ -14,7 +14,7 @@ from torch import nn
 
 import mutransfer as mt
 from mutransfer.planning.plan import ParameterPlan
-from mutransfer.tracing.dataflow import Graph, Pieces, meet
+from mutransfer.tracing.dataflow import Pieces, ValueGraph, meet
 from mutransfer.tracing.observe import observe
 
 
@@ -174,7 +174,7 @@ def test_pieces_meet_where_they_have_an_entry_in_common(data: some.DataObject) -
         return found.permute(data.draw(some.permutations(range(3))))
 
     a, b = piece(), piece()
-    graph = Graph()
+    graph = ValueGraph()
     whole_node = graph.add([])
     nodes = [Pieces(graph).node(each, whole_node) for each in (a, b)]
     if whole_node not in nodes:
