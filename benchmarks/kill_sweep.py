@@ -19,10 +19,10 @@ from harness import Claim, arguments, publish
 from optuna.storages import JournalStorage
 
 from mutransfer.cli import run
-from mutransfer.sweeps import journal as journals
+from mutransfer.sweeps import storage
 from mutransfer.sweeps.experiment import Experiment
 from mutransfer.sweeps.jobs import flops_of, plan_of
-from mutransfer.sweeps.journal import Journal
+from mutransfer.sweeps.storage import Journal
 
 PER_KILL = 5  # trials of the whole sweep; a life is killed after three on average
 LIFE = 0.4  # seconds; a trial takes about a tenth
@@ -46,7 +46,7 @@ def begin(command: list[str], slow_writes: bool) -> int:
         os.dup2(os.open("errors", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         if slow_writes:
-            journals.os = Slow()  # type: ignore[assignment]
+            storage.os = Slow()  # type: ignore[assignment]
         code = run(command)
     finally:
         os._exit(code)

@@ -18,6 +18,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("mutransfer", "proxies", "sweeps", "reports")
 LONGEST = 600
+MOST = 130  # modules
 # Who may import whom: the part of the house → parts it may name. The command line may name all.
 MAY_IMPORT = {
     "core": {"core"},
@@ -133,8 +134,8 @@ def test_a_wrong_import_is_seen(file: str, line: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "line"),
     [
-        ("mutransfer/new.py", "from . import plans"),
-        ("mutransfer/export/new.py", "from ..plans import Plan"),
+        ("mutransfer/new.py", "from .planning import plan"),
+        ("mutransfer/export/new.py", "from ..planning.plan import Plan"),
         ("mutransfer/cli/new.py", "from ..sweeps.study import open_study"),
         ("proxies/data/new.py", "from ..training import train"),
         ("sweeps/new.py", "from mutransfer.proxies.training import train"),
@@ -148,9 +149,146 @@ def test_a_right_import_is_not(file: str, line: str, tmp_path: Path) -> None:
     assert wrong_imports(tmp_path) == []
 
 
-def test_no_module_is_two_ideas_long() -> None:
-    lengths = {str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in modules()}
-    assert {name: length for name, length in lengths.items() if length > LONGEST} == {}
+def planted(root: Path, **files: str) -> Path:
+    """Write modules, ``a__b`` as ``a/b.py``, with an ``__init__.py`` in every folder."""
+    for name, text in files.items():
+        path = root.joinpath(*name.split("__")).with_suffix(".py")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n", encoding="utf-8")
+        for folder in [path.parent, *path.parent.parents]:
+            if folder == root:
+                break
+            (folder / "__init__.py").touch()
+    return root
+
+
+def module_name(path: Path, root: Path = ROOT) -> str:
+    package = installed_name(path.parent, root)
+    return package if path.name == "__init__.py" else f"{package}.{path.stem}"
+
+
+def import_graph(root: Path = ROOT) -> dict[str, set[str]]:
+    """Module → the modules of the package that it imports anywhere, under ``TYPE_CHECKING`` and in functions included."""
+    names = {module_name(path, root): path for path in modules(root)}
+    graph: dict[str, set[str]] = {}
+    for name, path in names.items():
+        found = {each if each in names else each.rpartition(".")[0] for _, each in imported(path, root)}
+        graph[name] = {each for each in found if each in names and each != name}
+    return graph
+
+
+def circles(graph: dict[str, set[str]]) -> list[set[str]]:
+    """Sets of modules that import each other, however indirectly."""
+    reach = {name: set(targets) for name, targets in graph.items()}
+    for middle in graph:
+        for name in graph:
+            if middle in reach[name]:
+                reach[name] |= reach[middle]
+    together = {frozenset(each for each in reach[name] if name in reach[each]) for name in graph if name in reach[name]}
+    return [set(each) for each in together]
+
+
+# Folders of one file per command, framework or method.
+ONE_FILE_EACH = ("cli", "export", "interop", "methods")
+SHORT = 150
+
+
+def paragraphs(root: Path = ROOT) -> list[str]:
+    """Short modules with a single importer, in their own folder: paragraphs of that importer."""
+    graph, found = import_graph(root), []
+    for path in modules(root):
+        name = module_name(path, root)
+        importers = [each for each, targets in graph.items() if name in targets]
+        short = len(path.read_text(encoding="utf-8").splitlines()) <= SHORT
+        at_home = [each for each in importers if each.rpartition(".")[0] == name.rpartition(".")[0]]
+        exempt = path.name == "__init__.py" or any(f".{folder}." in f"{name}." for folder in ONE_FILE_EACH)
+        if len(importers) == 1 and at_home and short and not exempt:
+            found.append(name)
+    return found
+
+
+def public_names(path: Path) -> set[str]:
+    """What ``__all__`` lists of the functions and classes that a module defines."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    listed: set[str] = set()
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == "__all__":
+            listed = set(ast.literal_eval(node.value))
+    return {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)} & listed
+
+
+def names_of_two_things(root: Path = ROOT) -> dict[str, list[str]]:
+    """Public names that two modules define, and module names that stand in two folders."""
+    homes: dict[str, list[str]] = {}
+    for path in modules(root):
+        module = module_name(path, root)
+        if any(f".{folder}." in f"{module}." for folder in ONE_FILE_EACH):
+            continue
+        for name in [*public_names(path), *([] if path.name == "__init__.py" else [f"{path.stem}.py"])]:
+            homes.setdefault(name, []).append(module)
+    return {name: found for name, found in homes.items() if len(found) > 1}
+
+
+def prints(root: Path = ROOT) -> list[str]:
+    """Calls of `print` in library code: it logs."""
+    return [
+        f"{path.relative_to(root)}:{node.lineno}"
+        for path in modules(root)
+        if ".cli" not in module_name(path, root) and path.name != "_supervisor.py"
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+    ]
+
+
+def too_long(root: Path = ROOT) -> dict[str, int]:
+    lengths = {
+        str(path.relative_to(root)): len(path.read_text(encoding="utf-8").splitlines()) for path in modules(root)
+    }
+    return {name: length for name, length in lengths.items() if length > LONGEST}
+
+
+def test_no_modules_import_each_other() -> None:
+    assert circles(import_graph()) == []
+
+
+def test_no_module_is_a_paragraph_of_its_only_importer() -> None:
+    assert paragraphs() == []
+
+
+def test_no_name_stands_for_two_things() -> None:
+    assert names_of_two_things() == {}
+
+
+def test_library_code_does_not_print() -> None:
+    assert prints() == []
+
+
+def test_no_module_is_two_concepts_long() -> None:
+    assert too_long() == {}
+    assert len(modules()) <= MOST
+
+
+def test_planted_violations_of_the_layout_are_seen(tmp_path: Path) -> None:
+    circle = planted(
+        tmp_path / "circle",
+        mutransfer__a="from . import b",
+        mutransfer__b="from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from .c import x",
+        mutransfer__c="def f():\n    from .a import y",
+    )
+    assert circles(import_graph(circle)) == [{"mutransfer.a", "mutransfer.b", "mutransfer.c"}]
+    lone = planted(tmp_path / "lone", sweeps__a="from .b import x", sweeps__b="x = 1", sweeps__c="from .a import x")
+    assert paragraphs(lone) == ["mutransfer.sweeps.b", "mutransfer.sweeps.a"][::-1]
+    twice = planted(
+        tmp_path / "twice",
+        proxies__a='__all__ = ["Thing"]\nclass Thing: ...',
+        sweeps__b='__all__ = ["Thing"]\nclass Thing: ...',
+        reports__a="x = 1",
+    )
+    assert set(names_of_two_things(twice)) == {"Thing", "a.py"}
+    loud = planted(tmp_path / "loud", sweeps__a="print(1)", mutransfer__cli__b="print(1)")
+    assert prints(loud) == ["sweeps/a.py:1"]
+    long = planted(tmp_path / "long", reports__a="x = 1\n" * LONGEST)
+    assert too_long(long) == {"reports/a.py": LONGEST + 1}
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from mutransfer.scale import Scale
 
 from ..experiment import Experiment
 from ..jobs import family_of, plan_of
-from .optim import FUSED
+from .step import FUSED
 from .training import Slot, VectorizedTraining
 
 __all__ = ["NOT_FOR_ONE", "is_out_of_memory", "refusal"]

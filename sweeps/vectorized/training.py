@@ -18,8 +18,19 @@ from mutransfer.proxies.data import Data
 from mutransfer.proxies.training import FINITE_EVERY, multiplier
 
 from .compile import Graphed, Step, compiled, graphed
-from .optim import Clock, Kind, blank_state, kind_of, numbers_of
-from .step import Moving, Stack, Tensors, TrainingStep, losses_of, moving_parts
+from .step import (
+    Clock,
+    Kind,
+    Moving,
+    Stack,
+    Tensors,
+    TrainingStep,
+    blank_state,
+    kind_of,
+    losses_of,
+    moving_parts,
+    numbers_of,
+)
 
 __all__ = ["Slot", "Snapshot", "VectorizedTraining"]
 

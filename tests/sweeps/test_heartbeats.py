@@ -10,7 +10,7 @@ from optuna.storages import JournalStorage
 from optuna.trial import TrialState, create_trial
 
 from mutransfer.sweeps import workers
-from mutransfer.sweeps.journal import Journal
+from mutransfer.sweeps.storage import Journal
 from mutransfer.sweeps.workers import OWNER, Heartbeats, worker_name
 
 LEASE = 60.0

@@ -16,8 +16,7 @@ from optuna.trial import TrialState
 
 from mutransfer.run_dir import RunFolder
 from mutransfer.sweeps._optuna_internals import InterruptibleJournalStorage
-from mutransfer.sweeps.journal import Journal
-from mutransfer.sweeps.storage import opened, own_journal
+from mutransfer.sweeps.storage import Journal, opened, own_journal
 from mutransfer.sweeps.workers import TrialQueue
 
 from .servers import redis

@@ -13,8 +13,8 @@ import pytest
 from optuna.storages import JournalStorage
 
 from mutransfer.errors import RequestError
-from mutransfer.sweeps import journal as module
-from mutransfer.sweeps.journal import Journal
+from mutransfer.sweeps import storage as module
+from mutransfer.sweeps.storage import Journal
 
 from .small import within
 
@@ -74,7 +74,7 @@ def test_the_last_line_is_found_however_far_back_it_ends(
 APPENDS = """
 import sys
 from pathlib import Path
-from mutransfer.sweeps.journal import Journal
+from mutransfer.sweeps.storage import Journal
 
 journal, first = Journal(Path(sys.argv[1])), int(sys.argv[2])
 for number in range(first, first + 100):
@@ -83,7 +83,7 @@ for number in range(first, first + 100):
 HOLDS = """
 import sys, time
 from pathlib import Path
-from mutransfer.sweeps.journal import Journal
+from mutransfer.sweeps.storage import Journal
 
 with Journal(Path(sys.argv[1]))._held():
     print("held", flush=True)

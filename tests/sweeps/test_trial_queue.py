@@ -13,8 +13,8 @@ from optuna.distributions import FloatDistribution
 from optuna.storages import JournalStorage
 from optuna.trial import TrialState
 
-from mutransfer.sweeps.journal import Journal
 from mutransfer.sweeps.retry import RetryingStorage
+from mutransfer.sweeps.storage import Journal
 from mutransfer.sweeps.workers import TrialQueue, valid_trials
 
 SPACE = {"lr": FloatDistribution(0.01, 1.0, log=True)}

@@ -11,7 +11,7 @@ import torch
 
 import mutransfer as mt
 from mutransfer.optimizers import muon
-from mutransfer.sweeps.vectorized import optim as updates
+from mutransfer.sweeps.vectorized import step
 from mutransfer.sweeps.vectorized.training import Slot, VectorizedTraining
 
 from .apart import apart, distance, plans, together
@@ -119,7 +119,7 @@ COMPILED = {
 )
 def test_compiled_trainings_are_separate_trainings(name: str, optimizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # A compiler sums in another order, and the rounding of Muon's bfloat16 or float32 would hide what is to be seen.
-    for module in (muon, updates):
+    for module in (muon, step):
         monkeypatch.setattr(module, "iteration_dtype", lambda device: torch.float64)
     own = plans(name, optimizer)
     fused = together(name, [Slot(plan, seed) for seed, plan in enumerate(own)], compile=True)
