@@ -1,8 +1,9 @@
 """One training step of K models of equal shape as a function of tensors: forward, backward, clipping and update.
 
 The tensors of the K models are stacked and one of them lends its structure; attention takes the models as part of the batch, so
-that the usual kernel computes all of them. Optimizer steps are torch's own arithmetic, operation by operation, so that a vectorized
-step equals a separate one. They return new tensors: Inductor's fusion for CPUs failed on programs that write in place (docs/log.md).
+that the usual kernel computes all of them. Optimizer steps are torch's own arithmetic, operation by operation, so a vectorized
+step equals a separate one. They return new tensors: Inductor's fusion for CPUs failed on programs that write in place
+(docs/log.md).
 
 Shapes: parameters, gradients and states are [K, ...], settings [K, 1, ...] in float64, clocks [K].
 """
