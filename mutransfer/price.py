@@ -50,7 +50,7 @@ from .tracing.run import REAL, build, on_cpu, on_fake_tensors, quiet, unfused
 
 __all__ = ["FlopCounter", "Flops", "optimizer_flops", "step_cost", "step_flops"]
 
-_, ITERATIONS, _ = NEWTON_SCHULZ
+ITERATIONS = NEWTON_SCHULZ[1]
 
 
 @dataclass(frozen=True)

@@ -207,9 +207,9 @@ class Commands:
                         yield job, outcome
         finally:
             for _, run in running.values():
-                run.ward.stop()  # all at once, before waiting for any
+                run.process.stop()  # all at once, before waiting for any
             for _, run in running.values():
-                run.ward.close()
+                run.process.close()
 
     def _home(self, job: Job) -> Path:
         key = job.key if isinstance(job.key, tuple) else (job.key,)
@@ -225,7 +225,7 @@ def command_environment(side_by_side: int = 1) -> dict[str, str]:
 
 def look(runs: Iterable[CommandRun]) -> None:
     """Wait until one of ``runs`` says something, or for a moment."""
-    select.select([end for run in runs if (end := run.ward.readable) is not None], [], [], LOOK_EVERY)
+    select.select([end for run in runs if (end := run.process.readable) is not None], [], [], LOOK_EVERY)
 
 
 class CommandRun:
@@ -386,5 +386,5 @@ def _run(run: CommandRun) -> Outcome:
         while (outcome := run.advance()) is None:
             look([run])
     finally:
-        run.ward.close()
+        run.process.close()
     return outcome
