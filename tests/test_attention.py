@@ -140,7 +140,7 @@ class Fused(nn.Module):
 
 def test_a_fused_qkv_is_refused_where_only_the_queries_should_be_scaled() -> None:
     fused = mt.Family(lambda s: Fused(s.width), families.token_batch(), families.loss, mt.Scale(32, 1))
-    with pytest.raises(mt.RequestError, match=r"qkv\.(weight|bias) also makes keys, values or something else"):
+    with pytest.raises(mt.RequestError, match=r"qkv\.(weight|bias) also produces keys, values or something else"):
         mt.plan(fused, mt.Scale(128, 1))
     assert not mt.plan(fused, mt.Scale(32, 1)).notes
 
@@ -157,7 +157,7 @@ class Gated(Fused):
 
 def test_queries_that_also_gate_are_refused() -> None:
     gated = mt.Family(lambda s: Gated(s.width), families.token_batch(), families.loss, mt.Scale(32, 1))
-    with pytest.raises(mt.RequestError, match=r"qkv\.(weight|bias) also makes keys, values or something else"):
+    with pytest.raises(mt.RequestError, match=r"qkv\.(weight|bias) also produces keys, values or something else"):
         mt.plan(gated, mt.Scale(128, 1))
 
 

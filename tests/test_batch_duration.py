@@ -86,7 +86,7 @@ def test_a_law_reaches_every_row_and_the_optimizer(name: str) -> None:
 def test_no_law_changes_nothing_and_says_so() -> None:
     plain, bigger = planned("none"), planned("none", BASE.with_(batch=16))
     assert bigger.rows == plain.rows
-    assert any("no batch or duration law was named" in note for note in bigger.notes)
+    assert any("no batch or duration law is named" in note for note in bigger.notes)
     assert not any("law" in note for note in plain.notes)
 
 
@@ -106,7 +106,7 @@ def test_a_size_that_is_left_open_is_never_passed_over(base: dict[str, int], sca
     noted = mt.plan(family, mt.Scale(64, 3, **scale))
     assert noted.rows == plain.rows
     assert set(noted.notes) - set(plain.notes) == {
-        f"{said}: no batch or duration law was named, so lr, weight decay, betas and eps are carried as they are."
+        f"{said}: no batch or duration law is named, so lr, weight decay, betas and eps are carried over unchanged."
     }
     for name, each in LAWS.items():
         if name == "bjorck" and "tokens" in base and "tokens" in scale:  # which reads nothing else
@@ -115,7 +115,7 @@ def test_a_size_that_is_left_open_is_never_passed_over(base: dict[str, int], sca
             assert changed.notes[-1].endswith("; m_D = 10.")
             continue
         with pytest.raises(
-            RequestError, match=f"the law {name} needs {' and '.join(each.needs)} .*{said}.*give both Scales"
+            RequestError, match=f"the law {name} needs {' and '.join(each.needs)} .*{said}.*on both Scales"
         ):
             mt.plan(family, mt.Scale(64, 3, **scale), recipe=mt.Recipe.read({"law": name}, "recipe"))
 
@@ -130,7 +130,7 @@ def test_the_same_run_needs_no_law() -> None:
     [
         ("sqrt", {"optimizer": "sgd"}, r"sqrt was found with adamw and adam and nadam .* optimizer is sgd"),
         ("ema", {"optimizer": "lion"}, "ema was found with adamw"),
-        ("sqrt", {"scale": BASE.with_(batch=800)}, "grow the batch less"),
+        ("sqrt", {"scale": BASE.with_(batch=800)}, "increase the batch less"),
         ("squareroot", {}, "law"),
     ],
 )

@@ -65,7 +65,7 @@ def test_one_ratio_where_a_role_is_given() -> None:
     planned = mt.plan(replace(critic(), roles={"mid.weight": "hidden"}), mt.Scale(256))
     row = next(row for row in planned.rows if row.name == "mid.weight")
     assert (row.m_in, row.m_out) == (262 / 70, 4)
-    assert any("mid.weight [256, 262] has one ratio for all of its columns" in note for note in planned.notes)
+    assert any("mid.weight [256, 262] uses one ratio for all of its columns" in note for note in planned.notes)
 
 
 @pytest.mark.parametrize(("width", "parametrization"), [(64, "mup"), (256, "sp")])
@@ -150,14 +150,14 @@ def test_a_plan_that_is_not_attached_is_refused() -> None:
     assert any("plan.attach(model)" in note for note in planned.notes)
     for call in (planned.initialize, planned.make_optimizer):
         with pytest.raises(
-            RequestError, match=r"mid\.weight has columns with a forward multiplier .* plan\.attach\(model\)"
+            RequestError, match=r"mid\.weight has columns whose forward multipliers differ .* plan\.attach\(model\)"
         ):
             call(model)
     planned.attach(model)
     planned.initialize(model)
     with pytest.raises(RequestError, match="attach the plan once"):
         planned.attach(model)
-    with pytest.raises(RequestError, match=r"mid\.weight has columns with a forward multiplier"):
+    with pytest.raises(RequestError, match=r"mid\.weight has columns whose forward multipliers differ"):
         mt.plan(of, mt.Scale(128), "sp").initialize(model)
 
 

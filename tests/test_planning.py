@@ -125,7 +125,7 @@ def test_a_tied_readout_that_nothing_carries_is_refused() -> None:
     family = mt.Family(lambda s: Shared(s.width), families.token_batch(), families.loss, Scale(16))
     mt.plan(family, family.base)
     with pytest.raises(
-        RequestError, match=r"tied to embedding\.weight and nothing before it can carry its factor 0\.5"
+        RequestError, match=r"tied to embedding\.weight, but no parameter before it can absorb its factor 0\.5"
     ):
         mt.plan(family, Scale(32))
 
@@ -256,7 +256,7 @@ def test_a_model_of_other_parameters_at_the_target_is_refused() -> None:
         )
 
     family = mt.Family(build, families.image_batch(), families.loss, Scale(32))
-    with pytest.raises(RequestError, match=r"2\.bias is there at width 128 or at the base, not at both"):
+    with pytest.raises(RequestError, match=r"2\.bias exists at width 128 or in the base model, but not in both"):
         mt.plan(family, Scale(128))
 
 
@@ -269,6 +269,6 @@ def test_a_target_looked_at_once_gives_the_same_plans() -> None:
             family, scale, "completep", recipe=recipe
         )
     with pytest.raises(
-        RequestError, match=r"the target was looked at at .* for completep, and the plan is of .* under mup"
+        RequestError, match=r"the target was observed at .* for completep, but the plan is for .* under mup"
     ):
         plan(family, scale, "mup", target=there)

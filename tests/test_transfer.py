@@ -83,27 +83,27 @@ def test_the_initial_scale_is_only_said_to_move_where_the_width_does() -> None:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"tuned": ["weight_decay"]}, ["weight_decay (0.0) was tuned on", "regularisation"]),
-        ({"planned": plan(weight_decay=0.1)}, ["weight_decay (0.1) was set for", "regularisation"]),
+        ({"tuned": ["weight_decay"]}, ["weight_decay (0.0) was tuned on", "regularization"]),
+        ({"planned": plan(weight_decay=0.1)}, ["weight_decay (0.1) was set for", "regularization"]),
         ({"planned": plan(weight_decay=0.1), "tuned": ["weight_decay"]}, ["weight_decay (0.1) was tuned on"]),
         ({"tuned": ["init_scale"]}, ["init_scale (1.0)", "half an octave"]),
-        ({"options": {"resid_pdrop": 0.1}}, ["resid_pdrop (0.1)", "regularisation"]),
-        ({"options": {"head": {"label_smoothing": 0.1}}}, ["head.label_smoothing (0.1)", "regularisation"]),
-        ({"options": {"drop_path_rate": 0.2, "qkv_bias": True}}, ["drop_path_rate (0.2)", "regularisation"]),
+        ({"options": {"resid_pdrop": 0.1}}, ["resid_pdrop (0.1)", "regularization"]),
+        ({"options": {"head": {"label_smoothing": 0.1}}}, ["head.label_smoothing (0.1)", "regularization"]),
+        ({"options": {"drop_path_rate": 0.2, "qkv_bias": True}}, ["drop_path_rate (0.2)", "regularization"]),
         ({"options": {"warmup_steps": 100}}, ["warmup_steps (100)", "tied to batch or length"]),
-        ({"regularizers": {"blocks.*.drop": 0.1}}, ["blocks.*.drop", "0.1", "regularisation"]),
+        ({"regularizers": {"blocks.*.drop": 0.1}}, ["blocks.*.drop", "0.1", "regularization"]),
         ({"planned": plan(betas=(0.8, 0.9)), "batch_size": 32}, ["betas ((0.8, 0.9)) was set for", "m_B = 4"]),
         ({"planned": plan(eps=1e-4), "steps": 500}, ["eps (0.0001) was set for", "m_D = 10"]),
         ({"planned": plan(warmup=0.3), "steps": 500}, ["warmup (0.3) was set for", "m_D = 10"]),
         ({"batch_size": 32}, ["clip (1.0) was set for", "m_B = 4"]),
         ({"unproven": ["nobody looked."]}, ["nobody looked."]),
-        ({"tuned": ["options.attention_dropout"]}, ["attention_dropout", "regularisation"]),
+        ({"tuned": ["options.attention_dropout"]}, ["attention_dropout", "regularization"]),
         ({"tuned": ["batch_size"]}, ["batch_size", "tied to batch"]),
         ({"tuned": ["frobnication"]}, ["frobnication", "not known"]),
         ({"tuned": ["betas"], "batch_size": 32, "steps": 50}, ["betas", "m_B = 4", "m_D = 4"]),
         ({"tuned": ["recipe.warmup"], "steps": 500}, ["warmup (0.1)", "m_D = 10"]),
-        ({"batch_size": 32}, ["batch grows 4x (8 to 32 examples)", "no batch or duration law applied"]),
-        ({"steps": 500}, ["data grows 10x (400 to 4000 examples)", "no batch or duration law applied"]),
+        ({"batch_size": 32}, ["batch grows 4x (8 to 32 examples)", "no batch or duration law is applied"]),
+        ({"steps": 500}, ["data grows 10x (400 to 4000 examples)", "no batch or duration law is applied"]),
         ({"proxy": Scale(32, 1)}, ["depth goes from 1 in the proxy to 2", "no rule for depth"]),
     ],
 )
@@ -268,8 +268,8 @@ def test_a_model_file_is_the_same_however_its_path_is_written(tmp_path: Path) ->
     folder = proven(RunFolder(tmp_path).make())
     assert evidence(folder, model=str(Path("model.py").absolute()) + ":build") == []
     (verify, check) = evidence(folder, model="other.py:build")
-    assert "with another model" in verify
-    assert "with another model" in check
+    assert "for another model" in verify
+    assert "for another model" in check
 
 
 @pytest.mark.parametrize(
@@ -277,10 +277,10 @@ def test_a_model_file_is_the_same_however_its_path_is_written(tmp_path: Path) ->
     [
         ("verify", {"verdict": "fail", "reasons": ["the optimum moved.", "it costs."]}, "failed (the optimum moved): "),
         ("verify", {"verdict": "undecided", "reasons": ["add seeds."]}, "verify {run} --widths 16,64 --seeds 6`"),
-        ("verify", {"verdict": "pass", "transferred_log2_lr": -6.0}, "with another recipe"),
+        ("verify", {"verdict": "pass", "transferred_log2_lr": -6.0}, "for another recipe"),
         ("verify", {}, "never verified"),
         ("check", {"verdict": "fail", "cause": "hidden lr."}, "checked and failed (hidden lr): "),
-        ("check", {"verdict": "undecided", "cause": None}, "checked and is undecided: "),
+        ("check", {"verdict": "undecided", "cause": None}, "checked without a decision: "),
     ],
 )
 def test_a_verdict_that_proves_nothing_is_said(name: str, content: Any, said: str, tmp_path: Path) -> None:
@@ -293,9 +293,9 @@ def test_a_verdict_that_proves_nothing_is_said(name: str, content: Any, said: st
 @pytest.mark.parametrize("change", [{"parametrization": "sp"}, {"optimizer": "lion"}, {"options": {"head_dim": 8}}])
 def test_a_verdict_about_something_else_is_said(change: dict[str, Any], tmp_path: Path) -> None:
     warnings = evidence(proven(RunFolder(tmp_path).make()), **change)
-    assert [f"with another {next(iter(change))} than" in warning for warning in warnings] == [True, True]
+    assert [f"for another {next(iter(change))} than" in warning for warning in warnings] == [True, True]
     (verify,) = evidence(proven(RunFolder(tmp_path).make()), RECIPE.with_(alpha_output=2.0))
-    assert "with another recipe" in verify
+    assert "for another recipe" in verify
     assert f"`{VERIFY}{tmp_path}`" in verify  # its widths were the other question's
 
 
@@ -305,7 +305,7 @@ def test_what_was_left_unfinished_is_said(command: str, tmp_path: Path) -> None:
     folder.note_progress(command, **{"planned": 60, **folder.progress(command), "ended": False})
     (warning,) = evidence(folder)
     search = command in ("tune", "repeats")
-    assert ("search is not finished" if search else "in part only") in warning
+    assert ("search is not finished" if search else "only partly") in warning
     assert f"`{folder.command('tune' if search else command)}`" in warning
     assert folder.command("verify") == f"mutransfer verify {tmp_path} --widths 16,64 --seeds 3"
 

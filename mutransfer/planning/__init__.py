@@ -1,1 +1,1 @@
-"""From a family, a scale and a recipe to a plan: the settings of every parameter, and the settings of the target run."""
+"""Plans: per-parameter settings from a model family, a scale and a recipe, and the settings of the target run."""

@@ -1,4 +1,4 @@
-"""The live optimizer against the plan: what the big run really trains with, after whatever wrapped it."""
+"""Audit a live optimizer against a plan: check which settings the target run really trains with, after any wrappers."""
 
 from __future__ import annotations
 
@@ -23,26 +23,27 @@ __all__ = ["COLUMNS", "audit", "live"]
 
 COLUMNS = ("name", "setting", "planned", "found")
 TOLERANCE = 1e-6  # relative: float32 learning rates round at 6e-8, a wrong factor is never this close
-EXPECTED = "expected an optimizer's state_dict, at the top or under the key 'optimizer'"
+EXPECTED = "expected an optimizer's state_dict, at the top level or under the key 'optimizer'"
 
 Difference = tuple[str, str, Any, Any]
 
 
 def audit(plan: Plan, dump: dict[str, Any] | str | os.PathLike[str]) -> pd.DataFrame:
-    """Return every difference between ``plan`` and what an optimizer holds; no rows means that it is as planned.
+    """Return every difference between ``plan`` and an optimizer's settings; an empty frame means that they agree.
 
-    Learning rates are compared before the schedule: where a scheduler noted ``max_lr`` or ``initial_lr``, that is it, and the
-    momentary lr / initial_lr must be the same for all parameters (setting "lr/initial_lr"; planned is the commonest).
+    Learning rates are compared before the schedule is applied: where a scheduler recorded ``max_lr`` or ``initial_lr``, that
+    value is used. The current ratio lr / initial_lr must be the same for all parameters (setting "lr/initial_lr"; the planned
+    value is the most common ratio).
 
     Args:
-        plan: what was planned for the target.
-        dump: what `live` returned, or ``optimizer.state_dict()`` with names, or either under the key "optimizer" beside
-            a "model" state_dict, whose shapes are then compared too; or the path of a file that holds it, written by
-            `torch.save` or as JSON.
+        plan: the plan of the target model.
+        dump: what `live` returned, or ``optimizer.state_dict()`` with parameter names, or a dictionary with either of them
+            under the key "optimizer" and, optionally, a state_dict under the key "model", whose shapes are then compared too.
+            May also be the path of a file that holds one of these, written by `torch.save` or as JSON.
 
     Returns:
-        A frame with the columns name, setting, planned, found: one row per parameter and setting that differs by more
-        than 1e-6 of its value. A parameter that one side lacks has the setting "parameter".
+        A frame with the columns name, setting, planned, found: one row per parameter and setting that differs by more than
+            1e-6 of its value. A parameter that one side lacks has the setting "parameter".
 
     Raises:
         RequestError: the file is missing or damaged, holds no optimizer, or its parameters have no names.
@@ -61,15 +62,15 @@ def audit(plan: Plan, dump: dict[str, Any] | str | os.PathLike[str]) -> pd.DataF
             continue
         group = found[row.name]
         planned = plan.settings_of(row)
-        if row.weight_decay and "decoupled_weight_decay" in group:  # torch's Adam is AdamW's base class but for this
+        if row.weight_decay and "decoupled_weight_decay" in group:  # torch's AdamW is Adam with this flag set
             planned["decoupled_weight_decay"] = OPTIMIZERS[plan.optimizer].of(row).name != "adam"
         for setting, value in planned.items():
-            # OneCycleLR's initial_lr is where it starts from, below the tuned rate, which is its max_lr
-            has = (
+            # OneCycleLR's initial_lr is the start of its warmup; the tuned rate is its max_lr
+            actual = (
                 group.get("max_lr", group.get("initial_lr", group.get("lr"))) if setting == "lr" else group.get(setting)
             )
-            if not _close(value, has):
-                differences.append((row.name, setting, _plain_value(value), _plain_value(has)))
+            if not _close(value, actual):
+                differences.append((row.name, setting, _plain_value(value), _plain_value(actual)))
     known = {row.name for row in plan.rows}
     differences += [(name, "parameter", "missing", "present") for name in found if name not in known]
     differences += [*_uneven_schedule(found), *_shapes(plan, dump)]
@@ -77,7 +78,7 @@ def audit(plan: Plan, dump: dict[str, Any] | str | os.PathLike[str]) -> pd.DataF
 
 
 def live(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Return what `audit` needs of a running optimizer, as plain JSON data: settings, names and shapes, no weights."""
+    """Return what `audit` needs from a running optimizer as plain JSON data: settings, names and shapes, but no weights."""
     groups, shapes = [], {}
     for group in optimizer.param_groups:
         groups.append({key: _plain_value(value) for key, value in group.items() if key != "params"})
@@ -92,7 +93,7 @@ def _read(path: Path) -> dict[str, Any]:
             start = file.read(2)
         if not start.startswith((b"PK", b"\x80")):
             found = read_json(path, "a torch checkpoint or the JSON of one")
-        else:  # a zip is mapped, so that auditing a large checkpoint reads no weights
+        else:  # zip files are memory-mapped: auditing a large checkpoint reads no weights
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=start == b"PK" or None)
     except FileNotFoundError:
         raise RequestError(f"there is no {path}: {EXPECTED}.") from None
@@ -126,7 +127,7 @@ def _by_name(groups: list[dict[str, Any]], plan: Plan) -> list[tuple[str, dict[s
     named: list[tuple[str, dict[str, Any]]] = []
     for i, group in enumerate(groups):
         parameters = group.get("params")
-        names = group.get("param_names", parameters)  # distributed checkpoints write names in place of indices
+        names = group.get("param_names", parameters)  # distributed checkpoints hold names instead of indices
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             rule = OPTIMIZERS[plan.optimizer]
             raise RequestError(
@@ -143,7 +144,10 @@ def _by_name(groups: list[dict[str, Any]], plan: Plan) -> list[tuple[str, dict[s
 
 
 def _uneven_schedule(found: dict[str, dict[str, Any]]) -> Iterator[Difference]:
-    """A scheduler that writes one lr into all groups undoes the plan, and initial_lr remembers what it was."""
+    """Yield the parameters whose lr/initial_lr differs from the most common ratio.
+
+    A scheduler that writes one lr into all groups undoes the plan, while initial_lr still holds the planned value.
+    """
     ratios = {}
     for name, group in found.items():
         start, now = _number(group.get("initial_lr")), _number(group.get("lr"))
@@ -183,7 +187,7 @@ def _close(planned: Any, found: Any, tolerance: float = TOLERANCE) -> bool:
 
 
 def _number(value: Any) -> float | None:
-    """A setting as a number; torch lets learning rates be tensors."""
+    """Return a setting as a float, or None if it is not a number; torch allows tensors as learning rates."""
     if isinstance(value, torch.Tensor):
         return float(value) if value.numel() == 1 else None
     return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None

@@ -1,4 +1,4 @@
-"""From a family, a scale and a recipe to the settings of every parameter."""
+"""Compute the settings of every parameter from a family, a scale and a recipe."""
 
 from __future__ import annotations
 
@@ -28,7 +28,16 @@ __all__ = ["Target", "apply_law", "finished", "plan", "target_of"]
 
 @dataclass(frozen=True)
 class Target:
-    """All that a plan needs of the model at one scale, whatever the recipe: shapes, own inits, and its layers' origins."""
+    """What a plan needs to know about the model at one scale, independent of the recipe.
+
+    Args:
+        scale: the target's scale.
+        parametrization: name of the table that it was observed for.
+        seen: the observation of the family, with what depends on the target's scale.
+        shapes: shape of every trainable parameter, by name.
+        inits: the model's own initialization of every parameter, by name, as observed in its constructor.
+        origin: name of each parameter → the base model's parameter that it is scaled from.
+    """
 
     scale: Scale
     parametrization: str
@@ -41,7 +50,7 @@ class Target:
 def target_of(
     family: Family, scale: Scale, parametrization: str = "mup", observation: Observation | None = None
 ) -> Target:
-    """Look at ``family`` at ``scale``, built on fake tensors, for plans under ``parametrization``.
+    """Observe ``family`` at ``scale``, built on fake tensors, and return what plans under ``parametrization`` need.
 
     Raises:
         RequestError: as `plan`.
@@ -54,9 +63,9 @@ def target_of(
         model = build(family, scale)
     shapes, inits = shapes_of(model), watcher.named(model)
     if scale.depth == family.base.depth and shapes.keys() != seen.specs.keys():
-        odd = sorted(shapes.keys() ^ seen.specs.keys())[0]
+        unmatched = sorted(shapes.keys() ^ seen.specs.keys())[0]
         raise RequestError(
-            f"{odd} is there at width {scale.width} or at the base, not at both: build the same modules."
+            f"{unmatched} exists at width {scale.width} or in the base model, but not in both: build the same modules."
         )
     base_axes = {name: len(spec.shape) for name, spec in seen.specs.items()}
     axes = {name: len(shape) for name, shape in shapes.items()}
@@ -75,34 +84,38 @@ def plan(
     target: Target | None = None,
     densities: Mapping[str, float] | None = None,
 ) -> Plan:
-    """Plan the settings of every parameter of ``family`` at ``scale``. Nothing is built for real, so any size will do.
+    """Return the settings of every parameter of ``family`` at ``scale``; models are built on fake tensors, so any size works.
 
     Args:
-        family: the model at any size; its base is where every factor is 1.
-        scale: the model to plan for.
+        family: the model family; at its base scale every factor is 1.
+        scale: the scale to plan for.
         parametrization: one of `tables.TABLES`, such as "mup" (TP-V 2203.03466, Table 3), "completep" or "sp".
-        optimizer: name of an optimizer in lower case, one of `optimizers.OPTIMIZERS`.
-        recipe: hyperparameters at base scale, or the path of a saved recipe; torch-like defaults if None.
-        observation: what `observe` returned for this family, to save doing it again.
-        target: what `target_of` returned for this family, scale and parametrization, to save that as well.
-        densities: name pattern → m_ρ, the density of these hidden layers at the target / at the base (SµPar 2405.15743).
+        optimizer: lower-case name of an optimizer, one of `optimizers.OPTIMIZERS`.
+        recipe: hyperparameters at base scale, or the path of a saved recipe; None uses torch-like defaults.
+        observation: the result of `observe` for this family, to avoid repeating it.
+        target: the result of `target_of` for this family, scale and parametrization, to avoid repeating that as well.
+        densities: name pattern → m_ρ, the density of these hidden layers in the target divided by that in the base (SµPar
+            2405.15743).
 
     Raises:
-        RequestError: an unknown name, a model whose parameters cannot be told, an axis that changed but does not grow.
+        RequestError: a name is unknown, the role or initialization of a parameter cannot be determined, or an axis changed
+            although it does not grow with the width.
     """
     if recipe is None or not isinstance(recipe, Recipe):
         recipe = Recipe() if recipe is None else Recipe.load(recipe)
     rules, rule = table(parametrization), optimizer_rule(optimizer, recipe)
-    there = target or target_of(family, scale, parametrization, observation)
-    if (there.scale, there.parametrization) != (scale, parametrization):
+    observed = target or target_of(family, scale, parametrization, observation)
+    if (observed.scale, observed.parametrization) != (scale, parametrization):
         raise RequestError(
-            f"the target was looked at at {there.scale} for {there.parametrization}, and the plan is of {scale} under "
-            f"{parametrization}: call target_of for these."
+            f"the target was observed at {observed.scale} for {observed.parametrization}, but the plan is for {scale} under "
+            f"{parametrization}: call target_of with these."
         )
-    draft = Draft(rules, rule, recipe, there.seen, scale, family.base, there.shapes, there.origin, densities or {})
-    planned = finished(draft, optimizer, there.inits)
-    base = sum(math.prod(spec.shape) for spec in there.seen.specs.values())
-    grown = sum(map(math.prod, there.shapes.values())) / base
+    draft = Draft(
+        rules, rule, recipe, observed.seen, scale, family.base, observed.shapes, observed.origin, densities or {}
+    )
+    planned = finished(draft, optimizer, observed.inits)
+    base = sum(math.prod(spec.shape) for spec in observed.seen.specs.values())
+    grown = sum(map(math.prod, observed.shapes.values())) / base
     return apply_law(planned, scale, family.base, grown)
 
 
@@ -111,7 +124,7 @@ def finished(draft: Draft, optimizer: str, inits: dict[str, Init]) -> Plan:
     fold_all(draft)
     if draft.wider < 1:
         draft.notes.append(
-            f"the target's width {draft.scale.width} is smaller than the base's {draft.base.width}: factors invert."
+            f"the target's width {draft.scale.width} is smaller than the base's {draft.base.width}, so factors invert."
         )
     rows = tuple(_row(draft, name, inits[name]) for name in draft.shapes)
     draft.notes += _constants(draft, rows)
@@ -119,12 +132,12 @@ def finished(draft: Draft, optimizer: str, inits: dict[str, Init]) -> Plan:
 
 
 def _constants(draft: Draft, rows: tuple[ParameterPlan, ...]) -> list[str]:
-    """Name the constants that carry a multiplier: their standard deviation, which the table shows, is 0 all the same."""
+    """Return notes that name constants whose value changes, since the table shows a standard deviation of 0 either way."""
     changed: dict[tuple[float, float], list[str]] = {}
     for row in rows:
-        own = draft.spec(row.name).init
-        if row.init.kind == own.kind == "constant" and row.init.a != own.a:
-            changed.setdefault((own.a, row.init.a), []).append(row.name)
+        base = draft.spec(row.name).init
+        if row.init.kind == base.kind == "constant" and row.init.a != base.a:
+            changed.setdefault((base.a, row.init.a), []).append(row.name)
     return [
         f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if names[3:] else ''}: initially the constant {new:.4g} instead "
         f"of {old:.4g}, which init_std and init_factor do not show."
@@ -139,7 +152,7 @@ def _row(draft: Draft, name: str, target: Init) -> ParameterPlan:
     is_matrix = len(spec.shape) > 1
     factor = total.init * (recipe.init_scale if is_matrix else 1.0)
     try:
-        # Table factors are for random weights; a constant (a gain of 1, a bias of 0) only follows a change of gauge.
+        # Table factors apply to random weights; a constant (a gain of 1, a bias of 0) is only scaled by the gauge.
         init = spec.init.carried(target, factor, total.gauge, matrix=bool({"in", "gather"} & {*spec.axes}))
     except RequestError as error:
         raise RequestError(f"{name} {list(draft.shapes[name])} {error}") from None
@@ -147,13 +160,13 @@ def _row(draft: Draft, name: str, target: Init) -> ParameterPlan:
     if columns and init.kind != "constant":
         if init.parts or init.program:
             raise RequestError(
-                f"{name} {list(draft.shapes[name])} has columns of two kinds and is drawn in pieces, or by operations of its "
-                "own: draw it from one distribution, or split the layer in two."
+                f"{name} {list(draft.shapes[name])} has both growing and fixed columns, and is initialized in pieces or by "
+                "recorded operations: draw it from one distribution, or split the layer in two."
             )
         init = init.with_columns([(each.axis, each.begin, each.end) for each in columns], draft.shapes[name], apart)
-    if spec.shift:  # a gain used as s + w: that is what the factor is for, not w
+    if spec.shift:  # a gain used as s + w: the factor applies to s + w, not to w
         init = init.shifted((total.gauge - 1) * spec.shift)
-    # What is scaled is s + w: decay must not pull w to where s + w is 1.
+    # The factor applies to s + w: decay of w would pull s + w back to the unscaled s.
     decays = (recipe.decay == "all" or is_matrix) and not (spec.shift and total.gauge != 1)
     base_lr, base_eps = rule.base(recipe)
     settings: dict[str, Any] = {
@@ -179,18 +192,18 @@ def _row(draft: Draft, name: str, target: Init) -> ParameterPlan:
 
 
 def apply_law(plan: Plan, scale: Scale, tuned: Scale, parameters: float | None = None) -> Plan:
-    """Return ``plan`` for the batch and the tokens of ``scale``, from a recipe tuned at those of ``tuned``.
+    """Return ``plan`` adjusted to the batch and tokens of ``scale`` by its recipe's law, for a recipe tuned at ``tuned``.
 
-    A size that neither states is not part of the question; one that only one of them states may have changed.
+    A size (batch or tokens) that neither scale states is ignored; a size that only one of them states may have changed.
 
     Args:
-        plan: with no law applied yet.
-        scale: what the plan is for.
-        tuned: what the recipe was tuned at.
-        parameters: m_N, which only some laws need.
+        plan: a plan with no law applied yet.
+        scale: the scale that the plan is for.
+        tuned: the scale that the recipe was tuned at.
+        parameters: m_N, the ratio of parameter counts, which only some laws need.
 
     Raises:
-        RequestError: the law is unknown, was found with other optimizers, or needs something that is not given.
+        RequestError: the law is unknown, was found with other optimizers, or needs a value that is not given.
     """
     sizes = {size: (getattr(tuned, size), getattr(scale, size)) for size in ("batch", "tokens")}
     moved = [
@@ -200,20 +213,20 @@ def apply_law(plan: Plan, scale: Scale, tuned: Scale, parameters: float | None =
         return plan
     name, stated = plan.recipe.law, {"batch": scale.batch, "tokens": scale.tokens}
     if name == "none":
-        note = f"{', '.join(moved)}: no batch or duration law was named, so lr, weight decay, betas and eps are carried as "
-        note += "they are."
+        note = f"{', '.join(moved)}: no batch or duration law is named, so lr, weight decay, betas and eps are carried over "
+        note += "unchanged."
         return replace(plan, scale=plan.scale.with_(**stated), notes=(*plan.notes, note))
     chosen = law(name)
     if plan.optimizer not in chosen.optimizers:
         raise RequestError(
-            f"the law {name} was found with {' and '.join(chosen.optimizers)} ({chosen.source}), and the optimizer is "
-            f"{plan.optimizer}: name the law 'none', or use one of these."
+            f"the law {name} was found with {' and '.join(chosen.optimizers)} ({chosen.source}), but the optimizer is "
+            f"{plan.optimizer}: set the law to 'none', or use one of these optimizers."
         )
     for size in chosen.needs:
         if None in sizes[size]:
             raise RequestError(
-                f"the law {name} needs {' and '.join(chosen.needs)} of base and target, and this is {', '.join(moved)}: give "
-                f"both Scales their {size}."
+                f"the law {name} needs {' and '.join(chosen.needs)} of both base and target, but got {', '.join(moved)}: set "
+                f"{size} on both Scales."
             )
     batch, tokens = (new / old if old and new else 1.0 for old, new in sizes.values())
     m = Ratios(batch, tokens, parameters)
@@ -221,8 +234,8 @@ def apply_law(plan: Plan, scale: Scale, tuned: Scale, parameters: float | None =
     factors = Factors(lr=change.lr, weight_decay=change.weight_decay, eps=change.eps)
     rows = tuple(row.times(factors) for row in plan.rows)
     symbols = {"m_B": "batch", "m_D": "tokens"}
-    said = ", ".join(f"{key} = {getattr(m, size):g}" for key, size in symbols.items() if None not in sizes[size])
-    note = f"law {name} ({chosen.source}): {chosen.says}; {said}."
+    ratio_text = ", ".join(f"{key} = {getattr(m, size):g}" for key, size in symbols.items() if None not in sizes[size])
+    note = f"law {name} ({chosen.source}): {chosen.says}; {ratio_text}."
     changed = replace(
         plan,
         rows=rows,
@@ -230,5 +243,5 @@ def apply_law(plan: Plan, scale: Scale, tuned: Scale, parameters: float | None =
         base=plan.base.with_(batch=tuned.batch, tokens=tuned.tokens),
         notes=(*plan.notes, note),
     )
-    averaged(plan.recipe, changed.scale, changed.base)  # refuse now, not when the optimizer is made
+    averaged(plan.recipe, changed.scale, changed.base)  # raise now rather than when the optimizer is built
     return changed

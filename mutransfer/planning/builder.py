@@ -1,7 +1,7 @@
-"""A plan in the making: the factors of every parameter, and the multipliers to be written into them.
+"""Build a plan: compute the factors of every parameter and fold forward multipliers into parameters.
 
-Factors of the sizes (``size``) and of the recipe's α's (``alpha``) are kept apart: only the former compare the target
-with the base model under the same recipe.
+Factors that follow from the sizes (``size``) and from the recipe's α's (``alpha``) are stored separately, because only the
+former compare the target with the base model under the same recipe.
 """
 
 from __future__ import annotations
@@ -30,7 +30,24 @@ DECAY_POLICIES = {"independent": -1.0, "coupled": 0.0, "sqrt": -0.5}  # power of
 
 @dataclass
 class Draft:
-    """The target's parameters (``shapes``), the base's that they are scaled from (``origin``), and the factors so far."""
+    """A plan under construction: the target's parameters and the factors computed so far.
+
+    Args:
+        rules: the parametrization's table.
+        rule: the optimizer's scaling rule.
+        recipe: hyperparameters at base scale.
+        seen: the observation of the family.
+        scale: the target's scale.
+        base: the base model's scale.
+        shapes: shapes of the target's parameters, by name.
+        origin: name of each parameter → the base model's parameter that it is scaled from.
+        densities: name pattern → density ratio m_ρ of these hidden layers.
+        size: name → factors that follow from the sizes.
+        alpha: name → factors that follow from the recipe's α's.
+        notes: what a reader of the plan should know.
+        apart: name → (init factor relative to the other columns, columns with their forward multipliers), for parameters whose
+            fixed columns have factors of their own.
+    """
 
     rules: Table
     rule: OptimizerRule
@@ -44,7 +61,6 @@ class Draft:
     size: dict[str, Factors] = field(default_factory=dict)
     alpha: dict[str, Factors] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    # parameters whose fixed columns have factors of their own: of the initial weights against the others', and in the input
     apart: dict[str, tuple[float, tuple[Columns, ...]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -55,7 +71,7 @@ class Draft:
             found = [name for name in self.shapes if fnmatch.fnmatchcase(name, pattern)]
             if not found:
                 raise RequestError(
-                    f"no parameter is called {pattern!r}, whose density is {density:g}: give another pattern."
+                    f"no parameter matches {pattern!r}, which has density {density:g}: give another pattern."
                 )
             self.notes.append(f"SµPar: {pattern} ({len(found)} parameters) with density ratio {density:g}.")
 
@@ -70,20 +86,20 @@ class Draft:
         return self.scale.depth / self.base.depth
 
     def repeated(self, origin: str) -> float:
-        """Return by how much depth multiplies the residual branches of a parameter of the base, its own m_L.
+        """Return m_L for a parameter of the base: by how much the target's depth multiplies the number of its residual branches.
 
-        That is 1 for a branch that is there once, and of two stacks each has its own.
+        It is 1 for a branch that occurs only once; if there are two stacks, each has its own m_L.
         """
         spec = self.seen.specs[origin]
         if spec.layer:
-            here, there = self._layers[spec.layer[:-1]]
-            return there / here
+            base_layers, target_layers = self._layers[spec.layer[:-1]]
+            return target_layers / base_layers
         a, b = spec.rounds
         return (a + b * self.scale.depth) / (a + b * self.base.depth)
 
     @cached_property
     def _layers(self) -> dict[tuple[str, ...], tuple[int, int]]:
-        """The numbers of layers with residual branches that the base and the target have of each stack."""
+        """Return, for each stack, how many layers with residual branches the base and the target have."""
         layers: dict[tuple[str, ...], tuple[set[Any], set[Any]]] = defaultdict(lambda: (set(), set()))
         for spec in self.seen.specs.values():
             if spec.layer and spec.inside:
@@ -96,10 +112,11 @@ class Draft:
 
     @cached_property
     def _backward(self) -> float:
-        """The factor of the gradients that a readout passes back, over µP's 1/m: they are as large as its weights.
+        """Return the factor of the gradients that the readout passes back, relative to µP's 1/m.
 
-        Where the shape caps initial weights, a readout that is wider than its logits are many starts at 1/fan-in as µP's
-        does, one with more logits at fan-in^-1/2. Of several readouts the one that has the largest weights counts.
+        They are proportional to the readout's weights. Where the shape caps initial weights, a readout that is wider than its
+        number of logits starts at 1/fan-in, as in µP; one with more logits starts at fan-in^-1/2. Of several readouts, the one
+        with the largest weights counts.
         """
         sizes = [
             self.rules.rows["output"].init(*self.multipliers(name)) * _aspect(spec, shape) * self.multipliers(name)[0]
@@ -109,7 +126,7 @@ class Draft:
         return max(sizes, default=1.0)
 
     def spec(self, name: str) -> ParamSpec:
-        """Return what was observed of the base's parameter that ``name`` is scaled from."""
+        """Return the spec of the base model's parameter that ``name`` is scaled from."""
         return self.seen.specs[self.origin[name]]
 
     def multipliers(self, name: str) -> tuple[float, float]:
@@ -117,7 +134,7 @@ class Draft:
         return self.spec(name).multipliers(self.shapes[name], name, self.deeper, apart=name in self.apart)
 
     def fold(self, names: Iterable[str], size: float = 1.0, alpha: float = 1.0) -> None:
-        """Write multipliers into the target's parameters that come from ``names`` of the base."""
+        """Fold multipliers into the target's parameters that are scaled from the base model's ``names``."""
         if size == 1 and alpha == 1:
             return
         chosen = set(names)
@@ -128,9 +145,9 @@ class Draft:
                 self.alpha[name] = self.alpha[name].folded(alpha, kind)
 
     def _size(self, name: str) -> Factors:
-        """Return the table's own factors: of the width and, on residual branches, of the depth."""
+        """Return the table's factors: for the width and, on residual branches, for the depth."""
         spec, rule = self.spec(name), self.rule.of(self.spec(name))
-        self._look_at_columns(name)
+        self._plan_columns(name)
         m = self.multipliers(name)
         row = self.rules.rows[spec.role]
         init = row.init(*m) * (_aspect(spec, self.shapes[name]) if self.rules.aspect else 1.0)
@@ -157,14 +174,14 @@ class Draft:
         decay = rule.decay(lr, growth) ** DECAY_POLICIES[self.recipe.decay_policy]
         return Factors(init, lr, decay, eps, row.gauge(*m))
 
-    def _look_at_columns(self, name: str) -> None:
-        """Give fixed columns beside growing ones their own factors, by a forward multiplier on what they meet.
+    def _plan_columns(self, name: str) -> None:
+        """Give fixed columns next to growing ones their own factors, by a forward multiplier on the inputs that they meet.
 
-        A tensor has one learning rate: under a multiplier c on their input, fixed columns learn as those of the role
-        that they have by themselves (`fold`). Where a role is given, all columns have one ratio, and a note says so.
+        A tensor has one learning rate. With a multiplier c on their inputs, fixed columns learn at the rate that their role
+        would have in a parameter of its own (`fold`). If a role is given, all columns share one ratio, and a note says so.
 
         Raises:
-            RequestError: no multiplier says it, or none can be registered.
+            RequestError: no multiplier has this effect, or none can be registered.
         """
         spec, shape, rule = self.spec(name), self.shapes[name], self.rule.of(self.spec(name))
         if not spec.columns:
@@ -180,8 +197,8 @@ class Draft:
         described = spec.describe_columns(shape)
         if spec.insisted:
             self.notes.append(
-                f"{name} {list(shape)} has one ratio for all of its columns, as its role is given, though {described}: the "
-                f"latter should have {fixed_lr / lr:g} times the learning rate."
+                f"{name} {list(shape)} uses one ratio for all of its columns because its role is given, although {described}: "
+                f"the latter should have {fixed_lr / lr:g} times the learning rate."
             )
             return
         power, decay_power, _ = FOLDS[rule.fold]
@@ -196,17 +213,17 @@ class Draft:
         elif sum(each.grows for each in spec.columns) > 1:
             why = "there are several growing pieces"
         elif self.rules.aspect:
-            why = f"{self.rules.name} looks at the matrix as a whole"
+            why = f"{self.rules.name} scales a matrix by its whole shape"
         elif self.recipe.weight_decay and not math.isclose(decays[0], decays[1] * c**-decay_power):
             why = f"their weight decay under decay_policy {self.recipe.decay_policy!r} differs as well"
         elif self._density(name) != 1:
             why = "it is sparse"
         if why:
             raise RequestError(
-                f"{name} {list(shape)} sums over columns of two kinds: {described}. {self.rules.name} scales the former as "
-                f"{spec.role} and the latter as {fixed}, one parameter has one learning rate, and no multiplier of its input "
-                f"makes up for that: {why}. {spec.split_advice(shape)} To insist on one ratio for all columns, name the role "
-                f"in the family, roles={{{name!r}: {spec.role!r}}}."
+                f"{name} {list(shape)} sums over two kinds of columns: {described}. {self.rules.name} scales the former as "
+                f"{spec.role} and the latter as {fixed}, but a parameter has only one learning rate, and no multiplier on its "
+                f"input makes up for that: {why}. {spec.split_advice(shape)} To use one ratio for all columns anyway, name the "
+                f"role in the family, roles={{{name!r}: {spec.role!r}}}."
             )
         init, gauge = (getattr(fixed_row, key)(1.0, m[1]) / c / getattr(row, key)(*m) for key in ("init", "gauge"))
         self.apart[name] = (
@@ -216,30 +233,32 @@ class Draft:
             ),
         )
         self.notes.append(
-            f"{name} {list(shape)} is planned with a forward multiplier of {c:g}: {described}, which are scaled as {fixed}. Call "
-            "plan.attach(model) after building the model and before plan.initialize(model)."
+            f"{name} {list(shape)} is planned with a forward multiplier of {c:g}: {described}, and the latter are scaled as "
+            f"{fixed}. Call plan.attach(model) after building the model and before plan.initialize(model)."
         )
 
     def _density(self, name: str) -> float:
-        """Return m_ρ of one parameter, by which SµPar (2405.15743, Table 1) divides the fan-in that is left."""
+        """Return the density ratio m_ρ of one parameter, by which SµPar (2405.15743, Table 1) scales its remaining fan-in."""
         density = next((d for pattern, d in self.densities.items() if fnmatch.fnmatchcase(name, pattern)), 1.0)
         role, rule = self.spec(name).role, self.rule.of(self.spec(name))
         if density == 1:
             return density
         if not density > 0:
-            raise RequestError(f"the density ratio of {name} is {density!r}: give a number above 0.")
+            raise RequestError(f"the density ratio of {name} is {density!r}: give a number greater than 0.")
         if role != "hidden" or not self.rules.sparse or rule.fold == "muon":
             why = (
-                f"{name} is of the role {role}" if role != "hidden" else f"{self.rules.name} with {rule.name} has none"
+                f"{name} has the role {role}"
+                if role != "hidden"
+                else f"{self.rules.name} with {rule.name} has no such rule"
             )
             raise RequestError(
-                f"SµPar's rule for density {density:g} is for hidden layers under µP, and {why}: leave it dense."
+                f"SµPar's rule for density {density:g} applies to hidden layers under µP, but {why}: leave it dense."
             )
         return density
 
 
 def _aspect(spec: ParamSpec, shape: tuple[int, ...]) -> float:
-    """Return how min(1, √(out/in)) of a matrix changes from the base's shape to ``shape``."""
+    """Return by how much min(1, √(out/in)) of a matrix changes from the base's shape to ``shape``."""
 
     def capped(sizes: tuple[int, ...]) -> float:
         fan = {
@@ -252,10 +271,10 @@ def _aspect(spec: ParamSpec, shape: tuple[int, ...]) -> float:
 
 
 def fold_all(draft: Draft) -> None:
-    """Write every multiplier that the table, the recipe and the model's own forward pass ask for into parameters.
+    """Fold every multiplier that the table, the recipe and the model's own forward pass require into parameters.
 
     Raises:
-        RequestError: a multiplier that no parameter carries, or whose carrier has another use.
+        RequestError: no parameter can absorb a multiplier, or the one that could is also used elsewhere.
     """
     _fold_constants(draft)
     _fold_ends(draft)
@@ -267,7 +286,7 @@ def fold_all(draft: Draft) -> None:
 
 
 def _fold_constants(draft: Draft) -> None:
-    """Divide out what the model's own forward pass multiplies with more as it gets wider (√width on embeddings)."""
+    """Divide out multipliers in the model's own forward pass that grow with the width (such as √width on embeddings)."""
     if not draft.rules.divides_out:
         return
     for name, spec in draft.seen.specs.items():
@@ -275,12 +294,12 @@ def _fold_constants(draft: Draft) -> None:
         draft.fold([name], size=c)
         if c != 1:
             draft.notes.append(
-                f"the forward pass multiplies {name} with width^{spec.constant:g}: divided out of its settings ({c:.4g})."
+                f"the forward pass multiplies {name} by width^{spec.constant:g}: divided out of its settings ({c:.4g})."
             )
 
 
 def _fold_ends(draft: Draft) -> None:
-    """Write the input and output multipliers of the recipe into their matrices, or what sets the sizes of these."""
+    """Fold alpha_input and alpha_output into the input and readout matrices, or into the g of weight-normalized ones."""
     sized = {spec.sizes: name for name, spec in draft.seen.specs.items() if spec.sizes}
     for name, spec in draft.seen.specs.items():
         if spec.role == "output":
@@ -290,9 +309,10 @@ def _fold_ends(draft: Draft) -> None:
 
 
 def _fold_sizes(draft: Draft) -> None:
-    """A row of a normalized weight is as long as its size says: as long as the table would have the plain matrix's.
+    """Give the rows of a weight-normalized matrix the norm that the table would give those of the plain matrix.
 
-    Of n entries of standard deviation s, a row is s·√n long; a fan-in initialization keeps that, a readout's does not.
+    The g of a row is its norm. A row of n entries with standard deviation s has norm s·√n: fan-in initialization keeps it
+    constant, a readout's initialization does not.
     """
     for name, spec in draft.seen.specs.items():
         if not spec.sizes:
@@ -303,12 +323,12 @@ def _fold_sizes(draft: Draft) -> None:
 
 
 def _fold_ties(draft: Draft) -> None:
-    """Pass the readout's multiplier of a matrix that is also the embedding on to the final norm."""
+    """Fold the readout's multiplier of a matrix that is also the embedding into the final norm."""
     for name, spec in draft.seen.specs.items():
         if not spec.tied:
             continue
         target = next(each for each, origin in draft.origin.items() if origin == name)
-        # What the matrix itself took on as an embedding (a constant, alpha_input) must come off again behind it.
+        # Factors folded into the matrix as an embedding (a constant, alpha_input) also act in the readout: divide them out.
         m = draft.multipliers(target)[1]
         size = draft.rules.readout(m, 1.0) / draft.size[target].gauge * draft.wider**-spec.readout_constant
         alpha = draft.recipe.alpha_output / draft.alpha[target].gauge
@@ -316,8 +336,8 @@ def _fold_ties(draft: Draft) -> None:
             continue
         if not spec.carriers:
             raise RequestError(
-                f"the readout is tied to {name} and nothing before it can carry its factor {size * alpha:g}: give the "
-                "model a final norm with a gain, or untie the readout."
+                f"the readout is tied to {name}, but no parameter before it can absorb its factor {size * alpha:g}: give "
+                "the model a final norm with a gain, or untie the readout."
             )
         _refuse_other_use(draft.seen, spec, name)
         draft.fold(spec.carriers, size=size, alpha=alpha)
@@ -326,41 +346,39 @@ def _fold_ties(draft: Draft) -> None:
 
 
 def _refuse_other_use(seen: Observation, tied: ParamSpec, readout: str) -> None:
-    """What a carrier feeds besides the readout would be scaled with it."""
+    """Raise if a carrier also feeds something besides the readout, which would be scaled with it."""
     also = [name for name, spec in seen.specs.items() if name != readout and spec.meets & tied.carriers]
     if also or tied.shared_carriers:
         fed = also[0] if also else "something else"
         raise RequestError(
-            f"the readout tied to {readout} passes its factor to {min(tied.carriers)}, which also feeds {fed}: give it a norm of "
-            "its own, or untie the readout."
+            f"the readout tied to {readout} passes its factor to {min(tied.carriers)}, which also feeds {fed}: give the "
+            "readout its own norm, or untie it."
         )
 
 
 def _fold_attention(draft: Draft) -> None:
     """Turn the model's own scaling of attention into α·√d₀/d by scaling the queries, where the head dim d grows.
 
-    TP-V 2203.03466, Definition 4.1, which starts from 1/√d; a model that already divides by d needs no factor.
+    TP-V 2203.03466, Definition 4.1. The factor is relative to 1/√d; a model that already divides by d needs none.
     """
     seen, alpha = draft.seen, draft.recipe.alpha_attention
     if seen.heads.dim is None:
         if alpha != 1:
-            raise RequestError(
-                f"alpha_attention is {alpha:g} and the model has no attention that could be seen: leave it at 1."
-            )
+            raise RequestError(f"alpha_attention is {alpha:g}, but no attention was found in the model: leave it at 1.")
         return
     m_h = seen.heads.ratio
-    c = draft.rules.attention(m_h, 1.0) ** (2 * (1 + seen.heads.power))  # the table counts from 1/√d
+    c = draft.rules.attention(m_h, 1.0) ** (2 * (1 + seen.heads.power))  # the table is relative to 1/√d
     if c == 1 and alpha == 1:
         return
     if seen.shared_queries:
         raise RequestError(
-            f"attention asks for a factor {c * alpha:.4g} on the queries alone, and {min(seen.shared_queries)} "
-            "also makes keys, values or something else: split it into its own query "
-            "projection, or keep the head dim fixed and alpha_attention 1."
+            f"attention needs a factor {c * alpha:.4g} on the queries alone, but {min(seen.shared_queries)} "
+            "also produces keys, values or something else: use a separate query "
+            "projection, or keep the head dim fixed and alpha_attention at 1."
         )
     if not seen.queries:
         raise RequestError(
-            "attention asks for a factor on the queries, and no parameter carries it: use a query projection."
+            "attention needs a factor on the queries, but no parameter can absorb it: use a query projection."
         )
     draft.fold(seen.queries, size=c, alpha=alpha)
     if c != 1:
@@ -368,7 +386,7 @@ def _fold_attention(draft: Draft) -> None:
 
 
 def _fold_dots(draft: Draft) -> None:
-    """Give every other dot product of activations that grew m times the 1/m that attention's logits get."""
+    """Scale every other dot product of activations whose length grew m times by 1/m, as for attention's logits."""
     for each in draft.seen.dots:
         c = draft.rules.attention(each.ratio, 1.0) ** (2 * (1 + each.power))
         if c == 1:
@@ -377,13 +395,13 @@ def _fold_dots(draft: Draft) -> None:
             raise RequestError(each.refusal(c))
         draft.fold(each.carriers, size=c**0.5 if each.both else c)
         draft.notes.append(
-            f"the result of {', '.join(sorted(each.carriers))} is multiplied with other activations and summed over "
+            f"the result of {', '.join(sorted(each.carriers))} is multiplied by other activations and summed over "
             f"{each.ratio:g} times as many entries: a factor {c:.4g} is folded into {'both sides' if each.both else 'it'}."
         )
 
 
 def _fold_branches(draft: Draft) -> None:
-    """Write the multiplier of residual branches, m_L^-α and the recipe's own, into whatever ends each branch."""
+    """Fold the multiplier of residual branches, m_L^-α times the recipe's own, into the parameters that end each branch."""
     power = draft.rules.depth
     alpha = draft.recipe.alpha_residual
     ends = sorted(name for name, spec in draft.seen.specs.items() if spec.ends_branch)
@@ -401,12 +419,12 @@ def _fold_branches(draft: Draft) -> None:
     open_branches = [name for name in draft.seen.open_branches if size(name) != 1 or alpha != 1]
     if not ends or open_branches:
         found = (
-            f"no parameter carries it into the branch of {open_branches[0]}"
+            f"no parameter can absorb it in the branch of {open_branches[0]}"
             if open_branches
-            else "no residual branch was seen"
+            else "no residual branch was found"
         )
         raise RequestError(
-            f"residual branches ask for a factor {asked * alpha:.4g}, and {found}: end every branch in a linear layer or a gain."
+            f"residual branches need a factor {asked * alpha:.4g}, but {found}: end every branch in a linear layer or a gain."
         )
     for name in ends:
         if size(name) != 1 or alpha != 1:
@@ -414,13 +432,13 @@ def _fold_branches(draft: Draft) -> None:
             draft.fold([name], size=size(name), alpha=alpha)
     if once := [name for name in ends if asked != 1 and size(name) == 1]:
         draft.notes.append(
-            f"{', '.join(once[:3])}{f' and {len(once) - 3} more' if once[3:] else ''}: a residual branch that depth does not "
-            "repeat, so it keeps its size."
+            f"{', '.join(once[:3])}{f' and {len(once) - 3} more' if once[3:] else ''}: the residual branch is not repeated with "
+            "depth, so its scale is unchanged."
         )
 
 
 def _fold_depth_constants(draft: Draft) -> None:
-    """Divide out what the model's own forward pass multiplies with as it gets deeper: the table says how branches shrink."""
+    """Divide out multipliers in the model's forward pass that change with depth; the table decides how branches shrink."""
     powers = {name: spec.depth_constant for name, spec in draft.seen.specs.items() if spec.depth_constant}
     for power in sorted(set(powers.values())):
         names = [name for name, each in powers.items() if each == power]
@@ -428,7 +446,7 @@ def _fold_depth_constants(draft: Draft) -> None:
         draft.fold(names, size=c)
         if c != 1:
             draft.notes.append(
-                f"the forward pass multiplies {names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''} with "
+                f"the forward pass multiplies {names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''} by "
                 f"depth^{power:g}: divided out of their settings ({c:.4g})."
             )
 
@@ -436,5 +454,5 @@ def _fold_depth_constants(draft: Draft) -> None:
 def _refuse_way_out(spec: ParamSpec) -> None:
     if not spec.inside:
         raise RequestError(
-            f"{spec.name} ends a residual branch and is used outside of it as well: give the branch a layer of its own."
+            f"{spec.name} ends a residual branch and is also used outside of it: give the branch its own layer."
         )

@@ -1,6 +1,6 @@
-"""Laws for a batch or a duration that changes: empirical, one sentence and one source each, and used only when named.
+"""Batch and duration laws: empirical rules with one source each, applied only when the recipe names one.
 
-Everything here is relative to the run that the recipe was tuned on: m_B and m_D are the ratios of batch sizes and of training
+All ratios are relative to the run that the recipe was tuned on: m_B and m_D are the ratios of batch sizes and of training
 tokens, m_N that of parameter counts.
 """
 
@@ -20,7 +20,7 @@ ADAMS = ("adamw", "adam", "nadam")
 
 @dataclass(frozen=True)
 class Ratios:
-    """Target over proxy: batch size, training tokens, parameters (None when they were not counted)."""
+    """Target / proxy ratios of batch size, training tokens and parameter count (None if not counted)."""
 
     batch: float
     tokens: float
@@ -29,7 +29,7 @@ class Ratios:
 
 @dataclass(frozen=True)
 class Change:
-    """What a law multiplies all learning rates, weight decays, 1 − β and epsilons with."""
+    """Factors by which a law multiplies all learning rates, weight decays, 1 − β and epsilons."""
 
     lr: float = 1.0
     weight_decay: float = 1.0
@@ -39,7 +39,16 @@ class Change:
 
 @dataclass(frozen=True)
 class Law:
-    """One law: what it says, where from, the optimizers that it was found with, and the sizes that it reads."""
+    """A batch or duration law.
+
+    Args:
+        name: as in the recipe.
+        says: the law in one sentence.
+        source: where the law comes from.
+        change: computes the factors from the ratios.
+        optimizers: the optimizers that it was found with.
+        needs: the sizes that it reads.
+    """
 
     name: str
     says: str
@@ -57,7 +66,7 @@ def _sqrt(m: Ratios) -> Change:
 def _power_lines(m: Ratios) -> Change:
     if m.parameters is None:
         raise RequestError(
-            "the law power-lines needs the ratio of parameter counts: give the proxy's (proxy_parameters)."
+            "the law power-lines needs the ratio of parameter counts: give the proxy's count (proxy_parameters)."
         )
     per_parameter = m.tokens / m.parameters
     return Change(weight_decay=m.batch / m.tokens * per_parameter**0.527)
@@ -81,14 +90,14 @@ LAWS = {
         ),
         Law(
             "power-lines",
-            "batch / (lr · weight decay · tokens) ∝ (tokens per parameter)^-0.527, by the weight decay",
+            "batch / (lr · weight decay · tokens) ∝ (tokens per parameter)^-0.527, by adjusting the weight decay",
             "Power Lines 2505.13738",
             _power_lines,
             ("adamw", "nadam"),
         ),
         Law(
             "ema",
-            "lr · weight decay · steps is held, by the weight decay",
+            "lr · weight decay · steps is held constant by adjusting the weight decay",
             "Wang & Aitchison 2405.13698",
             lambda m: Change(weight_decay=m.batch / m.tokens),
             ("adamw", "nadam"),
@@ -101,7 +110,7 @@ def law(name: str) -> Law:
     """Return the law called ``name``.
 
     Raises:
-        RequestError: there is none, with the nearest name.
+        RequestError: no law has this name; the message suggests the nearest one.
     """
     if name not in LAWS:
         raise RequestError(f"unknown law {name!r}: {nearest(name, [*LAWS, 'none'])}")
@@ -109,14 +118,14 @@ def law(name: str) -> Law:
 
 
 def ratios(scale: Scale, base: Scale, parameters: float | None = None) -> Ratios | None:
-    """Return the ratios between two scales, or None where one of them leaves its batch or tokens open."""
+    """Return the ratios between two scales, or None if one of them does not state its batch or tokens."""
     if None in (scale.batch, scale.tokens, base.batch, base.tokens):
         return None
     return Ratios(scale.batch / base.batch, scale.tokens / base.tokens, parameters)  # type: ignore[operator]
 
 
 def averaged(recipe: Recipe, scale: Scale, base: Scale) -> Recipe:
-    """Return the recipe with the betas that its law asks for between ``base`` and ``scale``.
+    """Return the recipe with its betas adjusted by its law for the change from ``base`` to ``scale``.
 
     Raises:
         RequestError: the batch grows so much that a moment would no longer be averaged.
@@ -128,7 +137,7 @@ def averaged(recipe: Recipe, scale: Scale, base: Scale) -> Recipe:
     betas = tuple(1 - (1 - beta) * r for beta in recipe.betas)
     if min(betas) < 0:
         raise RequestError(
-            f"the law {recipe.law} turns betas {recipe.betas} into {betas} at m_B/m_D = {r:g}: grow the batch less, or the "
-            "run more."
+            f"the law {recipe.law} turns betas {recipe.betas} into {betas} at m_B/m_D = {r:g}: increase the batch less, or "
+            "train on more tokens."
         )
     return recipe.with_(betas=betas)

@@ -1,9 +1,9 @@
-"""A plan: the settings of every parameter of one model, printable before anything is touched.
+"""Plans: the settings of every parameter of one model, printable before any model is modified.
 
 Most plans fold every forward multiplier into initial weights and optimizer settings. `unit` keeps them in the forward pass
-instead, as u-µP does (2407.17465), so that weights, activations and gradients have a size of about 1 at any width: formats with
-few digits need that. Both train alike (`parametrizations.spec.FOLDS`), and `clip_grad_norm_` clips by a norm that is the same for
-both.
+instead, as u-µP does (2407.17465), so that the entries of weights, activations and gradients have a size of about 1 at any
+width, as formats with few digits require. Both train identically (`parametrizations.spec.FOLDS`), and `clip_grad_norm_` clips
+by a norm that is the same for both.
 """
 
 from __future__ import annotations
@@ -57,11 +57,12 @@ FORMAT = "mutransfer-plan/1"
 
 @dataclass(frozen=True)
 class ParameterPlan:
-    """What one parameter starts from and is trained with; the columns are those of `schemas.PARAMETERS`.
+    """Initialization and optimizer settings of one parameter; the columns are those of `schemas.PARAMETERS`.
 
-    ``*_factor`` compares with the base model under the same recipe; ``gauge`` is the factor between this parameter and
-    the one in the source's own gauge (see `fold.Factors`); ``multiplier`` is what is left in the forward pass (`unit`),
-    and ``columns`` likewise of single columns of the input, where fixed ones lie beside growing ones (`attach`).
+    The ``*_factor`` fields compare with the base model under the same recipe. ``gauge`` is the ratio of this parameter to the
+    one in the table's source, which has forward multipliers (see `parametrizations.spec.Factors`). ``multiplier`` is the
+    multiplier that remains in the forward pass (`unit`), and ``columns`` those on single columns of the input, where fixed
+    columns lie next to growing ones (`attach`).
     """
 
     name: str
@@ -82,7 +83,10 @@ class ParameterPlan:
     columns: tuple[Columns, ...] = ()
 
     def times(self, settings: Factors, factors: Factors | None = None) -> ParameterPlan:
-        """Return the parameter with its settings multiplied, and its ``*_factor`` columns by ``factors`` (else alike)."""
+        """Return the parameter with its settings multiplied.
+
+        The ``*_factor`` fields are multiplied by ``factors``, which defaults to ``settings``.
+        """
         factors = factors or settings
         return replace(
             self,
@@ -108,7 +112,7 @@ class ParameterPlan:
 class Plan:
     """The settings of every parameter of the model at ``scale``.
 
-    ``notes`` says what a reader of the numbers should know: folds made, axes without a rule.
+    ``notes`` lists what a reader of the numbers should know: folded multipliers, axes without a rule.
     """
 
     scale: Scale
@@ -120,7 +124,7 @@ class Plan:
     notes: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
-        """Return one line: what is planned, and how many parameters it has."""
+        """Return one line with the parametrization, the optimizer, the sizes and the number of parameters."""
         old, new = self.base, self.scale
         grown = f"width {old.width} → {new.width}, depth {old.depth} → {new.depth}"
         return f"<Plan {self.parametrization} {self.optimizer}: {grown}, {len(self.rows)} parameters>"
@@ -137,11 +141,11 @@ class Plan:
 
     @torch.no_grad()
     def initialize(self, model: torch.nn.Module, seed: int = 0) -> None:
-        """Draw every weight of ``model`` afresh, in place.
+        """Draw new values for every weight of ``model``, in place.
 
-        Each parameter has its own random numbers, from ``seed`` and its name: the result depends on nothing that
-        happened before, and is the same on every device and on any sharding (`shards.draw_`). Parameters that are
-        DTensors are filled shard by shard; a model built on the meta device needs ``to_empty`` first.
+        Each parameter has its own random numbers, which depend only on ``seed`` and its name: the result does not depend on
+        what ran before, and is the same on every device and under any sharding (`initialization.init.draw_`). Parameters that
+        are DTensors are filled shard by shard; a model built on the meta device needs ``to_empty`` first.
 
         Raises:
             RequestError: the model's parameters are not the plan's, or have no memory yet.
@@ -151,12 +155,12 @@ class Plan:
             draw_(parameters[row.name], row.init, seed, row.name)
 
     def param_groups(self, model: torch.nn.Module, *, tensor_lr: bool = False) -> list[dict[str, Any]]:
-        """Return parameter groups for the plan's `torch.optim` class: one per distinct setting, parameters with names.
+        """Return parameter groups for the plan's `torch.optim` class: one per distinct setting, with parameter names.
 
         Args:
-            model: the model at the plan's scale, under whatever wrapper.
-            tensor_lr: give each group its learning rate as a float32 tensor of its own, beside its parameters: what a
-                compiled or captured optimizer step reads anew, where a plain number would be compiled in.
+            model: the model at the plan's scale, wrapped or not.
+            tensor_lr: give each group its own float32 tensor as learning rate, on the device of its parameters. A compiled or
+                captured optimizer step reads it at every step, whereas a Python number would be compiled in as a constant.
 
         Raises:
             RequestError: the model's parameters are not the plan's.
@@ -172,29 +176,29 @@ class Plan:
         return list(groups.values())
 
     def settings_of(self, row: ParameterPlan) -> dict[str, Any]:
-        """Return all the settings of one parameter, by the names that the optimizer's class takes."""
+        """Return all settings of one parameter, by the argument names of the optimizer's class."""
         rule = OPTIMIZERS[self.optimizer].of(row)
         return {**rule.varying(row.lr, row.weight_decay, row.eps), **rule.shared(self.in_force)}
 
     @property
     def in_force(self) -> Recipe:
-        """The recipe with what its batch and duration law makes of the settings that all parameters share."""
+        """The recipe, with its batch and duration law applied to the settings that all parameters share."""
         return averaged(self.recipe, self.scale, self.base)
 
     def unit(self) -> Plan:
-        """Return the same training with unit weights under forward multipliers, which `attach` registers (u-µP)."""
+        """Return a plan that trains identically, with unit weights under forward multipliers that `attach` registers (u-µP)."""
         return unit(self)
 
     def attach(self, model: torch.nn.Module) -> None:
         """Register the plan's forward multipliers on ``model``, before `initialize`, without changing what it computes.
 
-        Those of whole parameters (`unit`) by `torch.nn.utils.parametrize`: a parameter's name then ends in
-        ``parametrizations.weight.original``, as in its state_dict. Those of single columns by forward pre-hooks, which leave
-        names and state_dict as they are, and on copies that are not trained (target networks) as well; copy.deepcopy takes
-        them along. Where there are none, nothing happens.
+        Multipliers of whole parameters (`unit`) are registered with `torch.nn.utils.parametrize`: the parameter's name then
+        ends in ``parametrizations.weight.original``, as in its state_dict. Multipliers of single columns are registered as
+        forward pre-hooks, which leave names and state_dict unchanged; copies that are not trained (target networks) get them
+        as well, and copy.deepcopy copies them. Without multipliers, nothing happens.
 
         Raises:
-            RequestError: the model has multipliers already, or lacks a parameter of the plan.
+            RequestError: the model already has multipliers, or lacks a parameter of the plan.
         """
         attach(self, model)
 
@@ -208,16 +212,17 @@ class Plan:
     ) -> torch.optim.Optimizer:
         """Return the plan's optimizer over ``model``.
 
-        Its default learning rate, which some schedulers take for that of the run, is the recipe's; no group uses it.
+        The optimizer's default learning rate, which some schedulers take for that of the run, is the recipe's; no group uses
+        it.
 
         Args:
             model: built at the plan's scale.
-            cls: the class, where it is in no package that is known (Lion, Signum).
+            cls: the optimizer class, if it is in no known package (Lion, Signum).
             tensor_lr: as in `param_groups`.
             options: for its constructor, such as fused and foreach.
 
         Raises:
-            RequestError: no class, an option that the plan sets itself, or parameters that are not the plan's.
+            RequestError: there is no class, the plan itself sets one of the options, or the parameters are not the plan's.
         """
         groups, rule = self.param_groups(model, tensor_lr=tensor_lr), OPTIMIZERS[self.optimizer]
         for name in options:
@@ -227,29 +232,31 @@ class Plan:
         return (cls or rule.load())(groups, **default, **options)
 
     def per_group(self, target: torch.optim.Optimizer | torch.nn.Module, value: float) -> list[float]:
-        """Return an absolute learning rate of the base model as one for each parameter group, in the groups' order.
+        """Return a learning rate of the base model as one value per parameter group, in the groups' order.
 
-        This is what torch's schedulers take in place of one number (``max_lr``, ``base_lr``, ``min_lr``, ``swa_lr``).
+        torch's schedulers accept such a list in place of a single number (``max_lr``, ``base_lr``, ``min_lr``, ``swa_lr``).
 
         Args:
             target: an optimizer with the plan's groups, or the model that they will be made from.
             value: the learning rate at base scale; ``recipe.lr`` gives the planned ones.
 
         Raises:
-            RequestError: the optimizer's groups carry no names, mix parameters of different rates, or are another plan's.
+            RequestError: the optimizer's groups have no parameter names, mix parameters with different rates, or belong to
+                another plan.
         """
         groups = target.param_groups if isinstance(target, torch.optim.Optimizer) else self.param_groups(target)
         return schedulers.per_group(self._rates(), self.recipe.lr, groups, value)
 
     def check_scheduler(self, scheduler: Any, steps: int = 100) -> None:
-        """Refuse a learning rate scheduler that would not keep the planned ratios between groups.
+        """Raise if a learning rate scheduler would not keep the planned ratios between groups.
 
         Args:
-            scheduler: of an optimizer with the plan's groups; SequentialLR and ChainedScheduler are looked into.
-            steps: how far a copy of the scheduler is stepped to see that the ratios hold, or to its end if that is nearer.
+            scheduler: a scheduler of an optimizer with the plan's groups; those inside SequentialLR and ChainedScheduler are
+                checked one by one.
+            steps: number of steps for which a copy of the scheduler is run to check the ratios; fewer if it ends before.
 
         Raises:
-            RequestError: naming the scheduler, the argument and what to pass instead; or as `per_group`.
+            RequestError: the message names the scheduler, the argument and what to pass instead; or as `per_group`.
         """
         schedulers.check(self._rates(), self.recipe.lr, scheduler, steps)
 
@@ -260,7 +267,7 @@ class Plan:
         return row.lr, row.weight_decay, row.eps, OPTIMIZERS[self.optimizer].of(row).name
 
     def groups(self) -> list[dict[str, Any]]:
-        """Return the distinct settings and how many parameters share each."""
+        """Return the distinct settings and the number of parameters that share each."""
         counts: dict[tuple[Any, ...], dict[str, Any]] = {}
         for row in self.rows:
             key = self._key(row)
@@ -272,8 +279,8 @@ class Plan:
     def clip_grad_norm_(self, model: torch.nn.Module, max_norm: float) -> torch.Tensor:
         """Clip the gradients of ``model`` to ``max_norm`` and return their norm before clipping (a scalar tensor).
 
-        The norm is taken in the gauge of the table's source, where a gradient is ``gauge`` times as large: in the gauge
-        without multipliers the readout's share of the norm would grow with width, and the clipping with it.
+        The norm is computed as if the source's multipliers were in the forward pass, where a gradient is ``gauge`` times as
+        large. Without them, the readout's share of the norm would grow with the width, and the clipping with it.
         """
         parameters = matched(self, model)
         columns = {row.name: row.columns for row in self.rows if row.columns}
@@ -281,7 +288,7 @@ class Plan:
         return clip_grad_norm_(gauged, max_norm)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the plan as JSON, whole or not at all."""
+        """Write the plan as JSON, atomically."""
         return write_json(path, self.as_dict())
 
     def as_dict(self) -> dict[str, Any]:
@@ -299,18 +306,18 @@ class Plan:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
-        """Read what `save` wrote."""
+        """Read a plan that `save` wrote."""
         return cls.from_dict(read_json(path, "a plan, as Plan.save writes it"), str(path))
 
     @classmethod
     def from_dict(cls, data: Any, where: str = "plan") -> Plan:
-        """Rebuild a plan from `as_dict`'s data.
+        """Rebuild a plan from the data of `as_dict`.
 
         Raises:
-            RequestError: the data is not a plan; ``where`` names its source.
+            RequestError: the data is not a plan; the message names its source, ``where``.
         """
         if not isinstance(data, dict) or "parameters" not in data or "recipe" not in data:
-            raise RequestError(f"{where} holds no plan: expected the keys scale, base, recipe and parameters.")
+            raise RequestError(f"{where} is not a plan: expected the keys scale, base, recipe and parameters.")
         try:
             rows = tuple(_read_row(row) for row in data["parameters"])
             scales = Scale(**data["scale"]), Scale(**data["base"])
@@ -337,10 +344,10 @@ def _read_row(row: dict[str, Any]) -> ParameterPlan:
 
 
 def matched(plan: Plan, model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """Return the trainable parameters of ``model``, under whatever wrapper, by the names in ``plan``.
+    """Return the trainable parameters of ``model``, wrapped or not, by their names in ``plan``.
 
     Raises:
-        RequestError: a parameter on one side only, another shape, or other forward multipliers than the plan's.
+        RequestError: a parameter exists on one side only or has another shape, or the forward multipliers are not the plan's.
     """
     planned = {row.name: row.shape for row in plan.rows}
     found = {name: each for name, each in model.named_parameters() if each.requires_grad}
@@ -362,14 +369,16 @@ def matched(plan: Plan, model: torch.nn.Module) -> dict[str, torch.nn.Parameter]
 
 def _refuse_difference(names: Iterable[str], here: str, there: str) -> None:
     for name in sorted(names):
-        raise RequestError(f"{here} a parameter {name!r} that {there}: plan and build the same family, tied alike.")
+        raise RequestError(
+            f"{here} a parameter {name!r} that {there}: plan and build the same family, with the same tying."
+        )
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Entries ``begin`` to ``end`` of the axis that a layer sums over, which its input enters ``multiplier`` times as large.
+    """Entries ``begin`` to ``end`` of the axis that a layer sums over, whose inputs are multiplied by ``multiplier``.
 
-    ``gauge`` is how much larger they are, against the layer's other columns, than in the source's own gauge.
+    ``gauge`` is how much larger these entries are, relative to the layer's other columns, than in the table's source.
     """
 
     axis: int
@@ -380,10 +389,10 @@ class Columns:
 
 
 class ColumnMultiplier:
-    """A forward pre-hook of a linear layer or convolution that multiplies some of its input's features."""
+    """Forward pre-hook of a linear layer or convolution that multiplies some features of its input."""
 
     def __init__(self, columns: tuple[Columns, ...], axes: int) -> None:
-        self.columns, self.dim = columns, 1 - axes  # of a convolution with k spatial axes, the channels are dim −k−1
+        self.columns, self.dim = columns, 1 - axes  # in a convolution with k spatial axes, channels are dim −k−1
         self.paused = False
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -406,7 +415,7 @@ class ColumnMultiplier:
 
 
 class Multiplier(nn.Module):
-    """``weight`` is c times what is trained; assigning to it divides. It has no state of its own."""
+    """Parametrization with weight = c · original; assigning to ``weight`` divides by c. It has no state."""
 
     def __init__(self, c: float) -> None:
         super().__init__()
@@ -417,14 +426,14 @@ class Multiplier(nn.Module):
         return original * self.c
 
     def right_inverse(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return what is trained, for a weight that the model should use."""
+        """Return the trained tensor for a weight that the model should use."""
         return weight / self.c
 
 
 def unit(plan: Plan) -> Plan:
-    """Return the same training in the gauge where random weights start with standard deviation 1.
+    """Return a plan that trains identically, whose random weights start with standard deviation 1 under forward multipliers.
 
-    Constants (gains, biases) stay as they are, with what is folded into them.
+    Constants (gains, biases) are unchanged, with what is folded into them.
     """
     return replace(plan, rows=tuple(_unit(row, OPTIMIZERS[plan.optimizer].of(row).fold) for row in plan.rows))
 
@@ -434,7 +443,7 @@ def _unit(row: ParameterPlan, kind: str) -> ParameterPlan:
     if c == 0:
         return row
     change = Factors().folded(1 / c, kind)
-    factor = Factors().folded(1 / (row.init_factor or 1.0), kind)  # the base's own multiplier is another
+    factor = Factors().folded(1 / (row.init_factor or 1.0), kind)  # the base model has another multiplier
     scaled = row.init.scaled(1 / c)
     return replace(row.times(change, factor), init=scaled, multiplier=row.multiplier * c, init_factor=1.0)
 
@@ -444,7 +453,7 @@ def attach(plan: Plan, model: nn.Module) -> None:
     """Register the plan's multipliers on ``model``, in place, without changing what it computes.
 
     Raises:
-        RequestError: the model has multipliers already, or lacks a parameter of the plan.
+        RequestError: the model already has multipliers, or lacks a parameter of the plan.
     """
     owners = list(_owners(model))
     named = {f"{prefix}.{key}".lstrip("."): getattr(module, key) for module, prefix, key in owners}
@@ -455,7 +464,7 @@ def attach(plan: Plan, model: nn.Module) -> None:
             continue
         if row.name not in named:
             raise RequestError(
-                f"{row.name} is not a plain parameter of the model: attach the plan once, to a fresh build."
+                f"{row.name} is not a plain parameter of the model: attach the plan once, to a freshly built model."
             )
         parameter = named[row.name]
         value = parameter / row.multiplier
@@ -466,20 +475,22 @@ def attach(plan: Plan, model: nn.Module) -> None:
 
 
 def _attach_columns(row: ParameterPlan, model: nn.Module) -> None:
-    """Multiply the columns of a layer, and of copies of it that are not trained, as a target network's."""
+    """Multiply the columns of a layer and of its copies that are not trained, such as a target network's."""
     owner, _, key = row.name.rpartition(".")
     layer = dict(model.named_modules()).get(owner)
     weight = getattr(layer, key, None)
     if layer is None or weight is None or _columns_of(layer):
-        raise RequestError(f"{row.name} is not a plain parameter of the model: attach the plan once, to a fresh build.")
+        raise RequestError(
+            f"{row.name} is not a plain parameter of the model: attach the plan once, to a freshly built model."
+        )
     copies = [
         each for each in model.modules() if type(each) is type(layer) and _copies(getattr(each, key, None), weight)
     ]
     hook = ColumnMultiplier(row.columns, weight.dim())
     for each in (layer, *copies):
         each.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
-        own = getattr(each, key)
-        own.copy_(hook.multiplied(own, row.columns[0].axis, divide=True))
+        parameter = getattr(each, key)
+        parameter.copy_(hook.multiplied(parameter, row.columns[0].axis, divide=True))
 
 
 def _copies(other: torch.Tensor | None, weight: torch.Tensor) -> bool:
@@ -490,7 +501,7 @@ def _copies(other: torch.Tensor | None, weight: torch.Tensor) -> bool:
 
 @contextmanager
 def as_entered(module: nn.Module) -> Iterator[None]:
-    """Let ``module`` be called with what entered its forward once, which its multiplier is in already."""
+    """Pause the column multipliers of ``module``, to call it with inputs that they have already multiplied."""
     hooks = [each for each in module._forward_pre_hooks.values() if isinstance(each, ColumnMultiplier)]
     for each in hooks:
         each.paused = True
@@ -507,7 +518,7 @@ def _columns_of(module: nn.Module) -> tuple[Columns, ...]:
 
 
 def refuse_other_gauge(plan: Plan, model: nn.Module) -> None:
-    """Refuse a model whose multipliers are not the plan's."""
+    """Raise if the forward multipliers of a model are not the plan's."""
     found = {
         f"{prefix}.{key}".lstrip("."): list_[0].c
         for prefix, module in model.named_modules()
@@ -521,16 +532,16 @@ def refuse_other_gauge(plan: Plan, model: nn.Module) -> None:
         if (each := _columns_of(module))
     }
     for row in plan.rows:
-        has = found.get(row.name, 1.0)
+        actual = found.get(row.name, 1.0)
         if row.columns != columns.get(plain_name(row.name), ()):
             raise RequestError(
-                f"{row.name} has columns with a forward multiplier in the plan and others, or none, in the model: call "
-                "plan.attach(model) once, on a fresh build, before plan.initialize(model)."
+                f"{row.name} has columns whose forward multipliers differ between the plan and the model: call "
+                "plan.attach(model) once, on a freshly built model, before plan.initialize(model)."
             )
-        if has != row.multiplier:
+        if actual != row.multiplier:
             raise RequestError(
-                f"{row.name} has the forward multiplier {has:g} in the model and {row.multiplier:g} in the plan: call "
-                "plan.attach(model) once, with the plan that you train under."
+                f"{row.name} has the forward multiplier {actual:g} in the model and {row.multiplier:g} in the plan: call "
+                "plan.attach(model) once, with the plan that you train with."
             )
 
 
@@ -543,18 +554,18 @@ def _owners(model: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
 
 @torch.no_grad()
 def clip_grad_norm_(gauged: Iterable[tuple[float, torch.Tensor, tuple[Columns, ...]]], max_norm: float) -> torch.Tensor:
-    """Scale gradients in place so that their joint norm is at most ``max_norm``; return the norm before (a scalar tensor).
+    """Scale gradients in place so that their total norm is at most ``max_norm``; return the norm before (a scalar tensor).
 
     Args:
-        gauged: (gauge, parameter, columns): the gradient counts ``gauge`` times, and that of columns as often again as their
-            own gauge. DTensors count whole on every process.
+        gauged: (gauge, parameter, columns) per parameter. Its gradient is multiplied by ``gauge`` in the norm, and that of
+            each of the columns by the columns' gauge as well. DTensors count as a whole on every process.
         max_norm: in units of the gradient's norm.
     """
     live: dict[tuple[Any, ...], list[torch.Tensor]] = {}
     for gauge, parameter, columns in gauged:
         if parameter.grad is None:
             continue
-        for more, grad in parted(parameter.grad, columns):  # sharded gradients meet only those of their own mesh
+        for more, grad in parted(parameter.grad, columns):  # sharded gradients are combined only within their own mesh
             live.setdefault((getattr(grad, "device_mesh", None), grad.device, gauge * more), []).append(grad)
     if not live:
         return torch.zeros(())
@@ -567,7 +578,10 @@ def clip_grad_norm_(gauged: Iterable[tuple[float, torch.Tensor, tuple[Columns, .
 
 
 def parted(tensor: torch.Tensor, columns: tuple[Columns, ...], *, leading: int = 0) -> list[tuple[float, torch.Tensor]]:
-    """Return a parameter's gradient in pieces, with the gauge of each against the whole's; ``leading`` axes come first."""
+    """Return the pieces of a parameter's gradient as (gauge relative to the whole, piece).
+
+    ``leading`` is the number of axes in front of the parameter's own.
+    """
     if not columns:
         return [(1.0, tensor)]
     end, pieces, dim = 0, [], columns[0].axis + leading
@@ -580,5 +594,5 @@ def parted(tensor: torch.Tensor, columns: tuple[Columns, ...], *, leading: int =
 
 
 def _whole(norm: torch.Tensor) -> torch.Tensor:
-    """A sharded tensor's value on every process; `full_tensor` is what a DTensor has and a plain tensor has not."""
+    """Return a tensor's full value on every process; `full_tensor` exists on DTensors and not on plain tensors."""
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm

@@ -1,4 +1,7 @@
-"""The settings of a target run, from a tuned recipe and a plan, with what is not known to transfer (TP-V 2203.03466, Table 1)."""
+"""Target configs: the settings of a target run, from a tuned recipe and a plan, with warnings for what may not transfer.
+
+What transfers is listed in TP-V 2203.03466, Table 1.
+"""
 
 from __future__ import annotations
 
@@ -53,23 +56,23 @@ KEYS = (
 
 @dataclass(frozen=True)
 class TargetConfig:
-    """Everything the big run needs. A type of its own, so that a proxy's result cannot be mistaken for it.
+    """All settings of the target run, as a separate type so that a proxy's result cannot be mistaken for it.
 
     Args:
-        model: reference of the model, as on the command line.
+        model: reference to the model, as on the command line.
         options: further arguments of the model.
         data: name of the data, as on the command line.
         sequence_length: tokens per example; 1 for images.
         plan: the settings of every parameter at the target's scale.
         batch_size: examples per step.
         steps: optimizer steps of the whole run.
-        seed: of the initial weights and of the order of the data.
-        provenance: where the recipe came from (plain JSON data): proxy, study, hashes, versions.
+        seed: seed of the initial weights and of the order of the data.
+        provenance: where the recipe came from, as plain JSON data: proxy, study, hashes, versions.
         warnings: what does not, or may not, transfer; one sentence each.
-        read_from: the folder of the file that it was read from.
+        read_from: the folder of the file that the config was read from.
 
     Raises:
-        RequestError: a value of the wrong kind, or one that JSON cannot hold.
+        RequestError: a value has the wrong type, or cannot be stored as JSON.
     """
 
     model: str
@@ -95,27 +98,27 @@ class TargetConfig:
         for name in ("options", "provenance"):
             value = getattr(self, name)
             try:
-                plain = json.loads(json.dumps(value, allow_nan=False))  # a copy of our own, tuples as lists
+                plain = json.loads(json.dumps(value, allow_nan=False))  # an independent copy, with tuples as lists
             except (TypeError, ValueError):
                 plain = None
             if not isinstance(plain, dict):
-                raise RequestError(f"{name} is {value!s:.200}: give a dictionary that JSON can hold.")
+                raise RequestError(f"{name} is {value!s:.200}: give a dictionary that can be stored as JSON.")
             object.__setattr__(self, name, plain)
         if not all(isinstance(text, str) for text in self.warnings):
-            raise RequestError(f"warnings is {self.warnings!s:.200}: give sentences.")
+            raise RequestError(f"warnings is {self.warnings!s:.200}: give a sequence of strings.")
 
     def found(self) -> tuple[dict[str, str], str | None]:
-        """Return the references to model, data and trainer as they lead from the current folder, and the folder they are in.
+        """Return the references to model, data and trainer relative to the current folder, and the folder that they are in.
 
-        What was recorded is looked for from the file of the target, then where it was (`run_dir.found`).
+        Recorded paths are looked up relative to the target's file first, then at their original location (`run_dir.found`).
 
         Raises:
-            RequestError: one of them is gone.
+            RequestError: one of them no longer exists.
         """
         call = (self.provenance.get("trainer") or {}).get("call")
         references = {"model": self.model, "data": self.data, **({} if call is None else {"call": str(call)})}
         folder = self.provenance.get("folder")
-        if folder is None:  # written by an earlier version, whose paths led from the current folder
+        if folder is None:  # written by an earlier version, with paths relative to the current folder
             return references, None
         places = self.provenance.get("places", {})
         now, home = run_dir.found(references, folder, places, self.read_from, f"the target {self.model}")
@@ -158,16 +161,16 @@ class TargetConfig:
         return {key: found[key] for key in KEYS}
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the config as JSON, whole or not at all."""
+        """Write the config as JSON, atomically."""
         return write_json(path, self.as_dict())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> TargetConfig:
-        """Read what `save` wrote.
+        """Read a config that `save` wrote.
 
         Raises:
-            RequestError: the file is missing, is not a target config, is damaged, or was edited so that its parts
-                contradict each other.
+            RequestError: the file is missing, is not a target config, is damaged, or was edited so that its parts contradict
+                each other.
         """
         data = read_json(path, "a target config, as `mutransfer transfer` writes it")
         _refuse_other_files(data, path)
@@ -189,11 +192,11 @@ class TargetConfig:
         return target
 
     def _refuse_contradictions(self, again: dict[str, Any], data: dict[str, Any], path: Any) -> None:
-        """Some keys follow from others: a reader who edits one of them would be silently ignored."""
+        """Raise if a key that follows from others was edited: the edit would otherwise be silently ignored."""
         for key in KEYS:
             if again[key] != data[key]:
                 raise RequestError(
-                    f"{path}: {key} contradicts the rest of the file, from which it follows: change the recipe and run "
+                    f"{path}: {key} contradicts the rest of the file, from which it is derived: change the recipe and run "
                     "`mutransfer transfer` again instead of editing it."
                 )
         recipe = self.plan.recipe
@@ -203,8 +206,8 @@ class TargetConfig:
                 lr, _ = rule.of(row).base(recipe)
                 if row.multiplier == 1 and not math.isclose(row.lr, lr * row.lr_factor, rel_tol=1e-9):
                     raise RequestError(
-                        f"{path}: lr of {row.name} is {row.lr:g}, and the recipe's lr {lr:g} times its factor "
-                        f"{row.lr_factor:g} is not: run `mutransfer transfer` again instead of editing it."
+                        f"{path}: lr of {row.name} is {row.lr:g}, which is not the recipe's lr {lr:g} times its factor "
+                        f"{row.lr_factor:g}: run `mutransfer transfer` again instead of editing it."
                     )
 
 
@@ -227,11 +230,11 @@ def target_config(
     regularizers: Mapping[str, float] | None = None,
     unproven: Sequence[str] = (),
 ) -> TargetConfig:
-    """Return the settings of the big run, with a warning for everything that is not known to carry over.
+    """Return the settings of the target run, with a warning for everything that is not known to transfer.
 
     Args:
         plan: the settings of every parameter at the target's scale, from the tuned recipe.
-        model: reference of the model, as on the command line.
+        model: reference to the model, as on the command line.
         options: further arguments of the model.
         data: name of the data.
         sequence_length: tokens per example, in the proxy and in the target; 1 for images.
@@ -240,17 +243,17 @@ def target_config(
         proxy_steps: optimizer steps of the proxy.
         batch_size: examples per step of the target.
         steps: optimizer steps of the target.
-        tuned: which hyperparameters were searched, by their names in the recipe; a dotted prefix does not matter.
-        seed: of the target run.
+        tuned: which hyperparameters were searched, by their names in the recipe; a dotted prefix is ignored.
+        seed: seed of the target run.
         provenance: where the recipe came from; the proxy and the tuned names are added.
-        proxy_parameters: how many the proxy has, which the law power-lines needs.
-        regularizers: what regularizes the model itself, as `transferability.regularizers` saw it.
-        unproven: sentences on what was not verified (`transferability.of_evidence`); they become warnings, and are kept in the
-            provenance as well, as they may be true only today.
+        proxy_parameters: number of parameters of the proxy, which the law power-lines needs.
+        regularizers: regularization in the model itself, as returned by `regularizers`.
+        unproven: sentences on what was not verified (`of_evidence`); they become warnings, and are also stored in the
+            provenance, as they may be true only today.
 
     Raises:
-        RequestError: a batch or duration law that does not fit, a size that is not a positive whole number, or something
-            that JSON cannot hold.
+        RequestError: a batch or duration law does not apply, a size is not a positive whole number, or a value cannot be
+            stored as JSON.
     """
     proxy = proxy.with_(batch=proxy_batch_size, tokens=None)
     origin = {
@@ -283,7 +286,7 @@ def target_config(
         *of_columns(plan),
     ]
     scale = plan.scale.with_(batch=batch_size, tokens=target.tokens)
-    warned = table(plan.parametrization).without_depth(plan.base.depth, plan.scale.depth)  # by `of_depth`
+    warned = table(plan.parametrization).without_depth(plan.base.depth, plan.scale.depth)  # `of_depth` warns of it
     notes = tuple(note for note in plan.notes if note != warned)
     return replace(target, plan=replace(plan, scale=scale, notes=notes), warnings=tuple(dict.fromkeys(warnings)))
 
@@ -294,7 +297,7 @@ def _refuse_other_files(data: Any, path: Any) -> None:
         is_recipe = isinstance(data, dict) and "lr" in data
         what = f"has the format {found!r}" if found else "holds a recipe" if is_recipe else "has no format key"
         raise RequestError(
-            f"{path} {what} and is not a target config ({FORMAT}): make one with `mutransfer transfer RUN --width W`."
+            f"{path} {what}, so it is not a target config ({FORMAT}): make one with `mutransfer transfer RUN --width W`."
         )
     for key in KEYS:
         if key not in data:
@@ -311,25 +314,26 @@ def _text(error: BaseException) -> str:
 TABLE_1 = "TP-V 2203.03466, Table 1"
 DEFAULTS = Recipe()
 
-# What TP-V's Table 1 says of a hyperparameter, by the recipe's or the model's name for it.
+# Hyperparameters by what TP-V's Table 1 says about them, under the recipe's or the model's name.
 REGULARIZATION = {"weight_decay", "decay", "decay_policy"}
 TIED_TO_BATCH = {"betas", "beta1", "beta2", "momentum", "eps", "clip"}
 TIED_TO_LENGTH = {"betas", "beta1", "beta2", "momentum", "eps", "warmup", "cooldown", "final"}
 OF_THE_RUN = {"batch_size", "batch", "steps", "tokens", "epochs", "sequence_length", "warmup_steps", "max_steps"}
 ALPHAS = {"alpha_input", "alpha_attention", "alpha_residual", "alpha_output"}
 TRANSFERS = {"lr", "adamw_lr_ratio", "schedule", *ALPHAS}
-# As models call it, in their options and in attributes of their modules: attention_dropout, resid_pdrop, drop_path_rate, …
+# Names of regularization in model options and module attributes: attention_dropout, resid_pdrop, drop_path_rate, …
 REGULARIZES = re.compile(
     r"dropout|pdrop|drop_?path|drop_?rate|drop_?prob|drop_?connect|drop_?block|layer_?drop|token_?drop|patch_?drop|"
     r"stochastic_?depth|smoothing|mixup|cutmix|cutout|weight_?decay|regulari[sz]ation|(?:^|_)l[12](?:$|_)|noise|augment"
 )
-INIT_SCALE_OCTAVES = 0.5  # that its best value rises per factor 4 of width, measured from width 16 to 256 (docs/log.md)
+# Rise of the best init_scale per factor 4 in width, measured from width 16 to 256 (docs/log.md).
+INIT_SCALE_OCTAVES = 0.5
 
 
 def of_recipe(plan: Plan, tuned: Sequence[str], proxy: Scale, m_B: float, m_D: float) -> Iterator[str]:
-    """Warn of every value, searched or set, that is regularization, or that is tied to a size which changes.
+    """Yield a warning for every searched or set hyperparameter that is regularization or is tied to a size that changes.
 
-    A value is set where it differs from the recipe's default and the optimizer or the schedule reads it.
+    A hyperparameter counts as set if it differs from the recipe's default and the optimizer or the schedule reads it.
     """
     recipe, searched = plan.recipe, {name.rpartition(".")[2]: name for name in tuned}
     for name in dict.fromkeys([*searched, *_set(plan)]):
@@ -337,24 +341,24 @@ def of_recipe(plan: Plan, tuned: Sequence[str], proxy: Scale, m_B: float, m_D: f
         what = f"{name} ({value})" if value is not None else name
         if name in REGULARIZATION or REGULARIZES.search(name):
             yield (
-                f"{what} {done} the proxy, and regularisation does not transfer across scale ({TABLE_1}): choose it "
+                f"{what} {done} the proxy, but regularization does not transfer across scale ({TABLE_1}): choose it "
                 "for the target's own data and size."
             )
         elif name in OF_THE_RUN:
-            yield f"{what} {done} the proxy, and what is tied to batch or length does not transfer ({TABLE_1})."
+            yield f"{what} {done} the proxy, but settings tied to batch or length do not transfer ({TABLE_1})."
         elif name == "init_scale":
             yield from _of_init_scale(f"{what} {done}", proxy.width, plan.scale.width)
         elif name in TIED_TO_BATCH | TIED_TO_LENGTH:
             changed = [f"batch (m_B = {m_B:g})"] if name in TIED_TO_BATCH and m_B != 1 else []
             changed += [f"duration (m_D = {m_D:g})"] if name in TIED_TO_LENGTH and m_D != 1 else []
             if changed and not _has_law(recipe, name):
-                yield f"{what} {done} the proxy, is tied to the {' and the '.join(changed)}, and is carried unchanged."
+                yield f"{what} {done} the proxy, is tied to the {' and the '.join(changed)}, and is carried over unchanged."
         elif name in searched and name not in TRANSFERS:
-            yield f"{what} was tuned on the proxy, and whether it transfers is not known: check it at two widths."
+            yield f"{what} was tuned on the proxy, but it is not known whether it transfers: check it at two widths."
 
 
 def _set(plan: Plan) -> list[str]:
-    """Hyperparameters that were given a value which something reads."""
+    """Return the hyperparameters that differ from their defaults and are read by the optimizer or the schedule."""
     recipe = plan.recipe
     rule, names = optimizer_rule(plan.optimizer, recipe), ["weight_decay", "init_scale", "clip", "warmup", "final"]
     if recipe.schedule == "wsd":
@@ -365,15 +369,15 @@ def _set(plan: Plan) -> list[str]:
 
 
 def _others(recipe: Recipe) -> dict[str, Any]:
-    """Another value for each setting that only some optimizers read."""
+    """Return a different value for each setting that only some optimizers read."""
     return {"betas": [beta / 2 for beta in recipe.betas], "momentum": recipe.momentum / 2, "eps": recipe.eps / 2}
 
 
 def _has_law(recipe: Recipe, name: str) -> bool:
-    """Whether the batch or duration law that the recipe names says what becomes of ``name``."""
+    """Return whether the recipe's batch or duration law rescales ``name``."""
     if recipe.law == "none":
         return False
-    change = law(recipe.law).change(Ratios(2.0, 3.0, 1.0))  # any ratios, of which a law that says nothing makes 1
+    change = law(recipe.law).change(Ratios(2.0, 3.0, 1.0))  # arbitrary ratios: what the law does not change stays at 1
     moved = {**dict.fromkeys(("betas", "beta1", "beta2"), change.averaging), "eps": change.eps}
     return moved.get(name, 1.0) != 1.0
 
@@ -383,14 +387,14 @@ def _of_init_scale(what: str, proxy: int, target: int) -> Iterator[str]:
         return
     octaves = INIT_SCALE_OCTAVES * math.log(target / proxy, 4)
     yield (
-        f"{what} the proxy, and the best initial scale does not carry: it rises by about half an octave for every four times "
-        f"the width (measured from width 16 to 256), so by about {octaves:+.1f} octaves from width {proxy} to {target}: "
-        "search alpha_output in its place, whose best value does carry."
+        f"{what} the proxy, but the best initial scale does not transfer: it rises by about half an octave whenever the width "
+        f"quadruples (measured from width 16 to 256), so by about {octaves:+.1f} octaves from width {proxy} to {target}: "
+        "search alpha_output instead, whose best value does transfer."
     )
 
 
 def of_model(options: Mapping[str, Any], model: Mapping[str, float]) -> Iterator[str]:
-    """Warn of regularization in the model's ``options``, and of what `regularizers` saw in the ``model`` itself."""
+    """Yield warnings for regularization in the model's ``options``, and for what `regularizers` found in the ``model``."""
     seen = set()
     for name, value in _flat(options):
         last = name.rpartition(".")[2].lower()
@@ -399,12 +403,12 @@ def of_model(options: Mapping[str, Any], model: Mapping[str, float]) -> Iterator
         if REGULARIZES.search(last):
             seen.add(value)
             yield (
-                f"{name} ({value}) is an option of the proxy's model, and regularisation does not transfer across scale "
+                f"{name} ({value}) is an option of the proxy's model, but regularization does not transfer across scale "
                 f"({TABLE_1}): choose it for the target's own data and size."
             )
         elif last in OF_THE_RUN:
             yield (
-                f"{name} ({value}) is an option of the proxy's model, and what is tied to batch or length does not transfer "
+                f"{name} ({value}) is an option of the proxy's model, but settings tied to batch or length do not transfer "
                 f"({TABLE_1})."
             )
     by_value: dict[float, list[str]] = {}
@@ -414,7 +418,7 @@ def of_model(options: Mapping[str, Any], model: Mapping[str, float]) -> Iterator
         if value not in seen:
             more = f" and {len(names) - 2} more" if len(names) > 2 else ""
             yield (
-                f"the model regularizes itself ({', '.join(names[:2])}{more}: {value:g}), and regularisation does not transfer "
+                f"the model itself uses regularization ({', '.join(names[:2])}{more}: {value:g}), which does not transfer "
                 f"across scale ({TABLE_1}): choose it for the target's own data and size."
             )
 
@@ -428,17 +432,17 @@ def _flat(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 
 def regularizers(family: Family) -> dict[str, float]:
-    """Return what regularizes the model at its base: where → its rate, which is not 0.
+    """Return the regularization in the model at its base: where → its nonzero rate.
 
-    Seen are dropout modules, attributes of modules that are called so (`nn.MultiheadAttention.dropout`, ``drop_prob``,
-    ``label_smoothing``), and the functions of `torch.nn.functional` that the loss calls with a rate. Layer numbers stand as
-    ``*``. Built and run on fake tensors, only the first layers of a deep base.
+    Detected are dropout modules, module attributes with names of regularization (`nn.MultiheadAttention.dropout`,
+    ``drop_prob``, ``label_smoothing``), and functions of `torch.nn.functional` that the loss calls with a rate. Layer numbers
+    are replaced by ``*``. The model is built and run on fake tensors, with only the first layers of a deep base.
     """
     scale = family.base.with_(depth=min(family.base.depth, LAYERS))
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, InitWatcher(), torch.random.fork_rng(devices=[]):
         try:
             model = build(family, scale)
-        except RequestError:  # some models have a least depth
+        except RequestError:  # some models have a minimum depth
             model = build(family, family.base)
         found = {}
         for name, module in model.named_modules():
@@ -451,7 +455,7 @@ def regularizers(family: Family) -> dict[str, float]:
         try:
             with torch.no_grad(), calls:
                 family.loss(model, tree_map_only(torch.Tensor, mode.from_tensor, family.batch))
-        except Exception:  # what fake tensors cannot run; planning has said what does not run at all
+        except Exception:  # not all models run on fake tensors; planning reports those that do not run at all
             pass
     known = set(found.values())
     return found | {name: rate for name, rate in calls.found.items() if rate not in known}
@@ -462,7 +466,7 @@ def _is_rate(value: object) -> bool:
 
 
 class _RegularizingCalls(TorchFunctionMode):
-    """Notes calls of dropout, of attention with dropout, and of a smoothed cross-entropy."""
+    """Records calls of dropout, of attention with dropout, and of cross-entropy with label smoothing."""
 
     DROPOUT = re.compile(r"^(?:alpha_|feature_|feature_alpha_|native_)?dropout[123]?d?_?$")
 
@@ -489,21 +493,21 @@ class _RegularizingCalls(TorchFunctionMode):
 
 
 def of_laws(m_B: float, m_D: float, batch: tuple[int, int], examples: tuple[int, int]) -> Iterator[str]:
-    """Warn of a batch or an amount of data that changes without a law; ``batch`` and ``examples`` are (proxy, target)."""
+    """Yield warnings for a batch or amount of data that changes without a law; ``batch``, ``examples``: (proxy, target)."""
     if m_B != 1:
         yield (
-            f"the batch grows {m_B:g}x ({batch[0]} to {batch[1]} examples): no batch or duration law applied, so lr, betas and "
-            "eps are those of the proxy's batch."
+            f"the batch grows {m_B:g}x ({batch[0]} to {batch[1]} examples): no batch or duration law is applied, so lr, betas "
+            "and eps are those of the proxy's batch."
         )
     if m_D != 1:
         yield (
-            f"the run's data grows {m_D:g}x ({examples[0]} to {examples[1]} examples): no batch or duration law applied, so lr "
-            "and weight decay are those of the proxy's duration."
+            f"the run's data grows {m_D:g}x ({examples[0]} to {examples[1]} examples): no batch or duration law is applied, "
+            "so lr and weight decay are those of the proxy's duration."
         )
 
 
 def of_depth(plan: Plan, proxy: Scale) -> Iterator[str]:
-    """Warn of a depth that changes without a rule, from the proxy or from the base."""
+    """Yield a warning for a depth that differs from the proxy's or the base's when there is no rule for depth."""
     rules = table(plan.parametrization)
     if rules.depth is not None:
         return
@@ -517,24 +521,24 @@ def of_depth(plan: Plan, proxy: Scale) -> Iterator[str]:
 
 
 def of_width(plan: Plan, proxy: Scale) -> Iterator[str]:
-    """Warn of a target that is narrower than the proxy or the base."""
+    """Yield a warning for a target that is narrower than the proxy or the base."""
     if plan.scale.width < (least := max(proxy.width, plan.base.width)):
         yield (
             f"the target's width {plan.scale.width} is smaller than the {'base' if least == plan.base.width else 'proxy'}'s "
-            f"{least}: what is known of transfer is about wider models."
+            f"{least}: transfer is only known to hold toward wider models."
         )
 
 
 def of_evidence(
     folder: RunFolder, recipe: Recipe, question: Mapping[str, Any], widths: Sequence[int] = ()
 ) -> Iterator[str]:
-    """Warn of a transfer that nobody verified and of a model that nobody checked, each with the command to do it.
+    """Yield warnings for a transfer that was not verified and a model that was not checked, each with the command to run.
 
     Args:
         folder: the run folder.
-        recipe: what is transferred.
-        question: what else a verdict has to be about: "parametrization", "optimizer", "model" and "options".
-        widths: for the command of a check that was not done yet.
+        recipe: the recipe to transfer.
+        question: what else a verdict must apply to: "parametrization", "optimizer", "model" and "options".
+        widths: for the command of a check that has not been run yet.
     """
     for command in ("tune", "repeats"):
         if folder.unfinished(command):
@@ -543,23 +547,23 @@ def of_evidence(
     fresh = {"--widths": ",".join(map(str, widths))} if widths else {}
     fresh |= {f"--{key}": question[key] for key in ("parametrization", "optimizer") if key in question}
     plain = {**question, "recipe": recipe.model_dump(mode="json")}
-    yield from _of_verdict(folder, "verify", "whether the learning rate transfers was", "verified", plain, {})
-    yield from _of_verdict(folder, "check", "how the model's coordinates scale was", "checked", question, fresh)
+    yield from _of_verdict(folder, "verify", "the transfer of the learning rate was", "verified", plain, {})
+    yield from _of_verdict(folder, "check", "the scaling of the model's coordinates was", "checked", question, fresh)
 
 
 def _of_verdict(
     folder: RunFolder, command: str, what: str, verb: str, question: Mapping[str, Any], fresh: Mapping[str, Any]
 ) -> Iterator[str]:
-    """Warn unless ``command`` ended with "pass" for this ``question``; ``fresh`` are the arguments of a first time."""
+    """Yield a warning unless ``command`` passed for this ``question``; ``fresh`` are the arguments of a first run."""
     content, before = folder.verdict(command), folder.progress(command).get("arguments")
     other = folder.differences(command, question)
     if other and (content or before):
         yield (
-            f"{what} {verb} with another {' and another '.join(other)} than what is transferred: run "
+            f"{what} {verb} for another {' and another '.join(other)} than the one to be transferred: run "
             f"`{folder.command(command, fresh)}`."
         )
     elif folder.unfinished(command):
-        yield f"{what} {verb} in part only, as `mutransfer {command}` did not end: go on with `{folder.command(command)}`."
+        yield f"{what} only partly {verb}, as `mutransfer {command}` did not finish: continue with `{folder.command(command)}`."
     elif content is None:
         yield f"{what} never {verb}: run `{folder.command(command, fresh)}`."
     elif (status := content.get("verdict")) != "pass":
@@ -571,13 +575,13 @@ def _of_verdict(
             more = dict(before or fresh)
             if "--seeds" in more:
                 more["--seeds"] = 2 * int(more["--seeds"])
-            yield f"{what} {verb} and is undecided{why}: more seeds may tell, with `{folder.command(command, more)}`."
+            yield f"{what} {verb} without a decision{why}: try more seeds, with `{folder.command(command, more)}`."
 
 
 def of_columns(plan: Plan) -> list[str]:
-    """Name the layers that need a forward multiplier on a part of their input."""
+    """Return warnings for the layers that need a forward multiplier on a part of their input."""
     return [
-        f"{row.name} trains as planned only under a forward multiplier on a part of its input: call plan.attach(model) after "
+        f"{row.name} trains as planned only with a forward multiplier on a part of its input: call plan.attach(model) after "
         "building the model and before plan.initialize(model), as mutransfer's own training does."
         for row in plan.rows
         if row.columns

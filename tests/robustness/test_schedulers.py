@@ -235,13 +235,13 @@ def test_groups_that_are_not_the_plans_are_refused(plan: mt.Plan) -> None:
     model = families.mlp().build(plan.scale)
     cases = {
         r"group 0 has no names for its": torch.optim.AdamW(model.parameters()),
-        r"group 0 holds parameters of \d planned": torch.optim.AdamW(model.named_parameters()),
+        r"group 0 has parameters with \d planned": torch.optim.AdamW(model.named_parameters()),
         r"group 0 holds 'other'": torch.optim.AdamW([("other", torch.zeros(1))]),
     }
     for sentence, optimizer in cases.items():
         with pytest.raises(mt.RequestError, match=sentence):
             plan.check_scheduler(lrs.StepLR(optimizer, 3))
-    with pytest.raises(mt.RequestError, match="float is no scheduler"):
+    with pytest.raises(mt.RequestError, match="float is not the scheduler"):
         plan.check_scheduler(0.1)
 
 

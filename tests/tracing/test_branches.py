@@ -138,7 +138,7 @@ def test_a_stack_of_which_only_a_part_was_recognized_is_refused(way: str) -> Non
         odd = 1 if build(of.base).blocks[0].ways == [SUMS["add"][0]] else 0
         assert f"blocks.{odd}.down.weight is on no residual branch that was seen, and " in str(found.notes)
         assert mt.plan(of, Scale(64, depth=2), "completep", observation=found)
-        with pytest.raises(mt.RequestError, match="residual branches ask for a factor"):
+        with pytest.raises(mt.RequestError, match="residual branches need a factor"):
             mt.plan(of, Scale(16, depth=4), "completep", observation=found)
 
 
@@ -158,7 +158,7 @@ class Half(nn.Module):
 def test_layers_of_which_only_a_part_was_recognized_are_refused() -> None:
     of = family(lambda s: nn.Sequential(nn.Linear(5, s.width), *(Half(s.width) for _ in range(s.depth))))
     assert any(note.startswith("1.down.weight is on no residual branch") for note in observe(of).notes)
-    with pytest.raises(mt.RequestError, match="residual branches ask for a factor"):
+    with pytest.raises(mt.RequestError, match="residual branches need a factor"):
         mt.plan(of, Scale(16, depth=4), "completep")
 
 
@@ -218,7 +218,7 @@ def test_a_branch_that_nothing_carries_is_refused_by_name() -> None:
         return model
 
     of = mt.Family(build, families.token_batch(), families.loss, mt.Scale(32, 2), "normal")
-    with pytest.raises(mt.RequestError, match=r"no parameter carries it into the branch of blocks\.\d\.ffn"):
+    with pytest.raises(mt.RequestError, match=r"no parameter can absorb it in the branch of blocks\.\d\.ffn"):
         mt.plan(of, mt.Scale(32, 8), "completep")
 
 

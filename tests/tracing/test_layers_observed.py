@@ -46,7 +46,7 @@ def test_multihead_attention_with_larger_heads_is_refused() -> None:
     )
     assert observe(of).heads.ratio == 2
     with pytest.raises(
-        RequestError, match=r"in_proj_bias also makes keys, values or something else: split it into its own query"
+        RequestError, match=r"in_proj_bias also produces keys, values or something else: use a separate query"
     ):
         mt.plan(of, Scale(64))
 
