@@ -1,4 +1,4 @@
-"""A model's own initialization: recorded in its constructor, kept as data, and drawn again at any size and on any shard."""
+"""Record a model's own initialization in its constructor, store it as data, and draw it at any size and on any shard."""
 
 from .infer import InitWatcher as InitWatcher
 from .init import Init as Init

@@ -1,7 +1,7 @@
-"""Infer a parameter's initialization from its constructor's operations, by running them on distributions instead of numbers.
+"""Infer a parameter's initialization by running its constructor's operations on distributions instead of numbers.
 
 `InitWatcher` runs under `FakeTensorMode`, so a model of any size is built without memory. A parameter whose entries are
-independent draws becomes a distribution; any other is kept as a program that is run again.
+independent draws becomes a distribution; any other is stored as a program that can be run again.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from .record import TRUNCATED, Constant, Recorder, Step, Window, apart, box, ste
 
 __all__ = ["Folding", "InitWatcher", "arguments", "one_number"]
 
-PIECES = 64  # more parts than that are a table, not a layout
+PIECES = 64  # with more parts, a parameter is recorded as a program
 COPIES = frozenset(["copy_", "clone", "_to_copy", "lift_fresh", "detach", "lift"])
 
 
 @dataclass
 class Folding:
-    """Runs recorded steps on distributions instead of numbers: per storage, what was drawn where, the latest last."""
+    """Runs recorded steps on distributions; ``layers`` maps each storage to its (window, distribution) writes, latest last."""
 
     layers: dict[int, list[tuple[Window, Init]]] = field(default_factory=dict)
 
     def result(self, steps: list[Step], window: Window) -> Init | None:
-        """Return what is seen through ``window`` after the steps; None if that is no distribution of independent entries.
+        """Return the distribution of ``window`` after the steps, or None if its entries are not independent draws.
 
         Raises:
-            UnreplayableError: some of it was never written.
+            UnreplayableError: part of it was never written.
         """
         if not all(len(step.results) == 1 and self._run(step, step.results[0]) for step in steps) or window.repeats:
             return None
@@ -99,14 +99,14 @@ class Folding:
         return len(layers) <= PIECES
 
     def _value(self, arg: Any) -> Any:
-        """The argument, with a number for a tensor that holds one number everywhere."""
+        """Return the argument, replacing a tensor by a number if all its entries are that number."""
         if isinstance(arg, Window | Constant):
             init = self._read(arg)
             return float(init.a) if init is not None and init.kind == "constant" else arg
         return float(arg) if isinstance(arg, int | float) and not isinstance(arg, bool) else arg
 
     def _constant(self, step: Step, values: list[Any]) -> Init | None:
-        """Run an entrywise step on the one number that each of its tensors holds everywhere."""
+        """Run an entrywise step on tensors that each hold a single number in all entries."""
         if isinstance(step.func, str) or torch.Tag.pointwise not in step.func.tags or step.random:
             return None
         with disable_current_modes():
@@ -145,7 +145,7 @@ def _drawn(step: Step, values: list[Any]) -> Init | None:
 
 
 def _change(step: Step, values: list[Any]) -> Callable[[Init], Init | None] | None:
-    """What a step with one random tensor among numbers does to its distribution."""
+    """Return how a step on one random tensor and numbers changes its distribution, or None if that is not known."""
     alpha = float(step.kwargs.get("alpha", 1))
     match step.name.rstrip("_"), values:
         case ("mul", [float(c), Window()]) | ("mul", [Window(), float(c)]):
@@ -173,7 +173,7 @@ def _change(step: Step, values: list[Any]) -> Callable[[Init], Init | None] | No
 
 
 def _erfinv(init: Init) -> Init | None:
-    """The inverse error function of a uniform draw is a truncated normal: `trunc_normal_` until torch 2.12."""
+    """Return the distribution of erfinv on a uniform draw: a truncated normal (`trunc_normal_` until torch 2.12)."""
     if init.kind != "uniform" or init.a < -1 or init.b > 1:
         return None
     with disable_current_modes():
@@ -182,16 +182,17 @@ def _erfinv(init: Init) -> Init | None:
 
 
 def arguments(step: Step, *named: tuple[str, float]) -> tuple[float, float]:
-    """Return the two numbers of a draw, by place, name or default."""
-    given = step.args[1:]
+    """Return the two parameters of a draw, given by position, by name or by default."""
+    positional = step.args[1:]
     first, second = (
-        float(given[i] if len(given) > i else step.kwargs.get(name, default)) for i, (name, default) in enumerate(named)
+        float(positional[i] if len(positional) > i else step.kwargs.get(name, default))
+        for i, (name, default) in enumerate(named)
     )
     return first, second
 
 
 def one_number(tensor: torch.Tensor) -> Init | None:
-    """A tensor from outside, if it holds one number everywhere."""
+    """Return the constant that a tensor from outside holds in all entries, or None if they differ."""
     with disable_current_modes():
         if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or not tensor.numel() or tensor.is_complex():
             return None
@@ -200,11 +201,15 @@ def one_number(tensor: torch.Tensor) -> Init | None:
 
 
 def _tiled(parts: list[Part], window: Window) -> Init | None:
-    """Make one initialization of parts that cover the window without a gap."""
+    """Combine parts that cover the window into one initialization, or return None if they overlap.
+
+    Raises:
+        UnreplayableError: the parts leave a gap.
+    """
     if any(_meet(a.box, b.box) for i, a in enumerate(parts) for b in parts[:i]):
         return None
     if sum(math.prod(count for _, count, _ in part.box) for part in parts) != math.prod(window.size):
-        raise UnreplayableError("torch.empty, filled only in part")
+        raise UnreplayableError("torch.empty, only partly filled")
     *rest, first = parts
     return replace(first.init, parts=tuple(reversed(rest)))
 
@@ -215,17 +220,17 @@ def _meet(a: tuple[tuple[int, int, int], ...], b: tuple[tuple[int, int, int], ..
     )
 
 
-SMALL = 1 << 20  # bytes of a table that is looked at right away: it may be a constant after all
+SMALL = 1 << 20  # bytes up to which a table is computed at once, as it may be a constant
 
 
 class InitWatcher(Recorder):
-    """Watches a constructor; `find` then tells what one of its tensors starts from."""
+    """Records a constructor; `find` then returns how one of its tensors was initialized."""
 
     def find(self, tensor: torch.Tensor) -> Init | str:
         """Return the tensor's initialization, or the name of the operation that cannot be run again."""
         window = self.window(tensor)
         if isinstance(window, Constant):
-            return "none seen"
+            return "no operation seen"
         if window.version.step is None:
             return "torch.empty, never filled"
         steps = steps_to(window.version)
@@ -235,10 +240,11 @@ class InitWatcher(Recorder):
             return str(reason)
 
     def named(self, model: torch.nn.Module) -> dict[str, Init]:
-        """Return the initialization of every parameter of the model that was built under this watcher.
+        """Return the initialization of every parameter of the model that was built under this recorder.
 
         Raises:
-            RequestError: one of them cannot be told, with its name, shape and the operation seen.
+            RequestError: an initialization cannot be determined; the message gives the parameter's name and shape and the
+                operation.
         """
         inits = {}
         for name, parameter in model.named_parameters():
@@ -252,7 +258,10 @@ class InitWatcher(Recorder):
         return inits
 
     def value(self, scalar: torch.Tensor) -> float | bool | None:
-        """Run what is not random for real, and tell `trunc_normal_` that nothing it drew lies outside of its bounds."""
+        """Return the value of ``scalar``, computed for real, or None if it depends on random numbers or cannot be computed.
+
+        In the rejection loop of `trunc_normal_`, return False: no draw lies outside of the bounds.
+        """
         if self._truncates(scalar):
             return False
         window = self.window(scalar)
@@ -266,9 +275,9 @@ class InitWatcher(Recorder):
             return None if program.random else program.run(0).item()
 
     def _truncates(self, condition: torch.Tensor) -> bool:
-        """See the rejection loop of `torch.nn.init.trunc_normal_` (both of its ways), and note its bounds."""
-        asked = self.window(condition)
-        match _behind(asked, "any", "bitwise_or", "lt", "normal_"), _behind(asked, "any", "gt"):
+        """Detect the rejection loop of `torch.nn.init.trunc_normal_` (either implementation) and record its bounds."""
+        window = self.window(condition)
+        match _behind(window, "any", "bitwise_or", "lt", "normal_"), _behind(window, "any", "gt"):
             case [[_, either, below, draw], _] if above := _behind(either.args[1], "gt"):
                 bounds = below.args[1], above[0].args[1]
                 mean, std = arguments(draw, ("mean", 0.0), ("std", 1.0))
@@ -299,7 +308,10 @@ def _recorded(program: Program) -> Init:
 
 
 def _behind(value: Any, *names: str) -> list[Step]:
-    """Return the last steps behind a tensor, each on the first argument of the one before; empty if they are others."""
+    """Return the last steps that led to a tensor, the latest first, following each step's first argument.
+
+    The list is empty if the names of the steps are not ``names``.
+    """
     steps: list[Step] = []
     for name in names:
         step = value.version.step if isinstance(value, Window) else None

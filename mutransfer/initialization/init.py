@@ -1,8 +1,8 @@
-"""One parameter's initialization as data, drawn whole or shard by shard: a distribution of independent entries, or a program.
+"""Initializations as data: a distribution of independent entries or a program, drawn whole or shard by shard.
 
-A program's steps act on windows on numbered storages, so tensors that share memory share it again when it is run. Draws are tiles
-on a fixed grid, each with random numbers of its own: a rank draws the tiles that its shard touches, so values are those of the
-unsharded parameter whatever the sharding, and replicas agree without a message.
+The steps of a program act on windows on numbered storages, so tensors that share memory share it again when the program is
+run. Draws are made in tiles on a fixed grid, each with its own random numbers. A rank draws the tiles that its shard touches,
+so the values are those of the unsharded parameter under any sharding, and replicas agree without communication.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ FAR = 40.0  # standard deviations beyond which a normal has no mass in double pr
 
 @dataclass(frozen=True)
 class Part:
-    """A box of a parameter, (first index, count, step) per axis, that starts from something else than the rest."""
+    """A box of a parameter, as (first index, count, step) per axis, whose initialization differs from the rest."""
 
     box: tuple[tuple[int, int, int], ...]
     init: Init
 
     def inside(self, start: tuple[int, ...], shape: tuple[int, ...]) -> tuple[slice, ...] | None:
-        """Return the part's share of a tile that begins at ``start``, as slices of the tile."""
+        """Return the part's share of a tile that begins at ``start``, as slices of the tile, or None if it has none."""
         slices = []
         for (first, count, step), low, size in zip(self.box, start, shape, strict=True):
             begin = first if first >= low else low + (first - low) % step
@@ -49,12 +49,12 @@ class Part:
 
 @dataclass(frozen=True)
 class Init:
-    """What a parameter starts from.
+    """The initialization of one parameter.
 
-    ``normal``: mean ``a``, standard deviation ``b``. ``uniform``: from ``a`` to ``b``. ``trunc_normal``: a normal of mean
-    ``a`` and standard deviation ``b``, of which only the draws from ``low`` to ``high`` are kept. ``constant``: ``a``
-    everywhere. ``recorded``: ``a`` times what ``program`` makes or, where ``b`` is not 0, that brought to the standard
-    deviation ``b``. ``parts`` are drawn over it, in their order.
+    ``normal``: mean ``a``, standard deviation ``b``. ``uniform``: from ``a`` to ``b``. ``trunc_normal``: a normal with mean
+    ``a`` and standard deviation ``b``, truncated to the interval from ``low`` to ``high``. ``constant``: ``a`` everywhere.
+    ``recorded``: ``a`` times the result of ``program`` or, if ``b`` is not 0, that result scaled to standard deviation ``b``.
+    ``parts`` are drawn over it, in their order.
     """
 
     kind: Literal["normal", "uniform", "trunc_normal", "constant", "recorded"]
@@ -67,15 +67,15 @@ class Init:
 
     @classmethod
     def truncated(cls, mean: float, std: float, low: float, high: float) -> Self:
-        """Return a normal of which only the draws between ``low`` and ``high`` are kept."""
+        """Return a normal that is truncated to the interval from ``low`` to ``high``."""
         reach = FAR * std
         return cls("trunc_normal", mean, std, max(low, mean - reach), min(high, mean + reach))
 
     @property
     def fixed(self) -> bool:
-        """Whether nothing is random: a constant, or a table."""
-        own = self.kind == "constant" or (self.program is not None and not self.program.random)
-        return own and all(part.init.fixed for part in self.parts)
+        """Whether nothing is random: a constant or a table."""
+        body = self.kind == "constant" or (self.program is not None and not self.program.random)
+        return body and all(part.init.fixed for part in self.parts)
 
     @property
     def std(self) -> float:
@@ -94,7 +94,10 @@ class Init:
                 return 0.0
 
     def _truncated_std(self) -> float:
-        """Johnson, Kotz and Balakrishnan, Continuous Univariate Distributions 1, section 10.1."""
+        """Return the standard deviation of a truncated normal.
+
+        Johnson, Kotz and Balakrishnan, Continuous Univariate Distributions 1, section 10.1.
+        """
         alpha, beta = (self.low - self.a) / self.b, (self.high - self.a) / self.b
         low, high = (math.exp(-x * x / 2) / math.sqrt(2 * math.pi) for x in (alpha, beta))
         mass = _mass(alpha, beta)
@@ -103,13 +106,13 @@ class Init:
     def scaled(self, factor: float) -> Init:
         """Return the distribution of ``factor`` times a draw."""
         a, b, low, high = (value * factor for value in (self.a, self.b, self.low, self.high))
-        if factor < 0:  # a mirrored normal keeps its spread, mirrored bounds swap
+        if factor < 0:  # mirroring keeps the spread of a normal and swaps bounds
             low, high = high, low
             a, b = (b, a) if self.kind == "uniform" else (a, -b)
         return self._with(lambda init: init.scaled(factor), a, b, low, high)
 
     def with_columns(self, columns: Sequence[tuple[int, int, int]], shape: Sequence[int], factor: float) -> Init:
-        """Return the same, with the entries (axis, begin, end) of a parameter drawn ``factor`` times as large."""
+        """Return this initialization with the entries (axis, begin, end) of a parameter drawn ``factor`` times as large."""
         parts = []
         for axis, begin, end in columns:
             box = tuple((begin, end - begin, 1) if dim == axis else (0, size, 1) for dim, size in enumerate(shape))
@@ -117,7 +120,7 @@ class Init:
         return replace(self, parts=tuple(parts))
 
     def shifted(self, by: float) -> Init:
-        """Return the distribution of a draw plus ``by``; not for recorded ones."""
+        """Return the distribution of a draw plus ``by``; not supported for recorded ones."""
         b = self.b + by * (self.kind == "uniform")
         return self._with(lambda init: init.shifted(by), self.a + by, b, self.low + by, self.high + by)
 
@@ -127,7 +130,7 @@ class Init:
         return replace(self, a=a, b=b, low=low, high=high, parts=parts)
 
     def clamped(self, low: float, high: float) -> Init | None:
-        """Return the distribution with its bounds drawn in; None where that would pile up draws at the bounds."""
+        """Return the distribution truncated to new bounds, or None where clamping would pile up draws at the bounds."""
         if self.kind not in ("normal", "trunc_normal") or self.b <= 0:
             return None
         mean, reach = self.a, FAR * self.b
@@ -137,14 +140,15 @@ class Init:
         return Init.truncated(mean, self.b, *inner) if kept > (1 - 1e-6) * whole else None
 
     def carried(self, target: Init, factor: float, gauge: float, matrix: bool) -> Init:
-        """Return the target's start: this distribution, seen at the base, in the layout that ``target`` was seen to have.
+        """Return the target's initialization: this one, as observed at the base, in the layout observed for ``target``.
 
-        Random entries have the base's standard deviation times ``factor``. Recorded ones of no ``matrix`` that lie around
-        something else than 0 (norms, logarithms of time steps) have the target's own times ``factor``. Constants and
-        tables only follow the ``gauge``, but for a matrix of numbers from outside, which has the base's size times ``factor``.
+        Random entries get the base's standard deviation times ``factor``. Recorded ones that do not belong to a ``matrix`` and
+        are not centered at 0 (norms, logarithms of time steps) get the target's own values times ``factor``. Constants and
+        tables are only multiplied by ``gauge``, except for a matrix of numbers from outside, which gets the base's size times
+        ``factor``.
 
         Raises:
-            RequestError: the two are drawn in different pieces.
+            RequestError: the two consist of different pieces.
         """
         if matrix and self.program and target.program and self.program.outside and target.program.outside:
             sizes = [math.hypot(program.mean, program.std) for program in (self.program, target.program)]
@@ -158,18 +162,18 @@ class Init:
             return target.scaled(gauge if target.fixed else self.std * factor / target.std)
         if len(self.parts) != len(target.parts):
             raise RequestError(
-                f"is drawn in {1 + len(self.parts)} pieces at the base and in {1 + len(target.parts)} at the target: let the "
-                "constructor draw the same pieces at every size."
+                f"is initialized in {1 + len(self.parts)} pieces in the base and {1 + len(target.parts)} in the target: let the "
+                "constructor initialize the same pieces at every size."
             )
         body = replace(self, parts=()).scaled(gauge if self.kind == "constant" else factor)
         pairs = zip(self.parts, target.parts, strict=True)
         return replace(
-            body, parts=tuple(Part(at.box, own.init.carried(at.init, factor, gauge, matrix)) for own, at in pairs)
+            body, parts=tuple(Part(at.box, base.init.carried(at.init, factor, gauge, matrix)) for base, at in pairs)
         )
 
     @torch.no_grad()
     def fill_(self, tensor: torch.Tensor, generator: torch.Generator, start: tuple[int, ...] | None = None) -> None:
-        """Overwrite ``tensor`` with a draw; with ``start`` it is the tile of a larger parameter that begins there."""
+        """Overwrite ``tensor`` with a draw; with ``start``, it is the tile of a larger parameter that begins there."""
         match self.kind:
             case "normal":
                 tensor.normal_(self.a, self.b, generator=generator)
@@ -178,7 +182,7 @@ class Init:
             case "trunc_normal":
                 tensor.normal_(self.a, self.b, generator=generator)
                 outside = (tensor < self.low) | (tensor > self.high)
-                if outside.any():  # torch's own would draw all of it again in every round
+                if outside.any():  # trunc_normal_ on the whole tensor would redraw all of it in every round
                     again = tensor.new_empty(int(outside.sum()))
                     numbers = self.a, self.b, self.low, self.high
                     tensor[outside] = torch.nn.init.trunc_normal_(again, *numbers, generator=generator)
@@ -199,7 +203,7 @@ class Init:
         return made.mul_(math.copysign(self.b / spread, self.a) if spread else self.a)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the initialization as JSON takes it; keys that say nothing are left out."""
+        """Return the initialization as JSON data, without empty keys."""
         data: dict[str, Any] = {"kind": self.kind, "a": self.a, "b": self.b}
         if self.kind == "trunc_normal":
             data |= {"low": self.low, "high": self.high}
@@ -209,7 +213,7 @@ class Init:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Init:
-        """Read `as_dict`'s data; damage raises AttributeError, KeyError, TypeError or ValueError."""
+        """Read `as_dict`'s data; damaged data raises AttributeError, KeyError, TypeError or ValueError."""
         if data["kind"] not in ("normal", "uniform", "trunc_normal", "constant", "recorded"):
             raise ValueError(f"unknown initialization {data['kind']!r}")
         parts = tuple(
@@ -220,15 +224,18 @@ class Init:
             for part in data.get("parts", ())
         )
         program = Program.from_dict(data["program"]) if data["kind"] == "recorded" else None
-        own = {key: value for key, value in data.items() if key not in ("parts", "program")}
-        init = cls(**own, parts=parts, program=program)
+        fields = {key: value for key, value in data.items() if key not in ("parts", "program")}
+        init = cls(**fields, parts=parts, program=program)
         if not all(math.isfinite(value) for value in (init.a, init.b, init.low, init.high)):
             raise ValueError(f"a number of a {init.kind} initialization is not finite")
         return init
 
 
 def _mass(alpha: float, beta: float) -> float:
-    """Probability of a standard normal between the two; by the tails where both lie on one side, to keep its digits."""
+    """Return the probability of a standard normal between the two bounds.
+
+    If both bounds are on one side, it is computed from the tails, which is more accurate there.
+    """
     if alpha > 0:
         return (math.erfc(alpha / math.sqrt(2)) - math.erfc(beta / math.sqrt(2))) / 2
     if beta < 0:
@@ -236,16 +243,16 @@ def _mass(alpha: float, beta: float) -> float:
     return (math.erf(beta / math.sqrt(2)) - math.erf(alpha / math.sqrt(2))) / 2
 
 
-LITERAL = 1 << 16  # numbers of a table from outside that a plan may carry
+LITERAL = 1 << 16  # largest number of entries of a table from outside that a plan may store
 
 
 class UnreplayableError(Exception):
-    """Names the operation that cannot be run again from numbers alone."""
+    """An operation cannot be run again from numbers alone; the message names it."""
 
 
 @dataclass(frozen=True)
 class Program:
-    """Steps that leave a tensor in ``result``, as plain data: ``sizes`` are the storages' bytes."""
+    """Steps that compute the tensor at ``result``, as plain data; ``sizes`` are the sizes of the storages in bytes."""
 
     sizes: list[int]
     steps: list[dict[str, Any]]
@@ -253,10 +260,10 @@ class Program:
 
     @classmethod
     def of(cls, window: Window, steps: list[Step]) -> Program:
-        """Write down the ``steps`` that led to ``window``.
+        """Encode the ``steps`` that led to ``window``.
 
         Raises:
-            UnreplayableError: an argument that plain data cannot hold.
+            UnreplayableError: an argument cannot be stored as plain data.
         """
         numbers: dict[int, int] = {}
         sizes: list[int] = []
@@ -289,7 +296,7 @@ class Program:
                 raise UnreplayableError(str(step.func))
             kwargs = {k: v for k, v in step.kwargs.items() if k not in ("device", "layout", "pin_memory", "generator")}
             if _takes_dtype(step.func) and kwargs.get("dtype") is None:
-                kwargs["dtype"] = step.results[0].dtype  # the default type of then, which a later run need not have
+                kwargs["dtype"] = step.results[0].dtype  # the default dtype at recording; a later run may have another
             written.append({
                 "op": str(step.func),
                 "args": encode([None if isinstance(arg, torch.Generator) else arg for arg in step.args]),
@@ -304,7 +311,7 @@ class Program:
         return any(_random(step["op"]) for step in self.steps)
 
     def run(self, seed: int) -> torch.Tensor:
-        """Return a fresh tensor on the CPU, of the type it was made in; the global random numbers are left as they were.
+        """Return a new CPU tensor of the recorded dtype; the global random state is left unchanged.
 
         Raises:
             RequestError: some of its entries were never written.
@@ -314,7 +321,7 @@ class Program:
         def at(number: int, dtype: str, size: list[int], stride: list[int], offset: int) -> torch.Tensor:
             storage = storages[number]
             if storage is None:
-                fresh = torch.full((self.sizes[number],), 255, dtype=torch.uint8, device="cpu")  # NaN, to any float
+                fresh = torch.full((self.sizes[number],), 255, dtype=torch.uint8, device="cpu")  # NaN as any float
                 storage = storages[number] = fresh.untyped_storage()
             return torch.empty(0, dtype=getattr(torch, dtype), device="cpu").set_(storage, offset, size, stride)
 
@@ -349,17 +356,17 @@ class Program:
                         at(number, dtype, size, stride, offset).copy_(tensor)
             tensor = at(*self.result)
             if tensor.isnan().any():
-                raise RequestError("a constructor leaves some entries as torch.empty gave them: fill the whole tensor.")
+                raise RequestError("a constructor leaves some entries of torch.empty unfilled: fill the whole tensor.")
             return tensor
 
     @property
     def outside(self) -> bool:
-        """Whether it is a table of numbers that were made outside of torch, such as numpy's draws."""
+        """Whether it is a table of numbers created outside of torch, such as numpy's draws."""
         return not self.random and any(_table(step["args"]) for step in self.steps)
 
     @property
     def mean(self) -> float:
-        """Mean of all entries, measured as `std` is."""
+        """Mean of all entries, measured in the same way as `std`."""
         return _measured(json.dumps(self.as_dict()))[0]
 
     @property
@@ -368,12 +375,12 @@ class Program:
         return _measured(json.dumps(self.as_dict()))[1]
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the program as JSON takes it."""
+        """Return the program as JSON data."""
         return {"sizes": self.sizes, "steps": self.steps, "result": self.result}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Program:
-        """Read `as_dict`'s data; a wrong shape of it raises KeyError, TypeError, ValueError or AttributeError."""
+        """Read `as_dict`'s data; malformed data raises KeyError, TypeError, ValueError or AttributeError."""
         sizes, steps, result = [int(size) for size in data["sizes"]], list(data["steps"]), list(data["result"])
         for step in steps:
             _operation(step["op"])
@@ -382,13 +389,13 @@ class Program:
         return cls(sizes, steps, result)
 
 
-@functools.lru_cache(maxsize=256)  # the same program comes once per layer
+@functools.lru_cache(maxsize=256)  # every layer may have the same program
 def _measured(program: str) -> tuple[float, float]:
-    own = Program.from_dict(json.loads(program))
+    decoded = Program.from_dict(json.loads(program))
     with disable_current_modes():
-        first = own.run(0)
-        runs = min(16, math.ceil(2**18 / first.numel())) if own.random else 1
-        seen = torch.stack([first, *(own.run(seed) for seed in range(1, runs))]).double()
+        first = decoded.run(0)
+        runs = min(16, math.ceil(2**18 / first.numel())) if decoded.random else 1
+        seen = torch.stack([first, *(decoded.run(seed) for seed in range(1, runs))]).double()
         return seen.mean().item(), seen.std(correction=0).item()
 
 
@@ -422,12 +429,12 @@ def _name(value: Any) -> str:
 
 
 def _operation(name: str) -> Any:
-    """Look an aten operation up; a plan from a file must not be able to name anything else."""
+    """Return an aten operation by name, and nothing else: the name may come from a plan's file."""
     if name == TRUNCATED:
         return torch.nn.init.trunc_normal_
     namespace, packet, overload = name.split(".")
     if namespace != "aten" or packet == "from_file":
-        raise ValueError(f"{name} is no aten operation")
+        raise ValueError(f"{name} is not an aten operation")
     return getattr(getattr(torch.ops.aten, packet), overload)
 
 
@@ -435,19 +442,20 @@ def _random(name: str) -> bool:
     return name == TRUNCATED or torch.Tag.nondeterministic_seeded in _operation(name).tags
 
 
-# A tile: enough to be drawn at full speed, little enough that a thin shard wastes little. Wide, because most shard rows.
+# Tile size: large enough to draw at full speed, small enough to waste little on a thin shard; wide, because most
+# sharding splits rows.
 COLUMNS, ENTRIES = 4096, 1 << 16
 
 
 @torch.no_grad()
 def draw_(parameter: torch.Tensor, init: Init, seed: int, name: str) -> None:
-    """Overwrite ``parameter``, or this rank's shard of it (a DTensor), with a draw that depends on seed and name only.
+    """Overwrite ``parameter``, or this rank's shard of it (a DTensor), with a draw that depends only on seed and name.
 
-    Drawn in float32 on the CPU and copied, so that it is the same on every device; a recorded ``init`` needs memory for
-    the whole parameter on every rank.
+    Values are drawn in float32 on the CPU and copied, so they are the same on every device. A recorded ``init`` needs memory
+    for the whole parameter on every rank.
 
     Raises:
-        RequestError: the parameter has no memory yet, or is sharded in a way in which a rank does not hold a box of it.
+        RequestError: the parameter has no memory yet, or its sharding gives a rank something other than a box of it.
     """
     if parameter.is_meta:
         raise RequestError(f"{name} is on the meta device: call model.to_empty(device=...) before initialize.")
@@ -493,7 +501,10 @@ def _draw(init: Init, tensor: torch.Tensor, start: tuple[int, ...], seed: str) -
 
 
 def _tile_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The grid depends on the whole parameter only: columns first, then rows, then what is above them."""
+    """Return the shape of a tile, which depends only on the whole parameter.
+
+    Tiles extend over columns first, then rows, then the leading axes.
+    """
     tile: list[int] = []
     left = ENTRIES
     for axis, size in enumerate(reversed(shape)):
@@ -512,6 +523,7 @@ def _shard(parameter: Any, name: str) -> tuple[torch.Tensor, tuple[int, ...]]:
     size, start = local_shape_and_offset(parameter)
     if any(placement.is_partial() for placement in parameter.placements) or tuple(size) != tuple(local.shape):
         raise RequestError(
-            f"{name} is placed as {parameter.placements}: initialize fills shards and replicas, so place it so first."
+            f"{name} has the placements {parameter.placements}, but initialize fills only shards and replicas: "
+            "redistribute it first."
         )
     return local, tuple(start)

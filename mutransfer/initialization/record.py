@@ -1,6 +1,6 @@
-"""Record which operations led to a tensor while a constructor runs under `FakeTensorMode`, linked backwards from every storage.
+"""Record the operations of a constructor that runs under `FakeTensorMode`, linked backwards from every storage.
 
-A tensor is a window (dtype, size, stride, offset) on one version of its storage, so views need no rules of their own.
+A tensor is a window (dtype, size, stride, offset) on one version of its storage, so views need no special rules.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ __all__ = [
     "tensors_in",
 ]
 
-TRUNCATED = "trunc_normal_"  # the one step that is no aten operation: its rejection loop reads values
+TRUNCATED = "trunc_normal_"  # the only step that is not an aten operation: its rejection loop reads values
 
 
 @dataclass(frozen=True, eq=False)
 class Version:
-    """One state of a storage: what ``step`` left in it, or memory as it was allocated."""
+    """One state of a storage: what ``step`` wrote into it, or freshly allocated memory."""
 
-    storage: torch.UntypedStorage  # held: a freed storage's address would be given to the next one
+    storage: torch.UntypedStorage  # a reference, because the address of a freed storage would be reused
     step: Step | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Window:
-    """A tensor as a look at one version of a storage."""
+    """A tensor as a view of one version of a storage."""
 
     version: Version
     dtype: torch.dtype
@@ -52,29 +52,29 @@ class Window:
 
     @property
     def key(self) -> int:
-        """The storage's identity."""
+        """Identity of the storage."""
         return storage_id(self.version.storage)
 
     @property
     def repeats(self) -> bool:
-        """Whether one entry of memory is seen in several places."""
+        """Whether one entry of memory appears at several indices."""
         return any(stride == 0 and size > 1 for size, stride in zip(self.size, self.stride, strict=True))
 
     @property
     def whole(self) -> bool:
-        """Whether every byte of the storage is seen."""
+        """Whether the window covers every byte of the storage."""
         nbytes = math.prod(self.size) * self.dtype.itemsize
         return not self.repeats and nbytes == self.version.storage.nbytes()
 
     @property
     def place(self) -> tuple[tuple[int, ...], tuple[int, ...], int]:
-        """What two windows on the same entries of one storage have in common."""
+        """Size, stride and offset, which are equal for windows on the same entries of a storage."""
         return self.size, self.stride, self.offset
 
 
 @dataclass(eq=False)
 class Step:
-    """One operation; ``results`` are the windows it wrote, in its arguments or its outputs."""
+    """One recorded operation; ``results`` are the windows that it wrote, in its arguments or its outputs."""
 
     order: int
     func: Any
@@ -84,24 +84,24 @@ class Step:
 
     @property
     def name(self) -> str:
-        """The operation without its overload."""
+        """Name of the operation without its overload."""
         return self.func if isinstance(self.func, str) else self.func._opname
 
     @property
     def random(self) -> bool:
-        """Whether two runs differ."""
+        """Whether the result differs between two runs."""
         return self.func == TRUNCATED or torch.Tag.nondeterministic_seeded in self.func.tags
 
 
 @dataclass(frozen=True)
 class Constant:
-    """The values of a tensor that was made outside."""
+    """The values of a tensor that was created outside of the recording."""
 
     tensor: torch.Tensor
 
 
 def apart(a: Window, b: Window) -> bool:
-    """Whether two windows on one storage have no entry in common, as far as their ends tell."""
+    """Return whether two windows on one storage have no entry in common, judged only by where they begin and end."""
     return _end(a) < b.offset or _end(b) < a.offset
 
 
@@ -110,7 +110,7 @@ def _end(window: Window) -> int:
 
 
 def box(place: Window, window: Window) -> tuple[tuple[int, int, int], ...] | None:
-    """Return where ``place`` lies in ``window``, (first index, count, step) per axis; None if that is no box."""
+    """Return where ``place`` lies in ``window`` as (first index, count, step) per axis, or None if it is not a box."""
     rest = place.offset - window.offset
     if rest < 0 or place.dtype != window.dtype:
         return None
@@ -130,7 +130,7 @@ def box(place: Window, window: Window) -> tuple[tuple[int, int, int], ...] | Non
     return tuple(found) if not rest and all(map(int.__lt__, ends, window.size)) else None
 
 
-# What these write does not depend on what was there. Operations with ``out=`` are of the same kind.
+# In-place operations whose result does not depend on the previous contents, like that of operations with ``out=``.
 OVERWRITES = frozenset(
     ["normal_", "uniform_", "zero_", "fill_", "copy_", "exponential_", "log_normal_", "cauchy_", "random_"]
 )
@@ -138,7 +138,7 @@ EMPTY = frozenset(["empty", "empty_like", "empty_strided", "new_empty", "new_emp
 
 
 class Recorder(TorchDispatchMode):
-    """Records, per storage, the operation that last wrote to it, and through its arguments all that came before."""
+    """Dispatch mode that records, per storage, the last operation that wrote to it and, through its arguments, all before."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -146,7 +146,7 @@ class Recorder(TorchDispatchMode):
         self._order = 0
 
     def window(self, tensor: torch.Tensor) -> Window | Constant:
-        """Return the tensor as it is now; one made outside of this recording is taken by value."""
+        """Return the tensor's current window, or a `Constant` if it was created outside of this recording."""
         version = self._versions.get(storage_id(tensor))
         return Constant(tensor) if version is None else _window(tensor, version)
 
@@ -162,11 +162,11 @@ class Recorder(TorchDispatchMode):
         return out
 
     def value(self, scalar: torch.Tensor) -> float | bool | None:
-        """Return what a constructor that asks for ``scalar.item()`` shall see; None where it cannot be known."""
+        """Return the value of ``scalar.item()`` for a constructor that asks for it, or None if it cannot be known."""
         return None
 
     def put(self, func: Any, args: list[Any], kwargs: dict[str, Any], results: list[Window]) -> None:
-        """Record that ``results`` now hold what ``func`` made of ``args``."""
+        """Record that ``results`` now hold the result of ``func`` on ``args``."""
         step = Step(self._order, func, args, kwargs, [])
         self._order += 1
         for window in results:
@@ -186,7 +186,7 @@ class Recorder(TorchDispatchMode):
         overwrites = (func._opname in OVERWRITES or "out" in kwargs) and not read & {window.key for window in blank}
         for window in blank:
             if func._opname in EMPTY or (overwrites and window.whole):
-                self._versions[window.key] = window.version  # what was there is of no consequence
+                self._versions[window.key] = window.version  # the previous contents do not matter
         if func._opname not in EMPTY:
             kept = {key: self._kept(value) for key, value in kwargs.items()}
             self.put(func, [self._kept(value) for value in args], kept, blank)
@@ -198,7 +198,7 @@ class Recorder(TorchDispatchMode):
 
 
 def leaves(value: Any) -> Iterator[Window | Constant]:
-    """The tensors among an operation's arguments."""
+    """Yield the tensors among an operation's arguments."""
     if isinstance(value, Window | Constant):
         yield value
     elif isinstance(value, list | dict):
@@ -207,7 +207,7 @@ def leaves(value: Any) -> Iterator[Window | Constant]:
 
 
 def steps_to(version: Version) -> list[Step]:
-    """Return the operations behind a storage's state, in the order in which they ran."""
+    """Return the operations that led to a storage's state, in the order in which they ran."""
     found: dict[int, Step] = {}
     waiting = [version.step]
     while waiting:
@@ -220,7 +220,7 @@ def steps_to(version: Version) -> list[Step]:
 
 @functools.cache
 def _writes(func: Any) -> tuple[int | str, ...] | None:
-    """The arguments that an operation writes to; None if it only turns the view."""
+    """Return the arguments that an operation writes to, or None if it only changes the view."""
     if torch.Tag.inplace_view in func.tags:
         return None
     places: list[int | str] = []
@@ -241,7 +241,7 @@ def _argument(place: int | str, args: Any, kwargs: dict[str, Any]) -> Any:
 
 
 def tensors_in(value: Any) -> list[torch.Tensor]:
-    """The tensors of an argument or an output, in their order."""
+    """Return the tensors of an argument or an output, in order."""
     if isinstance(value, torch.Tensor):
         return [value]
     return [tensor for item in value for tensor in tensors_in(item)] if isinstance(value, list | tuple) else []

@@ -25,7 +25,7 @@ from .watched import N, seen
     ("build", "said"),
     [
         (lambda: torch.empty(N), "torch.empty, never filled"),
-        (lambda: torch.empty(N, 2).t()[0].normal_()._base, "torch.empty, filled only in part"),
+        (lambda: torch.empty(N, 2).t()[0].normal_()._base, "torch.empty, only partly filled"),
         (
             lambda: torch.from_numpy(np.random.default_rng(0).normal(size=100_000)),
             "a table of 100000 numbers from outside",
@@ -180,7 +180,7 @@ def test_pieces_that_come_and_go_with_the_width_are_refused() -> None:
     family = mt.Family(build, family.batch, family.loss, mt.Scale(width=16))
     assert mt.plan(family, family.base).rows[2].init.parts[1].box[0] == (8, 1, 1)
     with pytest.raises(
-        RequestError, match=r"2.weight \[32, 32\] is drawn in 3 pieces at the base and in 5 at the target"
+        RequestError, match=r"2.weight \[32, 32\] is initialized in 3 pieces in the base and 5 in the target"
     ):
         mt.plan(family, mt.Scale(width=32))
 
