@@ -231,7 +231,7 @@ def test_the_same_text_every_time() -> None:
 def test_other_formats_are_refused_with_a_next_move() -> None:
     assert len(FORMATS) == 11
     for name in FORMATS[1:]:
-        with pytest.raises(RequestError, match=f"'{name}' is not in this version: use --to pytorch"):
+        with pytest.raises(RequestError, match=f"'{name}' is not supported in this version: use --to pytorch"):
             export(target(), name)
     with pytest.raises(RequestError, match="did you mean 'megatron'"):
         export(target(), "megatrn")

@@ -239,7 +239,7 @@ def test_the_plain_torch_format_cannot_say_it() -> None:
         proxy_batch_size=4, proxy_steps=30, batch_size=4, steps=30, tuned=["lr"], seed=5, provenance={},
     )  # fmt: skip
     assert any("plan.attach(model)" in warning for warning in target.warnings)
-    with pytest.raises(RequestError, match=r"mid\.weight \[256, 262\] has columns under a forward multiplier"):
+    with pytest.raises(RequestError, match=r"mid\.weight \[256, 262\] has columns with a forward multiplier"):
         export(target, "pytorch")
 
 

@@ -1,4 +1,4 @@
-"""Exports: the target settings in the form a training framework reads."""
+"""Exports: the target's settings in the format of a training framework."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ FORMATS = (
 
 
 def export(target: TargetConfig, to: str) -> tuple[str, str]:
-    """Return a suggested file name and the text of ``target`` in the format ``to``; the same text every time.
+    """Return a suggested file name and the text of ``target`` in the format ``to``; the text is deterministic.
 
     Raises:
-        RequestError: the format is unknown, or not in this version.
+        RequestError: the format is unknown, or not supported in this version.
     """
     if to not in FORMATS:
         hint = nearest(to, FORMATS)
         raise RequestError(f"unknown format {to!r}: {hint if hint.startswith('did') else 'use --to pytorch.'}")
     if to not in WRITERS:
         raise RequestError(
-            f"the format {to!r} is not in this version: use --to pytorch, whose JSON any plain-torch script can read."
+            f"the format {to!r} is not supported in this version: use --to pytorch, whose JSON any plain-torch script can read."
         )
     return WRITERS[to](target)

@@ -1,4 +1,4 @@
-"""Plain torch: a JSON of parameter-name patterns and their settings, which thirty lines read (docs/pytorch-export.md)."""
+"""Plain torch: a JSON of parameter-name patterns and settings, read in thirty lines (docs/pytorch-export.md)."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ FORMAT = "mutransfer-pytorch/1"
 
 
 def write(target: TargetConfig) -> tuple[str, str]:
-    """Return the file name and the JSON text; see docs/pytorch-export.md for its keys.
+    """Return the file name and the JSON text; docs/pytorch-export.md describes its keys.
 
     Raises:
-        RequestError: the plan needs a forward multiplier, which is no setting of a parameter.
+        RequestError: the plan needs a forward multiplier, which is not a setting of a parameter.
     """
     for row in target.plan.rows:
         if row.columns:
             raise RequestError(
-                f"{row.name} {list(row.shape)} has columns under a forward multiplier, which this format cannot say: let the "
+                f"{row.name} {list(row.shape)} has columns with a forward multiplier, which this format cannot express: let the "
                 "script call TargetConfig.load(path).plan.attach(model) and take the settings from there, or split the layer."
             )
     data = target.as_dict()
@@ -55,10 +55,10 @@ def write(target: TargetConfig) -> tuple[str, str]:
 
 
 def patterns(rows: Sequence[ParameterPlan], rule: OptimizerRule) -> list[dict[str, Any]]:
-    """Return the settings by pattern, in the plan's order; ``*`` stands for one layer number.
+    """Return the settings by name pattern, in the plan's order; ``*`` stands for one layer number.
 
-    Numbers collapse only where all the parameters that differ in nothing else agree on every setting; otherwise each is
-    listed by its own name.
+    Layers are combined into one pattern only if all parameters whose names differ just in these numbers have the same
+    settings; otherwise each is listed by its own name.
     """
     families: dict[str, list[ParameterPlan]] = {}
     for row in rows:
@@ -77,7 +77,7 @@ def matches(pattern: str, name: str) -> bool:
 
 
 def _plain(init: dict[str, Any]) -> dict[str, Any]:
-    """Leave recorded operations out: the model's own constructor does them, and a plain script has run it anyway."""
+    """Drop recorded operations: the model's own constructor runs them, and a plain script has already called it."""
     parts = [{**part, "init": _plain(part["init"])} for part in init.get("parts", ())]
     kept = {key: value for key, value in init.items() if key not in ("parts", "program")}
     return {**kept, "parts": parts} if parts else kept

@@ -146,7 +146,7 @@ WRONG = [
     (("init", "."), ["experiment.yaml is there already", "--force"]),
     # Other values of flags.
     (("transfer", "run", "--width", "16", "--to", "pytorhc"), ["unknown format 'pytorhc'", "did you mean 'pytorch'?"]),
-    (("transfer", "run", "--width", "16", "--to", "megatron"), ["'megatron' is not in this version", "--to pytorch"]),
+    (("transfer", "run", "--width", "16", "--to", "megatron"), ["'megatron' is not supported in this version", "--to pytorch"]),
     (("tune", "experiment.yaml", "--out", "new", "--device", "gpu"), ["--device 'gpu'", "auto, cpu or cuda"]),
     (("tune", "experiment.yaml", "--out", "new", "--storage", "sqlite:////none/at/all.db"), ["sqlite:////none/at/all.db"]),
     (("tune", "experiment.yaml", "--out", "new", "--storage", "nosuch://x"), ["nosuch://x"]),
