@@ -54,7 +54,7 @@ def test_the_refusal_names_the_columns_and_the_move() -> None:
         mt.plan(critic(), mt.Scale(256), optimizer="muon")
     for words in (
         "mid.weight [256, 262]",
-        "0:256 of axis 1 meet pieces that grow with the width, 256:262 pieces of a fixed size",
+        "entries 0:256 of axis 1 meet inputs that grow with the width and 256:262 meet inputs of a fixed size",
         "Split the layer in two with 256 and 6 inputs and add their results, mid(h) + mid_fixed(a)",
         "roles={'mid.weight': 'hidden'}",
     ):
@@ -299,7 +299,7 @@ def test_the_check_passes_what_is_planned_exactly_and_names_a_mixed_axis() -> No
     found = judge(replace(critic(base=32), roles={"mid.weight": "hidden"}), (32, 64, 128, 256), **options).verdict
     assert (found.status, found.fault) == ("fail", "mixed-columns")
     assert "the columns of mid.weight [32, 38] are of two kinds" in str(found.cause)
-    assert "32:38 pieces of a fixed size" in str(found.cause)
+    assert "32:38 meet inputs of a fixed size" in str(found.cause)
 
 
 def test_the_update_of_multiplied_columns_is_measured_once_multiplied() -> None:

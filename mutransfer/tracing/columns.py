@@ -1,9 +1,9 @@
-"""Mixed columns: an axis that a parameter sums over and that is made of growing and of fixed pieces.
+"""Mixed columns: an axis that a parameter sums over and that consists of growing and fixed pieces.
 
-Where h (width entries) and a (6 of them) are concatenated before a matrix, the columns that meet h are hidden ones, with the
-ratio of their own number, and those that meet a are input ones (TP-V 2203.03466, Table 3). So every axis of an activation
-remembers from which pieces it was joined, by cat, stack, padding or writes into a part of a buffer, and two widths say which
-of the pieces grow.
+Where h (width entries) and a (6 entries) are concatenated before a matrix, the columns that meet h are hidden ones, with the
+ratio of their own number, and those that meet a are input ones (TP-V 2203.03466, Table 3). Every axis of an activation
+therefore records the pieces that it was joined from, by cat, stack, padding or writes into a part of a buffer, and a
+comparison of two widths shows which of the pieces grow.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from .products import MATMULS
 
 __all__ = ["Columns", "Joins", "Piece", "mixed_columns"]
 
-Labels = NDArray[np.int64]  # of each entry along a dim: which pieces it belongs to, as numbered by `Joins`
-Dims = list[Labels | None]  # for each dim of a tensor; None where all entries are alike
-Site = tuple[str, str, frozenset[Any]]  # module, operation, and what makes the pieces
+Labels = NDArray[np.int64]  # for each entry along a dim, which pieces it belongs to, as numbered by `Joins`
+Dims = list[Labels | None]  # for each dim of a tensor, or None if all its entries are alike
+Site = tuple[str, str, frozenset[Any]]  # module, operation, and what the pieces are made by
 
 PADS = {"constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "replication_pad1d", "replication_pad2d"}
 REDUCTIONS = {
@@ -46,7 +46,7 @@ REDUCTIONS |= {"logsumexp": 1, "linalg_vector_norm": 2, "norm": 2, "argmax": 1, 
 
 
 class Piece(NamedTuple):
-    """One of the pieces that the ``number``-th operation at a ``site`` joins; ``kind`` is what made it."""
+    """One of the pieces joined by the ``number``-th operation at a ``site``; ``kind`` is what it was made by."""
 
     site: Site
     number: int
@@ -65,32 +65,33 @@ class Columns:
 
 
 class Joins:
-    """From which pieces the axes of activations are joined, in one forward pass.
+    """Tracks which pieces the axes of activations are joined from, in one forward pass.
 
-    Known by storage and stride, so that views need no rules. ``kind`` says what a tensor was made by, as name patterns.
+    Pieces are tracked by storage and stride, so views need no rules. ``kind`` returns what a tensor was made by, as name
+    patterns.
     """
 
     def __init__(self, kind: Callable[[torch.Tensor], frozenset[str]]) -> None:
         self._kind = kind
         self._at: dict[int, dict[tuple[int, int], Labels]] = {}  # storage → (stride, length) of a dim → labels along it
-        self._whole: dict[int, tuple[tuple[int, ...], tuple[int, ...]]] = {}  # storage → its first shape and strides
+        self._whole: dict[int, tuple[tuple[int, ...], tuple[int, ...]]] = {}  # storage → original shape and strides
         self._sets: list[frozenset[Piece]] = [frozenset()]
         self._numbers: dict[frozenset[Piece], int] = {frozenset(): 0}
         self.arities: dict[Site, list[int]] = defaultdict(list)
 
     def made_of(self, label: int) -> frozenset[Piece]:
-        """Return the pieces of a label."""
+        """Return the pieces that a label stands for."""
         return self._sets[label]
 
     def made(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Note tensors in fresh storage: what is written into a part of one later is a piece of it."""
+        """Record tensors in new storage: what is later written into a part of one is a piece of it."""
         for each in tensors:
             self._whole.setdefault(storage_key(each), (tuple(map(int, each.shape)), strides(each)))
 
     def see(
         self, name: str, args: Any, kwargs: Any, inputs: Sequence[torch.Tensor], out: torch.Tensor, module: str
     ) -> None:
-        """Note an operation that made ``out``, in fresh storage or in that of its first argument."""
+        """Record an operation that produced ``out``, in new storage or in that of its first argument."""
         key = storage_key(out)
         fresh = key not in {storage_key(each) for each in inputs}
         if fresh:
@@ -132,7 +133,7 @@ class Joins:
                 self._at.setdefault(storage_key(out), {})[stride, size] = labels
 
     def _write(self, out: torch.Tensor, found: Dims, piece: int) -> None:
-        """Note what was written into a view of a larger tensor; a ``piece`` of its own where it does not fill a dim."""
+        """Record a write into a view of a larger tensor; where it does not fill a dim, it becomes a ``piece`` of its own."""
         key = storage_key(out)
         if key not in self._whole:
             return
@@ -147,7 +148,7 @@ class Joins:
                 along[index] = self._union(along[index], labels)
 
     def _places(self, axis: Axis, size: int, view: torch.Tensor, found: Dims) -> tuple[Labels, Labels]:
-        """Return which entries of an axis of a storage a view holds, and the labels there of the dims ``found`` of the view."""
+        """Return which entries of a storage's axis a view holds, and their labels from the labels ``found`` of its dims."""
         stride = axis[0][0]
         index, labels = np.array([_offset(view) // stride % size]), np.zeros(1, np.int64)
         for (at, length), along in zip(zip(strides(view), map(int, view.shape), strict=True), found, strict=True):
@@ -167,7 +168,10 @@ class Joins:
         return index[inside], labels[inside]
 
     def along(self, axis: Axis, size: int, view: torch.Tensor, found: Dims, site: Site, kind: frozenset[str]) -> Labels:
-        """Return the label of each of ``size`` entries of a parameter's axis that a view of it meets; −1 where it meets none."""
+        """Return the labels that the ``size`` entries of a parameter's axis meet through a view of it.
+
+        The label is −1 where an entry meets none.
+        """
         labels = np.full(size, -1, np.int64)
         if len(axis) != 1:
             return np.zeros(size, np.int64)
@@ -178,7 +182,7 @@ class Joins:
         return labels
 
     def _piece(self, site: Site, out: torch.Tensor, arity: int) -> Callable[[int, frozenset[str]], int]:
-        """Return what gives the label of each piece of one more operation at a site."""
+        """Return a function that labels each piece of one more operation at a site."""
         site = pattern_of(site[0]), *site[1:]
         number = len(self.arities[site])
         self.arities[site].append(arity)
@@ -251,13 +255,15 @@ class Joins:
         found: Dims = [None] * out.dim()
         joined = []
         for i, (each, kind) in enumerate(zip(pieces, kinds, strict=True)):
-            own = self.dims(each)
+            labels = self.dims(each)
             if name == "stack":
-                own.insert(dim, None)
+                labels.insert(dim, None)
             size = 1 if name == "stack" else int(each.shape[dim])
-            mine = np.full(size, label(i, kind))
-            joined.append(mine if own[dim] is None else self._union(mine, own[dim]))
-            found = [None if at == dim else self._both(x, y) for at, (x, y) in enumerate(zip(found, own, strict=True))]
+            piece = np.full(size, label(i, kind))
+            joined.append(piece if labels[dim] is None else self._union(piece, labels[dim]))
+            found = [
+                None if at == dim else self._both(x, y) for at, (x, y) in enumerate(zip(found, labels, strict=True))
+            ]
         found[dim] = np.concatenate(joined) if joined else None
         return found
 
@@ -277,28 +283,28 @@ class Joins:
 
     def _scattered(self, name: str, args: Any, kwargs: Any, module: str) -> Dims:
         whole, written = args[:2]
-        given = dict(
+        options = dict(
             zip(
                 ("dim", "start", "end", "step") if name == "slice_scatter" else ("dim", "start"), args[2:], strict=False
             )
         )
-        given = {**given, **({"start": kwargs["index"]} if "index" in kwargs else {}), **kwargs}
-        dim, size = given.get("dim", 0) % whole.dim(), int(whole.shape[given.get("dim", 0)])
-        end = given.get("end") if name == "slice_scatter" else (given["start"] % size) + 1
-        index = np.arange(size)[slice(given.get("start"), end, given.get("step"))]
-        found, own = self.dims(whole), self.dims(written)
+        options = {**options, **({"start": kwargs["index"]} if "index" in kwargs else {}), **kwargs}
+        dim, size = options.get("dim", 0) % whole.dim(), int(whole.shape[options.get("dim", 0)])
+        end = options.get("end") if name == "slice_scatter" else (options["start"] % size) + 1
+        index = np.arange(size)[slice(options.get("start"), end, options.get("step"))]
+        found, labels = self.dims(whole), self.dims(written)
         if name == "select_scatter":
-            own.insert(dim, None)
+            labels.insert(dim, None)
         label = self._piece((module, name, frozenset()), whole, 1)(0, self._kind(written))
         along = np.zeros(size, np.int64) if found[dim] is None else found[dim].copy()
-        inner = np.zeros(len(index), np.int64) if own[dim] is None else own[dim]
+        inner = np.zeros(len(index), np.int64) if labels[dim] is None else labels[dim]
         along[index] = self._union(np.full(len(index), label), inner)
-        found = [self._both(x, y) for x, y in zip(found, own, strict=True)]
+        found = [self._both(x, y) for x, y in zip(found, labels, strict=True)]
         found[dim] = along
         return found
 
     def met(self, name: str, args: Any, inputs: Sequence[torch.Tensor], tensor: torch.Tensor) -> Dims:
-        """Return the labels that the other operand has along the dims of ``tensor``, which it is summed or multiplied with."""
+        """Return the labels along the dims of ``tensor`` of the operand that it is summed over or multiplied with."""
         found: Dims = [None] * tensor.dim()
         if name in MATMULS or name == "_grouped_mm":
             a, b = args[MATMULS.get(name, 0) :][:2]
@@ -334,7 +340,7 @@ def _telling(labels: Labels | None) -> Labels | None:
 
 
 def _sized(tensor: torch.Tensor, found: Dims, out: torch.Tensor) -> Dims:
-    """Return the labels of those dims that ``out`` has as well, counted from the last."""
+    """Return the labels of the dims whose sizes agree with those of ``out``, counted from the last."""
     sizes = out.shape[out.dim() - tensor.dim() :]
     return [labels if size == new else None for labels, size, new in zip(found, tensor.shape, sizes, strict=True)]
 
@@ -349,7 +355,10 @@ def _reduced(args: Any, kwargs: Any, at: int, first: Dims, rank: int) -> Dims:
 
 
 def _looked_up(name: str, args: Any, first: Dims, out: torch.Tensor) -> Dims:
-    """An index of as many entries as the dim has is taken for a permutation, whose counts are what matters."""
+    """Return the labels of an indexed tensor.
+
+    An index with as many entries as the dim is taken to be a permutation, of which only the counts matter.
+    """
     if name != "index":
         if len(first) != out.dim():
             return [None] * out.dim()
@@ -361,8 +370,8 @@ def _looked_up(name: str, args: Any, first: Dims, out: torch.Tensor) -> Dims:
     if len(chosen) != 1:
         return [None] * out.dim()
     at, more = chosen[0], args[1][chosen[0]].dim()
-    own = first[at]
-    kept = own if more == 1 and own is not None and len(own) == int(args[1][at].numel()) else None
+    along = first[at]
+    kept = along if more == 1 and along is not None and len(along) == int(args[1][at].numel()) else None
     return [*first[:at], *([kept] if more == 1 else [None] * more), *first[at + 1 :]][: out.dim()]
 
 
@@ -390,18 +399,18 @@ def _rearranged(name: str, args: Any, first: Dims, out: torch.Tensor) -> Dims:
 def mixed_columns(
     axis: int, base: tuple[Joins, Sequence[Labels]], wide: tuple[Joins, Sequence[Labels]]
 ) -> tuple[Columns, ...]:
-    """Return the runs of an axis that grow and those that do not, or nothing where all of it does one or the other.
+    """Return the runs of an axis that grow and those that do not; empty if all of it does one or the other.
 
     Args:
-        axis: of the parameter.
-        base: what was seen at base size, and each use's labels along the axis.
-        wide: likewise at a larger width.
+        axis: axis of the parameter.
+        base: the joins observed at base size, and each use's labels along the axis.
+        wide: the same at a larger width.
     """
     before, after = base[0].arities, wide[0].arities
     alike = {site: before[site] == after.get(site) for site in before}
 
     def key(piece: Piece) -> Any:
-        """The same piece in both passes; where there are more of them in one, all of its kind."""
+        """Return an equal key for the same piece in both passes; where one has more of them, for all pieces of a kind."""
         return piece[:3] if alike.get(piece.site, False) else (piece.site, piece.kind)
 
     def signatures(joins: Joins, uses: Sequence[Labels]) -> list[Any]:

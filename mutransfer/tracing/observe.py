@@ -1,7 +1,8 @@
-"""What every parameter of a family is for: seen in one forward pass and two builds, not guessed from names.
+"""Determine what every parameter of a family is used for, from one forward pass and two builds rather than from names.
 
-The family need not be observed at its base's depth: a few layers are enough where deeper ones match them. What depends on the
-target (its head dim, powers of the depth in the numbers of the forward pass) is added by `at_target` and `with_depth_constants`.
+The family need not be observed at its base's depth: a few layers are enough if the deeper ones match them. What depends on the
+target (its head dim, powers of the depth among the constants of the forward pass) is added by `at_target` and
+`with_depth_constants`.
 """
 
 from __future__ import annotations
@@ -31,17 +32,17 @@ from .tracer import OpTracer
 __all__ = ["at_target", "observe", "shapes_of", "extended_in_depth", "with_depth_constants"]
 
 DEEPER, FEW = 2, 4
-LONG = 8  # layers of a base that need not be made four times as many
+LONG = 8  # base depth from which doubling is enough to see which layers repeat
 
 
 def with_depth_constants(family: Family, seen: Observation) -> Observation:
-    """Return ``seen`` with what depends on the depth.
+    """Return ``seen`` with the information that depends on the depth.
 
-    That is the power of the depth in what multiplies each parameter's result, such as 1/√layers, and how often a residual
-    branch is repeated.
+    This is the power of the depth in the numbers that multiply each parameter's result, such as 1/√layers, and how often each
+    residual branch is repeated.
 
     Raises:
-        RequestError: the layers of one stack multiply with different powers of their number.
+        RequestError: the layers of one stack multiply by different powers of the depth.
     """
     if seen.depths_compared:
         return seen
@@ -49,18 +50,19 @@ def with_depth_constants(family: Family, seen: Observation) -> Observation:
     deep = shallow.with_(depth=DEEPER * shallow.depth)
     try:
         few, many = (_watched(family, scale, seen.seed) for scale in (shallow, deep))
-    except RequestError:  # some models have one depth, or a least one
+    except RequestError:  # some models have a fixed or minimum depth
         return replace(seen, depths_compared=True)
     uses, more = few.uses(), many.uses()
     powers: dict[str, set[float]] = {}
     for name, each in uses.items():
         if name in more:
             powers.setdefault(pattern_of(name), set()).add(common(constants(each, more[name], DEEPER)).power)
-    torn = sorted(template for template, found in powers.items() if len(found) > 1)
-    if torn:
+    conflicting = sorted(template for template, found in powers.items() if len(found) > 1)
+    if conflicting:
         raise RequestError(
-            f"the forward pass multiplies {torn[0]} with different powers of the depth ({sorted(powers[torn[0]])}) in different "
-            "layers, and a rule for the depth needs one: multiply all layers alike."
+            f"the forward pass multiplies {conflicting[0]} by different powers of the depth "
+            f"({sorted(powers[conflicting[0]])}) in different layers, but a rule for the depth needs a single one: use the "
+            "same multiplier in all layers."
         )
     layers, rounds = _layers(family, seen), _rounds(few, many, shallow.depth, deep.depth)
     specs = {
@@ -73,15 +75,15 @@ def with_depth_constants(family: Family, seen: Observation) -> Observation:
         for name, spec in seen.specs.items()
     }
     notes = [
-        f"the forward pass multiplies with a number that grows as depth^{power:+.2f} and that no parameter carries: it is left "
-        "as it is, so check it."
+        f"the forward pass multiplies by a number that grows as depth^{power:+.2f} and acts on no parameter's result: it is "
+        "left unchanged, so check it."
         for power in loose(few.factors, many.factors, DEEPER)
     ]
     return replace(seen, specs=specs, notes=(*seen.notes, *notes), depths_compared=True)
 
 
 def _layers(family: Family, seen: Observation) -> dict[str, tuple[str, ...]]:
-    """Return the layer that each parameter belongs to, if a deeper model has more of its kind: the innermost such."""
+    """Return the innermost layer that each parameter belongs to, if a deeper model has more layers of its kind."""
     deeper = FEW if family.base.depth < LONG else DEEPER  # one layer in eight may be of another kind
     try:
         with on_fake_tensors():
@@ -100,7 +102,7 @@ def _layers(family: Family, seen: Observation) -> dict[str, tuple[str, ...]]:
 
 
 def _stacks(names: Iterable[str]) -> dict[tuple[str, ...], set[str]]:
-    """Return the numbers that follow each beginning of a name."""
+    """Return the layer numbers that follow each prefix of a name."""
     found: dict[tuple[str, ...], set[str]] = defaultdict(set)
     for name in names:
         parts = tuple(name.split("."))
@@ -111,7 +113,7 @@ def _stacks(names: Iterable[str]) -> dict[tuple[str, ...], set[str]]:
 
 
 def _rounds(few: OpTracer, many: OpTracer, shallow: int, deep: int) -> dict[str, tuple[float, float]]:
-    """Return (a, b) of every parameter that is on a + b·depth residual branches."""
+    """Return (a, b) for every parameter that is on a + b·depth residual branches."""
     before, after = (
         Counter(name for branch in residual_branches(each.graph, each.uses()) for name in branch.inside)
         for each in (few, many)
@@ -125,7 +127,7 @@ def _rounds(few: OpTracer, many: OpTracer, shallow: int, deep: int) -> dict[str,
 
 
 def at_target(family: Family, seen: Observation, scale: Scale) -> Observation:
-    """Return ``seen`` with the heads of the model at ``scale``, of which as many layers are watched as of the base.
+    """Return ``seen`` with the head dims of the model at ``scale``, traced with as many layers as the base.
 
     Raises:
         RequestError: as in `compared`.
@@ -137,7 +139,7 @@ def at_target(family: Family, seen: Observation, scale: Scale) -> Observation:
     few = family.base.with_(width=scale.width, depth=min(family.base.depth, LAYERS))
     try:
         target = _watched(family, few, seen.seed)
-    except RequestError:  # some models have a least depth
+    except RequestError:  # some models have a minimum depth
         few = few.with_(depth=family.base.depth)
         target = _watched(family, few, seen.seed)
     if len(target.attentions) != len(seen.attentions):
@@ -161,12 +163,12 @@ def _watched(family: Family, scale: Scale, seed: int) -> OpTracer:
 def extended_in_depth(
     seen: Observation, shapes: Mapping[str, tuple[int, ...]], inits: Mapping[str, Init]
 ) -> Observation | None:
-    """Return what is known of a deeper model of the same width, or None where its layers are not those seen.
+    """Return the observation of a deeper model of the same width, or None if its layers do not match those observed.
 
     Args:
-        seen: of the shallow model.
-        shapes: of the deep model's parameters, by name.
-        inits: likewise; its own initialization is kept, as that may depend on the depth.
+        seen: the observation of the shallow model.
+        shapes: shapes of the deep model's parameters, by name.
+        inits: initializations of the deep model's parameters, by name; they are kept, as they may depend on the depth.
     """
     try:
         origin = match_layers(
@@ -209,20 +211,20 @@ def _siblings(a: str, b: str) -> bool:
     return a.rpartition(".")[0] == b.rpartition(".")[0]
 
 
-_Met = tuple[Joins, list[tuple[Labels, ...]], list[Use]]  # what is known of the uses of one parameter in one pass
-PASSES = 8  # of a model that draws random numbers, or seems not to use a parameter
-MOST_PASSES = 32  # while a parameter whose role only its use can tell has not been used
+_Met = tuple[Joins, list[tuple[Labels, ...]], list[Use]]  # joins, labels and uses of one parameter in one pass
+PASSES = 8  # forward passes of a model that draws random numbers or seems not to use a parameter
+MOST_PASSES = 32  # limit while a parameter is unused whose role only its use can determine
 
 
 def observe(family: Family) -> Observation:
-    """Watch the family at base size; of a deep base only the first few layers, if the others are like them.
+    """Observe the family at base size, using only the first few layers of a deep base if the others match them.
 
-    Nothing is allocated: the builds and the forward pass run on fake tensors. Only a forward pass that reads values (the
-    experts chosen by a router) is run for real, if the model is small.
+    Nothing is allocated: the builds and the forward pass run on fake tensors. Only a forward pass that reads values (such as
+    the experts chosen by a router) is run for real, if the model is small.
 
     Raises:
-        RequestError: a parameter whose role or initialization cannot be told, with its name, shape and the operation
-            seen; or a model that does not run on the example batch.
+        RequestError: the role or initialization of a parameter cannot be determined (the message gives its name and shape and
+            the operation), or the model does not run on the example batch.
     """
     family = family.printing_once()
     if family.base.depth > LAYERS:
@@ -230,7 +232,7 @@ def observe(family: Family) -> Observation:
             model = build(family, family.base)
         try:
             seen = _watch(family.with_base(family.base.with_(depth=LAYERS)))
-        except RequestError:  # some models have a least depth
+        except RequestError:  # some models have a minimum depth
             return _watch(family)
         return extended_in_depth(seen, shapes_of(model), inits.named(model)) or _watch(family)
     return _watch(family)
@@ -246,17 +248,19 @@ def _watch(family: Family) -> Observation:
             wider = build(family, wider_base)
         shapes, wide = shapes_of(model), shapes_of(wider)
         if wide.keys() != shapes.keys():
-            odd = sorted(wide.keys() ^ shapes.keys())[0]
+            unmatched = sorted(wide.keys() ^ shapes.keys())[0]
             raise RequestError(
-                f"{odd} is there at one width and not at the other: one family must have the same parameters."
+                f"{unmatched} exists at one width but not at the other: a family must have the same parameters at all widths."
             )
         check_patterns(check_roles(family.roles, f"roles of {family.name}"), shapes, family.name)
         one = forward(family, model, family.base, inits)
         other = forward(family, wider, wider_base, wider_inits)
         passes = [(one, other, 0)]
-        if one.draws or other.draws or _refuses(family, model, wide, one.used() & other.used()):
+        if one.draws or other.draws or _has_undetermined_role(family, model, wide, one.used() & other.used()):
             seen, seen_wider = [one], [other]
-            while len(seen) < PASSES or (len(seen) < MOST_PASSES and _refuses(family, model, wide, _used(passes))):
+            while len(seen) < PASSES or (
+                len(seen) < MOST_PASSES and _has_undetermined_role(family, model, wide, _used(passes))
+            ):
                 seed = len(seen)
                 seen.append(forward(family, model, family.base, inits, seed))
                 seen_wider.append(forward(family, wider, wider_base, wider_inits, seed))
@@ -269,17 +273,20 @@ def _watch(family: Family) -> Observation:
     if len(found) == 1:
         return found[0]
     counts = {name: sum(name in each.used() for each in seen) for name in shapes if name in used}
-    return _united(found, {name: count for name, count in counts.items() if count < len(seen)}, len(seen))
+    return _merged(found, {name: count for name, count in counts.items() if count < len(seen)}, len(seen))
 
 
 def _used(passes: Sequence[tuple[OpTracer, OpTracer, int]]) -> frozenset[str]:
     return frozenset().union(*(one.used() for one, _, _ in passes))
 
 
-def _refuses(
+def _has_undetermined_role(
     family: Family, model: torch.nn.Module, wide: Mapping[str, tuple[int, ...]], used: Collection[str]
 ) -> bool:
-    """Say whether the role of a parameter that was not used cannot be told: it may be left out at random."""
+    """Return whether there is an unused parameter whose role cannot be inferred from its shape.
+
+    Such a parameter may be skipped at random, so more passes may use it.
+    """
     for name, shape in shapes_of(model).items():
         if name not in used and role_given(family.roles, name) is None:
             grows = tuple(a != b for a, b in zip(shape, wide[name], strict=True))
@@ -289,14 +296,20 @@ def _refuses(
 
 
 def _paired(seen: Sequence[OpTracer], wider: Sequence[OpTracer]) -> list[tuple[OpTracer, OpTracer, int]]:
-    """Return passes that differ in what they use, each with one of the wider model that uses the same, the fullest first."""
+    """Return passes that differ in the parameters they use, each with a pass of the wider model that uses the same ones.
+
+    The pass that uses the most parameters comes first.
+    """
     first, other = ({each.used(): i for i, each in reversed(list(enumerate(them)))} for them in (seen, wider))
     both = sorted(first.keys() & other.keys(), key=lambda used: (-len(used), first[used]))
     return [(seen[first[used]], wider[other[used]], first[used]) for used in both] or [(seen[0], wider[0], 0)]
 
 
-def _united(found: Sequence[Observation], skipped: Mapping[str, int], passes: int) -> Observation:
-    """Return what was seen of passes that leave parts of the model out at random: of each parameter where it is used."""
+def _merged(found: Sequence[Observation], skipped: Mapping[str, int], passes: int) -> Observation:
+    """Merge the observations of passes that skip parts of the model at random.
+
+    Each parameter is taken from a pass that uses it.
+    """
     names = dict.fromkeys(name for each in found for name in each.specs)
     specs = {name: next(each.specs[name] for each in found if name in each.specs) for name in names}
     layers: dict[int, list[str]] = {}
@@ -321,7 +334,7 @@ def _observed(
     family: Family, model: torch.nn.Module, inits: InitWatcher, shapes: Mapping[str, tuple[int, ...]],
     wide: Mapping[str, tuple[int, ...]], seen: OpTracer, seen_wider: OpTracer, elsewhere: frozenset[str],
 ) -> Observation:  # fmt: skip
-    """Compare one forward pass with a wider model's; parameters that are used ``elsewhere`` only are left out."""
+    """Compare one forward pass with a wider model's; parameters that are used only ``elsewhere`` are left out."""
     dots = contractions(seen, seen_wider, family.roles)
     dotted = frozenset().union(*(seen.used_by(each.uses) for each in seen.dots.sides()))
     uses = seen.uses()
@@ -332,34 +345,36 @@ def _observed(
     found = {name: constants(each, uses_wider[name], WIDER) for name, each in uses.items()}
     scaled = in_attention(seen.attentions, seen_wider.attentions, WIDER)
     notes = [
-        f"the forward pass multiplies with a number that grows as width^{power:+.2f} and that no parameter carries: it "
-        "is left as it is, so check it."
+        f"the forward pass multiplies by a number that grows as width^{power:+.2f} and acts on no parameter's result: it "
+        "is left unchanged, so check it."
         for power in loose(seen.factors, seen_wider.factors, WIDER)
     ]
     apart = unrecognized_branches(
         seen.graph, uses, inside, {name: (shape, wide[name]) for name, shape in shapes.items()}
     )
     notes += [
-        f"{name} is on no residual branch that was seen, and {other} is: no rule for depth fits both."
+        f"{name} was found on no residual branch, but {other} was: no rule for depth fits both."
         for name, other in apart
     ]
     mixed = _mixed(seen, seen_wider)
     columns, columns_wider = seen.columns(), seen_wider.columns()
-    own_inits, specs = inits.named(model), {}
+    base_inits, specs = inits.named(model), {}
     for name, _ in model.named_parameters():
         if name not in shapes or name in elsewhere:
             continue
         grows = tuple(a != b for a, b in zip(shapes[name], wide[name], strict=True))
         if role_given(family.roles, name) is None and uses_wider[name]:
-            last = len(uses_wider[name]) - 1  # of experts that a router chooses there may be fewer
+            last = len(uses_wider[name]) - 1  # the wider pass may use fewer of the experts that a router chooses
             uses[name] = [
                 settled(name, shapes[name], wide[name], use, uses_wider[name][min(i, last)])
                 for i, use in enumerate(uses[name])
             ]
         if not uses[name]:
-            notes.append(f"{name} is not used in the example's forward pass: its role is told from its shape alone.")
+            notes.append(
+                f"{name} is not used in the example's forward pass: its role is inferred from its shape alone."
+            )
         spec = _spec(
-            family, name, shapes[name], grows, uses[name], own_inits[name], inside=name in inside, ends_branch=name in ends,
+            family, name, shapes[name], grows, uses[name], base_inits[name], inside=name in inside, ends_branch=name in ends,
             layer=_is_layer(model, name),
             constants=found[name], dotted=name in dotted, in_attention=scaled.get(name, 0.0), mixed=name in mixed,
         )  # fmt: skip
@@ -380,8 +395,8 @@ def _observed(
             and not specs[name].readout_constant
         ):
             notes.append(
-                f"the forward pass multiplies the result of {name} with a number that grows with the width on one way and not "
-                "on all: it is left as it is, so check it."
+                f"the forward pass multiplies the result of {name} by a number that grows with the width on some paths but not "
+                "on all: it is left unchanged, so check it."
             )
     for name, spec in specs.items():
         if spec.tied:
@@ -425,7 +440,7 @@ def _spec(
         axes, role, tied, carriers = _axes_for(given, name, grows, uses, dotted), given, False, frozenset()
         first = uses[0] if uses else None
     into = [i for i in range(len(uses)) if not tied or roles[i] == "input"]
-    own = common([constants[i] for i in into])
+    shared = common([constants[i] for i in into])
     behind = common([constants[i] for i in range(len(uses)) if i not in into])
     return ParamSpec(
         name, shape, role, axes, grows, init, tied, carriers,
@@ -434,8 +449,8 @@ def _spec(
         inside=inside,
         ends_branch=ends_branch,
         shift=first.shift if first else 0.0,
-        constant=round(own.power + in_attention, 6),
-        constant_inside=own.inside,
+        constant=round(shared.power + in_attention, 6),
+        constant_inside=shared.inside,
         readout_constant=behind.power,
         mixed=mixed,
         turned=not tied and len({tuple(label == "in" for label in use.axes) for use in uses}) > 1,
@@ -443,15 +458,15 @@ def _spec(
 
 
 def _is_layer(model: torch.nn.Module, name: str) -> bool:
-    """Say whether a parameter belongs to a module that sums over its inputs, whatever was seen of it."""
+    """Return whether a parameter's module sums over its inputs, regardless of what was observed of the parameter."""
     owner = model.get_submodule(name.rpartition(".")[0])
     return hasattr(owner, "in_features") or hasattr(owner, "in_channels")
 
 
 def _axes_for(role: str, name: str, grows: tuple[bool, ...], uses: list[Use], dotted: bool) -> tuple[str, ...]:
-    """Axes of a parameter whose role was given: as seen where that fits, else as `nn.Linear` stores them.
+    """Return the axes of a parameter whose role was given: as observed if they fit, otherwise as `nn.Linear` stores them.
 
-    If its result is a side of a dot product (``dotted``) and it is called a readout, both its axes are summed over.
+    If its result is a side of a dot product (``dotted``) and its role is output, both of its axes are summed over.
     """
     seen = {label for grow, label in zip(grows, uses[0].axes, strict=True) if grow} if uses else {"unknown"}
     summed = role in ("hidden", "output", "bottleneck")
@@ -465,14 +480,14 @@ def _axes_for(role: str, name: str, grows: tuple[bool, ...], uses: list[Use], do
     fitting = ["hidden"] if len(growing) > 1 and "in" in seen else possible(len(growing))
     if role not in fitting and not (dotted and role == "output"):
         raise RequestError(
-            f"{name} is called {role}, and {len(growing)} of its axes grow with the width: it can be {' or '.join(fitting)}."
+            f"{name} was given the role {role}, but {len(growing)} of its axes grow with the width: use {' or '.join(fitting)}."
         )
     into = {"hidden": growing[-1:], "output": growing, "bottleneck": growing}.get(role, [])
     return tuple("in" if axis in into else "out" for axis in range(len(grows)))
 
 
 def _columns(grows: tuple[bool, ...], base: _Met, wider: _Met) -> tuple[Columns, ...]:
-    """Return which entries of an axis that is summed over grow in number and which do not, where it has both."""
+    """Return which entries of a summed axis grow in number and which do not; empty if the axis has only one kind."""
     for axis in (axis for axis, each in enumerate(grows) if each):
         met = [
             [labels[axis] for labels, use in zip(columns, uses, strict=True) if labels and use.axes[axis] == "in"]
@@ -484,17 +499,17 @@ def _columns(grows: tuple[bool, ...], base: _Met, wider: _Met) -> tuple[Columns,
 
 
 def _unsplittable(model: torch.nn.Module, name: str, modules: set[str]) -> str:
-    """Return why features of the input that a parameter meets cannot be multiplied by a hook of the module that owns it."""
+    """Return why a hook of the owning module cannot multiply features of the parameter's input; empty if it can."""
     prefix, _, key = name.rpartition(".")
     owner = model.get_submodule(prefix)
     if key != "weight" or not isinstance(owner, torch.nn.Linear | ConvNd):
-        return "it belongs to no plain linear layer or convolution"
+        return "it does not belong to a plain linear layer or convolution"
     if modules != {prefix}:
         return f"it is used outside of {prefix}'s own forward"
-    return "it works in groups" if getattr(owner, "groups", 1) > 1 else ""
+    return "its convolution is grouped" if getattr(owner, "groups", 1) > 1 else ""
 
 
 def _mixed(seen: OpTracer, wider: OpTracer) -> frozenset[str]:
-    """Parameters that are cut into pieces that grow differently, or whose result is."""
+    """Return the parameters that are cut into pieces that grow differently, or whose results are."""
     uneven = seen.parts.uneven(wider.parts)
     return frozenset().union(*(cut.owners | seen.used_by(cut.direct) for cut in uneven))

@@ -1,4 +1,4 @@
-"""The role of a parameter: which of its axes grow with the width and what its result is for, or the role given by name."""
+"""Roles of parameters: inferred from which axes grow with the width and what the result is used for, or given by name."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ __all__ = [
 
 
 def role_given(roles: Mapping[str, str], name: str) -> str | None:
-    """Return the role of the first pattern (as in a shell: * and ?) that fits ``name``."""
+    """Return the role of the first pattern (as in a shell: * and ?) that matches ``name``, or None."""
     return next((role for pattern, role in roles.items() if fnmatch.fnmatchcase(name, pattern)), None)
 
 
 def check_roles(roles: Any, where: str) -> dict[str, str]:
-    """Return ``roles`` as a dictionary; ``where`` says who gave them.
+    """Return ``roles`` as a dictionary; ``where`` names their source.
 
     Raises:
-        RequestError: no dictionary from pattern to role, or an unknown role.
+        RequestError: not a dictionary from pattern to role, or an unknown role.
     """
     if not isinstance(roles, Mapping) or not all(isinstance(pattern, str) for pattern in roles):
         raise RequestError(f"{where} is {roles!r:.100}: give a dictionary from name pattern to role.")
@@ -49,23 +49,23 @@ def check_roles(roles: Any, where: str) -> dict[str, str]:
 
 
 def check_patterns(roles: Mapping[str, str], names: Collection[str], family: str) -> None:
-    """Refuse a pattern without a parameter: a misspelt override would leave the role that it was to correct.
+    """Raise if a pattern matches no parameter: a misspelled override would leave the role that it was meant to correct.
 
     Raises:
-        RequestError: with the parameter whose name is nearest.
+        RequestError: the message suggests the parameter with the nearest name.
     """
     for pattern in roles:
         if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
             close = difflib.get_close_matches(pattern, names, n=1, cutoff=0)
-            hint = f"did you mean {close[0]!r}?" if close else "it has none to train."
-            raise RequestError(f"the role of {pattern!r} fits no parameter of {family}: {hint}")
+            hint = f"did you mean {close[0]!r}?" if close else "it has no trainable parameters."
+            raise RequestError(f"the role pattern {pattern!r} matches no parameter of {family}: {hint}")
 
 
 def roles_from(texts: Iterable[str], flag: str) -> dict[str, str]:
-    """Read ``PATTERN=ROLE`` as written on a command line.
+    """Parse ``PATTERN=ROLE`` as written on a command line.
 
     Raises:
-        RequestError: another form, or an unknown role.
+        RequestError: the text has another form, or the role is unknown.
     """
     pairs = [text.rpartition("=") for text in texts]
     for pattern, _, role in pairs:
@@ -77,7 +77,7 @@ def roles_from(texts: Iterable[str], flag: str) -> dict[str, str]:
 
 
 def with_roles(family: Family, roles: Mapping[str, str]) -> Family:
-    """Return ``family`` with ``roles`` before its own: the first pattern that fits counts."""
+    """Return ``family`` with ``roles`` before its own: the first pattern that matches counts."""
     return replace(family, roles={**roles, **{key: role for key, role in family.roles.items() if key not in roles}})
 
 
@@ -85,24 +85,24 @@ ROLES = ("input", "vector", "hidden", "output", "bottleneck", "finite")
 
 
 def possible(growing: int) -> list[str]:
-    """Return the roles that a parameter can have of whose axes ``growing`` grow with the width."""
+    """Return the roles that a parameter can have if ``growing`` of its axes grow with the width."""
     if growing > 1:
         return ["hidden", "input", "vector"]
     return ["input", "vector", "output", "bottleneck"] if growing else ["finite", "input", "vector"]
 
 
 def settled(name: str, base: Sequence[int], wide: Sequence[int], use: Use, wider: Use) -> Use:
-    """Return ``use`` with a label that fits for every axis that is summed over only in part: that of the part that grows.
+    """Return ``use`` with a definite label for every axis that is only partly summed over: that of the part that grows.
 
-    Such as an axis of heads and their entries of which the entries are summed over, or a transposed convolution's
-    channels that are so within groups. ``base`` and ``wide`` are the parameter's shapes where the two uses were seen.
+    Examples are an axis of heads and their entries of which only the entries are summed over, and a transposed convolution's
+    channels, which are summed over within groups. ``base`` and ``wide`` are the parameter's shapes in the two uses.
 
     Raises:
         RequestError: both parts grow.
     """
     axes = list(use.axes)
     for axis, (size, wide_size) in enumerate(zip(base, wide, strict=True)):
-        if size == 1 != wide_size:  # an axis of one entry shows nothing
+        if size == 1 != wide_size:  # an axis with one entry carries no information
             axes[axis] = wider.axes[axis]
             continue
         count, wide_count = (each.summed[axis] if each.axes[axis] == "in" else 1 for each in (use, wider))
@@ -115,24 +115,24 @@ def settled(name: str, base: Sequence[int], wide: Sequence[int], use: Use, wider
         if count != wide_count and size * wide_count != wide_size * count:
             raise RequestError(
                 f"cannot tell the role of {name} {list(base)}: the operation {use.op!r} sums over a part of its axis {axis}, and "
-                "both that part and the rest grow; give each of the two an axis of its own."
+                "both that part and the rest grow; give each of the two its own axis."
             )
         axes[axis] = "out" if count == wide_count else "in"
     return replace(use, axes=tuple(axes))
 
 
 def _override(name: str, shape: tuple[int, ...], grows: tuple[bool, ...]) -> str:
-    """Return what to write for a role that the shape can have."""
+    """Return what to write to give the parameter a role that its shape allows."""
     unlike = "vector" if sum(size > 1 for size in shape) > 1 else "input"
     likely, *others = [role for role in possible(sum(grows)) if role != unlike]
     return f"roles={{{name!r}: {likely!r}}} (or {', '.join(others)})"
 
 
 def roles_of(name: str, shape: tuple[int, ...], grows: tuple[bool, ...], uses: list[Use]) -> list[str]:
-    """Return the role of every use: all the same, or an embedding's and the readout's that is tied to it.
+    """Return the role of every use: all the same, or those of an embedding and of the readout that is tied to it.
 
     Raises:
-        RequestError: no use, a use that cannot be told, or uses that contradict each other.
+        RequestError: no use, a use whose role cannot be determined, or uses that contradict each other.
     """
     if not uses:
         raise RequestError(
@@ -143,16 +143,16 @@ def roles_of(name: str, shape: tuple[int, ...], grows: tuple[bool, ...], uses: l
     if len(set(roles)) > 1 and set(roles) != {"input", "output"}:
         raise RequestError(
             f"{name} {list(shape)} is used as {' and as '.join(sorted(set(roles)))}: only a readout tied to an embedding "
-            "is known, so give the other use its own parameter."
+            "is supported, so give the other use its own parameter."
         )
     return roles
 
 
 def unused(shape: tuple[int, ...], grows: tuple[bool, ...], *, layer: bool) -> str | None:
-    """Return the role of a parameter that the forward pass watched does not use, if its shape leaves only one.
+    """Return the role of a parameter that the traced forward pass does not use, if its shape allows only one.
 
-    Such as an embedding for masked places where nothing is masked. A matrix's growing axis could be in or out, and that
-    of a linear ``layer`` with one output is in.
+    An example is an embedding for masked positions where nothing is masked. A matrix's growing axis could be in or out, and
+    that of a linear ``layer`` with one output is in.
     """
     if not any(grows):
         return "finite"
@@ -160,7 +160,7 @@ def unused(shape: tuple[int, ...], grows: tuple[bool, ...], *, layer: bool) -> s
 
 
 def role_of(name: str, shape: tuple[int, ...], use: Use, grows: tuple[bool, ...]) -> str:
-    """Return the role in one use (the table of roles in docs/rules.md).
+    """Return the role of the parameter in one use (see the table of roles in docs/rules.md).
 
     Raises:
         RequestError: an axis that grows enters an operation without a rule.
@@ -168,11 +168,11 @@ def role_of(name: str, shape: tuple[int, ...], use: Use, grows: tuple[bool, ...]
     growing = [label for grow, label in zip(grows, use.axes, strict=True) if grow]
     if use.op == "weight_norm":
         raise RequestError(
-            f"{name} {list(shape)} is the size of a weight normalized over its outputs too, which grows with the square root of "
-            "the width and has no rule: use weight_norm with dim=0, one size per output."
+            f"{name} {list(shape)} is the magnitude of a weight that is normalized over its outputs as well; it grows with the "
+            "square root of the width and has no rule: use weight_norm with dim=0, one magnitude per output."
         )
     if "unknown" in growing:
-        if use.op == "_trilinear":  # a role named for it would count one of the two axes that it sums over
+        if use.op == "_trilinear":  # a given role would count only one of the two axes that it sums over
             raise RequestError(
                 f"{name} {list(shape)} is a bilinear form, which sums over two axes and has no rule: use a linear layer for each "
                 "of its two inputs and multiply their results."
@@ -189,7 +189,7 @@ def role_of(name: str, shape: tuple[int, ...], use: Use, grows: tuple[bool, ...]
         )
     if use.alone and growing == ["out"]:
         raise RequestError(
-            f"cannot tell the role of {name} {list(shape)}: it is multiplied with another parameter ({use.op!r}) before any "
+            f"cannot tell the role of {name} {list(shape)}: it is multiplied by another parameter ({use.op!r}) before any "
             f"activation; multiply the activations with one after the other, or name the role in the family, roles={{{name!r}: "
             "'bottleneck'}."
         )

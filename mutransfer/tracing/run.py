@@ -1,8 +1,8 @@
-"""Builds and forward passes under observation: on fake tensors, and as the operations that the model consists of.
+"""Builds and forward passes for tracing: on fake tensors, and decomposed into the operations that the model consists of.
 
 torch's own `Module._apply`, `copy.deepcopy` and lazy parameters do not work on fake tensors, and no machine has every device
-that a model is written for. So while a model is observed, a cast replaces a parameter's data, a tensor for any device is on the
-CPU, and every source of random numbers is seeded; all of it is restored afterwards.
+that a model is written for. While a model is traced, a cast therefore replaces a parameter's data, tensors for any device are
+on the CPU, and every source of random numbers is seeded. Everything is restored afterwards.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ __all__ = [
 
 @contextlib.contextmanager
 def on_fake_tensors() -> Iterator[FakeTensorMode]:
-    """Run builds and forward passes on fake tensors; what they change in the process is put back afterwards.
+    """Run builds and forward passes on fake tensors; restore the state of the process afterwards.
 
-    That is the state of Python's, numpy's and torch's random number generators, and torch's default type and device.
+    Restored are the states of Python's, numpy's and torch's random number generators, and torch's default dtype and device.
     """
     dtype, default = torch.get_default_dtype(), default_device()
     with _generators_kept(), _patched():
@@ -69,10 +69,10 @@ def on_fake_tensors() -> Iterator[FakeTensorMode]:
 
 
 class on_cpu(TorchFunctionMode):  # noqa: N801 - read as a function, like torch.no_grad
-    """While active, whatever is created on or moved to a device is on the CPU, and copies of fake tensors are clones.
+    """Context in which everything created on or moved to a device stays on the CPU, and copies of fake tensors are clones.
 
-    torch's own deep copy would copy the fake mode along with the tensor, and a tensor of another mode has views that do not
-    share its storage.
+    torch's own deep copy would copy the fake mode along with the tensor, and views of a tensor of another mode do not share
+    its storage.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -91,7 +91,7 @@ class on_cpu(TorchFunctionMode):  # noqa: N801 - read as a function, like torch.
 
 
 def seeded(seed: int) -> None:
-    """Seed Python's, numpy's and torch's generators, and those that are made without a seed from now on."""
+    """Seed Python's, numpy's and torch's generators, and all generators that are later created without a seed."""
     random.seed(seed)
     _entropy.seed(seed)
     if (numpy := sys.modules.get("numpy")) is not None:
@@ -101,7 +101,7 @@ def seeded(seed: int) -> None:
 
 
 def drawn_from() -> int:
-    """Return a number that changes when Python's or numpy's generators, or one made without a seed, are drawn from."""
+    """Return a number that changes when Python's or numpy's generators, or unseeded ones, are drawn from."""
     numpy = sys.modules.get("numpy")
     kind, keys, *rest = numpy.random.get_state() if numpy else ("", b"")
     return hash((random.getstate(), _entropy.getstate(), kind, bytes(keys), *rest))
@@ -118,7 +118,7 @@ def _cloned(tensor: FakeTensor, memo: dict[int, Any]) -> torch.Tensor:
         if isinstance(tensor, torch.nn.Parameter):
             clone = torch.nn.Parameter(clone, tensor.requires_grad)
         memo[id(tensor)] = clone.requires_grad_(tensor.requires_grad)
-        for name in tensor.__dict__.keys() - clone.__dict__.keys():  # what the user hung on it
+        for name in tensor.__dict__.keys() - clone.__dict__.keys():  # attributes set by the user
             setattr(clone, name, copy.deepcopy(tensor.__dict__[name], memo))
     return memo[id(tensor)]
 
@@ -140,14 +140,17 @@ def _generators_kept() -> Iterator[None]:
             torch.cuda.set_rng_state_all(on_cuda)
 
 
-_entropy = random.Random(0)  # what generators that are made without a seed take theirs from
+_entropy = random.Random(0)  # source of seeds for generators created without one
 _apply, _parameter, _buffer = nn.Module._apply, UninitializedParameter.__new__, UninitializedBuffer.__new__
 _seed, _generator = random.Random.seed, torch.Generator
 
 
 @contextlib.contextmanager
 def _patched() -> Iterator[None]:
-    """Change what torch and the generators do on the way; in a thread without a fake mode they do what they always do."""
+    """Patch torch and the random generators.
+
+    In a thread without a fake mode, `_apply` and lazy parameters still behave as usual.
+    """
     patches: list[tuple[Any, str, Any]] = [
         (nn.Module, "_apply", _applied),
         (UninitializedParameter, "__new__", _lazy(_parameter, _FakeUninitializedParameter)),
@@ -176,14 +179,14 @@ class _AnyGenerator(type(_generator)):  # type: ignore[misc]
 
 
 class _OnCpu(_generator, metaclass=_AnyGenerator):  # type: ignore[misc, valid-type]
-    """`torch.Generator` of whatever device, on the CPU."""
+    """`torch.Generator` on the CPU, regardless of the device asked for."""
 
     def __new__(cls, device: Any = None) -> Any:
         return _generator()
 
 
 def _seeded(self: random.Random, a: Any = None, version: int = 2) -> None:
-    """`random.Random.seed`, which without a seed takes one that is the same in every process."""
+    """Replace `random.Random.seed`: without a seed, use one that is the same in every process."""
     _seed(self, _entropy.getrandbits(64) if a is None and self is not _entropy else a, version)
 
 
@@ -192,9 +195,9 @@ def _is_fake() -> bool:
 
 
 def _applied(self: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
-    """`nn.Module._apply` for fake tensors: a parameter keeps its identity and takes the new data, as real ones do.
+    """Replace `nn.Module._apply` for fake tensors: a parameter keeps its identity and takes the new data, as real ones do.
 
-    torch swaps a fake parameter with the new one, which fails where anything else knows it (pytorch issue 148977).
+    torch swaps a fake parameter with the new one, which fails if anything else refers to it (pytorch issue 148977).
     """
     if not _is_fake():
         return _apply(self, fn, recurse)
@@ -208,7 +211,7 @@ def _applied(self: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], recurs
             made = fn(parameter)
         if isinstance(parameter, FakeTensor) or not isinstance(made, FakeTensor):
             parameter.data = made
-        else:  # a parameter that was made before
+        else:  # a parameter that was created before
             self._parameters[key] = nn.Parameter(made, parameter.requires_grad)
         if parameter.grad is not None:
             with torch.no_grad():
@@ -220,10 +223,10 @@ def _applied(self: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], recurs
 
 
 class _FakeUninitialized(FakeTensor):
-    """A fake tensor whose shape is not known yet, in place of torch's, which cannot be made of one."""
+    """A fake tensor whose shape is not known yet; torch's own class cannot be made from a fake tensor."""
 
     cls_to_become = FakeTensor
-    shape = torch.Tensor.shape  # of no entries, which fake tensors' own code asks for
+    shape = torch.Tensor.shape  # that of an empty tensor, which FakeTensor's own code reads
 
     def __deepcopy__(self: Any, memo: dict[int, Any]) -> Any:
         if id(self) not in memo:
@@ -247,7 +250,7 @@ def _lazy(original: Any, fake: type) -> Any:
         with disable_current_modes():
             like = original(cls, *args, **{**kwargs, "device": "cpu"} if len(args) < 2 else kwargs)
         made: Any = torch.empty(0, dtype=like.dtype, device="cpu").requires_grad_(like.requires_grad)
-        made.__dict__.update(like.__dict__)  # a buffer's persistence
+        made.__dict__.update(like.__dict__)  # such as whether a buffer is persistent
         made._is_param = issubclass(cls, nn.Parameter)
         made.__class__ = fake
         return made
@@ -255,19 +258,19 @@ def _lazy(original: Any, fake: type) -> Any:
     return staticmethod(new)
 
 
-WIDER = 2  # a doubled width keeps every divisibility the base has
-LAYERS = 4  # of a deep base that are watched
-REAL = 3 * 10**7  # parameters up to which a forward pass that reads values is run for real
+WIDER = 2  # doubling the width keeps all of the base's divisibility
+LAYERS = 4  # how many layers of a deep base are traced
+REAL = 3 * 10**7  # largest model, in parameters, whose forward pass is run for real if it reads values
 
 
 def build(family: Family, scale: Scale) -> torch.nn.Module:
-    """Build the family's model under the caller's fake tensor mode, with lazy parameters in place.
+    """Build the family's model under the caller's fake tensor mode, and materialize lazy parameters.
 
-    A model that `torch.compile` wraps comes without the wrapper, whose parameters' names are the same but for it.
+    A wrapper by `torch.compile` is removed; parameter names are the same except for its prefix.
 
     Raises:
-        RequestError: the build raised, or returned something else than a module; or lazy parameters whose shape the example
-            batch does not tell.
+        RequestError: the build raised or returned something other than a module, or the example batch does not determine the
+            shapes of lazy parameters.
     """
     seeded(0)
     try:
@@ -288,12 +291,12 @@ def build(family: Family, scale: Scale) -> torch.nn.Module:
 
 
 def forward(family: Family, model: torch.nn.Module, scale: Scale, inits: InitWatcher, seed: int = 0) -> OpTracer:
-    """Watch a forward pass of a model built on fake tensors under ``inits``; one that reads values is run for real, if small.
+    """Trace a forward pass of a model built on fake tensors under ``inits``; run it for real if it reads values and is small.
 
-    ``seed`` is what generators of random numbers start from.
+    ``seed`` seeds the random number generators.
 
     Raises:
-        RequestError: the model does not run on the example batch, or its loss is no number.
+        RequestError: the model does not run on the example batch, or its loss is not a number.
     """
     try:
         with quiet():
@@ -303,7 +306,7 @@ def forward(family: Family, model: torch.nn.Module, scale: Scale, inits: InitWat
     except Exception as error:
         if sum(each.numel() for each in model.parameters()) > REAL:
             raise _does_not_run(
-                family, error, f"on fake tensors, and at width {scale.width} is too large to be run"
+                family, error, f"on fake tensors, and is too large at width {scale.width} to be run for real"
             ) from error
     with disable_current_modes(), torch.random.fork_rng(devices=[]):
         model = build(family, scale)
@@ -316,14 +319,14 @@ def forward(family: Family, model: torch.nn.Module, scale: Scale, inits: InitWat
 
 
 def _on_cpu(batch: Any) -> Any:
-    """Return the batch as the fake mode in force has it, if there is one."""
+    """Return the batch on the CPU, as fake tensors if a fake mode is active."""
     mode = next((each for each in current_dispatch_modes() if isinstance(each, FakeTensorMode)), None)
     return tree_map_only(torch.Tensor, lambda each: (mode.from_tensor(each) if mode else each).to("cpu"), batch)
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep what fake tensors cannot run out of the log: it is run for real instead."""
+    """Silence log messages about operations that fake tensors cannot run: the pass is run for real instead."""
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     before, logger.disabled = logger.disabled, True
     try:
@@ -354,10 +357,10 @@ def _watched(family: Family, model: torch.nn.Module, batch: object, inits: InitW
 
 @contextlib.contextmanager
 def unfused() -> Iterator[None]:
-    """Let layers and recurrences run as the operations that they consist of, not as one kernel each."""
+    """Run layers and recurrences as the operations that they consist of, not as one kernel each."""
     before = torch.backends.mha.get_fastpath_enabled(), torch.backends.mkldnn.enabled
     torch.backends.mha.set_fastpath_enabled(False)
-    # Not its flags(), which would set TF32 as well and warn of it.
+    # Not mkldnn.flags(), which would also set TF32 and warn about it.
     torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
     try:
         with torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext():

@@ -1,6 +1,6 @@
-"""What is known of a family before any target is named: one `ParamSpec` per parameter, and the attention.
+"""What is known of a family before a target is chosen: one `ParamSpec` per parameter, and its attention.
 
-`match_layers` says which layer of the base model a layer of a deeper one is scaled from: matched by pattern, not by name.
+`match_layers` returns which layer of the base model a layer of a deeper one is scaled from: matched by pattern, not by name.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .growing_products import Contraction, Heads
 
 __all__ = ["Observation", "ParamSpec", "fits", "kinds", "match_layers"]
 
-Tree = dict[str, Any]  # a name's parts → subtree; at a leaf, under "", (full name, number of axes)
+Tree = dict[str, Any]  # part of a name → subtree; at a leaf, under "", (full name, number of axes)
 
 
 Fits = Callable[[str, str], bool]
@@ -26,18 +26,18 @@ Fits = Callable[[str, str], bool]
 def match_layers(
     target: Mapping[str, int], base: Mapping[str, int], fits: Fits | None = None, kinds: Mapping[str, Any] | None = None
 ) -> dict[str, str]:
-    """Return for every parameter of the target the one of the base that it is scaled from.
+    """Return for every parameter of the target the parameter of the base that it is scaled from.
 
-    Layers are the numbered parts of a name. The same number is taken where the layer looks alike (the same parameters
-    within it, with the same number of axes); otherwise the one that the layer would be if the base's stack went on
-    periodically, otherwise the last that looks alike. Of one list that holds the input and the readout as well, these are
-    told by their ``kinds`` and matched from either end; what is between them is what there is more of.
+    Layers are the numbered parts of a name. A layer is matched to the base's layer of the same number if they look alike (the
+    same parameters within them, with the same number of axes); otherwise to the one it would be if the base's stack were
+    continued periodically; otherwise to the last one that looks alike. If one list also holds the input and the readout, these
+    are recognized by their ``kinds`` and matched from either end; the layers between them are the ones that are repeated.
 
     Args:
         target: name → number of axes.
-        base: likewise.
-        fits: says whether a parameter of the target can be one of the base, at another width.
-        kinds: name in the base → what two layers of one kind have in common, such as shape and what grows.
+        base: name → number of axes.
+        fits: returns whether a parameter of the target can be one of the base at another width.
+        kinds: name in the base → what two layers of one kind have in common, such as their shapes and growing axes.
 
     Raises:
         RequestError: a parameter on one side has no counterpart on the other.
@@ -47,7 +47,7 @@ def match_layers(
     found = dict(_matched(_tree(target), _tree(base), fits or (lambda *_: True), kinds or {}))
     missing = sorted(set(base) - set(found.values()))
     if missing:
-        raise RequestError(f"{missing[0]} is in the base and has no counterpart in the target: build the same modules.")
+        raise RequestError(f"{missing[0]} is in the base but has no counterpart in the target: build the same modules.")
     return {name: found[name] for name in target}
 
 
@@ -85,9 +85,9 @@ def _layer(number: int, look: frozenset[Any], looks: dict[str, frozenset[Any]], 
 
 
 def _aligned(target: Tree, base: Tree, fits: Fits, kinds: Mapping[str, Any]) -> dict[str, str]:
-    """Match a list of layers, of which some that look alike are not: the target has a part of it more often.
+    """Match a list in which some layers only look alike and of which the target repeats a part more often.
 
-    Of several such parts, one that the base repeats itself is taken, otherwise the one that grows the most.
+    Of several possible parts, one that the base itself repeats is chosen, otherwise the one that grows the most.
     """
     wide, narrow = (sorted((key for key in tree if key.isdigit()), key=int) for tree in (target, base))
     kind = {key: tuple((path, kinds[name]) for name, path, _ in _leaves(base[key])) for key in narrow}
@@ -117,12 +117,12 @@ def _could_be(target: Tree, base: Tree, fits: Fits) -> bool:
 def _unmatched(tree: Tree) -> RequestError:
     name = next(iter(_leaves(tree)))[0]
     return RequestError(
-        f"{name} is in the target and nothing in the base looks like it: give a base depth that has every kind of layer."
+        f"{name} is in the target, but nothing in the base looks like it: use a base depth with every kind of layer."
     )
 
 
 def _looks(tree: Tree) -> frozenset[Any]:
-    """What a layer is made of, whatever its own number and those within it."""
+    """Return what a layer consists of, regardless of its own number and those within it."""
     return frozenset((tuple("#" if part.isdigit() else part for part in path), axes) for _, path, axes in _leaves(tree))
 
 
@@ -138,34 +138,36 @@ def _leaves(tree: Tree, path: tuple[str, ...] = ()) -> Iterable[tuple[str, tuple
 class ParamSpec:
     """One parameter of the base model.
 
+    Parameters carry a factor into a tensor if multiplying all of them by c multiplies the tensor by c.
+
     Args:
         name: as in ``named_parameters``.
         shape: at base size.
         role: input, vector, hidden, output, bottleneck or finite.
-        axes: what becomes of each axis (in, out, gather, each).
+        axes: what happens to each axis (in, out, gather, each).
         grows: which axes grow with the width.
-        init: what its entries are drawn from.
+        init: the initialization of its entries.
         tied: whether it is also the readout.
-        carriers: for a tied readout, the parameters that carry a factor into its input (the final norm's).
-        shared_carriers: those of them whose result something else than the readout takes in as well.
+        carriers: for a tied readout, the parameters that carry a factor into its input (those of the final norm).
+        shared_carriers: the carriers whose result is also used by something other than the readout.
         on_data: whether the data enters the model here.
         meets: the parameters that carry a factor into what this parameter is applied to, in any of its uses.
         inside: whether it is used on a residual branch.
-        ends_branch: whether it carries a factor into a residual branch's end.
+        ends_branch: whether it carries a factor into the end of a residual branch.
         shift: s for a gain used as s + w, otherwise 0.
-        constant: power of the width in the number that the forward pass itself multiplies with this parameter.
-        constant_inside: whether that number is multiplied in by the module that owns the parameter.
-        readout_constant: likewise of a tied matrix, with its result as a readout.
+        constant: power of the width in the number by which the forward pass itself multiplies this parameter.
+        constant_inside: whether the module that owns the parameter multiplies by that number.
+        readout_constant: the same for a tied matrix whose result is used as a readout.
         depth_constant: power of the depth in such a number, where depths have been compared.
-        sizes: for the sizes of a normalized weight (weight_norm's g), the name of the weight's own parameter.
-        mixed: whether its rows have different roles (a fused matrix of which some rows grow and some do not).
-        layer: the parts of the name up to the number of the layer in a stack that depth makes longer; empty where there is none.
-        rounds: (a, b) where a model of depth D has a + b·D residual branches with this very parameter: (1, 0) if it is there
-            once whatever the depth, (0, 1) if every layer uses it, or where depths have not been compared.
-        turned: whether one use sums over the axis that survives in another (x @ w and x @ w.T).
-        columns: of an axis that is summed over and made of growing and fixed pieces, which entries are which (`columns`).
-        insisted: whether the role was given and not seen.
-        unsplittable: why the input of a layer with such columns cannot be multiplied column by column; empty where it can.
+        sizes: for the magnitudes of a normalized weight (weight_norm's g), the name of the weight's own parameter.
+        mixed: whether its rows have different roles (a fused matrix in which some rows grow and some do not).
+        layer: the parts of the name up to the layer number, in a stack that depth makes longer; empty outside of such stacks.
+        rounds: (a, b) if a model of depth D has a + b·D residual branches with this very parameter: (1, 0) if it has one
+            regardless of depth, (0, 1) if every layer uses it or depths have not been compared.
+        turned: whether one use sums over the axis that another use keeps (x @ w and x @ w.T).
+        columns: for a summed axis made of growing and fixed pieces, which entries are which (`columns`).
+        insisted: whether the role was given rather than observed.
+        unsplittable: why the input of a layer with such columns cannot be multiplied column by column; empty if it can.
     """
 
     name: str
@@ -198,10 +200,10 @@ class ParamSpec:
     def multipliers(
         self, shape: tuple[int, ...], name: str | None = None, deeper: float = 1.0, *, apart: bool = False
     ) -> tuple[float, float]:
-        """Return (m_in, m_out) of the same parameter with another ``shape``: every axis counts by its own ratio.
+        """Return (m_in, m_out) of this parameter at another ``shape``; every axis counts with its own ratio.
 
-        An axis that does not grow with the width may be the layers themselves: then it is ``deeper`` times as long. Of mixed
-        columns all count, or with ``apart`` those that grow.
+        An axis that does not grow with the width may be the layers themselves, and may then be ``deeper`` times as long. Of
+        mixed columns, all are counted, or with ``apart`` only those that grow.
 
         Raises:
             RequestError: another axis differs.
@@ -224,14 +226,14 @@ class ParamSpec:
                 m_out *= size / base
         if self.turned and m_in != m_out:
             raise RequestError(
-                f"{name} is used both ways round, so that each of its axes is summed over once, and they grow by {m_in:g} and "
-                f"{m_out:g} from the base to {list(shape)}: let both grow alike, or give each use its own parameter."
+                f"{name} is used in both orientations, so each of its axes is summed over once, but they grow by {m_in:g} and "
+                f"{m_out:g} from the base to {list(shape)}: let both grow equally, or give each use its own parameter."
             )
         return m_in, m_out
 
     @property
     def role_of_fixed(self) -> str:
-        """The role of columns that meet a fixed number of entries."""
+        """Role of the columns that meet a fixed number of entries."""
         return "input" if self.role == "hidden" else "finite"
 
     def fixed_columns(self, axis: int) -> int:
@@ -239,7 +241,7 @@ class ParamSpec:
         return sum(each.end - each.begin for each in self.columns if each.axis == axis and not each.grows)
 
     def columns_at(self, shape: tuple[int, ...]) -> tuple[Columns, ...]:
-        """Return the columns of the same parameter with another ``shape``, where all growing pieces grow alike."""
+        """Return the columns at another ``shape``, in which all growing pieces grow by the same ratio."""
         found: list[Columns] = []
         for each in self.columns:
             fixed = self.fixed_columns(each.axis)
@@ -249,30 +251,31 @@ class ParamSpec:
         return tuple(found)
 
     def describe_columns(self, shape: tuple[int, ...]) -> str:
-        """Say which columns grow and which do not, at another ``shape``."""
+        """Return a description of which columns grow and which do not at another ``shape``."""
         columns = self.columns_at(shape)
         growing, fixed = (
             ", ".join(f"{each.begin}:{each.end}" for each in columns if each.grows == grows) for grows in (True, False)
         )
         return (
-            f"{growing} of axis {columns[0].axis} meet pieces that grow with the width, {fixed} pieces of a fixed size"
+            f"entries {growing} of axis {columns[0].axis} meet inputs that grow with the width and {fixed} meet inputs of a "
+            "fixed size"
         )
 
     def split_advice(self, shape: tuple[int, ...]) -> str:
-        """Say how to split the layer in two, whose parameters then have a learning rate each."""
+        """Return how to split the layer in two, so that its parameters have a learning rate each."""
         columns = self.columns_at(shape)
         growing, fixed = (
             sum(each.end - each.begin for each in columns if each.grows == grows) for grows in (True, False)
         )
         owner = self.name.rpartition(".")[0] or "layer"
         return (
-            f"Split the layer in two with {growing} and {fixed} inputs and add their results, {owner}(h) + {owner}_fixed(a) in "
-            f"place of {owner}(torch.cat([h, a], ...)), the second with bias=False: its columns then have a rate of their own."
+            f"Split the layer in two with {growing} and {fixed} inputs and add their results, {owner}(h) + {owner}_fixed(a) "
+            f"instead of {owner}(torch.cat([h, a], ...)), the second with bias=False: its columns then have their own rate."
         )
 
 
 def fits(shapes: Mapping[str, tuple[int, ...]], specs: Mapping[str, ParamSpec]) -> Callable[[str, str], bool]:
-    """Return what says whether a parameter with one of ``shapes`` can be one of the base's at another width."""
+    """Return a function that says whether a parameter with one of ``shapes`` can be one of the base's at another width."""
 
     def fit(name: str, origin: str) -> bool:
         spec = specs[origin]
@@ -283,7 +286,7 @@ def fits(shapes: Mapping[str, tuple[int, ...]], specs: Mapping[str, ParamSpec]) 
 
 
 def kinds(specs: Mapping[str, ParamSpec]) -> dict[str, tuple[tuple[int, ...], tuple[bool, ...]]]:
-    """Return what tells layers apart that are named alike."""
+    """Return what distinguishes layers that have the same names: shapes and growing axes."""
     return {name: (spec.shape, spec.grows) for name, spec in specs.items()}
 
 
@@ -291,19 +294,24 @@ def kinds(specs: Mapping[str, ParamSpec]) -> dict[str, tuple[tuple[int, ...], tu
 class Observation:
     """All parameters of a family at base size, and its attention.
 
-    ``queries`` carry a factor into the attention logits, ``shared_queries`` of them also into something else.
-    ``heads`` compares the head dim with the model of twice the width or, after `at_target`, with the target's, from the
-    base's ``attentions``, and ``dots`` likewise other dot products. ``open_branches`` names a parameter of every residual
-    branch into which none carries a factor; ``depths_compared`` says that `with_depth_constants` has looked; ``notes`` says
-    what was seen and could not be written on any parameter; ``seed`` is what the fullest forward pass's random numbers start
-    from.
+    Args:
+        specs: name → what was observed of the parameter.
+        queries: the parameters that carry a factor into the attention logits.
+        shared_queries: the queries that also carry a factor into something else.
+        heads: the head dim compared with that of the model of twice the width or, after `at_target`, of the target.
+        attentions: the base's attention layers, as many as were traced.
+        dots: other dot products, compared in the same way.
+        open_branches: one parameter of every residual branch into which no parameter carries a factor.
+        depths_compared: whether `with_depth_constants` has been applied.
+        notes: what was observed but cannot be attributed to any parameter.
+        seed: seed of the random numbers in the pass that uses the most parameters.
     """
 
     specs: dict[str, ParamSpec]
     queries: frozenset[str]
     shared_queries: frozenset[str]
     heads: Heads
-    attentions: tuple[Attention, ...] = field(default=(), compare=False)  # of as many layers as were watched
+    attentions: tuple[Attention, ...] = field(default=(), compare=False)
     dots: tuple[Contraction, ...] = ()
     open_branches: tuple[str, ...] = ()
     depths_compared: bool = False

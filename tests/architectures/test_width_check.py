@@ -47,7 +47,7 @@ NOT_SHOWN = {
 }
 
 REFUSED = {
-    "wav2vec2": r"weight\.original0 \[1, 1, 8\] is the size of a weight normalized over its outputs too",
+    "wav2vec2": r"weight\.original0 \[1, 1, 8\] is the magnitude of a weight that is normalized over its outputs as well",
     "xlnet": r"r_s_bias \[4, 16\] is never used in the forward pass",  # of segments, which plain text has not
 }
 

@@ -136,7 +136,7 @@ def test_a_stack_of_which_only_a_part_was_recognized_is_refused(way: str) -> Non
         of = family(build)
         found = observe(of)
         odd = 1 if build(of.base).blocks[0].ways == [SUMS["add"][0]] else 0
-        assert f"blocks.{odd}.down.weight is on no residual branch that was seen, and " in str(found.notes)
+        assert f"blocks.{odd}.down.weight was found on no residual branch, but " in str(found.notes)
         assert mt.plan(of, Scale(64, depth=2), "completep", observation=found)
         with pytest.raises(mt.RequestError, match="residual branches need a factor"):
             mt.plan(of, Scale(16, depth=4), "completep", observation=found)
@@ -157,7 +157,7 @@ class Half(nn.Module):
 
 def test_layers_of_which_only_a_part_was_recognized_are_refused() -> None:
     of = family(lambda s: nn.Sequential(nn.Linear(5, s.width), *(Half(s.width) for _ in range(s.depth))))
-    assert any(note.startswith("1.down.weight is on no residual branch") for note in observe(of).notes)
+    assert any(note.startswith("1.down.weight was found on no residual branch") for note in observe(of).notes)
     with pytest.raises(mt.RequestError, match="residual branches need a factor"):
         mt.plan(of, Scale(16, depth=4), "completep")
 

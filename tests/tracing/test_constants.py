@@ -119,7 +119,7 @@ def test_what_no_parameter_can_hold_is_left_and_told(way: str) -> None:
     powers, notes = seen(TOLD[way])
     assert not powers
     assert notes
-    assert all("left as it is" in note for note in notes)
+    assert all("left unchanged" in note for note in notes)
 
 
 def test_a_control_keeps_what_the_forward_pass_multiplies_with() -> None:

@@ -69,7 +69,7 @@ def test_logits_of_two_towers(way: str) -> None:
         assert found[name].gauge == pytest.approx(c)
     assert found["q.2.weight"].lr_factor == pytest.approx(c / 4)
     assert found["p.2.weight"].gauge == 1
-    assert not any("no parameter carries" in note for note in planned.notes)
+    assert not any("acts on no parameter's result" in note for note in planned.notes)
     assert (c == 1) == (not planned.notes)
     assert all(row.lr_factor == 1 for row in mt.plan(towers(score), WIDE, "sp").rows)
 
@@ -180,7 +180,7 @@ def test_attention_however_it_weights(way: str) -> None:
         gauges = [found[f"blocks.{i}.{name}.weight"].gauge for name in "qkvo"]
         assert gauges == [0.5, 1, 1, 1]
         assert [found[f"blocks.{i}.{name}.weight"].role for name in "qkvo"] == ["hidden"] * 4
-    assert not any("no parameter carries" in note for note in planned.notes)
+    assert not any("acts on no parameter's result" in note for note in planned.notes)
 
 
 @pytest.mark.parametrize("way", ATTENTIONS)

@@ -44,7 +44,7 @@ def layers(target: dict[str, int], base: dict[str, int]) -> list[int]:
 )  # fmt: skip
 def test_layers_are_matched_by_pattern(target: str, base: str, expected: list[int] | None) -> None:
     if expected is None:
-        with pytest.raises(RequestError, match=r"blocks\.2\.\w+\.weight is in the base and has no counterpart"):
+        with pytest.raises(RequestError, match=r"blocks\.2\.\w+\.weight is in the base but has no counterpart"):
             match_layers(names(*target), names(*base))
     else:
         assert layers(names(*target), names(*base)) == expected
@@ -52,10 +52,10 @@ def test_layers_are_matched_by_pattern(target: str, base: str, expected: list[in
 
 def test_a_kind_of_layer_that_the_base_lacks_is_refused() -> None:
     with pytest.raises(
-        RequestError, match=r"blocks\.1\.q\.weight is in the target and nothing in the base looks like it"
+        RequestError, match=r"blocks\.1\.q\.weight is in the target, but nothing in the base looks like it"
     ):
         match_layers(names("d", "a"), names("d", "d"))
-    with pytest.raises(RequestError, match=r"head\.weight is in the target and nothing"):
+    with pytest.raises(RequestError, match=r"head\.weight is in the target, but nothing"):
         match_layers(names("d") | {"head.weight": 2}, names("d", "d"))
 
 

@@ -79,7 +79,7 @@ def test_lora_multiplied_before_it_meets_activations_is_refused_until_named() ->
     def merged(net: Any, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, net.base.weight + net.B @ net.A)
 
-    with pytest.raises(RequestError, match=r"role of A \[4, 16\]: it is multiplied with another parameter \('mm'\)"):
+    with pytest.raises(RequestError, match=r"role of A \[4, 16\]: it is multiplied by another parameter \('mm'\)"):
         seen(lora, merged)
     named = seen(lora, merged, A="bottleneck", B="input")
     assert roles(named) == {"A": "bottleneck", "B": "input"}
@@ -156,7 +156,8 @@ def test_parametrized_weights(wrap: Callable[..., nn.Module], expected: dict[str
 
 def test_weight_norm_over_the_outputs_is_refused() -> None:
     with pytest.raises(
-        RequestError, match=r"original0 \[1, 16\] is the size of a weight normalized over its outputs too"
+        RequestError,
+        match=r"original0 \[1, 16\] is the magnitude of a weight that is normalized over its outputs as well",
     ):
         seen(lambda n: {"hidden": parametrizations.weight_norm(nn.Linear(n, n), dim=1)}, lambda net, x: net.hidden(x))
 
@@ -238,7 +239,7 @@ def test_one_matrix_both_ways_round() -> None:
     of = Family(build, torch.zeros(3, 7, FEATURES), lambda model, x: model(x).square().mean(), Scale(16))
     row = next(row for row in mt.plan(of, Scale(32)).rows if row.name == "w")
     assert (row.role, row.m_in, row.m_out) == ("hidden", 2, 2)
-    with pytest.raises(RequestError, match=r"w is used both ways round, .* grow by 4 and 8"):
+    with pytest.raises(RequestError, match=r"w is used in both orientations, .* grow by 4 and 8"):
         mt.plan(of, Scale(64))
 
 

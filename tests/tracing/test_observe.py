@@ -286,7 +286,7 @@ def test_a_parameter_at_one_width_only_is_refused() -> None:
     def build(width: int) -> nn.Module:
         return nn.Sequential(nn.Linear(FEATURES, width), nn.Linear(width, 3, bias=width > 16))
 
-    with pytest.raises(RequestError, match=r"1\.bias is there at one width and not at the other"):
+    with pytest.raises(RequestError, match=r"1\.bias exists at one width but not at the other"):
         observe(family(build))
 
 

@@ -49,15 +49,15 @@ def test_the_first_pattern_that_fits_counts() -> None:
 @pytest.mark.parametrize(
     ("name", "role", "words"),
     [
-        *(("hidden.0.weight", role, "2 of its axes grow .*: it can be hidden") for role in ROLES if role != "hidden"),
-        ("input.weight", "hidden", "1 of its axes grow .*: it can be input or vector or output or bottleneck"),
+        *(("hidden.0.weight", role, "2 of its axes grow .*: use hidden") for role in ROLES if role != "hidden"),
+        ("input.weight", "hidden", "1 of its axes grow .*: use input or vector or output or bottleneck"),
         ("input.weight", "finite", "1 of its axes grow"),
-        ("readout.bias", "output", "0 of its axes grow .*: it can be finite"),
+        ("readout.bias", "output", "0 of its axes grow .*: use finite"),
     ],
 )
 def test_a_role_that_the_axes_contradict_is_refused(name: str, role: str, words: str) -> None:
     """Both ratios would go into one factor: lr / m² for a hidden matrix called output."""
-    with pytest.raises(RequestError, match=f"{name} is called {role}, and {words}"):
+    with pytest.raises(RequestError, match=f"{name} was given the role {role}, but {words}"):
         mt.plan(replace(families.mlp(), roles={name: role}), Scale(64, 3))
 
 
@@ -78,7 +78,7 @@ def test_two_growing_axes_that_nothing_sums_over_can_be_an_input() -> None:
 
 def test_what_fits_nothing_or_is_no_role_is_refused() -> None:
     for roles, words in [
-        ({"hiden.0.weight": "hidden"}, "'hiden.0.weight' fits no parameter of mlp: did you mean 'hidden.0.weight'"),
+        ({"hiden.0.weight": "hidden"}, "'hiden.0.weight' matches no parameter of mlp: did you mean 'hidden.0.weight'"),
         ({"hidden.0.weight": "hiden"}, "the role 'hiden', which is unknown: did you mean 'hidden'"),
         (["hidden"], "give a dictionary from name pattern to role"),
     ]:
