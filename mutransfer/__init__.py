@@ -1,6 +1,6 @@
-"""Tune hyperparameters on small proxies, carry them to wide models under µP, and prove that they carried over.
+"""Tune hyperparameters on small proxies, transfer them to wide models under µP, and verify that they transferred.
 
-The names below load on first use, so that the command line answers before torch is imported.
+The public names are imported on first use, so the command line can respond before torch is imported.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Learning-rate basins across widths: where the optimum lies, how far it drifts, and what the proxy's optimum costs."""
+"""Learning-rate basins across widths: the optimum, its drift, and the regret of the proxy's optimum."""
 
 from __future__ import annotations
 
@@ -15,19 +15,21 @@ from .schemas import OPTIMA
 __all__ = ["DRIFT_LIMIT", "REGRET_LIMIT", "Bracket", "bracket", "flat_range", "judge", "optima", "seed_table", "worth"]
 
 DRIFT_LIMIT = 0.5  # octaves: half a step of the usual factor-2 grid
-REGRET_LIMIT = 0.02  # nats: what the seeds of a proxy of this size just resolve, and a tenth of what SP loses on it
-REACH = 2.0  # octaves on each side of the best point that a fit looks at
-JUMP = 16.0  # times a parabola's rise on the other side; a parabola whose vertex is within half a step reaches 4
-MOST_SEEDS = 100  # beyond, more seeds are no advice
-RESOLUTION = 240  # intervals of the curve on which a minimum is looked for, before it is refined
+REGRET_LIMIT = (
+    0.02  # nats: the least that the seeds of a proxy of this size resolve, and a tenth of what SP loses on it
+)
+REACH = 2.0  # octaves on each side of the best point that a fit uses
+JUMP = 16.0  # times the parabolic rise on the other side; a parabola with its vertex within half a step reaches 4
+MOST_SEEDS = 100  # largest number of additional seeds to suggest
+RESOLUTION = 240  # grid intervals of the search for a curve's minimum, before it is refined
 
 
 @dataclass(frozen=True)
 class Bracket:
-    """Indices into a width's learning rates: the best, the first and last that belong to its smooth basin.
+    """Indices into a width's learning rates: the best one, and the first and last of its smooth basin.
 
-    ``cliff_low`` and ``cliff_high`` say whether the basin ends at a cliff that may hide the optimum: the next rate diverged,
-    or its loss jumps so that no parabola holds, and the last one before it may be the best.
+    ``cliff_low`` and ``cliff_high`` are true if the basin ends at a cliff that may hide the optimum: the next rate diverged, or
+    its loss jumps more than any parabola would, and the last rate before it may be the best.
     """
 
     best: int
@@ -38,23 +40,23 @@ class Bracket:
 
 
 def seed_table(group: pd.DataFrame) -> pd.DataFrame:
-    """Return one width's losses as seeds × learning rates, infinite where diverged; only rates that every seed has run."""
+    """Return one width's losses as (seeds, learning rates), infinite where diverged; only rates that every seed has run."""
     losses = group["loss"].where(~group["diverged"].astype(bool), math.inf).fillna(math.inf)
     table = group.assign(loss=losses).pivot_table(index="seed", columns="log2_lr", values="loss", dropna=False)
     return table.dropna(axis="columns")
 
 
 def bracket(x: np.ndarray, losses: np.ndarray, flat: float = 0.0) -> Bracket:
-    """Return where the best mean loss lies, and how far its basin reaches.
+    """Return the position of the best mean loss and the extent of its basin.
 
-    The basin is the points within 2 octaves of the best one (at least two on each side), and beyond these all that their
-    seeds cannot tell from it, or that cost at most ``flat``. It ends at a cliff, which matters where the point before it
-    may be the best.
+    The basin holds the points within 2 octaves of the best one (at least two on each side), and beyond these all points that
+    the seeds cannot distinguish from it or that cost at most ``flat``. It ends at a cliff, which is reported if the point before
+    the cliff may be the best.
 
     Args:
         x: log2 of the learning rates, ascending.
         losses: (seeds, rates), infinite where diverged.
-        flat: how much more than the best a point beyond 2 octaves may lose, in the loss's unit.
+        flat: largest loss above the best for a point beyond 2 octaves, in the loss's unit.
     """
     means = losses.mean(axis=0)
     best = int(means.argmin())
@@ -77,18 +79,18 @@ def bracket(x: np.ndarray, losses: np.ndarray, flat: float = 0.0) -> Bracket:
 
 
 def _mean_noise(losses: np.ndarray) -> float:
-    """Standard error of the difference of two learning rates' mean losses, what seeds have in common taken off."""
+    """Return the standard error of the difference of two learning rates' mean losses, without the offsets of the seeds."""
     finite = losses[:, np.isfinite(losses).all(axis=0)]
     if min(finite.shape, default=0) < 2:
         return 0.0
     rest = finite - finite.mean(axis=0) - finite.mean(axis=1, keepdims=True) + finite.mean()
-    # The median: far from the optimum the seeds spread most.
+    # The median, because the seeds spread most far from the optimum.
     variances = (rest**2).sum(axis=0) / (len(finite) - 1)
     return math.sqrt(2 * float(np.median(variances)) / len(finite))
 
 
 def _jumps(x: np.ndarray, means: np.ndarray, i: int, j: int, best: int, noise: float) -> bool:
-    """Whether the loss jumps from point i to its neighbour j, away from the best one: no parabola rises so on one side."""
+    """Return whether the loss rises from point i to its neighbour j, away from the best one, more than any parabola would."""
     step = 1 if j > i else -1
     others = [k for k in range(len(x)) if (k - best) * step < 0 and np.isfinite(means[k])]
     far = [k for k in others if abs(x[k] - x[best]) <= max(REACH, 2 * abs(x[j] - x[i])) + 1e-9]
@@ -112,26 +114,26 @@ def optima(
     """Return one row per parametrization and width (`schemas.OPTIMA`).
 
     At each width a curve is fitted to the mean losses around the best grid point, in log2 of the learning rate: a parabola,
-    with higher terms as large as the widths together show them. The optimum is its minimum, and the regret
-    its height at the transferred rate above that minimum. 95% intervals are of curves drawn from the fit's distribution:
-    the noise of one run is estimated over all learning rates, as every seed has run all of them, and whatever moves a
-    seed's whole basin over all widths. So 3 seeds tell, and noisy seeds never give an interval of width 0.
+    with higher terms whose size is estimated from all widths together. The optimum is its minimum, and the regret is its height
+    at the transferred rate above that minimum. The 95% intervals come from curves drawn from the fit's distribution: the noise
+    of one run is estimated over all learning rates, since every seed has run all of them, and shifts of a seed's whole basin
+    are estimated over all widths. Three seeds are therefore enough, and noisy seeds never give an interval of width 0.
 
-    Beside a cliff (`Bracket`) the optimum's interval holds the whole cell between the best point and the one beyond the
-    cliff, and regret that of the curve followed into it. An interval is infinite on the side where what was tried does not
-    bound the optimum.
+    At a cliff (`Bracket`), the optimum's interval includes the whole cell between the best point and the one beyond the cliff,
+    and the regret's interval includes the curve extended into that cell. An interval is infinite on a side where the learning
+    rates tried do not bound the optimum.
 
     Args:
         basins: a frame with the columns of `schemas.BASINS`; every width of a parametrization has the same seeds.
-        transferred: log2 of the learning rate that is carried over; by default the best grid point of the smallest
-            width. A width whose grid lacks it has no regret (NaN); where it diverged, regret is infinite.
-        maximize: the loss column holds a metric of which more is better.
-        regret_limit: for the range of learning rates that cost no more, in the loss's unit.
-        resamples: curves drawn.
-        seed: of the drawing.
+        transferred: log2 of the transferred learning rate; by default the best grid point of the smallest width. The regret
+            is NaN at a width whose grid lacks this rate, and infinite where it diverged.
+        maximize: the loss column holds a metric that is to be maximized.
+        regret_limit: limit for the range of learning rates that cost no more, in the loss's unit.
+        resamples: number of curves drawn.
+        seed: random seed of the draws.
 
     Raises:
-        RequestError: no runs, or a width with another set of seeds than the smallest one.
+        RequestError: there are no runs, or a width has a different set of seeds than the smallest one.
     """
     if basins.empty:
         raise RequestError("there are no learning-rate basins: run `mutransfer verify RUN` first.")
@@ -144,14 +146,14 @@ def optima(
         for width, table in tables.items():
             if list(table.index) != list(seeds):
                 raise RequestError(
-                    f"width {width} of {name} has seeds {list(table.index)}, the smallest {list(seeds)}."
+                    f"width {width} of {name} has seeds {list(table.index)}, but the smallest width has {list(seeds)}."
                 )
         if transferred is None:
             first = next(iter(tables.values()))
             transferred = float(first.columns[int(first.to_numpy().mean(axis=0).argmin())])
-        places = [_Basin.of(table, regret_limit) for table in tables.values()]
+        per_width = [_Basin.of(table, regret_limit) for table in tables.values()]
         random = np.random.default_rng(seed)
-        fits = [_Fit.of(place, places, random, resamples) for place in places]
+        fits = [_Fit.of(basin, per_width, random, resamples) for basin in per_width]
         for width, fit in zip(tables, fits, strict=True):
             row = _summary(fit, fits[0], transferred, regret_limit, random)
             if maximize:
@@ -162,9 +164,9 @@ def optima(
 
 @dataclass(frozen=True)
 class _Basin:
-    """One width's losses, and the part of them that a curve is fitted to."""
+    """One width's losses, and the part that a curve is fitted to."""
 
-    x: np.ndarray  # (rates,) all of them
+    x: np.ndarray  # (rates,) all learning rates
     losses: np.ndarray  # (seeds, rates)
     at: Bracket
 
@@ -179,7 +181,7 @@ class _Basin:
 
     @property
     def z(self) -> np.ndarray:
-        """Learning rates of the fit, from the best one, in units of its usual reach."""
+        """The learning rates of the fit relative to the best one, in units of ``REACH``."""
         return (self.x[self.near] - self.x[self.at.best]) / REACH
 
     @property
@@ -187,9 +189,9 @@ class _Basin:
         return self.losses[:, self.near].mean(axis=0)
 
     def residuals(self) -> tuple[float, int, np.ndarray]:
-        """Return the variance of one run with its degrees of freedom, and each seed's slope.
+        """Return the variance of one run, its degrees of freedom, and each seed's slope.
 
-        Runs differ by seed and by learning rate; a seed may also move its whole basin, which is a slope of its losses.
+        Runs differ by seed and by learning rate. A seed may also shift its whole basin, which shows as a slope of its losses.
         """
         losses, z = self.losses[:, self.near], self.z
         seeds, points = losses.shape
@@ -202,29 +204,29 @@ class _Basin:
         return float((rest**2).sum()) / degrees, degrees, slopes
 
     def slope_variance(self) -> float:
-        """Variance of a seed's slope, per variance of a run, if runs are independent."""
+        """Return the variance of a seed's slope per variance of one run, if runs are independent."""
         line = self.z - self.z.mean()
         return 1 / float(line @ line) if len(line) > 1 else 0.0
 
 
 @dataclass(frozen=True)
 class _Fit:
-    """Curves of one width: row 0 of every array is the fitted one, the others are drawn from its distribution."""
+    """Curves of one width: row 0 of every array is the fitted curve, the other rows are drawn from its distribution."""
 
     basin: _Basin
     coefficients: np.ndarray  # (1 + resamples, powers) of z
-    vertex: np.ndarray  # (1 + resamples,) log2 lr within what was measured
-    lowest: np.ndarray  # (1 + resamples,) loss there
-    beyond: np.ndarray  # (1 + resamples,) lowest loss if the curve goes on up to the far side of a cliff
-    sure: bool  # whether there are seeds enough for an interval
+    vertex: np.ndarray  # (1 + resamples,) log2 lr of the minimum within the measured range
+    lowest: np.ndarray  # (1 + resamples,) loss at the vertex
+    beyond: np.ndarray  # (1 + resamples,) lowest loss if the curve continues to the far side of a cliff
+    has_interval: bool  # whether there are enough seeds for an interval
 
     @classmethod
-    def of(cls, basin: _Basin, all_: list[_Basin], random: np.random.Generator, resamples: int) -> _Fit:
+    def of(cls, basin: _Basin, per_width: list[_Basin], random: np.random.Generator, resamples: int) -> _Fit:
         seeds = len(basin.losses)
         if not np.isfinite(basin.means).all():  # every learning rate diverged
             nothing = np.full(1 + resamples, math.nan)
             return cls(basin, np.full((1 + resamples, 1), math.inf), nothing, nothing, nothing, False)
-        mean, covariance, degrees = _posterior(basin, all_)
+        mean, covariance, degrees = _posterior(basin, per_width)
         normal = random.standard_normal((resamples, len(mean)))
         spread = np.sqrt(degrees / random.chisquare(degrees, resamples)) if degrees else np.ones(resamples)
         drawn = mean + spread[:, None] * (normal @ _root(covariance).T)
@@ -244,10 +246,10 @@ class _Fit:
         return self.coefficients @ np.power.outer(z, np.arange(self.coefficients.shape[1])).T
 
     def ends(self) -> tuple[float, float]:
-        """Return the 95% interval of the optimum, with the whole of an unresolved cell; infinite where nothing bounds it."""
+        """Return the 95% interval of the optimum, including the whole of an unresolved cell; infinite where nothing bounds it."""
         x, at = self.basin.x, self.basin.at
         low, high = _quantiles(self.vertex)
-        # Curves whose minimum is at an end of the fit say that it is there or beyond.
+        # A minimum at an end of the fitted range means that the optimum is there or beyond.
         if low <= x[at.first] or at.cliff_low:
             low = x[at.first - 1] if at.first > 0 else -math.inf
         if high >= x[at.last] or at.cliff_high:
@@ -255,39 +257,39 @@ class _Fit:
         return float(low), float(high)
 
 
-def _posterior(basin: _Basin, all_: list[_Basin]) -> tuple[np.ndarray, np.ndarray, int]:
+def _posterior(basin: _Basin, per_width: list[_Basin]) -> tuple[np.ndarray, np.ndarray, int]:
     """Return the mean and covariance of a curve's coefficients (of 1, z, z², …), and Student's degrees of freedom.
 
-    The higher terms are drawn towards 0 by their mean square over the widths (empirical Bayes): the curve is a
-    parabola where all widths look like one, and goes through the points where they do not and the noise is small.
+    The higher terms are shrunk towards 0 according to their mean square over the widths (empirical Bayes): the curve is a
+    parabola if all widths look parabolic, and passes through the points if they do not and the noise is small.
     """
-    noise, degrees = _noise(basin, all_)
+    noise, degrees = _noise(basin, per_width)
     y, z = basin.means - basin.means.min(), basin.z
-    sizes = _usual(all_) if len(z) > 2 else []
+    sizes = _typical_sizes(per_width) if len(z) > 2 else []
     design = np.vander(z, min(len(z), 3) + len(sizes), increasing=True)
     scale = float(np.ptp(basin.means)) or 1.0
     prior = np.array([0.0] * min(len(z), 3) + [1 / size**2 if size > 1e-9 * scale else math.inf for size in sizes])
     design, prior = design[:, np.isfinite(prior)], prior[np.isfinite(prior)]
     variance = max(noise / len(basin.losses), (1e-10 * scale) ** 2)
-    # Of the rows stacked, not of their products: without noise the prior is far below what a sum with 1 / variance keeps.
+    # Invert the stacked rows, not their products: without noise, the prior would be rounded away in a sum with 1 / variance.
     inverse = np.linalg.pinv(np.vstack([design / math.sqrt(variance), np.diag(np.sqrt(prior))]), rcond=1e-14)
     covariance = inverse @ inverse.T
     mean = inverse[:, : len(y)] @ y / math.sqrt(variance)
     if noise <= (1e-12 * scale) ** 2:  # rounding
         covariance = np.zeros_like(covariance)
     elif len(mean) > 1:
-        covariance[1, 1] += noise / len(basin.losses) * basin.slope_variance() * (_moving(all_) - 1)
+        covariance[1, 1] += noise / len(basin.losses) * basin.slope_variance() * (_slope_excess(per_width) - 1)
     mean[0] += basin.means.min()
     return mean, covariance, degrees
 
 
-def _usual(all_: list[_Basin]) -> list[float]:
-    """Return the usual size of the coefficients of z³, z⁴ and z⁵: the root mean square over the widths, noise included.
+def _typical_sizes(per_width: list[_Basin]) -> list[float]:
+    """Return the typical sizes of the coefficients of z³, z⁴ and z⁵: root mean squares over the widths, noise included.
 
-    That of z⁵, which five points do not show, continues the other two.
+    The size for z⁵, which five points do not determine, is extrapolated from the other two.
     """
     cubic, quartic = [], []
-    for basin in all_:
+    for basin in per_width:
         if len(basin.z) > 3 and np.isfinite(basin.means).all():
             found = np.polynomial.polynomial.polyfit(basin.z, basin.means, min(4, len(basin.z) - 1))
             cubic.append(found[3])
@@ -296,27 +298,28 @@ def _usual(all_: list[_Basin]) -> list[float]:
     return [third, fourth, fourth * min(1.0, fourth / third) if third else 0.0]
 
 
-def _noise(basin: _Basin, all_: list[_Basin], borrowed: int = 2) -> tuple[float, int]:
-    """Return the variance of one run at this width, and degrees of freedom.
+def _noise(basin: _Basin, per_width: list[_Basin], borrowed: int = 2) -> tuple[float, int]:
+    """Return the variance of one run at this width, and its degrees of freedom.
 
-    Of the widths together as many degrees are ``borrowed``, so that a width with few points has an honest variance.
+    It is averaged with the variance over all widths, which counts as ``borrowed`` degrees of freedom, so that the variance of a
+    width with few points is not underestimated.
     """
-    parts = [(variance, degrees) for variance, degrees, _ in (each.residuals() for each in all_) if degrees]
+    parts = [(variance, degrees) for variance, degrees, _ in (each.residuals() for each in per_width) if degrees]
     total = sum(degrees for _, degrees in parts)
     if not total:
         return 0.0, 0
     pooled = sum(variance * degrees for variance, degrees in parts) / total
-    own, degrees, _ = basin.residuals()
-    free = min(degrees + borrowed, total, len(all_) * (len(basin.losses) - 1))
-    return (own * degrees + pooled * borrowed) / (degrees + borrowed), free
+    variance, degrees, _ = basin.residuals()
+    free = min(degrees + borrowed, total, len(per_width) * (len(basin.losses) - 1))
+    return (variance * degrees + pooled * borrowed) / (degrees + borrowed), free
 
 
-def _moving(all_: list[_Basin]) -> float:
-    """Return by how much seeds' slopes vary more than independent runs would make them, at least 1."""
+def _slope_excess(per_width: list[_Basin]) -> float:
+    """Return the variance of the seeds' slopes relative to that of independent runs, at least 1."""
     ratios = []
-    for basin in all_:
+    for basin in per_width:
         slopes = basin.residuals()[2]
-        expected = _noise(basin, all_)[0] * basin.slope_variance()
+        expected = _noise(basin, per_width)[0] * basin.slope_variance()
         if expected > 0 and len(slopes) > 1:
             ratios.append(float(slopes @ slopes) / (len(slopes) - 1) / expected)
     return max(1.0, float(np.mean(ratios))) if ratios else 1.0
@@ -328,26 +331,26 @@ def _root(covariance: np.ndarray) -> np.ndarray:
 
 
 def _minimum(coefficients: np.ndarray, low: float, high: float, origin: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return where each curve is lowest between ``low`` and ``high``, and its height there."""
+    """Return the position of each curve's minimum between ``low`` and ``high``, and its height there."""
     x = np.linspace(low, high, RESOLUTION + 1)
     powers = np.arange(coefficients.shape[1])
     heights = coefficients @ np.power.outer((x - origin) / REACH, powers).T
     at = heights.argmin(axis=1)
     rows = np.arange(len(heights))
-    place, lowest = x[at], heights[rows, at]
+    position, lowest = x[at], heights[rows, at]
     inner = np.clip(at, 1, RESOLUTION - 1)
     left, middle, right = (heights[rows, inner + k] for k in (-1, 0, 1))
     bend = left - 2 * middle + right
     with np.errstate(invalid="ignore", divide="ignore"):
         shift = np.clip((left - right) / (2 * bend), -0.5, 0.5)
     better = (inner == at) & (bend > 0)
-    finer = np.where(better, x[inner] + shift * (x[1] - x[0]), place)
+    finer = np.where(better, x[inner] + shift * (x[1] - x[0]), position)
     depth = np.where(better, middle - (left - right) ** 2 / (8 * np.where(bend > 0, bend, 1)), lowest)
     return finer, np.minimum(lowest, depth)
 
 
 def _quantiles(samples: np.ndarray) -> tuple[float, float]:
-    """Ends of the 95% interval of the drawn values, the estimate (the first) included."""
+    """Return the ends of the 95% interval of the drawn values, extended to the estimate, which comes first."""
     low, high = np.quantile(samples[1:], [0.025, 0.975], method="nearest")
     return min(float(low), float(samples[0])), max(float(high), float(samples[0]))
 
@@ -364,35 +367,35 @@ def _summary(
         drift_low = drift_high = 0.0
     else:
         drift_low, drift_high = _quantiles(drift)
-        # Cells that are not resolved, and open ends, add to what the seeds leave open.
+        # Unresolved cells and open ends add to the uncertainty from the seeds.
         fit_low, fit_high = _quantiles(fit.vertex)
         from_low, from_high = _quantiles(start.vertex)
         drift_low += min(0.0, low - fit_low) - max(0.0, start_high - from_high)
         drift_high += max(0.0, high - fit_high) - min(0.0, start_low - from_low)
     regret, regret_low, regret_high, carried = _regret(fit, transferred, (low, high), random)
-    sure, perhaps = _flat(fit, transferred, regret_limit)
+    certain, possible = _flat(fit, transferred, regret_limit)
     edge = at.best in (0, len(basin.x) - 1)
     best_loss = float(means[at.best])
     intervals = {
         "log2_lr_low": low, "log2_lr_high": high, "drift_low": drift_low, "drift_high": drift_high,
         "regret_low": regret_low, "regret_high": math.inf if edge and regret == regret else regret_high,
     }  # fmt: skip
-    if not fit.sure:
+    if not fit.has_interval:
         intervals = dict.fromkeys(intervals, math.nan)
     cells = [basin.x[at.last + 1] - basin.x[at.last]] if at.cliff_high else []
     cells += [basin.x[at.first] - basin.x[at.first - 1]] if at.cliff_low else []
     return intervals | {
         "log2_lr": float(fit.vertex[0]), "drift": float(drift[0]), "best_loss": best_loss, "transferred_loss": carried,
         "regret": regret, "at_edge": edge, "regret_relative": regret / best_loss if best_loss > 0 else math.nan,
-        "cell": float(max(cells, default=0.0)), "flat_low": sure[0], "flat_high": sure[1],
-        "perhaps_flat_low": perhaps[0], "perhaps_flat_high": perhaps[1], "seeds": len(basin.losses),
+        "cell": float(max(cells, default=0.0)), "flat_low": certain[0], "flat_high": certain[1],
+        "perhaps_flat_low": possible[0], "perhaps_flat_high": possible[1], "seeds": len(basin.losses),
     }  # fmt: skip
 
 
 def _regret(
     fit: _Fit, transferred: float, optimum: tuple[float, float], random: np.random.Generator
 ) -> tuple[float, float, float, float]:
-    """Return regret with its interval, and the mean loss at the transferred learning rate."""
+    """Return the regret, the ends of its interval, and the mean loss at the transferred learning rate."""
     basin, at = fit.basin, fit.basin.at
     found = np.flatnonzero(np.isclose(basin.x, transferred))
     if not len(found):
@@ -400,7 +403,7 @@ def _regret(
     i = int(found[0])
     losses = basin.losses[:, i]
     if not np.isfinite(losses).all():
-        # Diverged with every seed, it costs everything; with some, that it does is not sure.
+        # Certainly infinite if every seed diverged, but not if only some did.
         return math.inf, 0.0 if np.isfinite(losses).any() else math.inf, math.inf, math.inf
     carried = float(losses.mean())
     if at.first <= i <= at.last:
@@ -423,13 +426,14 @@ def _regret(
 
 
 def _flat(fit: _Fit, transferred: float, limit: float) -> tuple[tuple[float, float], tuple[float, float]]:
-    """Return the ranges of rates around the transferred one that surely and that perhaps cost at most ``limit``; NaN for none.
+    """Return two ranges of rates around the transferred one: those that certainly, and that possibly, cost at most ``limit``.
 
-    What costs too much is beyond the upper, or the lower, end of its cost's 95% interval.
+    A rate is certain if the upper end of its cost's 95% interval is within the limit, and possible if the lower end is. The ends
+    of an empty range are NaN.
     """
     none = math.nan, math.nan
     near = fit.basin.x[fit.basin.near]
-    if not fit.sure or not near[0] - 1e-9 <= transferred <= near[-1] + 1e-9:
+    if not fit.has_interval or not near[0] - 1e-9 <= transferred <= near[-1] + 1e-9:
         return none, none
     x = np.linspace(near[0], near[-1], RESOLUTION + 1)
     heights, at = fit.height(x)[1:], int(np.abs(x - transferred).argmin())
@@ -446,10 +450,10 @@ def _flat(fit: _Fit, transferred: float, limit: float) -> tuple[tuple[float, flo
 def flat_range(
     optima: pd.DataFrame, drift_limit: float = DRIFT_LIMIT, *, perhaps: bool = False
 ) -> tuple[float, float] | None:
-    """Return the log2 learning rates that cost no more than the regret limit at every width; None if hardly any do.
+    """Return the range of log2 learning rates that cost no more than the regret limit at every width.
 
-    The range holds the transferred rate, and is at least ``drift_limit`` octaves long. It is where this is sure, or where
-    it is not ruled out (``perhaps``).
+    The range contains the transferred rate; it is None if it spans less than ``drift_limit`` octaves. It holds the rates for
+    which this is certain or, with ``perhaps``, those for which it is not ruled out.
     """
     name = "perhaps_flat" if perhaps else "flat"
     low, high = optima[f"{name}_low"].max(skipna=False), optima[f"{name}_high"].min(skipna=False)
@@ -459,14 +463,15 @@ def flat_range(
 def worth(optima: pd.DataFrame, basins: pd.DataFrame, *, maximize: bool = False) -> dict[str, float] | None:
     """Return the fraction of the widest model's compute that its regret is worth, with the regret's 95% interval.
 
-    The lowest losses of the last two widths say how the loss falls with compute, as a power of it that is followed back; None
-    where there are not three widths with losses that fall, the compute or the regret is not known, or the regret is more than
-    what the widths measured gain: no curve says what that is worth.
+    The best losses of the last two widths give the rate at which the loss falls with the logarithm of compute, and the regret is
+    converted at that rate. The result is None if there are fewer than three widths, if the loss does not fall from each to the
+    next, if the compute or the regret is not known, or if the regret exceeds the gain over the measured widths, to which the rate
+    does not apply.
 
     Args:
         optima: rows of one parametrization from `optima`.
         basins: the runs behind them, with their FLOPs.
-        maximize: more of the losses is better.
+        maximize: the loss is a metric that is to be maximized.
     """
     rows = optima.sort_values("width")
     name = rows["parametrization"].iloc[0]
@@ -493,24 +498,25 @@ def judge(
     regret_limit: float = REGRET_LIMIT,
     unit: str = "in the loss's unit",
 ) -> tuple[Literal["pass", "fail", "undecided"], list[str]]:
-    """Say whether the proxy's learning rate transferred, and why not.
+    """Return whether the proxy's learning rate transferred, with the reasons in sentences.
 
-    Pass: at every width the proxy's learning rate costs at most ``regret_limit``, and either the optimum moved by at most
-    ``drift_limit`` octaves or the basins are flat: a range of rates of that length costs no more at any width. Both with
-    their whole 95% intervals. Fail: somewhere an interval lies wholly beyond its limit; of a drift only where the basins
-    are surely not flat, as a drift that costs nothing is no failure.
-    Otherwise undecided, as with fewer than 3 seeds, which make no interval, and where the best rate is the last one tried.
+    - Pass: at every width the proxy's learning rate costs at most ``regret_limit``, and either the optimum moved by at most
+      ``drift_limit`` octaves or the basins are flat: a range of rates of that length costs no more at any width. Both must hold
+      for the whole 95% interval.
+    - Fail: at some width an interval lies entirely beyond its limit. A drift fails only if the basins are certainly not flat,
+      since a drift that costs nothing is not a failure.
+    - Undecided: otherwise, including fewer than 3 seeds, which give no interval, and a best rate at the edge of those tried.
 
     Args:
         optima: rows of one parametrization from `optima`.
-        drift_limit: octaves.
+        drift_limit: in octaves.
         regret_limit: in the loss's unit.
-        unit: behind a regret, such as "nats".
+        unit: the unit to print after a regret, such as "nats".
     """
-    failed, open_ = [], []
+    failed, undecided = [], []
     flat = flat_range(optima, drift_limit) if (optima["regret_high"] <= regret_limit).all() else None
     perhaps = flat_range(optima, drift_limit, perhaps=True) is not None
-    wanders = False
+    drifted = False
     for row in optima.itertuples():
         moved = f"width {row.width}: the best learning rate drifts {row.drift:+.2f} octaves"
         costs = f"width {row.width}: the proxy's learning rate costs {row.regret:.4f} {unit}"
@@ -518,50 +524,54 @@ def judge(
             failed.append(f"width {row.width}: every learning rate that was tried diverges.")
             continue
         if math.isnan(row.drift_low):
-            open_.append(f"{moved}, and fewer than 3 seeds make no interval: add seeds.")
+            undecided.append(f"{moved}, but fewer than 3 seeds give no interval: add seeds.")
             continue
         interval = f"[{row.drift_low:+.2f}, {row.drift_high:+.2f}]"
         moves = row.drift_low > drift_limit or row.drift_high < -drift_limit
         stays = -drift_limit <= row.drift_low and row.drift_high <= drift_limit
         if flat is not None:
-            wanders |= not stays
+            drifted |= not stays
         elif moves and perhaps:
-            open_.append(f"{moved} {interval}, which may cost nothing: add seeds.")
+            undecided.append(f"{moved} {interval}, but this may cost nothing: add seeds.")
         elif moves:
             failed.append(f"{moved} {interval}.")
         elif not stays:
             ends = row.drift_low, row.drift_high
-            open_.append(f"{moved} {interval}: {_more(row, row.drift, ends, drift_limit)}.")
+            undecided.append(f"{moved} {interval}: {_advice(row, row.drift, ends, drift_limit)}.")
         if math.isnan(row.regret):
-            open_.append(
-                f"width {row.width}: what the proxy's learning rate costs is not known, as it is not among those tried."
+            undecided.append(
+                f"width {row.width}: it is not known what the proxy's learning rate costs, because it was not tried."
             )
         elif math.isinf(row.regret):
             if math.isinf(row.regret_low):
                 failed.append(f"width {row.width}: the proxy's learning rate diverges.")
             else:
-                open_.append(f"width {row.width}: the proxy's learning rate diverges with some seeds: add seeds.")
+                undecided.append(f"width {row.width}: the proxy's learning rate diverges with some seeds: add seeds.")
         elif row.regret_low > regret_limit:
             failed.append(f"{costs} [{row.regret_low:.4f}, {row.regret_high:.4f}].")
         elif not row.regret_high <= regret_limit and not row.at_edge:
             ends = row.regret_low, row.regret_high
-            more = _more(row, row.regret, ends, regret_limit)
-            open_.append(f"{costs} [{row.regret_low:.4f}, {row.regret_high:.4f}], limit {regret_limit:.4g}: {more}.")
+            advice = _advice(row, row.regret, ends, regret_limit)
+            undecided.append(
+                f"{costs} [{row.regret_low:.4f}, {row.regret_high:.4f}], limit {regret_limit:.4g}: {advice}."
+            )
         if row.at_edge:
-            open_.append(f"width {row.width}: the best learning rate is at the edge of those tried.")
-    if failed or open_:
-        return ("fail", failed) if failed else ("undecided", open_)
-    if flat is not None and wanders:
+            undecided.append(f"width {row.width}: the best learning rate is at the edge of those tried.")
+    if failed or undecided:
+        return ("fail", failed) if failed else ("undecided", undecided)
+    if flat is not None and drifted:
         low, high = flat
-        return "pass", [f"flat: any rate from 2^{low:.2f} to 2^{high:.2f} is as good, within {regret_limit:g} {unit}."]
+        return "pass", [
+            f"flat: any rate from 2^{low:.2f} to 2^{high:.2f} is equally good, within {regret_limit:g} {unit}."
+        ]
     return "pass", []
 
 
-def _more(row: Any, value: float, ends: tuple[float, float], limit: float) -> str:
-    """Say what would decide: finer steps at a cliff, more learning rates, or how many more seeds."""
+def _advice(row: Any, value: float, ends: tuple[float, float], limit: float) -> str:
+    """Return advice on what would decide: more learning rates near a cliff, or how many more seeds."""
     if row.cell > limit / 2 and row.cell >= 0.25:
         apart = f"{row.cell:.2g} octave{'' if row.cell == 1 else 's'}"
-        return f"the best rate and the next, which diverges, are {apart} apart: add rates between them"
+        return f"the best rate and the next one, which diverges, are {apart} apart: add rates between them"
     seeds = row.seeds
     beyond = abs(value) - limit
     toward = value if value > 0 else -value
@@ -571,8 +581,8 @@ def _more(row: Any, value: float, ends: tuple[float, float], limit: float) -> st
         else max((ends[1] if value >= 0 else -ends[0]) - toward, 0)
     )
     if not (math.isfinite(half) and math.isfinite(beyond) and beyond and seeds == seeds):
-        return "its interval does not settle it: add seeds"
+        return "the interval is not decisive: add seeds"
     needed = math.ceil(seeds * (half / beyond) ** 2) - int(seeds)
     if needed > MOST_SEEDS:
-        return "too near the limit for any number of seeds: add seeds only for a closer look"
+        return "too close to the limit for any practical number of seeds: add seeds only to narrow the interval"
     return f"add seeds: about {max(needed, 1)} more would decide"

@@ -1,4 +1,4 @@
-"""Settings that people write by hand: validated once, frozen after, and wrong ones answered in one sentence."""
+"""Base class and parser for user-written settings: validated once, frozen afterwards, with one-sentence errors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ T = TypeVar("T", bound=BaseModel)
 
 
 class Settings(BaseModel):
-    """Base of everything read from YAML or JSON: no unknown keys, no changes after reading, no NaN."""
+    """Base class of everything read from YAML or JSON: unknown keys, NaN and later changes are rejected."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -24,7 +24,7 @@ class Settings(BaseModel):
         except ValidationError as error:
             raise _refusal(type(self), error, type(self).__name__) from None
 
-    # As pydantic's own: settings inside of others are validated with them, so that an error keeps its dotted key.
+    # Marks this __init__ as pydantic's: nested settings are validated with their parent, and errors keep the dotted key.
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
 
     @classmethod
@@ -36,13 +36,18 @@ class Settings(BaseModel):
 def parse(model: type[T], data: Any, where: str) -> T:
     """Validate ``data`` as ``model``.
 
+    Args:
+        model: the pydantic model to build.
+        data: the parsed YAML or JSON.
+        where: the file or flag the data came from, for the error message.
+
     Raises:
-        RequestError: one sentence with the dotted key, the value, what was expected, and for an unknown key the
-            nearest known one. ``where`` names the file or flag the data came from.
+        RequestError: the data is invalid. The message is one sentence with the dotted key, the value, what was expected,
+            and for an unknown key the nearest known one.
     """
     if not isinstance(data, dict):
         raise RequestError(
-            f"{where} should hold keys and values, and holds {type(data).__name__}: see `mutransfer init`."
+            f"{where} should hold keys and values but holds {type(data).__name__}: see `mutransfer init`."
         )
     try:
         return model.model_validate(data)
@@ -51,7 +56,7 @@ def parse(model: type[T], data: Any, where: str) -> T:
 
 
 def _refusal(model: type[BaseModel], error: ValidationError, where: str) -> RequestError:
-    # Unknown keys first: "lrr" unknown explains "lr" missing.
+    # Report unknown keys first: an unknown "lrr" explains a missing "lr".
     problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
     return RequestError(f"{where}: {_sentence(model, problems[0])}")
 
@@ -74,7 +79,7 @@ def _sentence(model: type[BaseModel], problem: Any) -> str:
 
 
 def _fields(model: type[BaseModel], path: list[str]) -> list[str]:
-    """Names of the fields at ``path``; dictionaries and choices inside it lead to all the models they can hold."""
+    """Return the field names at ``path``; dictionaries and unions on the way contribute every model they can hold."""
     models = [model]
     for part in path:
         found: list[type[BaseModel]] = []

@@ -1,4 +1,4 @@
-"""Values of fake tensors where a model asks for them: sizes that depend on data, such as the tokens of a router's experts."""
+"""Compute the values of fake tensors where a model needs them: for data-dependent sizes, such as the tokens per expert."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ from .flop_formulas import FORMULAS
 
 __all__ = ["FakeValues"]
 
-LARGEST = 3 * 10**7  # entries computed for one question: a router's decisions are far smaller
-Record = tuple[Any, Any, dict[str, Any], Any]  # an operation, its arguments and its result
+LARGEST = 3 * 10**7  # most entries computed for one value; a router's decisions need far fewer
+Record = tuple[Any, Any, dict[str, Any], Any]  # (operation, args, kwargs, result)
 aten = torch.ops.aten
 
 
 class FakeValues(TorchDispatchMode):
-    """Answer what `FakeTensorMode` cannot: ``item``, ``nonzero``, indexing by a mask and the like.
+    """Run the operations that `FakeTensorMode` cannot: ``item``, ``nonzero``, indexing by a mask and similar ones.
 
-    All operations are recorded. When a value is asked for, those that lead to it are computed on real tensors, back to what is
-    known exactly (``arange``, a batch given to `fake`) and to products, whose results are drawn from N(0, 1): a router's logits
-    are random, and its experts equally likely.
+    All operations are recorded. When a value is needed, the operations that lead to it are computed on real tensors. They
+    start from values that are known exactly (``arange``, a batch passed to `fake`) and from products, whose results are drawn
+    from N(0, 1): a router's logits are random, and its experts equally likely.
 
     Args:
-        mode: the fake tensor mode, entered before this one.
+        mode: the fake tensor mode, which must be entered before this one.
     """
 
     supports_higher_order_operators = True
@@ -47,15 +47,15 @@ class FakeValues(TorchDispatchMode):
     def __init__(self, mode: FakeTensorMode) -> None:
         super().__init__()
         self._mode = mode
-        self._tape: list[Record] = []  # keeps all tensors, so that a storage's address stands for one storage
-        self._writers: dict[int, list[int]] = {}  # storage → records that make or change it
+        self._tape: list[Record] = []  # keeps all tensors alive, so that no storage's address is reused
+        self._writers: dict[int, list[int]] = {}  # storage → records that create or modify it
         self._known: dict[int, torch.Tensor] = {}  # storage → its entries
 
     def fake(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return a fake tensor like ``tensor``, whose values are known."""
-        made = self._mode.from_tensor(tensor)
-        self._record(None, (tensor,), {}, made)
-        return made
+        """Return a fake copy of ``tensor`` whose values are known."""
+        fake = self._mode.from_tensor(tensor)
+        self._record(None, (tensor,), {}, fake)
+        return fake
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -69,8 +69,8 @@ class FakeValues(TorchDispatchMode):
     def _record(self, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
         read = {_storage(each) for each in _tensors((args, kwargs))}
         fresh = {_storage(each) for each in _tensors(out)} - read
-        written = fresh | {_storage(each) for each in _tensors(_changed(func, args, kwargs))}
-        if written:  # or it is a view, whose values are its storage's
+        written = fresh | {_storage(each) for each in _tensors(_mutated(func, args, kwargs))}
+        if written:  # otherwise it is a view, whose values are those of its storage
             for storage in written:
                 self._writers.setdefault(storage, []).append(len(self._tape))
                 self._known.pop(storage, None)
@@ -80,7 +80,7 @@ class FakeValues(TorchDispatchMode):
         if func is aten.masked_select.default:
             tensor, mask = torch.broadcast_tensors(*args)
             func, args = aten.index.Tensor, (tensor, [mask])
-        if func is aten.index.Tensor:  # the indices alone decide on the size
+        if func is aten.index.Tensor:  # only the indices determine the size
             indices: list[Any] = []
             for index in args[1]:
                 mask = index is not None and index.dtype in (torch.bool, torch.uint8)
@@ -96,11 +96,11 @@ class FakeValues(TorchDispatchMode):
         records = self._leading_to({_storage(each) for each in _tensors((args, kwargs))}, str(func))
         with disable_current_modes(), torch.no_grad(), torch.random.fork_rng(devices=[]):
             for record in records:
-                torch.manual_seed(record)  # the same whenever it is computed
+                torch.manual_seed(record)  # the same values every time it is computed
                 self._compute(*self._tape[record])
             return func(*self._values(args), **self._values(kwargs))
 
-    def _leading_to(self, storages: set[int], asked: str) -> list[int]:
+    def _leading_to(self, storages: set[int], operation: str) -> list[int]:
         records: set[int] = set()
         seen: set[int] = set()
         entries = 0
@@ -120,8 +120,8 @@ class FakeValues(TorchDispatchMode):
                     storages |= {_storage(each) for each in _tensors((args, kwargs))}
             if entries > LARGEST:
                 raise RequestError(
-                    f"the forward pass asks for values ({asked}) that take more than {LARGEST:.0e} numbers to compute, and its "
-                    "operations are counted without running it: compute them from less, or leave them out of the loss."
+                    f"the forward pass needs values ({operation}) that take more than {LARGEST:.0e} entries to compute, but its "
+                    "operations are counted without running it: compute them from smaller tensors, or leave them out of the loss."
                 )
         return sorted(records)
 
@@ -133,16 +133,16 @@ class FakeValues(TorchDispatchMode):
         else:
             results = func(*self._values(args), **self._values(kwargs))
         read = {_storage(each) for each in _tensors((args, kwargs))} if not _is_product(func) else set()
-        for made, value in zip(_tensors(out), tree_leaves(results), strict=False):
-            if _storage(made) not in read:
-                self._value(made).copy_(value)
+        for fake, value in zip(_tensors(out), tree_leaves(results), strict=False):
+            if _storage(fake) not in read:
+                self._value(fake).copy_(value)
 
     def _values(self, tree: Any) -> Any:
         tree = tree_map_only(FakeTensor, self._value, tree)
         return tree_map_only(torch.device, lambda _: torch.device("cpu"), tree)
 
     def _value(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return the real tensor that stands for a fake one: a view of its storage's entries."""
+        """Return the real counterpart of a fake tensor: a view of its storage's entries."""
         storage = _storage(tensor)
         if storage not in self._known:
             count = tensor.untyped_storage().nbytes() // tensor.itemsize
@@ -161,8 +161,8 @@ def _storage(tensor: torch.Tensor) -> int:
     return storage_id(tensor)
 
 
-def _changed(func: Any, args: Any, kwargs: dict[str, Any]) -> list[Any]:
-    """Return the arguments that an operation writes into."""
+def _mutated(func: Any, args: Any, kwargs: dict[str, Any]) -> list[Any]:
+    """Return the arguments that an operation writes to."""
     if func is None or isinstance(func, HigherOrderOperator):
         return []
     named = [each for each in argument_schemas(func) if each.alias_info is not None and each.alias_info.is_write]
@@ -177,5 +177,5 @@ def _is_product(func: Any) -> bool:
 
 
 def _random(tensor: torch.Tensor) -> torch.Tensor:
-    whole = not (tensor.is_floating_point() or tensor.is_complex())
-    return torch.zeros(tensor.shape, dtype=tensor.dtype) if whole else torch.randn(tensor.shape).to(tensor.dtype)
+    integral = not (tensor.is_floating_point() or tensor.is_complex())
+    return torch.zeros(tensor.shape, dtype=tensor.dtype) if integral else torch.randn(tensor.shape).to(tensor.dtype)

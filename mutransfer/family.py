@@ -1,4 +1,4 @@
-"""A model family: the same model at any size, with one batch of its data and its loss."""
+"""A model family: the same model at any size, with an example batch and a loss."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class Family:
 
     Args:
         build: ``Scale`` → a plain `torch.nn.Module`, freshly initialized.
-        batch: one example batch (tensor, tuple or dict), as ``loss`` takes it; only its shapes are looked at, except by
-            the coordinate check, which trains on it.
+        batch: one example batch (tensor, tuple or dict), in the form that ``loss`` expects; only its shapes are used, except
+            by the coordinate check, which trains on it.
         loss: ``(model, batch)`` → a scalar tensor.
-        base: the scale at which µP changes nothing, the anchor of all ratios.
-        name: how reports call it.
-        roles: name pattern (as in a shell: * and ?) → role, for parameters whose use cannot be told or is told wrong; the
-            first pattern that fits counts.
+        base: the scale at which µP changes nothing; all ratios are relative to it.
+        name: its name in reports and messages.
+        roles: name pattern (shell-style, with * and ?) → role, for parameters whose role cannot be inferred or is inferred
+            incorrectly; the first matching pattern applies.
     """
 
     build: Callable[[Scale], torch.nn.Module]
@@ -40,11 +40,11 @@ class Family:
     roles: Mapping[str, str] = field(default_factory=dict)
 
     def with_base(self, base: Scale) -> Family:
-        """Return the same family anchored at another base."""
+        """Return this family with another base scale."""
         return replace(self, base=base)
 
     def printing_once(self) -> Family:
-        """Return the same family; what its loss, and the model in it, prints again and again is shown once per command."""
+        """Return this family with repeated output of its loss, and of the model called in it, shown once per command."""
         return replace(self, loss=once(self.loss, self.name, "loss"))
 
     def batch_on(self, device: torch.device | str) -> Any:
@@ -52,10 +52,10 @@ class Family:
         return tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), self.batch)
 
     def built(self, scale: Scale, device: torch.device | str = "cpu") -> torch.nn.Module:
-        """Return the model at ``scale`` for real, on ``device``, with lazy parameters in place.
+        """Build the model at ``scale`` on ``device``, with lazy parameters materialized.
 
         Raises:
-            RequestError: as `materialize`.
+            RequestError: see `materialize`.
         """
         model = self.build(scale).to(device)
         if is_lazy(model):
@@ -63,10 +63,10 @@ class Family:
         return model
 
     def materialize(self, model: torch.nn.Module, batch: Any) -> None:
-        """Give lazy parameters (`torch.nn.LazyLinear`) their shapes, by a forward pass of ``batch`` in evaluation mode.
+        """Materialize lazy parameters (`torch.nn.LazyLinear`) with a forward pass of ``batch`` in evaluation mode.
 
         Raises:
-            RequestError: the pass raised, or left some of them without a shape.
+            RequestError: a parameter or buffer has no shape afterwards, because the pass raised or does not use it.
         """
         training = {module: module.training for module in model.modules()}
         why = "the example batch does not use it"
@@ -79,15 +79,15 @@ class Family:
             module.training = before
         if (name := is_lazy(model)) is not None:
             raise RequestError(
-                f"{name} is lazy, and a forward pass of the example batch does not give it a shape ({why}): give its layer "
+                f"{name} is lazy, and a forward pass of the example batch did not materialize it ({why}): give its layer "
                 "in_features (or in_channels, num_features)."
             )
 
     def loss_on(self, model: torch.nn.Module, batch: Any, of: str = "its example batch") -> torch.Tensor:
-        """Return the loss on ``batch``; ``of`` says whose the batch is.
+        """Return the loss on ``batch``; ``of`` describes the batch in error messages.
 
         Raises:
-            RequestError: the model or the loss raised, or there is no gradient where one is wanted.
+            RequestError: the model or the loss raised, or the loss has no gradient although gradients are enabled.
         """
         try:
             loss = self.loss(model, batch)
@@ -99,19 +99,19 @@ class Family:
             ) from error
         if torch.is_grad_enabled() and not loss.requires_grad:
             raise RequestError(
-                f"the loss of {self.name} has no gradient: return it as computed, not detached nor under torch.no_grad()."
+                f"the loss of {self.name} has no gradient: return it without detaching it, and not under torch.no_grad()."
             )
         return loss
 
 
 def is_lazy(model: torch.nn.Module) -> str | None:
-    """Return the name of a parameter or buffer that has no shape before a first forward pass, if there is one."""
+    """Return the name of the first parameter or buffer that has no shape yet, or None."""
     named = itertools.chain(model.named_parameters(), model.named_buffers())
     return next((name for name, each in named if torch.nn.parameter.is_lazy(each)), None)
 
 
 def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
-    """Return what `torch.compile` has wrapped."""
+    """Return the module that `torch.compile` wrapped, or ``model`` itself if it is not compiled."""
     while type(model).__name__ == "OptimizedModule" and isinstance(model._orig_mod, torch.nn.Module):
         model = model._orig_mod
     return model

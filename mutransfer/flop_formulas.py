@@ -1,7 +1,8 @@
-"""How many floating point operations each of torch's operations takes, and which take none to speak of (convention: `price`).
+"""FLOP formulas of torch's operations, and the operations that are not counted (for the convention see `price`).
 
-Formulas take an operation's arguments and ``out_val``, its result, as `torch.utils.flop_counter`'s do. Theirs are not used where
-they count attention's backward pass with its scores twice, or a grouped convolution's gradient as if it had one group.
+A formula takes an operation's arguments and ``out_val``, its result, like those of `torch.utils.flop_counter`. Formulas from
+there are replaced where they count attention's scores twice in the backward pass, or a grouped convolution's gradient as if it
+had one group.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def _rows(tensor: torch.Tensor) -> int:
 
 
 def _product(a: torch.Tensor, b: torch.Tensor, *_: Any, **__: Any) -> int:
-    """2 per entry of the left side (..., m, k) and per column of the right one (..., k, n)."""
+    """Return 2 FLOPs per entry of ``a`` (..., m, k) and column of ``b`` (..., k, n)."""
     return 2 * a.numel() * (b.shape[-1] if b.dim() > 1 else 1)
 
 
@@ -36,8 +37,8 @@ def _added_product(_: Any, a: torch.Tensor, b: torch.Tensor, *__: Any, **___: An
     return _product(a, b)
 
 
-def _product_of_turned(a: torch.Tensor, b: torch.Tensor, *_: Any, **__: Any) -> int:
-    """The right side is stored (n, k), and may be packed along k."""
+def _product_of_transposed(a: torch.Tensor, b: torch.Tensor, *_: Any, **__: Any) -> int:
+    """Return the FLOPs of a product whose right side is stored as (n, k), possibly packed along k."""
     return 2 * a.numel() * b.shape[0]
 
 
@@ -46,7 +47,7 @@ def _list_of_products(left: Any, right: Any, *_: Any, **__: Any) -> int:
 
 
 def _grouped_product(a: torch.Tensor, b: torch.Tensor, *_: Any, **__: Any) -> int:
-    """Every row, or entry of the contracted axis, is in one group."""
+    """Return the FLOPs of a grouped product: every row, or entry of the contracted axis, belongs to one group."""
     if a.dim() == b.dim() == 3:
         return _product(a, b)
     if a.dim() == 3:  # columns are grouped, (g, m, k) and (k, n)
@@ -57,7 +58,7 @@ def _grouped_product(a: torch.Tensor, b: torch.Tensor, *_: Any, **__: Any) -> in
 def grouped_mm(
     a: torch.Tensor, b: torch.Tensor, offs: Any = None, bias: Any = None, out_dtype: Any = None
 ) -> torch.Tensor:
-    """Return a result without values; torch's own on fake tensors takes bfloat16 alone, while its kernels take float32 too."""
+    """Return an uninitialized result; torch's fake version accepts only bfloat16, while its kernels also accept float32."""
     shape = {
         (2, 3): (a.shape[0], b.shape[-1]), (3, 2): (a.shape[-2], b.shape[-1]), (3, 3): (a.shape[0], a.shape[1], b.shape[-1]),
         (2, 2): (len(offs) if offs is not None else 1, a.shape[0], b.shape[-1]),
@@ -69,7 +70,7 @@ def _convolution(
     x: torch.Tensor, weight: torch.Tensor, bias: Any, stride: Any, padding: Any, dilation: Any, transposed: bool,
     *_: Any, out_val: torch.Tensor, **__: Any,
 ) -> int:  # fmt: skip
-    """Every entry of the weight meets every position of the result (transposed: of the input)."""
+    """Return the FLOPs of applying every weight entry at every position of the result (transposed: of the input)."""
     return _positions(x if transposed else out_val, x.dim() - 2, weight)
 
 
@@ -96,7 +97,7 @@ def _time_convolution(x: torch.Tensor, weight: torch.Tensor, *_: Any, out_val: t
 
 
 def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> int:
-    """Scores and weighted values over (..., heads, T, d) and (..., S, d): grouped keys are met by all of their queries."""
+    """Return the FLOPs of scores and weighted values, (..., heads, T, d) by (..., S, d); shared keys count per query head."""
     return 2 * _rows(query) * key.shape[-2] * (query.shape[-1] + value.shape[-1])
 
 
@@ -109,7 +110,7 @@ def _flex_backward(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
 
 
 def _lengths_backward(packet: Any) -> Formula:
-    """Twice the forward pass, whose formula torch has: sequences of several lengths are packed along one axis."""
+    """Return a formula for twice torch's forward count; sequences of several lengths are packed along one axis."""
 
     def formula(gradient: Any, query: Any, key: Any, value: Any, *args: Any, **_: Any) -> int:
         biased = packet is aten._efficient_attention_forward
@@ -130,7 +131,7 @@ def _native_attention(
 def _native_layer(
     x: torch.Tensor, width: int, heads: int, qkv: torch.Tensor, qkv_bias: Any, out: torch.Tensor, *args: Any, **_: Any
 ) -> int:
-    first, second = args[8], args[10]  # behind out's bias, the norms and their epsilon
+    first, second = args[8], args[10]  # after out's bias, the norms and their epsilon
     weights = sum(each.numel() for each in (qkv, out, first, second))
     return 2 * _rows(x) * weights + 4 * _rows(x) * x.shape[1] * width
 
@@ -178,7 +179,7 @@ GIVEN: dict[str, Formula] = {
     **dict.fromkeys(
         ("addmm", "addmm_", "_addmm_activation", "baddbmm", "baddbmm_", "addmv", "addmv_", "addbmm", "addbmm_"), _added_product
     ),
-    "_weight_int8pack_mm": _product_of_turned,
+    "_weight_int8pack_mm": _product_of_transposed,
     "_foreach_mm": _list_of_products,
     **dict.fromkeys(("_grouped_mm", "_scaled_grouped_mm", "_scaled_grouped_mm_v2"), _grouped_product),
     **dict.fromkeys(("convolution", "_convolution", "convolution_overrideable"), _convolution),
@@ -221,12 +222,13 @@ FORMULAS = {getattr(aten, name): formula for name, formula in GIVEN.items() if h
 HIGHER_ORDER: dict[str, Formula] = {"flex_attention": _attention, "flex_attention_backward": _flex_backward}
 
 
-# Operations whose work grows no faster than the tensors they read and write. torch tags what is entrywise or a reduction, and a
-# view's schema says so; these are the others, by name, without underscores at its ends. What is in neither is named as uncounted.
+# Operations whose work grows no faster than the tensors they read and write. torch tags entrywise operations and reductions, and
+# a view is recognized by its schema; this pattern lists the others by name, without leading and trailing underscores. Operations
+# that are neither free nor have a formula are reported as uncounted.
 FREE = re.compile(
     "|".join(
         (
-            # made, drawn, copied, reshaped
+            # created, sampled, copied, reshaped
             r"(new_)?(empty|zeros?|ones|full|rand|randn|randint|random|randperm)(_.*)?|arange|l?range|(lin|log)space|eye|scalar_tensor",
             r".*_window|tri[lu](_indices)?|complex|polar|fft_r?fftfreq|vander|(sparse_(coo|compressed)|make_per).*tensor.*|from_file",
             r"bernoulli|binomial|cauchy|exponential|geometric|(log_)?normal(_functional)?|uniform|multinomial|poisson|philox.*",
@@ -245,7 +247,7 @@ FREE = re.compile(
             r"fake_quantize.*|quantize_.*|dequantize|q_.*|qscheme|int_repr|convert_.*|dyn_quant_pack.*|cslt_compress|transform_bias.*",
             r"fused_(adam|adamw|sgd|adagrad|dropout|rms_norm|moving_avg|sdp_choice).*|foreach_(?!mm$).*|amp_.*",
             r"(abs|eq|ne|ge|gt|le|lt|gcd|lcm|rsub|xlogy|copysign|heaviside|floor_divide)|addr|i[rl]shift",
-            # asked about
+            # inspected or asserted
             r"local_scalar_dense|.*assert.*|.*sym_constrain.*|(has|is|use)_.*|.*(nnz|dim[IV]|dense_dim|sparse_dim|coalesced?|indices|values)|print",
             r"sparse_(sum|mask|softmax|log_softmax|csr_sum|broadcast|resize).*|validate_.*",
         )
@@ -256,7 +258,7 @@ FREE_NAMESPACES = {"prim", "prims", "profiler", "c10d", "_c10d_functional", "_dt
 
 @functools.cache
 def is_free(func: Any) -> bool:
-    """Return whether an operation is entrywise, a reduction, a view, a gather or the like, which the price leaves out."""
+    """Return whether an operation is entrywise, a reduction, a view, a gather or similar, which the price leaves out."""
     namespace, _, name = operator_name(func).partition("::")
     if namespace != "aten":
         return namespace in FREE_NAMESPACES

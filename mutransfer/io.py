@@ -1,4 +1,4 @@
-"""Write files whole or not at all, name the disk in errors, and keep passwords out of files and messages."""
+"""Atomic file writes, disk errors that name the path, and passwords masked in files and messages."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from .errors import RequestError
 
 __all__ = ["FULL_DISK", "masked", "naming_the_disk", "read_json", "write_bytes", "write_json", "write_text"]
 
-# EFBIG is what a size limit (ulimit -f, a quota of some file systems) answers instead of ENOSPC.
+# A size limit (ulimit -f, the quota of some file systems) raises EFBIG instead of ENOSPC.
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @contextlib.contextmanager
 def naming_the_disk(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Turn a full or read-only disk under ``path`` into a `RequestError` that names it."""
+    """Convert the error of a full disk, or of a path that cannot be written, into a `RequestError` that names ``path``."""
     try:
         yield
     except OSError as error:
         if error.errno in FULL_DISK:
             raise RequestError(
                 f"no space left to write {path} ({os.strerror(error.errno or 0)}): free some disk space or choose another "
-                "--out, then run the same command again; what was finished is kept."
+                "--out, then run the same command again; finished work is kept."
             ) from error
         if error.errno in {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}:
             raise RequestError(
-                f"cannot write {path} ({os.strerror(error.errno or 0)}): choose an --out that can be written."
+                f"cannot write {path} ({os.strerror(error.errno or 0)}): choose a writable --out."
             ) from error
         raise
 
 
 def write_bytes(path: str | os.PathLike[str], content: bytes) -> Path:
-    """Write ``content`` to ``path``, making its folders; a reader, or a crash, sees the old file or the new one.
+    """Write ``content`` to ``path`` atomically, creating its folders: a reader or a crash sees the old file or the new one.
 
     Raises:
         RequestError: the disk is full or ``path`` cannot be written; no partial file is left.
@@ -55,7 +55,7 @@ def write_bytes(path: str | os.PathLike[str], content: bytes) -> Path:
                 os.fsync(file.fileno())
             umask = os.umask(0)
             os.umask(umask)
-            os.chmod(temporary, 0o666 & ~umask)  # mkstemp's 0600 would hide a report from colleagues
+            os.chmod(temporary, 0o666 & ~umask)  # mkstemp's mode 0600 would hide a report from other users
             os.replace(temporary, path)
         except BaseException:
             with contextlib.suppress(OSError):
@@ -65,20 +65,20 @@ def write_bytes(path: str | os.PathLike[str], content: bytes) -> Path:
 
 
 def write_text(path: str | os.PathLike[str], content: str) -> Path:
-    """Write text as UTF-8 through `write_bytes`."""
+    """Write ``content`` as UTF-8 with `write_bytes`."""
     return write_bytes(path, content.encode())
 
 
 def write_json(path: str | os.PathLike[str], content: Any) -> Path:
-    """Write ``content`` as indented JSON through `write_bytes`; NaN and infinities are refused by the encoder."""
+    """Write ``content`` as indented JSON with `write_bytes`; the encoder rejects NaN and infinities."""
     return write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_json(path: str | os.PathLike[str], what: str) -> Any:
-    """Read the JSON of ``path``.
+    """Return the content of the JSON file ``path``.
 
     Raises:
-        RequestError: the file is missing or is not JSON; ``what`` says what it should have been.
+        RequestError: the file is missing or is not JSON; the message says that ``what`` was expected.
     """
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
@@ -90,11 +90,11 @@ def read_json(path: str | os.PathLike[str], what: str) -> Any:
         raise RequestError(f"{path} is not valid JSON ({error}): expected {what}.") from None
 
 
-# scheme://user:password@host; greedy, as a password that was not percent-encoded may hold a / or an @.
+# scheme://user:password@host; greedy, because a password that is not percent-encoded may contain / or @.
 _IN_ADDRESS = re.compile(r"(://[^:/?#\s@]*):(\S*)@")
 _IN_QUERY = re.compile(r"([?&\s](?:password|passwd|sslpassword)=)[^&\s]*", re.IGNORECASE)
 
 
 def masked(text: str) -> str:
-    """Return ``text`` with the password of every URL in it as ``***``."""
+    """Return ``text`` with the password of every URL replaced by ``***``."""
     return _IN_QUERY.sub(r"\1***", _IN_ADDRESS.sub(r"\1:***@", text))

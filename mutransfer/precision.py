@@ -1,4 +1,4 @@
-"""How fast this machine multiplies matrices in bfloat16, measured once per process."""
+"""Speed of bfloat16 matrix products on this machine, measured once per process."""
 
 from __future__ import annotations
 
@@ -11,33 +11,33 @@ from ._torch_internals import disable_current_modes
 
 __all__ = ["bfloat16_is_slow", "bfloat16_slowdown"]
 
-SIZE = 128  # large enough for the gap to show (0.1 ms against 10 ms), small enough to cost nothing
+SIZE = 128  # large enough to show the gap (0.1 ms against 10 ms), small enough to cost almost nothing
 REPEATS = 5
-SLOW = 4.0  # processors with bfloat16 instructions, or AVX-512, are within a factor 2; AVX2 alone is at 60 to 90
+SLOW = 4.0  # CPUs with bfloat16 instructions or AVX-512 stay within a factor of 2; with AVX2 alone it is 60 to 90
 
 
 @functools.cache
 def bfloat16_slowdown() -> float:
-    """Return the time of a bfloat16 product over that of a float32 product on this CPU (128 x 128, fastest of 5).
+    """Return the time of a bfloat16 product relative to a float32 product on this CPU (128 x 128, fastest of 5).
 
-    torch has no vectorized bfloat16 product for processors with AVX2 alone, which most desktops and older servers have.
+    torch has no vectorized bfloat16 product for CPUs with AVX2 alone, which includes most desktops and older servers.
     """
-    # A fake or tracing mode that is active would record the products instead of computing them.
+    # An active fake or tracing mode would record the products instead of computing them.
     with disable_current_modes(), torch.no_grad():
         exact = torch.ones(SIZE, SIZE, dtype=torch.float32, device="cpu")
         return _seconds(exact.to(torch.bfloat16)) / _seconds(exact)
 
 
 def bfloat16_is_slow(device: torch.device | str) -> bool:
-    """Return whether bfloat16 products on ``device`` take over four times as long as float32 ones; only CPUs do."""
+    """Return whether bfloat16 products on ``device`` take over four times as long as float32 ones; only a CPU can be slow."""
     return torch.device(device).type == "cpu" and bfloat16_slowdown() > SLOW
 
 
 def _seconds(matrix: torch.Tensor) -> float:
     matrix @ matrix  # the first product may create the kernel
-    found = []
+    times = []
     for _ in range(REPEATS):
-        begun = time.perf_counter()
+        start = time.perf_counter()
         matrix @ matrix
-        found.append(time.perf_counter() - begun)
-    return min(found)
+        times.append(time.perf_counter() - start)
+    return min(times)

@@ -1,21 +1,21 @@
-"""What a training step costs in floating point operations, counted on the operations themselves and before anything is built.
+"""The cost of a training step in floating point operations, counted operation by operation before anything is built.
 
-The convention, for every kind of layer:
+The same convention applies to every kind of layer:
 
-- A multiply-add is 2 operations, of complex numbers 8.
-- Counted are products: of matrices, convolutions (padding included), attention, recurrences, distances. Entrywise work,
-  normalizations, reductions, gathers and entrywise optimizers are left out, as in the usual 6·N·D; Muon's products are
-  `optimizer_flops`.
-- Attention is counted in full whatever its mask, so that causal attention written out and fused cost the same: 4·T·S·d forward
-  for T queries, S keys and a width d over all heads, and twice that backward. Scores that a fused kernel computes again in its
-  backward pass are its own affair and not counted.
-- Everything else is counted as executed. A layer under activation checkpointing is computed twice forward (up to the last
-  tensor that its backward pass needs); a gradient that nobody needs, such as the data's or a recurrence's initial state's, is
-  no work.
-- Where values decide on sizes (experts chosen by a router), they are computed from random products: the count is exact where
-  every token goes to the same number of experts, and otherwise (tokens dropped at a capacity) that of a random router.
+- A multiply-add counts as 2 operations, or as 8 for complex numbers.
+- Products are counted: of matrices, convolutions (padding included), attention, recurrences, distances. Entrywise work,
+  normalizations, reductions, gathers and entrywise optimizers are left out, as in the usual 6·N·D. Muon's products are counted
+  separately, by `optimizer_flops`.
+- Attention is counted in full whatever its mask, so that written-out and fused causal attention cost the same: 4·T·S·d forward
+  for T queries, S keys and a width d over all heads, and twice that backward. Scores that a fused kernel recomputes in its
+  backward pass are not counted.
+- Everything else is counted as executed. A layer under activation checkpointing runs forward twice (up to the last tensor that
+  its backward pass needs). A gradient that is not needed, such as that of the data or of a recurrence's initial state, costs
+  nothing.
+- Where sizes depend on values (experts chosen by a router), the values are computed from random products. The count is exact if
+  every token goes to the same number of experts; otherwise (tokens dropped at a capacity) it is that of a random router.
 
-Whatever may be work and has no formula here is named: see `Flops.uncounted`.
+Operations that may cost something but have no formula are named in `Flops.uncounted`.
 """
 
 from __future__ import annotations
@@ -55,12 +55,12 @@ ITERATIONS = NEWTON_SCHULZ[1]
 
 @dataclass(frozen=True)
 class Flops:
-    """Floating point operations, and what they do not include.
+    """A number of floating point operations, and the operations it does not include.
 
     Attributes:
-        total: of all operations that have a formula.
-        uncounted: names of the operations that may be work and have none, such as ``aten::_fft_r2c`` or a custom
-            ``mylib::op`` (`torch.utils.flop_counter.register_flop_formula` gives it one).
+        total: the sum over all operations that have a formula.
+        uncounted: names of the operations that may cost something but have no formula, such as ``aten::_fft_r2c`` or a
+            custom ``mylib::op`` (`torch.utils.flop_counter.register_flop_formula` adds one).
     """
 
     total: float
@@ -70,10 +70,11 @@ class Flops:
 def step_cost(family: Family, scale: Scale, batch: Any) -> Flops:
     """Return the cost of one training step (forward and backward) on ``batch``.
 
-    Nothing of the model's size is allocated. Only a small model that does not run on fake tensors is run for real.
+    The model runs on fake tensors, and nothing of its size is allocated. Only a small model that cannot run on fake tensors is
+    run on real ones.
 
     Raises:
-        RequestError: the model cannot be built, or asks for values that cannot be computed without running it.
+        RequestError: the model cannot be built, or needs values that cannot be computed without running it.
     """
     size = 0
     try:
@@ -98,9 +99,9 @@ def _counted(family: Family, model: torch.nn.Module, batch: Any) -> Flops:
 
 
 def optimizer_flops(plan: Plan) -> float:
-    """Return the floating point operations of one optimizer step: of Muon's Newton-Schulz iteration, 0 for all others.
+    """Return the floating point operations of one optimizer step: Muon's Newton-Schulz iteration, 0 for other optimizers.
 
-    Five iterations (Jordan et al. 2024), each of three products: X·Xᵀ, its square, and that times X.
+    There are five iterations (Jordan et al. 2024) of three products each: X·Xᵀ, its square, and that times X.
     """
     total = 0.0
     for row in plan.rows:
@@ -111,14 +112,14 @@ def optimizer_flops(plan: Plan) -> float:
 
 
 def step_flops(family: Family, scale: Scale, batch: Any) -> float:
-    """Return `step_cost`'s total."""
+    """Return the total of `step_cost`."""
     return step_cost(family, scale, batch).total
 
 
 class FlopCounter(TorchDispatchMode):
-    """Count what runs inside, on fake or real tensors; ask `flops` afterwards.
+    """Count the operations that run inside the context, on fake or real tensors; read `flops` afterwards.
 
-    Compiled functions run uncompiled inside, and layers as the operations that they consist of.
+    Inside, compiled functions run uncompiled, and fused layers run as the operations they consist of.
     """
 
     supports_higher_order_operators = True
@@ -131,11 +132,11 @@ class FlopCounter(TorchDispatchMode):
 
     @property
     def flops(self) -> Flops:
-        """What was counted so far."""
+        """The count so far."""
         return Flops(self._total, tuple(self._uncounted))
 
     def __enter__(self) -> FlopCounter:
-        if not self._around:  # re-entered to count the operations that another consists of
+        if not self._around:  # re-entered to count the operations that another one consists of
             stack = contextlib.ExitStack()
             stack.enter_context(unfused())
             stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -153,13 +154,13 @@ class FlopCounter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if any(is_traceable_wrapper_subclass(each) for each in tree_leaves((args, kwargs))):
-            return NotImplemented  # ragged or sharded: what it holds is operated on in turn, and seen then
+            return NotImplemented  # ragged or sharded: operations on the inner tensors are dispatched in turn, and counted then
         if isinstance(func, HigherOrderOperator):
             return self._higher_order(func, args, kwargs)
         packet = overload_packet(func)
         formula = FORMULAS.get(packet) or flop_registry.get(packet)
         if formula is None and not is_free(func):
-            with self:  # what torch itself breaks down, in inference mode
+            with self:  # in inference mode, composite operations arrive here undecomposed
                 out = func.decompose(*args, **kwargs)
             if out is not NotImplemented:
                 return out
@@ -173,7 +174,7 @@ class FlopCounter(TorchDispatchMode):
 
     def _add(self, func: Any, formula: Formula, args: Any, kwargs: dict[str, Any], out: Any) -> None:
         dense = all(each.layout is torch.strided for each in tree_leaves((args, out)) if isinstance(each, torch.Tensor))
-        if not dense:  # of a sparse or ragged tensor the shape does not say how much is in it
+        if not dense:  # the shape of a sparse or ragged tensor does not show how many entries it holds
             self._uncounted[f"{_name(func)} of {_layout(args)} tensors"] = None
             return
         products = 4 if any(isinstance(each, torch.Tensor) and each.is_complex() for each in tree_leaves(args)) else 1
@@ -187,7 +188,7 @@ class FlopCounter(TorchDispatchMode):
             self._add(func, formula, args, kwargs, out)
             return out
         match name:
-            case "cond":  # the dearer branch, as the condition may be anything
+            case "cond":  # the more expensive branch, because the condition is not known
                 costs = [_cost(branch, args[3]) for branch in args[1:3]]
                 parts, times = max(costs, key=lambda cost: cost.total), 1
             case "scan":
@@ -211,7 +212,7 @@ def _cost(called: Callable[..., Any], operands: Any) -> Flops:
 
 @contextlib.contextmanager
 def _flex_attention_trains_on_the_cpu() -> Iterator[None]:
-    """Leave out flex attention's refusal of gradients on the CPU, where fake tensors stand for a GPU's."""
+    """Skip the check by which flex attention refuses gradients on the CPU, where fake tensors stand in for a GPU's."""
     from torch.nn.attention import flex_attention as module
 
     check = getattr(module, "_validate_device", None)

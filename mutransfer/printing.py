@@ -1,7 +1,7 @@
-"""What a command prints: standard output holds its result and nothing else, whatever else is printed goes to standard error.
+"""Keep standard output for a command's result, and redirect everything else that is printed to standard error.
 
-A model, a library or a process that they start prints through Python, through C or straight into file descriptor 1, so it is
-the descriptor that is turned away. Outside of a command nothing here changes anything.
+A model, a library or a process that they start may print through Python, through C or directly to file descriptor 1, so the
+descriptor itself is redirected. Outside of a command, nothing here has any effect.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ R = TypeVar("R")
 
 _results: TextIO | None = None
 _until_exit = False
-# Of torch's own log: each of these is an attempt that failed, of which the command says what it means or which it works around.
+# Loggers of torch that report failed attempts. The command explains what such a failure means, or works around it.
 _ATTEMPTS = (
     "torch._subclasses.fake_tensor",
     "torch._subclasses.fake_utils",
@@ -49,19 +49,19 @@ _shown: set[Hashable] = set()
 
 
 def results() -> TextIO | None:
-    """Return the stream that results are written to; None if the command was started without a standard output."""
+    """Return the stream for results, or None if the command was started without a standard output."""
     return _results if _results is not None else sys.stdout
 
 
 def release_at_exit_only() -> None:
-    """Let the next `reserved` last until the process ends, so that what is printed at exit is no result either."""
+    """Make the next `reserved` last until the process ends, so that output printed at exit does not mix with the result."""
     global _until_exit
     _until_exit = True
 
 
 @contextlib.contextmanager
 def reserved() -> Iterator[None]:
-    """Keep standard output for what is written to `results`; all other writes to it arrive at standard error."""
+    """Reserve standard output for what is written to `results`; redirect all other writes to standard error."""
     global _results
     if _results is not None:
         yield
@@ -72,12 +72,12 @@ def reserved() -> Iterator[None]:
     flush()
     try:
         kept = os.dup(1)
-    except OSError:  # closed by whoever started the command
+    except OSError:  # standard output was closed when the command started
         kept = None
     if on_descriptor and kept is not None:
         _results = os.fdopen(kept, "w", encoding=stream.encoding, errors=stream.errors, closefd=False)
-        stream.reconfigure(line_buffering=True)  # in order with what goes to standard error itself
-    else:  # someone who embeds the command reads this stream, or nobody does
+        stream.reconfigure(line_buffering=True)  # keeps the order relative to direct writes to standard error
+    else:  # an embedding program has replaced the stream, or there is none
         _results = stream if stream is not None else io.StringIO()
         sys.stdout = sys.stderr
     _to_stderr()
@@ -99,14 +99,14 @@ def reserved() -> Iterator[None]:
 
 
 def in_worker() -> None:
-    """Let `shown_once` work in a worker process, whose standard output its parent has turned away already."""
+    """Enable `shown_once` in a worker process, whose standard output its parent has already redirected."""
     global _results
     _results = sys.stderr
-    no_tracebacks_of_torch().__enter__()  # for good
+    no_tracebacks_of_torch().__enter__()  # until the process ends
 
 
-class _Lines(logging.Handler):
-    """Writes every record as a line on today's standard error, in one write, which a Ctrl-C does not split."""
+class _StderrHandler(logging.Handler):
+    """Write every record as a line to the current `sys.stderr`, in one write, which Ctrl-C does not split."""
 
     def emit(self, record: logging.LogRecord) -> None:
         with contextlib.suppress(OSError, ValueError, AttributeError):
@@ -116,8 +116,8 @@ class _Lines(logging.Handler):
 
 @contextlib.contextmanager
 def log_to_stderr() -> Iterator[None]:
-    """Write what this package logs, from INFO on, to standard error: the command line's handler."""
-    logger, lines = logging.getLogger("mutransfer"), _Lines()
+    """Write this package's log records of level INFO and above to standard error, as the command line does."""
+    logger, lines = logging.getLogger("mutransfer"), _StderrHandler()
     level = logger.level
     logger.addHandler(lines)
     logger.setLevel(logging.INFO)
@@ -135,7 +135,7 @@ class _NoTracebacks(logging.Filter):
 
 @contextlib.contextmanager
 def no_tracebacks_of_torch() -> Iterator[None]:
-    """Keep tracebacks out of torch's log, of attempts that are answered in a sentence; TORCH_LOGS asks for all of it."""
+    """Hide tracebacks in torch's log of failed attempts, which mutransfer reports in a sentence; TORCH_LOGS shows them."""
     if os.environ.get("TORCH_LOGS"):
         yield
         return
@@ -153,14 +153,15 @@ def no_tracebacks_of_torch() -> Iterator[None]:
 
 @contextlib.contextmanager
 def shown_once(*where: Hashable) -> Iterator[None]:
-    """Show what is printed inside, unless the command has shown the same before.
+    """Show the output of the block, unless the command has shown the same output before.
 
-    The same is the same text, or at the same place (``where``) a text that differs in numbers alone: times, addresses.
+    Output is the same if the text is identical, or if it comes from the same place (``where``) and differs only in numbers,
+    such as times or addresses.
     """
     if _results is None or not _capturing.acquire(blocking=False):
         yield
         return
-    texts: list[str] = []  # empty if a Ctrl-C comes before anything is captured
+    texts: list[str] = []  # stays empty if Ctrl-C comes before anything is captured
     try:
         with _captured(texts):
             yield
@@ -174,7 +175,7 @@ def shown_once(*where: Hashable) -> Iterator[None]:
 
 
 def once(function: Callable[P, R], *where: Hashable) -> Callable[P, R]:
-    """Return ``function`` with what it prints shown once; see `shown_once`."""
+    """Return ``function`` with its output shown once; see `shown_once`."""
 
     @functools.wraps(function)
     def quietly(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -193,18 +194,18 @@ def _write(text: str) -> None:
 
 
 def flush() -> None:
-    """Write out what Python and C hold back for standard output."""
+    """Flush the buffers of Python and C for standard output."""
     for stream in {id(each): each for each in (sys.stdout, sys.__stdout__) if each is not None}.values():
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
-    if "ctypes" in sys.modules:  # without it nothing compiled that prints has been imported
+    if "ctypes" in sys.modules:  # otherwise no compiled code that prints has been imported
         with contextlib.suppress(OSError, AttributeError):
             sys.modules["ctypes"].CDLL(None).fflush(None)
 
 
 @contextlib.contextmanager
 def _captured(texts: list[str]) -> Iterator[None]:
-    """Add what is written to descriptor 1 and to `sys.stdout` to ``texts`` when the block ends."""
+    """Capture writes to descriptor 1 and to `sys.stdout`, and append the text to ``texts`` when the block ends."""
     flush()
     before, stream = os.dup(1), sys.stdout
     ours: Any = None
@@ -216,7 +217,7 @@ def _captured(texts: list[str]) -> Iterator[None]:
             yield
         finally:
             flush()
-            if sys.stdout is ours:  # else the model has put a stream of its own there
+            if sys.stdout is ours:  # otherwise the model has replaced the stream
                 sys.stdout = stream
             with contextlib.suppress(OSError, ValueError, AttributeError):
                 ours.flush()
@@ -230,10 +231,10 @@ def _to_stderr() -> None:
     try:
         os.dup2(2, 1)
     except OSError:  # standard error is closed
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, 1)
-        if nowhere != 1:
-            os.close(nowhere)
+        devnull = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(devnull, 1)
+        if devnull != 1:
+            os.close(devnull)
 
 
 def _descriptor(stream: Any) -> int | None:

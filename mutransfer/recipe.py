@@ -1,4 +1,4 @@
-"""The hyperparameters of a run, as tuned at base scale."""
+"""The hyperparameters of a run, as tuned at the base scale."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Recipe(Settings):
-    """Hyperparameters at base scale, before any scaling rule: what is tuned on a proxy and carried to the target.
+    """Hyperparameters at the base scale, before any scaling rule: tuned on a proxy and transferred to the target.
 
-    Everything is dimensionless except ``clip`` (units of the gradient's norm). The α's and ``init_scale`` are
-    multipliers on the base model's own forward and initial weights, 1 meaning "as the model was written"
-    (TP-V 2203.03466, Table 1 lists which of these transfer).
+    All values are dimensionless except ``clip`` (units of the gradient's norm). The α's and ``init_scale`` multiply
+    the base model's forward pass and initial weights; 1 leaves the model as it was written. TP-V (2203.03466), Table 1,
+    lists which of these transfer.
     """
 
     lr: Positive = 2**-9
@@ -30,8 +30,8 @@ class Recipe(Settings):
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
     eps: Positive = 1e-8
     momentum: Fraction = 0.9
-    adamw_lr_ratio: Positive = 1.0  # beside Muon: the lr of what it leaves to AdamW, over its own
-    eps2: Positive = 1e-3  # Adafactor: the least size of a parameter that its step is relative to
+    adamw_lr_ratio: Positive = 1.0  # with Muon: the lr of the parameters that AdamW updates, relative to Muon's
+    eps2: Positive = 1e-3  # Adafactor: lower bound of the parameter size that a step is relative to
     init_scale: Positive = 1.0
     alpha_input: Positive = 1.0
     alpha_attention: Positive = 1.0
@@ -55,18 +55,18 @@ class Recipe(Settings):
         return self
 
     def with_(self, **changes: Any) -> Recipe:
-        """Return this recipe with some values replaced, validated again."""
+        """Return a validated copy of this recipe with some values replaced."""
         return Recipe.read({**self.model_dump(), **changes}, "recipe")
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the recipe as JSON, whole or not at all."""
+        """Write the recipe as JSON, atomically."""
         return write_json(path, self.model_dump(mode="json"))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Recipe:
-        """Read what `save` wrote.
+        """Read a recipe that `save` wrote.
 
         Raises:
-            RequestError: no such file, not JSON, an unknown key or a value out of range.
+            RequestError: the file does not exist or is not JSON, a key is unknown, or a value is out of range.
         """
-        return cls.read(read_json(path, "a recipe, as `mutransfer tune` writes best.json"), str(path))
+        return cls.read(read_json(path, "a recipe, such as the best.json of `mutransfer tune`"), str(path))

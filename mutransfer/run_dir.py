@@ -1,8 +1,8 @@
-"""The run folder: its files, the environment they were made in, and how paths in an experiment are found again.
+"""The run folder: its files, the environment they were created in, and the resolution of recorded paths.
 
-Paths are relative to the folder of the experiment's file. Results record the absolute path of everything they were made from, and
-its path relative to the record. A file that lies beside the record now takes precedence, so that a copy of a project uses its own
-files; after it the recorded place.
+Paths in an experiment are relative to the folder of its file. Results record two paths of everything they were made from: the
+absolute path, and the path relative to the record. A file that exists at the relative path takes precedence, so that a copied
+project uses its own files; otherwise the absolute path is used.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PACKAGES = ("mutransfer", "torch", "mup", "optuna", "pandas", "numpy", "scipy", 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Paths inside one run folder."""
+    """The paths of the files in one run folder."""
 
     path: Path
 
@@ -54,44 +54,42 @@ class RunFolder:
         with naming_the_disk(self.path):
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
-            except FileNotFoundError:  # with its parents made, only where nothing can be made, as in /proc
-                raise RequestError(
-                    f"cannot make the folder {self.path}: choose an --out that can be written."
-                ) from None
+            except FileNotFoundError:  # despite parents=True: only where nothing can be created, as in /proc
+                raise RequestError(f"cannot create the folder {self.path}: choose a writable --out.") from None
             if not os.access(self.path, os.W_OK):
-                raise RequestError(f"cannot write into {self.path}: choose an --out that can be written.")
+                raise RequestError(f"cannot write into {self.path}: choose a writable --out.")
         return self
 
     def existing(self) -> RunFolder:
-        """Return this folder if `mutransfer tune` made it.
+        """Return this folder after checking that `mutransfer tune` created it.
 
         Raises:
             RequestError: it is not a run folder.
         """
         if not self.experiment.is_file():
             raise RequestError(
-                f"{self.path} is no run folder (it has no experiment.yaml): make one with `mutransfer tune`."
+                f"{self.path} is not a run folder (it has no experiment.yaml): create one with `mutransfer tune`."
             )
         return self
 
     def read_environment(self) -> dict[str, Any]:
-        """Return what `note_environment` has written, or nothing before it has."""
+        """Return what `note_environment` wrote, or an empty dictionary if it has not been called."""
         found = read_json(self.environment, "the run's environment") if self.environment.exists() else {}
         return found if isinstance(found, dict) else {}
 
     def note_environment(self, **facts: Any) -> None:
-        """Write versions, device, command and ``facts``; refuse to mix results of another data hash.
+        """Record versions, machine, command and ``facts``; refuse to mix results of different data.
 
         Raises:
             RequestError: the folder holds results on data with another SHA-256.
         """
         before = self.read_environment()
-        if "places" in facts:  # those of before a move still lead to what is there now
+        if "places" in facts:  # places recorded before a move still lead to the moved files
             facts["places"] = {**before.get("places", {}), **facts["places"]}
         known, now = before.get("data_sha256"), facts.get("data_sha256")
         if known and now and known != now:
             raise RequestError(
-                f"{self.path} holds results on data with SHA-256 {known[:12]}…, and the data is now {now[:12]}… (another "
+                f"{self.path} holds results on data with SHA-256 {known[:12]}…, but the data is now {now[:12]}… (another "
                 "corpus or Python version): losses are not comparable, so use another --out."
             )
         command = " ".join(["mutransfer", *map(masked, sys.argv[1:])]) if sys.argv[:1] else ""
@@ -103,14 +101,14 @@ class RunFolder:
         self, command: str, *, planned: int | None, ended: bool, arguments: Mapping[str, Any] | None = None,
         question: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
-        """Write how far ``command`` ("tune", "repeats", "verify" or "check") is going, so that a reader knows what is missing.
+        """Record the extent of ``command`` ("tune", "repeats", "verify" or "check"), so that readers know what is missing.
 
         Args:
-            command: whose runs.
-            planned: runs in all; None where the command adds more until it can decide.
-            ended: whether it came to its end; what is planned may still not have been done, as a budget may end a search.
-            arguments: options of the command line that make it go on, flag → value.
-            question: what it is about, such as the recipe: plain data.
+            command: the command whose runs are recorded.
+            planned: total number of runs; None if the command adds more until it can decide.
+            ended: whether it finished. Not all planned runs need be done then, since a budget may end a search.
+            arguments: command-line options that resume it, flag → value.
+            question: what it was run for, such as the recipe, as plain data.
         """
         before = self.read_environment()
         record = {
@@ -125,23 +123,23 @@ class RunFolder:
             write_json(self.environment, {**before, "progress": {**progress, command: record}})
 
     def progress(self, command: str) -> dict[str, Any]:
-        """Return what `note_progress` wrote of ``command``; empty where nothing was."""
+        """Return what `note_progress` wrote for ``command``, or an empty dictionary."""
         progress = self.read_environment().get("progress")
         found = progress.get(command) if isinstance(progress, dict) else None
         return found if isinstance(found, dict) else {}
 
     def unfinished(self, command: str) -> bool:
-        """Whether ``command`` was begun here and has not come to its end."""
+        """Return whether ``command`` was started here and has not finished."""
         return self.progress(command).get("ended") is False
 
     def verdict(self, command: str) -> dict[str, Any] | None:
-        """Return what verify.json or check.json holds; None where there is no verdict in it."""
+        """Return the content of verify.json or check.json, or None if it holds no verdict."""
         path = {"verify": self.verify, "check": self.check}[command]
-        content = read_json(path, f"what `mutransfer {command}` found") if path.is_file() else None
+        content = read_json(path, f"the result of `mutransfer {command}`") if path.is_file() else None
         return content if isinstance(content, dict) and content.get("verdict") else None
 
     def differences(self, command: str, question: Mapping[str, Any]) -> list[str]:
-        """Return in what the verdict of ``command`` was about something else than ``question``, as far as the folder tells."""
+        """Return the keys of ``question`` whose value differs from what the folder records for the verdict of ``command``."""
         known = dict(self.progress(command).get("question") or {})
         content = self.verdict(command) or {}
         if command == "verify" and "recipe" not in known:
@@ -149,7 +147,9 @@ class RunFolder:
             known |= {"recipe": basins["recipe"]} if isinstance(basins, dict) and "recipe" in basins else {}
         known |= {key: content[key] for key in ("parametrization", "optimizer") if key in content and key not in known}
         found = [
-            key for key, value in question.items() if key in known and self._plain(known[key]) != self._plain(value)
+            key
+            for key, value in question.items()
+            if key in known and self._with_absolute_path(known[key]) != self._with_absolute_path(value)
         ]
         lr, judged = (question.get("recipe") or {}).get("lr"), content.get("transferred_log2_lr")
         if "recipe" not in found and lr and isinstance(judged, int | float) and abs(judged - math.log2(lr)) > 1e-6:
@@ -157,7 +157,7 @@ class RunFolder:
         return found
 
     def command(self, command: str, arguments: Mapping[str, Any] | None = None) -> str:
-        """Return the line that runs ``command`` on this folder, with the ``arguments`` of its last time unless given."""
+        """Return the command line that runs ``command`` on this folder; ``arguments`` default to those of its last run."""
         given = self.progress(command).get("arguments") or {} if arguments is None else arguments
         path, experiment = str(self.path), str(self.experiment)
         line = {
@@ -168,20 +168,20 @@ class RunFolder:
         }[command]
         return shlex.join(["mutransfer", *line, *(str(part) for pair in given.items() for part in pair)])
 
-    def _plain(self, value: Any) -> Any:
-        """Return a model's reference with the whole path of its file, where it is now, and everything else as it is."""
+    def _with_absolute_path(self, value: Any) -> Any:
+        """Return a model reference with the current absolute path of its file, and any other value unchanged."""
         if not isinstance(value, str) or (path := path_of("model", value)) is None:
             return value
-        whole = os.path.abspath(path)
+        absolute = os.path.abspath(path)
         for before, relative in self.read_environment().get("places", {}).items():
-            if whole == before or whole.startswith(f"{before}/"):
-                moved = os.path.normpath(os.path.realpath(self.path / relative) + whole[len(before) :])
-                return with_path("model", value, moved if os.path.exists(moved) else whole)
-        return with_path("model", value, whole)
+            if absolute == before or absolute.startswith(f"{before}/"):
+                moved = os.path.normpath(os.path.realpath(self.path / relative) + absolute[len(before) :])
+                return with_path("model", value, moved if os.path.exists(moved) else absolute)
+        return with_path("model", value, absolute)
 
 
 def environment() -> dict[str, Any]:
-    """Return versions and machine, as far as they bear on a number's reproduction."""
+    """Return the versions and machine details that matter for reproducing a number."""
     import torch
 
     versions = {}
@@ -201,7 +201,7 @@ def environment() -> dict[str, Any]:
 
 
 def _processor() -> str:
-    """The processor's own name where the system tells it."""
+    """Return the processor's model name, where the system provides it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -210,14 +210,14 @@ def _processor() -> str:
     return names[0] if names else platform.machine()
 
 
-PREFIXES = {"model": ("hf",), "data": ("text", "bin"), "call": ()}  # key of an experiment → what a path may follow
+PREFIXES = {"model": ("hf",), "data": ("text", "bin"), "call": ()}  # key of an experiment → prefixes of a path
 NAMES = {"model": "model", "data": "data", "call": "trainer"}
 
 
 def path_of(key: str, reference: str) -> str | None:
-    """Return the path in what stands for ``key`` (model, data, call); None if it names something built in or installed.
+    """Return the path in the value of ``key`` (model, data, call), or None if it names something built in or installed.
 
-    Paths are those of ``hf:PATH``, ``text:PATH``, ``bin:PATH`` and ``PATH/file.py:name``.
+    Values with a path are ``hf:PATH``, ``text:PATH``, ``bin:PATH`` and ``PATH/file.py:name``.
     """
     kind, colon, rest = reference.partition(":")
     if colon and rest and kind in PREFIXES[key]:
@@ -229,7 +229,7 @@ def path_of(key: str, reference: str) -> str | None:
 
 
 def with_path(key: str, reference: str, path: str) -> str:
-    """Return ``reference`` with another path in place of its own."""
+    """Return ``reference`` with its path replaced by ``path``."""
     old = path_of(key, reference)
     if old is None:
         return reference
@@ -239,56 +239,58 @@ def with_path(key: str, reference: str, path: str) -> str:
 
 
 def anchored(key: str, reference: str, folder: str | os.PathLike[str]) -> str:
-    """Return ``reference``, whose path leads from the current folder if there is one, with a path that leads from ``folder``."""
+    """Return ``reference`` with its path, if any, made relative to ``folder`` instead of the current folder."""
     path = path_of(key, reference)
     if path is None or path.startswith("~") or os.path.isabs(path) or not os.path.exists(path):
         return reference
-    below = os.path.relpath(path, folder)
-    return with_path(key, reference, os.path.abspath(path) if below.startswith(os.pardir) else below)
+    relative_path = os.path.relpath(path, folder)
+    return with_path(key, reference, os.path.abspath(path) if relative_path.startswith(os.pardir) else relative_path)
 
 
 def from_here(key: str, reference: str, folder: str | os.PathLike[str] | None) -> str:
-    """Return ``reference`` for use in the current folder: its path relative to ``folder`` leads from here."""
+    """Return ``reference`` for use in the current folder: with its path, relative to ``folder``, resolved from here."""
     path = path_of(key, reference)
     if path is None or path.startswith("~") or folder is None:
         return reference
-    whole = os.path.normpath(os.path.join(folder, path))
-    below = os.path.relpath(whole)
-    # As short as it was typed, where it was typed.
-    return with_path(key, reference, whole if os.path.isabs(path) or below.startswith(os.pardir) else below)
+    resolved = os.path.normpath(os.path.join(folder, path))
+    relative_path = os.path.relpath(resolved)
+    # In the folder where the path was typed, it stays as short as it was typed.
+    return with_path(
+        key, reference, resolved if os.path.isabs(path) or relative_path.startswith(os.pardir) else relative_path
+    )
 
 
 def recorded(references: Mapping[str, str], folder: str, record_dir: str | os.PathLike[str]) -> dict[str, str]:
-    """Return absolute → relative to the folder ``record_dir`` of ``folder`` and of every absolute path in ``references``."""
+    """Return, for ``folder`` and every absolute path in ``references``: absolute path → path relative to ``record_dir``."""
     paths = [path_of(key, each) for key, each in references.items()]
     home = os.path.realpath(record_dir)
-    whole = sorted({folder, *(path for path in paths if path is not None and os.path.isabs(path))})
-    return {path: os.path.relpath(os.path.realpath(path), home) for path in whole}
+    absolute = sorted({folder, *(path for path in paths if path is not None and os.path.isabs(path))})
+    return {path: os.path.relpath(os.path.realpath(path), home) for path in absolute}
 
 
 def found(
     references: Mapping[str, str], folder: str, places: Mapping[str, str], record_dir: str | os.PathLike[str],
     what: str | None = None,
 ) -> tuple[dict[str, str], str]:  # fmt: skip
-    """Return the references of a record, and the folder that their relative paths lead from, where they are now.
+    """Return the references of a record with their current paths, and the current base folder of their relative paths.
 
     Args:
-        references: by key, as recorded.
-        folder: what their relative paths led from when they were recorded.
+        references: key → reference, as recorded.
+        folder: the base folder of their relative paths when they were recorded.
         places: what `recorded` returned then.
         record_dir: the folder that holds the record now.
-        what: what the record is of, for the sentence; None to let pass what is gone.
+        what: a name for the recorded object, for the error message; None to accept missing files.
 
     Raises:
-        RequestError: a path leads nowhere, neither from the record nor from where it was.
+        RequestError: a file exists neither at its path relative to the record nor at its recorded absolute path.
     """
     homes = _candidates(folder, places, record_dir)
-    home = next((each for each in homes if all(_there(key, ref, each) for key, ref in references.items())), folder)
+    home = next((each for each in homes if all(_exists(key, ref, each) for key, ref in references.items())), folder)
     now = {}
     for key, reference in references.items():
         path = path_of(key, reference)
         now[key] = reference
-        if path is None or _there(key, reference, home):
+        if path is None or _exists(key, reference, home):
             continue
         choice = (
             _candidates(path, places, record_dir)
@@ -300,21 +302,21 @@ def found(
         elif what is not None:
             places_tried = " nor ".join(dict.fromkeys(map(os.path.normpath, choice)))
             raise RequestError(
-                f"the {NAMES[key]} of {what} is gone, there is neither {places_tried}: put it back at one of them."
+                f"the {NAMES[key]} of {what} is missing (there is neither {places_tried}): put it back at one of these paths."
                 if len(choice) > 1
-                else f"the {NAMES[key]} of {what} is gone, there is no {places_tried}: put it back."
+                else f"the {NAMES[key]} of {what} is missing (there is no {places_tried}): put it back."
             )
     return now, home
 
 
 def _candidates(path: str, places: Mapping[str, str], record_dir: str | os.PathLike[str]) -> list[str]:
-    """Where the absolute ``path`` of a record may be now, the likeliest first."""
+    """Return where the recorded absolute ``path`` may be now, the likeliest place first."""
     moved = [os.path.normpath(os.path.join(os.path.realpath(record_dir), places[path]))] if path in places else []
     return list(dict.fromkeys([*moved, path]))
 
 
-def _there(key: str, reference: str, home: str) -> bool:
-    """Whether what is named is there; a module that ``home`` does not hold may be installed."""
+def _exists(key: str, reference: str, home: str) -> bool:
+    """Return whether the referenced file or module exists; a module that is not in ``home`` may be installed."""
     path = path_of(key, reference)
     if path is not None:
         return os.path.exists(os.path.join(home, os.path.expanduser(path)))

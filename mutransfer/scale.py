@@ -1,4 +1,4 @@
-"""How big a model and its run are."""
+"""The size of a model and its run."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ __all__ = ["Scale"]
 
 @dataclass(frozen=True)
 class Scale:
-    """Width and depth of a model, batch and tokens of its run: the four axes hyperparameters are carried along.
+    """Width and depth of a model, batch size and tokens of its run: the four axes along which hyperparameters transfer.
 
     Args:
-        width: the size that grows, in whatever unit the family's ``build`` reads it (hidden size, channels).
+        width: the size that grows, in the unit that the family's ``build`` uses (hidden size, channels).
         depth: number of repeated blocks.
-        batch: examples per optimizer step; None when it is not part of the question.
-        tokens: training examples (tokens for language models) of the whole run; None likewise.
+        batch: examples per optimizer step; None if unspecified.
+        tokens: training examples (tokens for language models) of the whole run; None if unspecified.
 
     Raises:
-        RequestError: a size is not a positive whole number.
+        RequestError: a size is not a positive integer.
     """
 
     width: int
@@ -36,9 +36,9 @@ class Scale:
                 raise RequestError(f"{name} is {value!r}: give a whole number of at least 1.")
 
     def with_(self, **changes: int | None) -> Scale:
-        """Return this scale with some of its sizes replaced."""
+        """Return this scale with some sizes replaced."""
         return replace(self, **changes)  # type: ignore[arg-type]
 
     def as_dict(self) -> dict[str, int | None]:
-        """Return the four sizes as plain data."""
+        """Return the four sizes as a dictionary."""
         return asdict(self)

@@ -1,4 +1,4 @@
-"""Column names, types and units of every frame: the contract between measuring and drawing."""
+"""Schemas of all data frames: column names, dtypes and units, shared by the code that measures and the code that draws."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ PARQUET = ".parquet"
 class Schema:
     """The columns of one kind of frame: name → (pandas dtype, meaning and unit).
 
-    ``open`` lets a frame carry further columns behind the named ones (a trial's hyperparameters). ``optional`` columns of
-    floats are missing values in frames that were written before there were such columns.
+    ``open`` allows further columns after the named ones (a trial's hyperparameters). Columns of floats in ``optional`` are filled
+    with missing values in frames that were written before these columns existed.
     """
 
     name: str
@@ -36,12 +36,12 @@ class Schema:
         """Return ``rows`` as a frame with this schema's columns, order and dtypes.
 
         Raises:
-            RequestError: a column is missing, or unknown while the schema is not open.
+            RequestError: a column is missing, or is unknown and the schema is not open.
         """
-        given = pd.DataFrame(rows, columns=None if len(rows) else list(self.columns))
-        given = given.assign(**{column: float("nan") for column in self.optional if column not in given})
-        missing = [column for column in self.columns if column not in given]
-        extra = [column for column in given if column not in self.columns]
+        frame = pd.DataFrame(rows, columns=None if len(rows) else list(self.columns))
+        frame = frame.assign(**{column: float("nan") for column in self.optional if column not in frame})
+        missing = [column for column in self.columns if column not in frame]
+        extra = [column for column in frame if column not in self.columns]
         if missing or (extra and not self.open):
             raise RequestError(
                 f"the {self.name} frame needs the columns {', '.join(self.columns)}: "
@@ -49,35 +49,35 @@ class Schema:
                 + "."
             )
         types = {column: dtype for column, (dtype, _) in self.columns.items()}
-        return given[[*self.columns, *extra]].astype(types)
+        return frame[[*self.columns, *extra]].astype(types)
 
     def write(self, frame: pd.DataFrame, path: str | os.PathLike[str]) -> Path:
-        """Write ``frame`` as CSV, or as Parquet where ``path`` ends so, whole or not at all; floats keep every digit.
+        """Write ``frame`` atomically, as Parquet if ``path`` ends in .parquet, else as CSV; floats keep every digit.
 
         Raises:
-            RequestError: Parquet is asked for and pyarrow not installed, or the file cannot be written.
+            RequestError: Parquet is requested but pyarrow is not installed, or the file cannot be written.
         """
-        whole = self.frame(frame)
+        validated = self.frame(frame)
         if Path(path).suffix == PARQUET:
             with _needing_pyarrow(path):
-                return write_bytes(path, whole.to_parquet(None, index=False))
-        return write_text(path, whole.to_csv(index=False))
+                return write_bytes(path, validated.to_parquet(None, index=False))
+        return write_text(path, validated.to_csv(index=False))
 
     def read(self, path: str | os.PathLike[str]) -> pd.DataFrame:
-        """Read a CSV or Parquet file that `write` made.
+        """Read a CSV or Parquet file that `write` wrote.
 
         Raises:
-            RequestError: the file is missing, is not of its kind, or lacks a column.
+            RequestError: the file does not exist, is not valid CSV or Parquet, or lacks a column.
         """
         parquet = Path(path).suffix == PARQUET
         try:
             if parquet:
                 with _needing_pyarrow(path):
-                    given = pd.read_parquet(path)
+                    frame = pd.read_parquet(path)
             else:
                 text = Path(path).read_text(encoding="utf-8")
-                # "NA" and "null" may be a module's name: only the empty cell is missing.
-                given = pd.read_csv(io.StringIO(text), keep_default_na=False, na_values=[""])
+                # "NA" and "null" may be module names: only an empty cell is a missing value.
+                frame = pd.read_csv(io.StringIO(text), keep_default_na=False, na_values=[""])
         except FileNotFoundError:
             raise RequestError(
                 f"there is no {path}: expected the {self.name} frame as {'Parquet' if parquet else 'CSV'}."
@@ -85,7 +85,7 @@ class Schema:
         except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError, OSError, ValueError) as error:
             kind = "Parquet file" if parquet else "CSV"
             raise RequestError(f"{path} is not a {kind} of the {self.name} frame ({str(error).strip()}).") from None
-        return self.frame(given)
+        return self.frame(frame)
 
 
 @contextlib.contextmanager
@@ -94,7 +94,7 @@ def _needing_pyarrow(path: str | os.PathLike[str]) -> Iterator[None]:
         yield
     except ImportError:
         raise RequestError(
-            f"{path} needs pyarrow: pip install 'mutransfer[parquet]', or give a name that ends in .csv."
+            f"{path} needs pyarrow: pip install 'mutransfer[parquet]', or choose a file name that ends in .csv."
         ) from None
 
 
@@ -106,14 +106,14 @@ COORDINATES = Schema(
         "module": ("string", "module's qualified name, or a parameter's for update, step, gradient, decay and weight"),
         "role": (
             "string",
-            "role of its weight: input, hidden, …; output when its result is a logit; stream without a weight; attention, or "
-            "attention vector, of queries and keys whose head dim grows; gain of a normalized readout",
+            "role of its weight: input, hidden, …; output if its result is a logit; stream if it has no weight; attention, or "
+            "attention vector, for queries and keys whose head dim grows; gain for a normalized readout",
         ),
         "statistic": (
             "string",
-            "activation: mean |x|; change: mean |x_t − x_0|; input: mean |x| of what enters; update: mean |ΔW·x|; step: "
-            "the learning rate that the largest |ΔW| shows, in units of µP's own; gradient: mean |g| / epsilon; "
-            "decay: lr · weight decay; weight: root mean square, in units of µP's own initial size",
+            "activation: mean |x|; change: mean |x_t − x_0|; input: mean |x| of the module's input; update: mean |ΔW·x|; step: "
+            "the learning rate implied by the largest |ΔW|, relative to µP's; gradient: mean |g| / epsilon; "
+            "decay: lr · weight decay; weight: root mean square, relative to µP's initial size",
         ),
         "step": ("int64", "optimizer steps done before this was measured"),
         "seed": ("int64", "seed of the initial weights"),
@@ -121,7 +121,7 @@ COORDINATES = Schema(
         "depth": ("int64", "depth of the model"),
         "value": (
             "float64",
-            "the statistic: a size of entries, in the module output's own units where no other is given",
+            "the statistic: a size of entries, in the units of the module's output unless stated otherwise",
         ),
     },
 )
@@ -139,7 +139,7 @@ SLOPES = Schema(
         "high": ("float64", "upper end of the 95% interval over seeds"),
         "expected": ("string", "range of slopes of width-stable learning, as 'low..high'"),
         "declared": ("string", "range of slopes the parametrization in force declares"),
-        "ok": ("boolean", "inside the expected range with margin; missing when the evidence does not tell"),
+        "ok": ("boolean", "inside the expected range with margin; missing if the evidence is not sufficient"),
     },
 )
 
@@ -164,20 +164,23 @@ OPTIMA = Schema(
         "parametrization": ("string", "name of the table in force"),
         "width": ("int64", "width of the model"),
         "log2_lr": ("float64", "optimal log2 base learning rate: the minimum of the fitted basin"),
-        "log2_lr_low": ("float64", "lower end of its 95% interval over seeds, with the whole of an unresolved cell"),
-        "log2_lr_high": ("float64", "upper end; infinite where what was tried does not bound the optimum"),
+        "log2_lr_low": (
+            "float64",
+            "lower end of its 95% interval over seeds, including the whole of an unresolved cell",
+        ),
+        "log2_lr_high": ("float64", "upper end; infinite where the learning rates tried do not bound the optimum"),
         "drift": ("float64", "optimum minus the smallest width's optimum, octaves (factors of 2)"),
         "drift_low": ("float64", "lower end of its 95% interval over seeds"),
         "drift_high": ("float64", "upper end"),
-        "best_loss": ("float64", "mean loss at this width's own best grid point"),
+        "best_loss": ("float64", "mean loss at the best grid point of this width"),
         "transferred_loss": ("float64", "mean loss at the transferred learning rate; infinite where it diverged"),
         "regret": ("float64", "fitted loss at the transferred rate minus the fitted minimum, in the loss's unit"),
         "regret_low": ("float64", "lower end of its 95% interval over seeds"),
         "regret_high": ("float64", "upper end"),
         "at_edge": ("boolean", "the best grid point is the first or last: the optimum may lie outside"),
         "regret_relative": ("float64", "regret / best_loss, where that is positive"),
-        "cell": ("float64", "octaves between the best grid point and the other side of a cliff; 0 without one"),
-        "flat_low": ("float64", "lowest log2 learning rate of those that surely cost no more than the regret limit"),
+        "cell": ("float64", "octaves between the best grid point and the other side of a cliff; 0 without a cliff"),
+        "flat_low": ("float64", "lowest log2 learning rate of those that certainly cost no more than the regret limit"),
         "flat_high": ("float64", "highest"),
         "perhaps_flat_low": (
             "float64",
@@ -206,7 +209,7 @@ TRIALS = Schema(
 REPEATS = Schema(
     "repeats",
     {
-        "number": ("int64", "number of the trial in the study"),
+        "number": ("int64", "the trial's number in the study"),
         "seed": ("int64", "seed of weights and data order"),
         "loss": ("float64", "validation loss at the end; missing when it was not finite"),
         "diverged": ("boolean", "the loss was not finite, or ended above its start"),
@@ -236,5 +239,5 @@ PARAMETERS = Schema(
 
 
 def varying(coordinates: pd.DataFrame) -> str:
-    """Return along which column a coordinates frame compares models: "depth" if that varies, else "width"."""
+    """Return the column along which a coordinates frame compares models: "depth" if that varies, else "width"."""
     return "depth" if coordinates["depth"].nunique() > 1 else "width"

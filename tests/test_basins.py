@@ -185,11 +185,11 @@ def rows(**changes: Any) -> pd.DataFrame:
             "undecided",
             "about 5 more would decide",
         ),
-        ({"regret": 0.0199, "regret_high": 0.04, "seeds": 5}, "undecided", "too near the limit"),
+        ({"regret": 0.0199, "regret_high": 0.04, "seeds": 5}, "undecided", "too close to the limit"),
         (
             {"drift_low": math.nan, "drift_high": math.nan},
             "undecided",
-            "drifts +0.00 octaves, and fewer than 3 seeds make no",
+            "drifts +0.00 octaves, but fewer than 3 seeds give no",
         ),
         ({"at_edge": True}, "undecided", "at the edge"),
         ({"at_edge": True, "drift": 2.0, "drift_low": 1.5, "drift_high": 2.5}, "fail", "drifts +2.00"),
@@ -212,7 +212,7 @@ def test_a_drift_that_costs_nothing_is_no_failure() -> None:
     drifts = {"drift": 2.0, "drift_low": 1.5, "drift_high": 2.5}
     judged, reasons = judge(rows(**drifts, **FLAT).assign(**FLAT), unit="nats")
     assert judged == "pass"
-    assert reasons == ["flat: any rate from 2^-8.00 to 2^-5.00 is as good, within 0.02 nats."]
+    assert reasons == ["flat: any rate from 2^-8.00 to 2^-5.00 is equally good, within 0.02 nats."]
     narrow = rows(**drifts).assign(**FLAT | {"flat_low": -5.4})
     assert judge(narrow)[0] == "undecided"
     assert judge(narrow.assign(perhaps_flat_low=-4.9))[0] == "fail"

@@ -233,7 +233,7 @@ def test_notes_say_what_a_reader_should_know() -> None:
     [
         ({"parametrization": "mu"}, "unknown parametrization 'mu'"),
         ({"optimizer": "adamww"}, "no scaling rule is known for the optimizer 'adamww': did you mean 'adamw'"),
-        ({"optimizer": "shampoo"}, "no scaling rule is known for the optimizer 'shampoo': known are"),
+        ({"optimizer": "shampoo"}, "no scaling rule is known for the optimizer 'shampoo': known names are"),
         ({"optimizer": "radam"}, "radam has no rule that transfers"),
         ({"optimizer": "LBFGS"}, "LBFGS has no rule that transfers"),
         (

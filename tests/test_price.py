@@ -318,7 +318,7 @@ def test_a_value_that_takes_the_whole_model_is_refused() -> None:
             out = super().forward(tokens)
             return out if self.up.abs().max() < 100 else out / 2
 
-    with pytest.raises(RequestError, match="asks for values"):
+    with pytest.raises(RequestError, match="needs values"):
         step_cost(family(lambda width: Asks("split", width)), mt.Scale(8192, 1), tokens())
 
 

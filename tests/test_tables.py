@@ -222,7 +222,7 @@ def test_only_mup_declares_healthy_slopes() -> None:
 
 @pytest.mark.parametrize(
     ("name", "hint"),
-    [("mpu", "did you mean 'mup'"), ("xyz", "known are completep, depth-mup, mup, ntk, sp, spectral, umup")],
+    [("mpu", "did you mean 'mup'"), ("xyz", "known names are completep, depth-mup, mup, ntk, sp, spectral, umup")],
 )
 def test_an_unknown_table_is_refused_with_the_known_ones(name: str, hint: str) -> None:
     with pytest.raises(RequestError, match=f"unknown parametrization '{name}': {hint}"):

@@ -74,7 +74,7 @@ def test_what_others_call_it(key: str, meant: str) -> None:
     value: Any = {"low": 0.001, "high": 0.1} if section == "search" else 2
     with pytest.raises(RequestError, match=f"did you mean {meant}"):
         Experiment.read(given | ({section: {name: value}} if section else {name: value}), "test")
-    assert nearest("learning_rate", ["momentum", "beta"]).startswith("known are")  # where there is no lr
+    assert nearest("learning_rate", ["momentum", "beta"]).startswith("known names are")  # where there is no lr
 
 
 MODEL_FILE = """

@@ -115,10 +115,10 @@ WRONG = [
     (("check", "faulty.py:nan", "--widths", "8,16"), ["the example batch of model holds NaN"]),
     ((*TUNE, "model=faulty.py:alone"), ["faulty.py:alone cannot be trained on digits", "(inputs, targets)"]),
     # What is no run folder, or another one's.
-    (("verify", "nothing"), ["nothing is no run folder", "mutransfer tune"]),
-    (("verify", "nowhere"), ["nowhere is no run folder", "mutransfer tune"]),
-    (("verify", "file"), ["file is no run folder"]),
-    (("transfer", "nothing", "--width", "16"), ["nothing is no run folder", "mutransfer tune"]),
+    (("verify", "nothing"), ["nothing is not a run folder", "mutransfer tune"]),
+    (("verify", "nowhere"), ["nowhere is not a run folder", "mutransfer tune"]),
+    (("verify", "file"), ["file is not a run folder"]),
+    (("transfer", "nothing", "--width", "16"), ["nothing is not a run folder", "mutransfer tune"]),
     (("report", "nowhere"), ["there is no folder nowhere", "mutransfer tune"]),
     (("report", "nothing"), ["nothing holds nothing to report"]),
     (("report", "file"), ["there is no folder file"]),
@@ -135,7 +135,7 @@ WRONG = [
     (("tune", "experiment.yaml", "--out", "file"), ["cannot write file"]),
     (("tune", "experiment.yaml", "--out", "file/run"), ["cannot write file/run", "--out"]),
     (("tune", "experiment.yaml", "--out", "/sys/new"), ["cannot write /sys/new", "--out"]),  # not even for root
-    (("tune", "experiment.yaml", "--out", "/proc/new"), ["cannot make the folder /proc/new", "--out"]),
+    (("tune", "experiment.yaml", "--out", "/proc/new"), ["cannot create the folder /proc/new", "--out"]),
     (("tune", "experiment.yaml", "--out", "new", "--storage", "journal:/sys/x.journal"), ["journal:/sys/x.journal", "check its"]),
     (("transfer", "run", "--width", "16", "--out", "file/target.json"), ["cannot write file/target.json", "--out"]),
     (("transfer", "run", "--width", "16", "--out", "nothing"), ["cannot write nothing", "--out"]),
@@ -205,7 +205,7 @@ def test_a_gpu_that_is_not_there(shop: Path) -> None:
 
 
 def test_the_same_sentence_with_json(shop: Path, commands: Processes) -> None:
-    assert_one_sentence(commands.run("verify", "nothing", "--json", cwd=shop), ["nothing is no run folder"])
+    assert_one_sentence(commands.run("verify", "nothing", "--json", cwd=shop), ["nothing is not a run folder"])
 
 
 @pytest.mark.parametrize(

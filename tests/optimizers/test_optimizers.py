@@ -122,7 +122,7 @@ def test_the_refused_are_refused_with_a_reason(name: str) -> None:
         ("adamww", "did you mean 'adamw'"),
         ("AdamW", "did you mean 'adamw'"),
         ("SGD", "did you mean 'sgd'"),
-        ("shampoo", "known are"),
+        ("shampoo", "known names are"),
     ],
 )
 def test_an_unknown_optimizer_is_refused_with_the_nearest_name(name: str, hint: str) -> None:

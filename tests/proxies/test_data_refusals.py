@@ -18,7 +18,7 @@ from .corpora import TOKEN_SOURCES, T, marked_files, refusal
 
 def test_an_unknown_name_gets_the_nearest_one():
     assert refusal("digitz") == "unknown data 'digitz': did you mean 'digits'?"
-    assert refusal("imagenet") == "unknown data 'imagenet': known are bin, bytes, digits, markov, text."
+    assert refusal("imagenet") == "unknown data 'imagenet': known names are bin, bytes, digits, markov, text."
 
 
 def test_a_path_is_given_where_one_is_taken():

@@ -149,7 +149,7 @@ WRONG = [
     ({"search": {"lr": {"low": -1.0, "high": 0.1}}}, ["lr is -1.0", "greater than 0"]),
     ({"search": {"beta2": {"low": 0.9, "high": 1.0}}}, ["betas.1 is 1.0", "less than 1"]),
     ({"search": {"schedule": {"choices": ["cosine", "sine"]}}}, ["schedule is 'sine'", "'cosine'"]),
-    ({"search": {"width": {"low": 8, "high": 64}}}, ["search.width is no hyperparameter", "known are"]),
+    ({"search": {"width": {"low": 8, "high": 64}}}, ["search.width is no hyperparameter", "known names are"]),
     ({"search": {"lrr": {"low": 0.1, "high": 1}}}, ["search.lrr is no hyperparameter", "did you mean 'lr'?"]),
     ({"search": {"learning_rate": 3}}, ["search.learning_rate is no hyperparameter", "did you mean 'lr'?"]),
     ({"search": {"lr": 3}}, ["search.lr is 3, and a range has low and high", "fix the value as recipe.lr"]),

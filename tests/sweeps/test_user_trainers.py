@@ -224,7 +224,7 @@ WRONG = [
     ({"comand": "c {plan}"}, {}, ["'trainer.comand'", "did you mean 'command'?"]),
     ({"command": "train --recipe {recpie}"}, {}, ["placeholder {recpie}", "did you mean 'recipe'?"]),
     ({"command": "train {plan.scale}"}, {}, ["placeholder {plan.scale}"]),
-    ({"command": "train {plan} {}"}, {}, ["placeholder {}", "known are out, plan, recipe, seed, slot"]),
+    ({"command": "train {plan} {}"}, {}, ["placeholder {}", "known names are out, plan, recipe, seed, slot"]),
     ({"command": "train --seed {seed}"}, {}, ["neither {recipe} nor {plan}"]),
     ({"command": "train {plan} {"}, {}, ["cannot be read"]),
     ({"command": "train '{plan}"}, {}, ["cannot be read", "No closing quotation"]),
