@@ -1,6 +1,6 @@
-"""The command line: the one place that sees core, proxies, sweeps and reports together.
+"""The command line: the only package that imports the core, proxies, sweeps and reports together.
 
-Only light modules are imported here; each command imports what it needs when it runs, so that ``--help`` is quick.
+Only light modules are imported here; each command imports what it needs when it runs, so ``--help`` is fast.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from typing import Any
 
 __all__ = ["main"]
 
-BUG = "mutransfer: this is a bug of ours; please report it with the traceback above."
-INTERRUPTED = "mutransfer: interrupted; run the same command again to go on."
+BUG = "mutransfer: this is a bug; please report it with the traceback above."
+INTERRUPTED = "mutransfer: interrupted; run the same command again to continue."
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run one command and exit: 0 done, 1 failed verdict, 2 wrong request, 3 bug, 130 Ctrl-C."""
+    """Run one command and exit with 0 (success), 1 (failed verdict), 2 (invalid request), 3 (bug) or 130 (Ctrl-C)."""
     try:
         from .. import printing
 
         printing.release_at_exit_only()
         code = run(sys.argv[1:] if arguments is None else arguments)
-    except KeyboardInterrupt:  # while the modules of `run` itself were imported, or an answer was written
+    except KeyboardInterrupt:  # while importing the modules of `run`, or while printing a message
         code = _interrupted()
     if code == 130:
         _ignore_interrupts()  # nothing is left to interrupt
@@ -35,13 +35,13 @@ def run(arguments: list[str]) -> int:
     """Run one command and return its exit code."""
     try:
         code = _run(arguments)
-    except KeyboardInterrupt:  # a second one, while the first was answered
+    except KeyboardInterrupt:  # a second Ctrl-C, while the first was being handled
         code = 130
     return _interrupted() if code == 130 else code
 
 
 def _interrupted() -> int:
-    """Print that the command was interrupted; a second Ctrl-C meanwhile is ignored."""
+    """Print that the command was interrupted, ignoring a second Ctrl-C meanwhile."""
     before = _ignore_interrupts()
     print(INTERRUPTED, file=sys.stderr)
     if before is not None:
@@ -50,7 +50,7 @@ def _interrupted() -> int:
 
 
 def _ignore_interrupts() -> Any:
-    """Ignore Ctrl-C from now on, and return the handler it had; None outside of the main thread, where no signal arrives."""
+    """Ignore Ctrl-C from now on and return its handler, or None outside the main thread, where no signal arrives."""
     with contextlib.suppress(ValueError):
         return signal.signal(signal.SIGINT, signal.SIG_IGN)
     return None
@@ -73,7 +73,7 @@ def _run(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        # typer has its own copy of click or imports it, depending on its version: the names are the same.
+        # Depending on its version, typer bundles click or imports it; the class names are the same.
         kinds = {kind.__name__ for kind in type(error).__mro__}
         if "ClickException" in kinds:
             text = error.format_message() if hasattr(error, "format_message") else str(error)
@@ -85,4 +85,4 @@ def _run(arguments: list[str]) -> int:
             print(BUG, file=sys.stderr)
             return 3
         return 130
-    return int(code or 0)  # 130 is typer's own answer to Ctrl-C, which it does not let through
+    return int(code or 0)  # typer does not propagate Ctrl-C, but returns 130 for it

@@ -1,4 +1,4 @@
-"""The commands and their order in ``--help``."""
+"""The command-line application, with the commands in the order of ``--help``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from . import audit, check, demo, doctor, init, plan, report, train, transfer, t
 
 app = typer.Typer(
     name="mutransfer",
-    help="Tune hyperparameters on small proxies, prove that they carry over, and hand over the wide model's settings.",
+    help="Tune hyperparameters on small proxies, verify that they transfer, and write the settings of the wide model.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -42,8 +42,8 @@ for module in (demo, init, doctor, plan, check, tune, verify, transfer, train, a
     module.add_to(app)
 
 
-def _alone(command: Callable[..., int]) -> Callable[..., int]:
-    """Return ``command`` with standard output kept for its result."""
+def _with_reserved_stdout(command: Callable[..., int]) -> Callable[..., int]:
+    """Return ``command`` with standard output reserved for its result."""
 
     @functools.wraps(command)
     def run(*args: object, **options: object) -> int:
@@ -55,4 +55,4 @@ def _alone(command: Callable[..., int]) -> Callable[..., int]:
 
 for each in app.registered_commands:
     assert each.callback is not None
-    each.callback = _alone(each.callback)
+    each.callback = _with_reserved_stdout(each.callback)

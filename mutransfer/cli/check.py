@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ..run_dir import RunFolder
 
 WIDTHS = "64,128,256,512"
-BATCH, LENGTH = 4, 16  # a mean over few examples is as telling: it is taken over features as well (docs/log.md)
+BATCH, LENGTH = 4, 16  # few examples are enough, because the mean is also taken over features (docs/log.md)
 
 
 def add_to(app: typer.Typer) -> None:
@@ -31,41 +31,44 @@ def add_to(app: typer.Typer) -> None:
 def check(
     model: Annotated[
         str,
-        typer.Argument(help=f"{MODEL} Or a run's experiment.yaml."),
+        typer.Argument(help=f"{MODEL} Or the experiment.yaml of a run."),
     ],
     widths: Annotated[
-        str, typer.Option(help="Widths to compare; with --depths the one width, the base's if left.")
+        str, typer.Option(help="Widths to compare; with --depths a single width, by default the base's.")
     ] = WIDTHS,
     parametrization: Annotated[
         str,
         typer.Option(
-            help="mup, sp, completep (with --depths), depth-mup, umup, spectral, ntk, or own: the model as its builder leaves "
-            "it, under mup's optimizer if mup has annotated it."
+            help="mup, sp, completep (with --depths), depth-mup, umup, spectral, ntk, or own: the model as it is built, with "
+            "mup's optimizer if mup has annotated it."
         ),
     ] = "mup",
     optimizer: Optimizer = "adamw",
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 4,
     seeds: Annotated[
-        int, typer.Option(min=1, help="Seeds to begin with; an open verdict adds up to 4 times as many.")
+        int, typer.Option(min=1, help="Seeds to start with; while the verdict is undecided, more are added.")
     ] = 5,
     max_seeds: Annotated[
         int | None,
-        typer.Option(min=1, help="Seeds in all at most, while the verdict is open; 4 times --seeds if left."),
+        typer.Option(min=1, help="Most seeds in total while the verdict is undecided; by default 4 times --seeds."),
     ] = None,
     lr: Annotated[float | None, typer.Option(help="Base learning rate.")] = None,
-    depth: Annotated[int | None, typer.Option(min=1, help="Layers; with --depths those of the base.")] = None,
+    depth: Annotated[int | None, typer.Option(min=1, help="Number of layers; with --depths, that of the base.")] = None,
     depths: Annotated[
-        str | None, typer.Option(help="Depths to compare instead, such as 2,4,8,16,32; completep has a rule for them.")
+        str | None,
+        typer.Option(help="Depths to compare instead of widths, such as 2,4,8,16,32; completep has a rule for depth."),
     ] = None,
     base_width: Annotated[
-        int | None, typer.Option(min=1, help=f"{BASE_WIDTH_HELP} Here it is the smallest width.")
+        int | None, typer.Option(min=1, help=f"{BASE_WIDTH_HELP} Here the default is the smallest width.")
     ] = None,
-    control: Annotated[str | None, typer.Option(help="A second parametrization to show beside it, such as sp.")] = None,
+    control: Annotated[
+        str | None, typer.Option(help="A second parametrization to check for comparison, such as sp.")
+    ] = None,
     data: Annotated[str | None, typer.Option(help="digits, bytes, markov, text:PATH or bin:PATH.")] = None,
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Folder for coordinates.csv, the pictures and report.html; an interrupted check goes on from it."
+            help="Folder for coordinates.csv, the figures and report.html; an interrupted check resumes from it."
         ),
     ] = None,
     width_field: WidthField = None,
@@ -75,7 +78,10 @@ def check(
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> int:
-    """Say whether activations and their changes keep their size as the width, or the depth, grows (exit 1 if not)."""
+    """Run the coordinate check.
+
+    Check whether activations and their changes keep their size as the width, or the depth, grows (exit 1 if not).
+    """
     from ..coord_check import OWN
     from ..parametrizations.tables import TABLES
     from ..proxies.hf_config import describe_changes
@@ -92,7 +98,7 @@ def check(
     if layers and depth is None and family.base.depth > min(layers):
         family = family.with_base(
             family.base.with_(depth=min(layers))
-        )  # every layer needs one of the base's to start from
+        )  # every layer needs a corresponding layer in the base
     where = device_of(device)
     target = family.base.with_(
         width=max(sizes, default=family.base.width), depth=max(layers, default=family.base.depth)
@@ -109,13 +115,13 @@ def check(
 
         folder = RunFolder(out).make()
         folder.note_environment(device=where, **({"data_sha256": source.sha256, "data": source.name} if source else {}))
-        asked: dict[str, Any] = {
+        arguments: dict[str, Any] = {
             "--widths": widths,
             "--depths": depths,
             "--parametrization": parametrization,
             "--optimizer": optimizer,
         }
-        asked |= {
+        arguments |= {
             "--steps": steps,
             "--seeds": seeds,
             "--max-seeds": max_seeds,
@@ -123,7 +129,7 @@ def check(
             "--control": control,
             "--seed": seed,
         }
-        begin(folder, subject_of(model, parametrization, optimizer, options), asked)
+        begin(folder, subject_of(model, parametrization, optimizer, options), arguments)
     cache = _cache(out, model)
     judged, frame = judge(
         family,
@@ -163,7 +169,7 @@ def check(
 
 
 def _cache(out: Path | None, model: str) -> CheckCache | None:
-    """Return where the folder keeps what an interrupted check had finished; configs that MODEL names are part of the question."""
+    """Return the cache of finished work in the folder ``out``; its key includes the content of a config that MODEL names."""
     from ..coord_check.cache import CheckCache
 
     if out is None:
@@ -174,24 +180,24 @@ def _cache(out: Path | None, model: str) -> CheckCache | None:
 
 
 def begin(folder: RunFolder, subject: dict[str, Any], asked: dict[str, Any]) -> None:
-    """Note in the folder which check is beginning, and take the verdict of an earlier one out of it."""
+    """Record in the folder that a check starts, and remove the verdict of an earlier one."""
     arguments = {flag: str(value) for flag, value in asked.items() if value is not None}
     folder.note_progress("check", planned=None, ended=False, arguments=arguments, question=subject)
     folder.check.unlink(missing_ok=True)
 
 
 def _sizes(widths: str, depths: str | None) -> tuple[list[int], list[int]]:
-    """Return the widths and the depths to record: one of the two varies.
+    """Return the widths and the depths to record, of which one varies.
 
     Raises:
-        RequestError: an entry is no positive whole number, fewer than two sizes, or both vary.
+        RequestError: an entry is not a positive integer, there are fewer than two depths, or both vary.
     """
     if depths is None:
         return numbers(widths, "--widths"), []
     sizes, layers = [] if widths == WIDTHS else numbers(widths, "--widths"), numbers(depths, "--depths")
     if len(set(sizes)) > 1:
         raise RequestError(
-            f"--widths {widths} and --depths {depths} both vary, and a slope is along one of them: give one width with --depths."
+            f"--widths {widths} and --depths {depths} both vary, but a slope is along one of them: give one width with --depths."
         )
     if len(set(layers)) < 2:
         raise RequestError(f"--depths {depths}: a slope needs at least two depths, such as 2,4,8,16,32.")
@@ -203,17 +209,17 @@ def judge(
     lr: float | None, first: int = 0, patience: int | None = None, depths: list[int] | None = None,
     most: int | None = None, cache: CheckCache | None = None,
 ) -> tuple[Verdict, pd.DataFrame]:  # fmt: skip
-    """Record and judge with a bar, and what cannot be measured said on stderr."""
+    """Run the check with a progress bar, and print warnings about what cannot be measured to stderr."""
     import warnings
 
     from ..coord_check import PATIENCE
-    from ..coord_check import judge as reach
+    from ..coord_check import judge as judge_family
 
     with warnings.catch_warnings(record=True) as caught, Progress(_title(family, parametrization)) as progress:
         warnings.simplefilter("always", UserWarning)
-        check = reach(
+        check = judge_family(
             family, widths, parametrization, optimizer, seeds=seeds, first=first, patience=patience or PATIENCE, most=most,
-            cache=cache, more=lambda done, adding, open_: say(f"not decided with {done} seeds, adding {adding}: {open_.cause}"),
+            cache=cache, more=lambda done, adding, judged: say(f"not decided with {done} seeds, adding {adding}: {judged.cause}"),
             lr=lr, depths=depths or (), steps=steps, device=device, progress=progress,
         )  # fmt: skip
     for text in dict.fromkeys(str(each.message) for each in caught):
@@ -226,7 +232,7 @@ def _title(family: Family, parametrization: str) -> str:
 
 
 def summary(judged: Verdict, name: str, second: Verdict | None, control: str | None) -> dict[str, Any]:
-    """Return the contract's JSON keys."""
+    """Return the result under the keys of the command's JSON output."""
     return {
         "verdict": judged.status,
         "parametrization": name,

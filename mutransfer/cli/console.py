@@ -1,4 +1,4 @@
-"""What every command shares: progress on stderr, results on stdout, and the common options."""
+"""Shared by all commands: progress on stderr, results on stdout, and the common options."""
 
 from __future__ import annotations
 
@@ -23,20 +23,18 @@ from ..printing import results
 __all__ = ["AsJson", "Device", "Progress", "Seed", "emit", "numbers", "plain", "say", "table"]
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
+Seed = Annotated[int, typer.Option(min=0, help="Random seed.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-# Scripts pass the same options to every command; these commands draw nothing and compute nothing on a device.
-UnusedSeed = Annotated[int, typer.Option("--seed", min=0, help="Accepted by every command; nothing is random here.")]
-UnusedDevice = Annotated[
-    str, typer.Option("--device", help="Accepted by every command; nothing runs on a device here.")
-]
+# Scripts pass the same options to every command, including those that use no random numbers or no device.
+UnusedSeed = Annotated[int, typer.Option("--seed", min=0, help="Accepted by every command; has no effect here.")]
+UnusedDevice = Annotated[str, typer.Option("--device", help="Accepted by every command; has no effect here.")]
 
 
 def device_of(name: str) -> str:
     """Return a torch device for the --device option.
 
     Raises:
-        RequestError: the name is unknown, or CUDA is asked for and not there.
+        RequestError: the name is unknown, or CUDA is requested but not available.
     """
     import torch
 
@@ -50,14 +48,14 @@ def device_of(name: str) -> str:
 
 
 def say(text: str) -> None:
-    """Print a line for a person, on stderr."""
-    print(text + "\n", end="", file=sys.stderr, flush=True)  # in one write, which a Ctrl-C does not split
+    """Print a line for the user to stderr."""
+    print(text + "\n", end="", file=sys.stderr, flush=True)  # in one write, which Ctrl-C does not split
 
 
 @contextlib.contextmanager
 def ended_as_by_ctrl_c() -> Iterator[None]:
-    """Take the SIGTERM that a cluster sends before it takes its machine back for a Ctrl-C: what is begun is given back."""
-    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
+    """Treat SIGTERM, which a cluster sends before it reclaims a machine, as Ctrl-C, so that unfinished trials are requeued."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread handles signals
         yield
         return
 
@@ -72,7 +70,7 @@ def ended_as_by_ctrl_c() -> Iterator[None]:
 
 
 def emit(result: dict[str, Any], as_json: bool, text: str) -> None:
-    """Print the result on stdout: as one JSON object, or as text for a person."""
+    """Print the result to stdout, as one JSON object or as text."""
     if (stream := results()) is None:
         return
     encoding = getattr(stream, "encoding", None) or "utf-8"
@@ -81,58 +79,60 @@ def emit(result: dict[str, Any], as_json: bool, text: str) -> None:
         line = json.dumps(plain(result), ensure_ascii=False, allow_nan=False)
         try:
             line.encode(encoding)
-        except UnicodeEncodeError:  # a terminal without µ, or a file name that is no text
+        except UnicodeEncodeError:  # a terminal that cannot show µ, or a file name that is not valid text
             line = json.dumps(plain(result), allow_nan=False)
     try:
         with naming_the_disk("the result to standard output"):
             print(line, file=stream, flush=True)
     except (BrokenPipeError, RequestError) as error:
-        # What is left in the buffer cannot be written at exit either, and the exit code would then be Python's.
+        # The rest of the buffer cannot be written at exit either, and Python would then replace the exit code.
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         if isinstance(error, RequestError):
             raise
 
 
 def plain(value: Any) -> Any:
-    """Return ``value`` as JSON can hold it: NaN, infinities and missing values as null, arrays as lists, paths as text."""
+    """Return ``value`` in types that JSON has: NaN, infinities and missing values as null, arrays as lists, paths as text."""
     if isinstance(value, dict):
         return {str(key): plain(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
         return [plain(inner) for inner in value]
     if isinstance(value, os.PathLike):
         return os.fspath(value)
-    if hasattr(value, "tolist") and not isinstance(value, str):  # of numpy and torch
+    if hasattr(value, "tolist") and not isinstance(value, str):  # arrays of numpy and torch
         return plain(value.tolist())
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
-    return None if type(value).__name__ == "NAType" else value  # pandas's own missing value
+    return None if type(value).__name__ == "NAType" else value  # pandas's missing value
 
 
 def numbers(text: str, flag: str) -> list[int]:
-    """Read a list such as ``64,128,256``.
+    """Return the numbers of a list such as ``64,128,256``.
 
     Raises:
-        RequestError: an entry is no positive whole number.
+        RequestError: an entry is not a positive integer.
     """
     parts = [part.strip() for part in text.split(",") if part.strip()]
     for part in parts:
         if not part.isdecimal() or int(part) < 1:
-            raise RequestError(f"{flag} {text!r}: {part!r} is no positive whole number, write it as 64,128,256.")
+            raise RequestError(
+                f"{flag} {text!r}: {part!r} is not a positive whole number, write the list as 64,128,256."
+            )
     return [int(part) for part in parts]
 
 
 def records(frame: Any) -> list[dict[str, Any]]:
-    """Return a frame's rows as plain data, missing values as None."""
+    """Return a frame's rows as dictionaries, with None for missing values."""
     return frame.astype(object).where(frame.notna(), None).to_dict("records")
 
 
 def table(frame: Any, **formats: str) -> str:
-    """Return a frame as aligned text; ``formats`` gives a format per column, missing values show as –."""
+    """Return a frame as aligned text; ``formats`` gives a format per column, and missing values show as –."""
     missing = frame.isna()
     texts = {
         column: [
-            "–" if gone else format(value, formats.get(str(column), ""))
-            for value, gone in zip(frame[column], missing[column], strict=True)
+            "–" if is_missing else format(value, formats.get(str(column), ""))
+            for value, is_missing in zip(frame[column], missing[column], strict=True)
         ]
         for column in frame.columns
     }
@@ -149,11 +149,11 @@ def _pad(text: str, width: int, right: bool) -> str:
 
 
 class Progress:
-    """Shows what is done, how far it is, and how long it will take: a bar on a terminal, lines in a log.
+    """Show the progress of a task and the time left: as a bar on a terminal, as lines in a log.
 
-    Call it with (done, total, text); use it as a context manager. The time left is told from the pieces that were finished
-    since the last call without a new one: what comes before the first (measuring, starting processes) is no part of their rate.
-    ``left`` says it instead, in seconds, where more is known than the pieces of this phase, as of the phases to come.
+    Use it as a context manager, and call it with (done, total, text). The time left is estimated from the pieces of work that
+    were finished after the last call without a new one, so that the time before the first piece (measuring, starting processes)
+    does not count. ``left``, in seconds, replaces this estimate where more is known than this phase, such as the phases to come.
     """
 
     LINE_EVERY = 10.0  # seconds between lines in a log
@@ -183,7 +183,7 @@ class Progress:
     def __call__(self, done: int, total: int, text: str = "", ahead: float | None = None) -> None:
         """Report that ``done`` of ``total`` pieces of work are finished.
 
-        Where pieces are not alike, ``ahead`` is the work that is left over that done since the first call.
+        If the pieces differ in cost, ``ahead`` is the ratio of the work left to the work done since the first call.
         """
         if self._bar is not None:
             known = ", ".join(part for part in (self._known(), text) if part)
@@ -207,8 +207,8 @@ class Progress:
         say(f"{self.what}: {done}/{total}{left}{', ' + text if text else ''}")
 
     def _known(self) -> str:
-        """The time left in words, where it is known from elsewhere than the pieces done here."""
-        return "" if self._left is None else f"about {self._left():.0f} s left in all"
+        """Return the time left in words if ``left`` was given, else an empty string."""
+        return "" if self._left is None else f"about {self._left():.0f} s left in total"
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ..scale import Scale
     from ..sweeps.experiment import Experiment
 
-# A language model on the source of this Python's own standard library: real data that everyone has.
+# A language model on the source code of the installed Python's standard library: real data that is always available.
 EXPERIMENT: dict[str, Any] = {
     "model": "transformer",
     "options": {"head_dim": 16, "ffn": "gelu"},
@@ -28,15 +28,15 @@ EXPERIMENT: dict[str, Any] = {
     "recipe": {"lr": 2**-6, "schedule": "cosine", "warmup": 0.1, "clip": 1.0},
     "search": {
         "lr": {"low": 2**-8, "high": 2**-1, "log": True},
-        # Not the initial scale: at width 16 half of it looks best, and costs 5% at width 256 (docs/log.md).
+        # init_scale is not searched: at width 16 half the scale looks best, but it costs 5% at width 256 (docs/log.md).
         "alpha_output": {"low": 0.25, "high": 8.0, "log": True},
     },
     "trials": 24,
 }
-# What the forecast of the time left takes for granted, measured on two cores of an EPYC.
-PRUNED = 0.7  # of a whole run, what a trial takes on average where the worse half ends at 40%
-ASKING = 0.1  # seconds in which the sampler proposes a trial
-SIDE_BY_SIDE = 1.1  # how much slower a run is beside another
+# Assumptions of the forecast of the time left, measured on two cores of an EPYC.
+PRUNED = 0.7  # average cost of a trial, as a fraction of a whole run, if the worse half ends at 40%
+ASKING = 0.1  # seconds that the sampler takes to propose a trial
+SIDE_BY_SIDE = 1.1  # how much slower a run is while another one runs
 START = 5.0  # seconds until processes have imported torch
 CHECK_AND_REPORT = 18.0  # seconds
 WIDTHS = (16, 64, 256)
@@ -50,12 +50,17 @@ def add_to(app: typer.Typer) -> None:
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Run folder; an interrupted demo goes on in it.")] = Path("mutransfer-demo"),
+    out: Annotated[Path, typer.Option(help="Run folder; an interrupted demo resumes from it.")] = Path(
+        "mutransfer-demo"
+    ),
     seed: Seed = 0,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> int:
-    """Check, tune a proxy of width 16, verify up to width 256 against SP, transfer, report: some three minutes on two cores."""
+    """Run the whole loop on real data.
+
+    Tune a proxy of width 16, verify up to width 256 against SP, check, transfer and report: about three minutes on two cores.
+    """
     from ..io import write_json
     from ..reports import write_report
     from ..run_dir import RunFolder
@@ -70,28 +75,33 @@ def demo(
     from .transfer import target_of
     from .verify import text_of, verify_run
 
-    begun = time.perf_counter()
+    start = time.perf_counter()
     experiment, where = Experiment.read({**EXPERIMENT, "seed": seed}, "demo"), device_of(device)
     folder = RunFolder(out).make()
     how = "processes" if where == "cpu" else "one"
-    # So small a proxy gains nothing from a second thread, and on a busy machine would wait for it far longer than it works.
+    # So small a proxy gains nothing from a second thread, and on a busy machine it would mostly wait for that thread.
     with executor_for(experiment, how, device=where) as executor, limited(1):
         scales = [experiment.proxy_scale.with_(width=width) for width in WIDTHS]
         seconds = {scale: run_seconds(experiment, scale, where) for scale in scales}
         forecast = Forecast(_phases(experiment, seconds, executor.capacity))
         forecast.begin("tuning")
         with Progress(f"tuning the proxy, width {WIDTHS[0]}", forecast.left) as progress:
-            alone = TimedExecutor(OneByOne(where), forecast, seconds)
-            found = tune(experiment, folder, executor=alone, device=where, progress=progress)
-        gain = f", the default recipe's is {found.default:.3f}" if found.default is not None else ""
+            sequential = TimedExecutor(OneByOne(where), forecast, seconds)
+            found = tune(experiment, folder, executor=sequential, device=where, progress=progress)
+        gain = f" (default recipe: {found.default:.3f})" if found.default is not None else ""
         say(f"best recipe: lr {found.best.lr:.4g}, loss {found.value:.3f}{gain}")
         verified, optima = verify_run(
             experiment, found.best, folder, WIDTHS, TimedExecutor(executor, forecast, seconds),
             seeds=SEEDS, control="sp", device=where, forecast=forecast,
         )  # fmt: skip
     family, _ = family_of(experiment)
-    asked = {"--widths": ",".join(map(str, CHECK_WIDTHS)), "--parametrization": "mup", "--seeds": 3, "--control": "sp"}
-    begin(folder, experiment.subject(), asked)
+    arguments = {
+        "--widths": ",".join(map(str, CHECK_WIDTHS)),
+        "--parametrization": "mup",
+        "--seeds": 3,
+        "--control": "sp",
+    }
+    begin(folder, experiment.subject(), arguments)
     forecast.begin("check and report")
     checked, frame = judge(family, CHECK_WIDTHS, "mup", "adamw", where, steps=4, seeds=3, lr=None)
     control, control_frame = judge(family, CHECK_WIDTHS, "sp", "adamw", where, steps=4, seeds=3, lr=None, patience=1)
@@ -103,7 +113,7 @@ def demo(
     target_of(folder, WIDTHS[-1]).save(folder.target)
     report = write_report(folder.path)
     verdict = "pass" if verified["verdict"] == checked.status == "pass" else "fail"
-    took = time.perf_counter() - begun
+    took = time.perf_counter() - start
     result = {
         "verdict": verdict,
         "report": str(report),
@@ -118,18 +128,18 @@ def demo(
     text = (
         f"{text_of(verified, optima)}\n"
         f"coordinate check: µP {checked.status}, SP {control.status} ({control.cause or 'healthy'})\n"
-        f"{took:.0f} s in all\nreport: {report}"
+        f"{took:.0f} s in total\nreport: {report}"
     )
     emit(result, as_json, text)
     return 0 if verdict == "pass" else 1
 
 
 def _phases(experiment: Experiment, seconds: Mapping[Scale, float], at_once: int) -> dict[str, float]:
-    """Return what each phase should take: ``seconds`` are those of one run at each scale, by itself."""
+    """Return the expected seconds of each phase; ``seconds`` is the time of a run at each scale while no other one runs."""
     from ..sweeps.verify import REACH
 
     proxy, *_, widest = seconds
-    # Around the transferred learning rate; SP's around its own likely best, beside the transferred one.
+    # Learning rates around the transferred one; for SP those around its likely best one, and the transferred one.
     points = {scale: 2 * (2 * REACH + 1) + (math.log2(scale.width / proxy.width) > REACH) for scale in seconds}
     slowdown = SIDE_BY_SIDE / at_once if at_once > 1 else 1.0
     return {

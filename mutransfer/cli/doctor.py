@@ -1,4 +1,4 @@
-"""`mutransfer doctor`: what this machine can do, and broken installs with their fix."""
+"""`mutransfer doctor`: what this machine supports, and how to fix a broken installation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import typer
 
 from .console import AsJson, UnusedDevice, UnusedSeed, emit
 
-ENOUGH = 1.0  # GiB of disk: a run folder takes some megabytes, checkpoints of fused trials some hundred
+ENOUGH = 1.0  # GiB of disk: a run folder takes a few megabytes, checkpoints of fused trials a few hundred
 REQUIRED = ("torch", "mup", "optuna", "pandas", "matplotlib", "numpy", "scipy", "sklearn", "pydantic", "yaml", "jinja2")
 
 
@@ -27,7 +27,10 @@ def doctor(
     device: UnusedDevice = "auto",
     as_json: AsJson = False,
 ) -> int:
-    """Look at the installation and the machine; exit 1 if something needed is broken."""
+    """Check the installation and the machine.
+
+    Exit with 1 if a required part is broken.
+    """
     checks = [_import(name) for name in REQUIRED]
     checks += [_guarded(check) for check in (_torchvision, _transformers, _gpu, _compiler, _cores, _bfloat16, _disk)]
     failed = [check for check in checks if not check["ok"]]
@@ -45,7 +48,7 @@ def _check(name: str, ok: bool, detail: str, fix: str | None = None) -> dict[str
 def _guarded(check: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     try:
         return check()
-    except Exception as error:  # a doctor that dies of what it should report is of no use
+    except Exception as error:  # report the failure instead of failing with it
         return _check(check.__name__.strip("_"), False, _first_line(error), "reinstall with -c constraints.txt")
 
 
@@ -61,13 +64,13 @@ def _torchvision() -> dict[str, Any]:
     try:
         version = metadata.version("torchvision")
     except metadata.PackageNotFoundError:
-        return _check("torchvision", True, "not installed, and not needed")
+        return _check("torchvision", True, "not installed, not needed")
     try:
         importlib.import_module("torchvision")
     except Exception as error:
-        # mup asks for torchvision but never imports it; transformers does, and falls over.
-        detail = f"{version} is broken beside this torch ({_first_line(error)}); hf: models leave it out, "
-        detail += "your own import of transformers fails of it"
+        # mup requires torchvision but never imports it; transformers imports it, and fails.
+        detail = f"{version} is broken with this version of torch ({_first_line(error)}); hf: models "
+        detail += "work without it, but importing transformers in your code fails"
         return _check("torchvision", True, detail, "pip uninstall torchvision, or install the build that matches torch")
     return _check("torchvision", True, version)
 
@@ -109,7 +112,7 @@ def _bfloat16() -> dict[str, Any]:
     times = bfloat16_slowdown()
     detail = f"products on the CPU take {times:.1f} times as long as in float32"
     if times > SLOW:
-        detail += "; Muon iterates in float32 here, and --precision bfloat16 does not pay"
+        detail += "; Muon iterates in float32 here, and --precision bfloat16 brings no gain"
     return _check("bfloat16", True, detail)
 
 

@@ -19,18 +19,21 @@ def add_to(app: typer.Typer) -> None:
 
 def init(
     folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="Where to write experiment.yaml.")] = Path("."),
-    force: Annotated[bool, typer.Option("--force", help="Overwrite a file that is there.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
     seed: UnusedSeed = 0,
     device: UnusedDevice = "auto",
     as_json: AsJson = False,
 ) -> int:
-    """Write DIR/experiment.yaml, commented and ready to tune."""
+    """Write a commented experiment file.
+
+    DIR/experiment.yaml is ready to tune.
+    """
     from ..errors import RequestError
     from ..io import write_text
 
     path = folder / "experiment.yaml"
     if path.exists() and not force:
-        raise RequestError(f"{path} is there already: edit it, name another folder, or overwrite it with --force.")
+        raise RequestError(f"{path} already exists: edit it, choose another folder, or overwrite it with --force.")
     write_text(path, resources.files("mutransfer.cli").joinpath("experiment.yaml").read_text(encoding="utf-8"))
     emit({"path": str(path)}, as_json, f"{path}\nnext: mutransfer tune {shlex.quote(str(path))}")
     return 0

@@ -1,4 +1,4 @@
-"""From MODEL on the command line to a family and its data."""
+"""Load the family and the data that MODEL names on the command line."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 MODEL = (
     "mlp, transformer, resnet, hf:config.json, or your own file.py:name or package.module:name: a Family, or a function "
-    "build(width, depth), which needs --base-width as well."
+    "build(width, depth), which also needs --base-width."
 )
 BASE_WIDTH_HELP = (
-    "Width at which nothing is scaled; needed with a bare build function. A Family and a config bring their own, built-in "
-    "models have a default."
+    "Width at which nothing is scaled; required for a bare build function. A Family and a config define their own, and "
+    "built-in models have a default."
 )
 Parametrization = Annotated[
     str, typer.Option(help="mup, sp, completep (with depth), depth-mup, umup, spectral (for muon) or ntk (a control).")
@@ -31,33 +31,33 @@ Optimizer = Annotated[
         "asgd, muon or muon-match-rms-adamw."
     ),
 ]
-FIELD = "(hf: models) A field of the config that grows with {}, instead of those that are inferred; repeat it for more."
+FIELD = "(hf: models) A field of the config that grows with {}, instead of the inferred ones; may be repeated."
 WidthField = Annotated[list[str] | None, typer.Option("--width-field", help=FIELD.format("width"))]
 Roles = Annotated[
     list[str] | None,
-    typer.Option("--role", help="Role of parameters by name, as in '*.router.weight=output'; repeat it for more."),
+    typer.Option("--role", help="Role of parameters by name, such as '*.router.weight=output'; may be repeated."),
 ]
 DepthField = Annotated[list[str] | None, typer.Option("--depth-field", help=FIELD.format("depth"))]
 
 
 def fields_asked_for(model: str, width: list[str] | None, depth: list[str] | None) -> dict[str, Any]:
-    """Return --width-field and --depth-field as options of a model by reference to a config.
+    """Return --width-field and --depth-field as options of an ``hf:`` model.
 
     Raises:
-        RequestError: they are given with another kind of model.
+        RequestError: one of them is given, but the model is not an ``hf:`` model.
     """
     from ..errors import RequestError
 
-    asked = {"width_fields": width, "depth_fields": depth}
-    given = {name: fields for name, fields in asked.items() if fields}
-    if given and not model.startswith("hf:"):
-        flag = f"--{min(given).replace('_fields', '-field')}"
-        raise RequestError(f"{flag} names a field of a transformers config, and {model} has none: leave it out.")
-    return given
+    options = {"width_fields": width, "depth_fields": depth}
+    requested = {name: fields for name, fields in options.items() if fields}
+    if requested and not model.startswith("hf:"):
+        flag = f"--{min(requested).replace('_fields', '-field')}"
+        raise RequestError(f"{flag} names a field of a transformers config, but {model} has none: leave it out.")
+    return requested
 
 
 def fields_between(family: Family, target: Scale) -> dict[str, Any] | None:
-    """Return what grows in the family's config from its base to ``target``, or None if it is no ``hf:`` model."""
+    """Return what grows in the family's config from its base to ``target``, or None if it is not an ``hf:`` model."""
     fields = getattr(family.build, "fields", None)
     return None if fields is None else dict(fields.between(family.base, target))
 
@@ -74,10 +74,10 @@ def family_for(
     options: dict[str, Any] | None = None,
     roles: list[str] | None = None,
 ) -> tuple[Family, Data | None]:
-    """Return the family that MODEL names, anchored at the base asked for, and the data it reads.
+    """Return the family that MODEL names, at the requested base scale, and its data.
 
-    Built-in models have default data, depth and (if ``default_width`` is given) base width; others bring their own, and an
-    experiment file brings its options, roles, data and base as well. ``roles`` are written as PATTERN=ROLE.
+    Built-in models have default data, depth and (if ``default_width`` is given) base width. Other models define their own, and
+    an experiment file also defines options, roles, data and base. The entries of ``roles`` have the form PATTERN=ROLE.
     """
     from .. import run_dir
     from ..proxies.data import load_data
@@ -85,26 +85,26 @@ def family_for(
     from ..scale import Scale
     from ..tracing.roles import roles_from, with_roles
 
-    given = roles_from(roles or (), "--role")
+    role_overrides = roles_from(roles or (), "--role")
     if (experiment := experiment_of(model)) is not None:
         from ..sweeps.jobs import loaded
 
-        if data is not None:  # typed in the current folder
+        if data is not None:  # its path is relative to the current folder
             typed = data if experiment.folder is None else run_dir.anchored("data", data, experiment.folder)
             experiment = experiment.model_copy(update={"data": typed})
         family, source = loaded(experiment)
         at = family.base.with_(width=base_width or family.base.width, depth=base_depth or family.base.depth)
-        return with_roles(family.with_base(at), given), source
+        return with_roles(family.with_base(at), role_overrides), source
     source = load_data(data or DEFAULT_DATA[model], sequence_length) if data or model in DEFAULT_DATA else None
     depth = base_depth or DEFAULT_DEPTH.get(model, 2)
     fallback = base_width or (default_width if model in DEFAULT_DATA else None)
     base = Scale(fallback, depth) if fallback else None
     if model not in DEFAULT_DATA:
-        # A Family brings its own base, of which only what was asked for is replaced; a bare function needs one.
-        own = load_own(model, source, base, batch_size, options)
-        at = own.base.with_(width=base_width or own.base.width, depth=base_depth or own.base.depth)
-        return with_roles(own.with_base(at), given), source
-    return load_family(model, source, base, batch_size=batch_size, options=options, roles=given), source
+        # A Family has its own base, of which only the requested sizes are replaced; a bare function needs one.
+        family = load_own(model, source, base, batch_size, options)
+        at = family.base.with_(width=base_width or family.base.width, depth=base_depth or family.base.depth)
+        return with_roles(family.with_base(at), role_overrides), source
+    return load_family(model, source, base, batch_size=batch_size, options=options, roles=role_overrides), source
 
 
 def experiment_of(model: str) -> Experiment | None:
@@ -118,7 +118,7 @@ def experiment_of(model: str) -> Experiment | None:
 
 
 def subject_of(model: str, parametrization: str, optimizer: str, options: dict[str, Any] | None) -> dict[str, Any]:
-    """Return which model is scaled by which rules (`Experiment.subject`)."""
+    """Return the model and the rules that scale it, as plain data (see `Experiment.subject`)."""
     experiment = experiment_of(model)
     known = {"model": model, "options": options or {}} if experiment is None else experiment.subject()
     return {**known, "parametrization": parametrization, "optimizer": optimizer}
@@ -127,7 +127,7 @@ def subject_of(model: str, parametrization: str, optimizer: str, options: dict[s
 def load_own(
     model: str, data: Data | None, base: Scale | None, batch_size: int, options: dict[str, Any] | None
 ) -> Family:
-    """Return a user's family at the base it brings, or a bare build function's at ``base``."""
+    """Return the user's Family at its own base, or the family of a bare build function at ``base``."""
     from ..errors import RequestError
     from ..proxies.load import load_family
 

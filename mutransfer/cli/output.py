@@ -1,7 +1,7 @@
-"""What every command's ``--json`` holds: a model per command, from which docs/json.md and docs/schemas are written.
+"""The output of every command's ``--json``: a model per command, from which docs/json.md and docs/schemas are generated.
 
-A key is added here with its meaning, then ``python -m mutransfer.cli.output docs`` writes the documents anew; the tests hold
-whatever a command prints against its model, in which a key that does not stand here is an error.
+To add a key, add it here with its meaning, then run ``python -m mutransfer.cli.output docs`` to regenerate the documents. The
+tests validate the output of every command against its model, in which unknown keys are an error.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from ..recipe import Recipe
 
 __all__ = ["OUTPUTS", "Output", "schema", "write_documents"]
 
-VERDICTS = "pass, fail or undecided; the exit code is 0 for pass alone."
+VERDICTS = "pass, fail or undecided; the exit code is 0 only for pass."
 Verdict = Annotated[Literal["pass", "fail", "undecided"], Field(description=VERDICTS)]
-PassOrFail = Annotated[Literal["pass", "fail"], Field(description="pass or fail; the exit code is 0 for pass alone.")]
+PassOrFail = Annotated[Literal["pass", "fail"], Field(description="pass or fail; the exit code is 0 only for pass.")]
 Role = Literal["input", "vector", "hidden", "output", "bottleneck", "finite"]
-Number = float | None  # null where there is none, or where it is not finite
+Number = float | None  # null if missing or not finite
 Count = Annotated[int, Field(ge=0)]
 
 
 class Output(BaseModel):
-    """One JSON object: no key but these, no NaN and no infinity."""
+    """A JSON object without further keys, NaN or infinities."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -40,26 +40,26 @@ class Interval(Output):
 
 
 class Price(Output):
-    """Compute, in floating point operations; null where a trainer of your own chooses its batches."""
+    """Compute in floating point operations; null if a user trainer chooses its batches."""
 
-    tuning_flops: Number = Field(description="Of all trials of the study, pruned ones too.")
+    tuning_flops: Number = Field(description="All trials of the study, including pruned ones.")
     repeats_flops: Number = Field(
-        description="Of the best trials trained again with other seeds; null where none were asked for."
+        description="The best trials retrained with other seeds; null if none were requested."
     )
-    verify_flops: Number = Field(description="Of all runs of the basins, the control's too.")
-    target_flops: Number = Field(description="Of one run at the widest width compared.")
+    verify_flops: Number = Field(description="All runs of the basins, including the control's.")
+    target_flops: Number = Field(description="One run at the widest width compared.")
     ratio: Number = Field(description="tuning_flops / target_flops.")
     uncounted: list[str] = Field(
-        description="Operations that may be work and that no figure includes, as no formula is known."
+        description="Operations that may cost something but are not included in any figure, because no formula is known."
     )
 
 
 class Compared(Output):
-    """Losses of one recipe at the widest width, over seeds; intervals are 95% ones (Student's t)."""
+    """Losses of one recipe at the widest width, over seeds, with 95% intervals (Student's t)."""
 
     label: str = Field(description="Parametrization, and where its hyperparameters came from.")
     log2_lr: float = Field(description="Base-2 logarithm of the learning rate.")
-    loss: Number = Field(description="Mean over seeds, in nats; null where a run diverged.")
+    loss: Number = Field(description="Mean over seeds, in nats; null if a run diverged.")
     low: Number
     high: Number
     seeds: Count
@@ -69,27 +69,29 @@ class Compared(Output):
 
 
 class TunedControl(Output):
-    """The control as tuned at the widest width, and what it was compared with."""
+    """The control as tuned at the widest width, and the comparison with it."""
 
     parametrization: str
-    trials: Count = Field(description="Finished trials of its search; 0 where its learning rate alone was searched.")
+    trials: Count = Field(description="Finished trials of its search; 0 if only its learning rate was searched.")
     searched: list[str]
-    params: dict[str, Any] = Field(description="Its best values of what was searched.")
-    flops: Number = Field(description="Of its search and of its best recipe over seeds.")
-    conclusion: str = Field(description="What was compared, the difference, and what the search cost, in sentences.")
+    params: dict[str, Any] = Field(description="Its best values of the searched hyperparameters.")
+    flops: Number = Field(description="Compute of its search and of its best recipe over seeds.")
+    conclusion: str = Field(description="The comparison, the difference and the cost of the search, in sentences.")
 
 
 ByWidth = dict[str, dict[str, Interval]]
-DRIFT = "Octaves between the best learning rate at a width and at the proxy's: parametrization → width → interval."
-REGRET = "What the transferred learning rate costs at a width, in the loss's unit: parametrization → width → interval."
+DRIFT = (
+    "Octaves between the best learning rates at a width and at the proxy's width: parametrization → width → interval."
+)
+REGRET = "Cost of the transferred learning rate at a width, in the loss's unit: parametrization → width → interval."
 
 
 class Limits(Output):
-    """What a verdict holds drift and regret against."""
+    """The limits for drift and regret in a verdict."""
 
     drift_octaves: float
     regret: float = Field(description="In the loss's unit.")
-    unit: str = Field(description="Of regret and losses: nats, or the unit of a loss of your own.")
+    unit: str = Field(description="Unit of regret and losses: nats, or the unit of a user-defined loss.")
 
 
 class Demo(Output):
@@ -113,12 +115,12 @@ class Init(Output):
 
 
 class Diagnosis(Output):
-    """One thing that was looked at."""
+    """The result of one check."""
 
     name: str
-    ok: bool = Field(description="Nothing needed is broken.")
+    ok: bool = Field(description="False if a required part is broken.")
     detail: str
-    fix: str | None = Field(description="The command or step that mends or completes it.")
+    fix: str | None = Field(description="The command or step that repairs or completes it.")
 
 
 class Doctor(Output):
@@ -129,14 +131,14 @@ class Doctor(Output):
 
 
 class ColumnMultiplier(Output):
-    """Entries of an axis that a layer sums over, which `Plan.attach` lets its input enter ``multiplier`` times as large."""
+    """Entries of an axis that a layer sums over; `Plan.attach` multiplies their input by ``multiplier``."""
 
     axis: int
     begin: int
     end: int
     multiplier: float
     gauge: float = Field(
-        description="Their size against the layer's other columns, relative to the source's own rescaling."
+        description="Their size relative to the layer's other columns, compared with the source's own rescaling."
     )
 
 
@@ -158,12 +160,12 @@ class Parameter(Output):
     init_factor: Number = Field(description="null for constants.")
     columns: list[ColumnMultiplier] = Field(
         default=[],
-        description="Fixed columns beside growing ones, which plan.attach(model) multiplies; absent where there are none.",
+        description="Fixed columns next to growing ones, which plan.attach(model) multiplies; absent if there are none.",
     )
 
 
 class Group(Output):
-    """One distinct setting, and how many parameters share it."""
+    """One distinct setting, and the number of parameters that share it."""
 
     lr: float
     weight_decay: float
@@ -172,7 +174,7 @@ class Group(Output):
 
 
 class Grown(Output):
-    """What grows in a transformers config: field → [at the base, at the target]."""
+    """The fields of a transformers config that grow: field → [value at the base, value at the target]."""
 
     width: dict[str, list[Any]]
     depth: dict[str, list[Any]]
@@ -180,12 +182,12 @@ class Grown(Output):
 
 
 class Plan(Output):
-    """`mutransfer plan`: settings per parameter."""
+    """`mutransfer plan`: the settings of every parameter."""
 
     parameters: list[Parameter]
     groups: list[Group]
     notes: list[str]
-    fields: Grown | None = Field(default=None, description="Of hf: models alone.")
+    fields: Grown | None = Field(default=None, description="Only for hf: models.")
 
 
 class Slope(Output):
@@ -201,7 +203,7 @@ class Slope(Output):
     high: Number
     expected: str = Field(description="Slopes of width-stable feature learning, as 'low..high'.")
     declared: str | None = Field(description="Slopes that the parametrization in force declares.")
-    ok: bool | None = Field(description="null where the evidence does not tell.")
+    ok: bool | None = Field(description="null if the evidence is not sufficient.")
 
 
 class Control(Output):
@@ -218,7 +220,7 @@ class Check(Output):
     verdict: Verdict
     parametrization: str
     modules: list[Slope]
-    cause: str | None = Field(description="What failed, or what is missing for a decision, in a sentence.")
+    cause: str | None = Field(description="What failed, or what is missing for a decision, in one sentence.")
     control: Control | None
     report: str | None = Field(description="Path of report.html, with --out.")
 
@@ -231,21 +233,21 @@ class Best(Output):
 
 
 class Default(Output):
-    """The experiment's own recipe, the first trial."""
+    """The recipe of the experiment, which is the first trial."""
 
     value: Number = Field(description="Its validation loss; null if it did not finish.")
 
 
 class Tune(Output):
-    """`mutransfer tune`: the study so far."""
+    """`mutransfer tune`: the state of the study."""
 
-    trials: Count = Field(description="Trials in the study, whatever became of them.")
+    trials: Count = Field(description="All trials in the study, in any state.")
     finished: Count = Field(description="Complete or pruned.")
     diverged: Count
     pruned: Count
     best: Best
     default: Default
-    seconds: float = Field(description="Of this call.")
+    seconds: float = Field(description="Duration of this call.")
     run: str = Field(description="Path of the run folder.")
     warnings: list[str]
 
@@ -262,16 +264,16 @@ class Verify(Output):
     drift_octaves: ByWidth = Field(description=DRIFT)
     regret: ByWidth = Field(description=REGRET)
     regret_relative: dict[str, dict[str, Number]] = Field(
-        description="Regret over the best loss: parametrization → width → fraction; null where the loss is not positive."
+        description="Regret / best loss: parametrization → width → fraction; null if the loss is not positive."
     )
     regret_compute: dict[str, Interval | None] = Field(
-        description="Fraction of the compute at the widest width that its regret is worth, by parametrization; null where "
+        description="Fraction of the compute at the widest width that its regret is worth, by parametrization; null if "
         "fewer than 3 widths have a loss that falls."
     )
     limits: Limits
     flat_log2_lr: tuple[float, float] | None = Field(
-        description="Ends of the learning rates that cost no more than the limit at every width; null if they span less than "
-        "limits.drift_octaves."
+        description="Ends of the range of learning rates that cost no more than the limit at every width; null if it spans less "
+        "than limits.drift_octaves."
     )
     price: Price
     comparison: list[Compared]
@@ -292,7 +294,7 @@ class TargetParameter(Parameter):
 
     gauge: float = Field(description="Its size relative to the same parameter in the source's own rescaling.")
     init: dict[str, Any] = Field(description="The initial distribution.")
-    multiplier: float = Field(default=1.0, description="What is left in the forward pass.")
+    multiplier: float = Field(default=1.0, description="Multiplier that remains in the forward pass.")
 
 
 class OptimizerSettings(Output):
@@ -300,11 +302,11 @@ class OptimizerSettings(Output):
 
     name: str
     torch_name: str | None = Field(description="Its class in torch.optim.")
-    settings: dict[str, Any] = Field(description="What all parameters share.")
+    settings: dict[str, Any] = Field(description="The settings that all parameters share.")
 
 
 class Schedule(Output):
-    """Learning rate over the run; warmup and cooldown as fractions of it."""
+    """Learning rate over the run; warmup and cooldown are fractions of the run."""
 
     name: str
     warmup: float
@@ -334,27 +336,25 @@ class Transfer(Output):
     steps: int
     tokens: int
     seed: int
-    provenance: dict[str, Any] = Field(description="Where the recipe came from: proxy, study, hashes, versions.")
-    warnings: list[str] = Field(description="What does not, or may not, transfer.")
+    provenance: dict[str, Any] = Field(description="Origin of the recipe: proxy, study, hashes, versions.")
+    warnings: list[str] = Field(description="Sentences about what does not, or may not, transfer.")
     notes: list[str]
 
 
 class Train(Output):
-    """`mutransfer train`: the big run."""
+    """`mutransfer train`: the run of the target."""
 
     verdict: PassOrFail
     loss: Number = Field(description="Validation loss; null if it diverged.")
     steps: Count = Field(description="Optimizer steps done.")
     tokens_per_second: Number = Field(
-        description="Of this call (images: examples); null if nothing was left to do, and with a trainer of your own."
+        description="Speed of this call (images: examples); null if nothing was left to do, or with a user trainer."
     )
-    checkpoint: str | None = Field(
-        description="Path of the checkpoint; null if there is none, and with a trainer of your own."
-    )
+    checkpoint: str | None = Field(description="Path of the checkpoint; null if there is none, or with a user trainer.")
 
 
 class Difference(Output):
-    """One setting that is not as planned."""
+    """One setting that differs from the plan."""
 
     name: str = Field(description="The parameter.")
     setting: str
@@ -363,14 +363,14 @@ class Difference(Output):
 
 
 class Audit(Output):
-    """`mutransfer audit`: the live optimizer against the plan."""
+    """`mutransfer audit`: the running optimizer compared with the plan."""
 
     verdict: PassOrFail
     differences: list[Difference]
 
 
 class Report(Output):
-    """`mutransfer report`: one page of a run folder."""
+    """`mutransfer report`: one page about a run folder."""
 
     report: str = Field(description="Path of report.html.")
 
@@ -399,12 +399,13 @@ HEAD = """\
 
 <!-- Written by `python -m mutransfer.cli.output docs`. -->
 
-With `--json` a command writes one line to standard output, one JSON object, and nothing else; without it, its result as text.
-Progress, warnings and whatever the model, the data or a library prints go to standard error, however they print it, and what
-the model prints each time that it is built is shown once. A request that is wrong (exit code 2), a bug (3) and Ctrl-C (130) leave
-standard output empty. JSON has no NaN and no infinity: `null` stands for both.
+With `--json` a command writes one line with one JSON object to standard output, and nothing else; without it, its result as text.
+Progress, warnings and everything that the model, the data or a library prints go to standard error, whichever way they print, and
+output that the model repeats each time it is built is shown once. An invalid request (exit code 2), a bug (3) and Ctrl-C (130)
+leave standard output empty. JSON has no NaN and no infinity: both are written as `null`.
 
-Paths are as they were given, or below a folder that was. The tables are those of the schemas in [schemas](schemas).
+Paths are written as they were given, or start with a folder that was given. The tables are generated from the schemas in
+[schemas](schemas).
 """
 
 
@@ -435,7 +436,7 @@ def _rows(found: dict[str, Any], definitions: dict[str, Any], before: str) -> li
 
 
 def _unfolded(value: dict[str, Any], definitions: dict[str, Any]) -> tuple[dict[str, Any] | None, str, str]:
-    """Return the object that a key leads to (None if it is none), the type in words, and the path from the key to the object."""
+    """Return the object inside a value (None if there is none), the type in words, and the path from the key to the object."""
     if "$ref" in value:
         return definitions[value["$ref"].rpartition("/")[2]], "object", ""
     if "anyOf" in value:

@@ -9,7 +9,7 @@ import typer
 from .console import AsJson, UnusedDevice, UnusedSeed, emit, records, table
 from .models import BASE_WIDTH_HELP, MODEL, DepthField, Optimizer, Parametrization, Roles, WidthField
 
-BASE_WIDTH = 64  # of built-in models, where the command line names none
+BASE_WIDTH = 64  # default for built-in models
 
 
 def add_to(app: typer.Typer) -> None:
@@ -26,7 +26,7 @@ def plan(
     parametrization: Parametrization = "mup",
     optimizer: Optimizer = "adamw",
     recipe: Annotated[str | None, typer.Option(help="A recipe (best.json) instead of the defaults.")] = None,
-    data: Annotated[str | None, typer.Option(help="Data that says how many inputs and classes there are.")] = None,
+    data: Annotated[str | None, typer.Option(help="Data that determines the number of inputs and classes.")] = None,
     width_field: WidthField = None,
     depth_field: DepthField = None,
     role: Roles = None,
@@ -34,7 +34,10 @@ def plan(
     device: UnusedDevice = "auto",
     as_json: AsJson = False,
 ) -> int:
-    """Print what is set for every parameter, before anything is touched."""
+    """Print the planned settings of every parameter.
+
+    The model is not built, so any size can be planned.
+    """
     from ..planning import build
     from ..proxies.hf_config import describe_changes
     from .models import family_for, fields_asked_for, fields_between

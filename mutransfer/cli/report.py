@@ -1,4 +1,4 @@
-"""`mutransfer report`: one page of everything a run folder holds."""
+"""`mutransfer report`: one page about everything in a run folder."""
 
 from __future__ import annotations
 
@@ -21,12 +21,15 @@ def report(
     device: UnusedDevice = "auto",
     as_json: AsJson = False,
 ) -> int:
-    """Write one self-contained report.html, with its pictures and tables beside it."""
+    """Write a self-contained report.html.
+
+    Its figures and tables are also written as separate files.
+    """
     from ..errors import RequestError
     from ..reports import write_report
 
     if not run.is_dir():
-        raise RequestError(f"there is no folder {run}: make a run with `mutransfer tune`.")
+        raise RequestError(f"there is no folder {run}: create a run with `mutransfer tune`.")
     path = write_report(run)
     emit({"report": str(path)}, as_json, str(path))
     return 0

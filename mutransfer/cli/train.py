@@ -1,4 +1,4 @@
-"""`mutransfer train`: the big run."""
+"""`mutransfer train`: train the target."""
 
 from __future__ import annotations
 
@@ -16,14 +16,19 @@ def add_to(app: typer.Typer) -> None:
 
 
 def train(
-    target: Annotated[Path, typer.Argument(help="A target config of `mutransfer transfer`.")],
-    out: Annotated[Path | None, typer.Option(help="Folder for checkpoints; beside the target by default.")] = None,
+    target: Annotated[Path, typer.Argument(help="A target config from `mutransfer transfer`.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for checkpoints; by default the folder train next to the target config.")
+    ] = None,
     checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 100,
     seed: UnusedSeed = 0,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> int:
-    """Train the target on one device, or by its own trainer; an interrupted run goes on from its last checkpoint."""
+    """Train the target.
+
+    It is trained on one device, or by the user trainer. An interrupted run resumes from its last checkpoint.
+    """
     from ..planning.target import TargetConfig
     from ..proxies.target_run import run_target
     from ..sweeps.commands import train_target, trainer_of
@@ -43,6 +48,6 @@ def train(
     if trainer is None:
         text += f"{', nothing left to do' if pace is None else f', {pace:.0f} tokens/s'}\ncheckpoint: {result['checkpoint']}"
     else:
-        text += f", trained by {trainer}" + ("" if trainer.command is None else f"\nits files: {folder}")
+        text += f", trained by {trainer}" + ("" if trainer.command is None else f"\nfiles: {folder}")
     emit({"verdict": "fail" if loss is None else "pass", **result}, as_json, text)
     return 0 if loss is not None else 1

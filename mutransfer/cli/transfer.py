@@ -1,4 +1,4 @@
-"""`mutransfer transfer`: from the tuned proxy to the big run's settings."""
+"""`mutransfer transfer`: from the tuned proxy to the settings of the target."""
 
 from __future__ import annotations
 
@@ -22,20 +22,23 @@ def add_to(app: typer.Typer) -> None:
 
 
 def transfer(
-    run: Annotated[Path, typer.Argument(help="A run folder of `mutransfer tune`.")],
-    width: Annotated[int, typer.Option(min=1, help="Width of the big model.")],
-    depth: Annotated[int | None, typer.Option(min=1, help="Depth of the big model; the proxy's by default.")] = None,
+    run: Annotated[Path, typer.Argument(help="A run folder from `mutransfer tune`.")],
+    width: Annotated[int, typer.Option(min=1, help="Width of the target.")],
+    depth: Annotated[int | None, typer.Option(min=1, help="Depth of the target; the proxy's by default.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Examples per step; the proxy's by default.")] = None,
     tokens: Annotated[
-        int | None, typer.Option(min=1, help="Training tokens (or images) in all; the proxy's by default.")
+        int | None, typer.Option(min=1, help="Total number of training tokens (or images); the proxy's by default.")
     ] = None,
     to: Annotated[str | None, typer.Option(help="Also export for a framework: pytorch.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Where to write; target.json in the run folder by default.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the big run.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Output file; target.json in the run folder by default.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed of the target run.")] = 0,
     device: UnusedDevice = "auto",
     as_json: AsJson = False,
 ) -> int:
-    """Write the target config: every parameter's settings, schedule, provenance, and warnings about what may not transfer."""
+    """Write the target config.
+
+    It holds every parameter's settings, the schedule, the provenance, and warnings about what may not transfer.
+    """
     from ..export import export
     from ..io import write_text
     from ..run_dir import RunFolder
@@ -73,7 +76,7 @@ def target_of(
 ) -> TargetConfig:
     """Return the `TargetConfig` of a run folder at another scale; sizes default to the proxy's.
 
-    It is to be written into the folder ``written_to``, by default the run folder.
+    ``written_to`` is the folder that the config will be written to, by default the run folder.
     """
     from ..errors import RequestError
     from ..io import read_json
@@ -97,7 +100,7 @@ def target_of(
     known = before.get("data_sha256")
     if known and data is not None and known != data.sha256:
         raise RequestError(
-            f"{folder.path} holds results on data with SHA-256 {known[:12]}…, and the data is now {data.sha256[:12]}…: tune "
+            f"{folder.path} holds results on data with SHA-256 {known[:12]}…, but the data is now {data.sha256[:12]}…: tune "
             "again on this data with another --out, or put the old data back."
         )
     provenance = {

@@ -1,4 +1,4 @@
-"""`mutransfer tune`: Optuna over the proxy."""
+"""`mutransfer tune`: tune the proxy with Optuna."""
 
 from __future__ import annotations
 
@@ -23,22 +23,26 @@ def tune(
         str | None, typer.Option(help="Storage that workers share: postgresql://…, grpc://…, redis://…, journal:FILE.")
     ] = None,
     study: Annotated[str | None, typer.Option(help="Name of the study in that storage.")] = None,
-    trials: Annotated[int | None, typer.Option(min=1, help="Finished trials in all, earlier ones included.")] = None,
+    trials: Annotated[
+        int | None, typer.Option(min=1, help="Total number of finished trials, including earlier ones.")
+    ] = None,
     lease: Annotated[
         float,
         typer.Option(min=1, help="Seconds without a heartbeat after which other workers retry a worker's trials."),
     ] = 60,
-    out: Annotated[Path | None, typer.Option(help="Run folder; runs/NAME of the experiment by default.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Seed of everything random.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Run folder; by default runs/NAME, with the name of the experiment.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Random seed.")] = None,
     executor: Annotated[
         str,
         typer.Option(
-            help="one: trials one after the other; processes: side by side on the CPU; fused: many as one program; auto: "
-            "what a short measurement says is fastest."
+            help="one: one trial after the other; processes: trials in parallel on the CPU; fused: many trials as one program; "
+            "auto: the fastest of these according to a short measurement."
         ),
     ] = "auto",
     at_once: Annotated[
-        int | None, typer.Option(min=1, help="How many side by side; by default as many as pay.")
+        int | None, typer.Option(min=1, help="Number of trials to run in parallel; by default chosen for speed.")
     ] = None,
     precision: Annotated[
         str, typer.Option(help="float32, or bfloat16 for the matrix products of fused trials.")
@@ -46,7 +50,10 @@ def tune(
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> int:
-    """Find the best hyperparameters of the proxy; run again, or by several workers, it adds only the missing trials."""
+    """Find the best hyperparameters of the proxy.
+
+    Another call, also by other workers, adds only the missing trials.
+    """
     import torch
 
     from ..run_dir import RunFolder
@@ -54,30 +61,30 @@ def tune(
     from ..sweeps.experiment import Experiment
     from ..sweeps.tune import tune as run
 
-    given = list(changes or [])
-    given += [f"trials={trials}"] if trials is not None else []
-    given += [f"seed={seed}"] if seed is not None else []
-    wanted = Experiment.load(experiment, given)
+    overrides = list(changes or [])
+    overrides += [f"trials={trials}"] if trials is not None else []
+    overrides += [f"seed={seed}"] if seed is not None else []
+    loaded = Experiment.load(experiment, overrides)
     folder = RunFolder(
         out
         or Path("runs")
         / (experiment.parent.name if experiment.stem == "experiment" and experiment.parent.name else experiment.stem)
     )
-    torch.set_num_threads(min(torch.get_num_threads(), 2))  # a proxy is too small for more
+    torch.set_num_threads(min(torch.get_num_threads(), 2))  # a proxy is too small to use more
     where = device_of(device)
     with (
         ended_as_by_ctrl_c(),
         executor_for(
-            wanted, executor, at_once, where,
-            # Workers that share a study may share the folder as well, and a checkpoint is one process's.
+            loaded, executor, at_once, where,
+            # Workers that share a study may also share the folder, but a checkpoint belongs to one process.
             precision=precision, checkpoints=None if storage else folder.path / "checkpoints",
             folder=folder.path,
-        ) as doing,
-        Progress(f"tuning {wanted.model} at width {wanted.proxy.width}") as progress,
+        ) as trial_executor,
+        Progress(f"tuning {loaded.model} at width {loaded.proxy.width}") as progress,
     ):  # fmt: skip
         found = run(
-            wanted, folder,
-            storage=storage, name=study, lease=lease, executor=doing, device=where, progress=progress,
+            loaded, folder,
+            storage=storage, name=study, lease=lease, executor=trial_executor, device=where, progress=progress,
         )  # fmt: skip
     frame = found.trials
     result = {

@@ -31,18 +31,18 @@ def add_to(app: typer.Typer) -> None:
 
 
 def verify(
-    run: Annotated[Path, typer.Argument(help="A run folder of `mutransfer tune`.")],
+    run: Annotated[Path, typer.Argument(help="A run folder from `mutransfer tune`.")],
     widths: Annotated[
         str | None, typer.Option(help="Widths to compare; 1, 2 and 4 times the proxy's by default.")
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Repeats of every run.")] = 3,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds per run.")] = 3,
     control: Annotated[str | None, typer.Option(help="A second parametrization to compare with, such as sp.")] = None,
     control_trials: Annotated[
         int | None,
         typer.Option(
             min=0,
-            help="Trials of the control's own search at the widest width, over all that `tune` searched; as many as `tune` had "
-            "by default, 0 for its learning rate alone.",
+            help="Trials of the control's search at the widest width, over everything that `tune` searched; by default as many "
+            "as `tune` had, 0 for the learning rate alone.",
         ),
     ] = None,
     step: Annotated[float, typer.Option(min=0.1, max=4, help="Octaves between learning rates.")] = 1.0,
@@ -50,18 +50,24 @@ def verify(
         float | None,
         typer.Option(
             min=0,
-            help="What the proxy's rate may cost, in the loss's unit; 0.02 nats, or 2% of the size of another loss.",
+            help="Largest acceptable cost of the proxy's learning rate, in the loss's unit; by default 0.02 nats, or 2% of the "
+            "size of another loss.",
         ),
     ] = None,
     seed: UnusedSeed = 0,
     executor: Annotated[
-        str | None, typer.Option(help="one or processes, as for tune; processes by default on the CPU.")
+        str | None, typer.Option(help="one or processes, as in tune; processes by default on the CPU.")
     ] = None,
-    at_once: Annotated[int | None, typer.Option(min=1, help="How many side by side; by default one per core.")] = None,
+    at_once: Annotated[
+        int | None, typer.Option(min=1, help="Number of runs in parallel; by default one per core.")
+    ] = None,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> int:
-    """Say whether the best learning rate stays where the proxy found it (exit 1 if not), and what the proxy's one costs."""
+    """Check whether the learning rate transfers.
+
+    Measure whether the best learning rate stays the same across widths (exit 1 if not), and what the proxy's rate costs.
+    """
     from ..errors import RequestError
     from ..recipe import Recipe
     from ..run_dir import RunFolder
@@ -73,13 +79,15 @@ def verify(
     proxy = experiment.proxy.width
     sizes = numbers(widths, "--widths") if widths is not None else [proxy, 2 * proxy, 4 * proxy]
     where = device_of(device)
-    # A process per core on the CPU, where a small model does not use two of them well; what an own trainer uses is not known.
+    # One process per core on the CPU, since a small model does not use two cores well. A user trainer may use any number.
     if executor not in (None, "one", "processes"):
-        raise RequestError(f"--executor {executor!r} is not for verify, whose widths differ: use one or processes.")
+        raise RequestError(
+            f"--executor {executor!r} is not available for verify, whose widths differ: use one or processes."
+        )
     how = executor or ("processes" if where == "cpu" and experiment.trainer is None else "one")
-    with executor_for(experiment, how, at_once, where, folder=folder.path) as doing:
+    with executor_for(experiment, how, at_once, where, folder=folder.path) as run_executor:
         result, optima = verify_run(
-            experiment, recipe, folder, sizes, doing,
+            experiment, recipe, folder, sizes, run_executor,
             seeds=seeds, control=control, control_trials=control_trials, step=step, device=where,
             regret_limit=regret_limit,
         )  # fmt: skip
@@ -92,9 +100,9 @@ def verify_run(
     seeds: int, control: str | None, control_trials: int | None = None, step: float = 1.0, device: str = "cpu",
     regret_limit: float | None = None, forecast: Forecast | None = None,
 ) -> tuple[dict[str, Any], pd.DataFrame]:  # fmt: skip
-    """Measure the basins, judge them, and write verify.json; return it with the optima.
+    """Measure the basins, judge them and write verify.json; return its content and the optima.
 
-    ``forecast``, if there is one, has the phases "basins" and "control", and is told of the executor's runs.
+    ``forecast``, if given, has the phases "basins" and "control", and is updated with the runs of the executor.
     """
     from ..basins import DRIFT_LIMIT, flat_range, judge, optima, worth
     from ..io import write_json
@@ -105,7 +113,9 @@ def verify_run(
     from .console import plain, say
 
     name = experiment.parametrization
-    widths = sorted({experiment.proxy.width, *widths})  # the drift is measured from where the recipe was tuned
+    widths = sorted(
+        {experiment.proxy.width, *widths}
+    )  # the drift is measured from the width at which the recipe was tuned
     kinds = [name, *([control] if control and control != name else [])]
     trials, tuned = finished_trials(experiment, folder), None
     count = trials if control_trials is None else control_trials
@@ -132,13 +142,13 @@ def verify_run(
                 experiment, folder, kinds[1], widths[-1],
                 executor=executor, trials=count, seeds=seeds, device=device, progress=progress,
             )  # fmt: skip
-    transferred = math.log2(recipe.lr)  # what `transfer` hands over
+    transferred = math.log2(recipe.lr)  # the rate that `transfer` writes
     limit = regret_limit_of(experiment, frame, regret_limit)
     unit = loss_unit(experiment)
     found = optima(frame, transferred, maximize=experiment.maximize, regret_limit=limit)
-    ours = found[found["parametrization"] == name]
-    status, reasons = judge(ours, regret_limit=limit, unit=unit)
-    first, last = ours.iloc[0], ours.iloc[-1]
+    main_rows = found[found["parametrization"] == name]
+    status, reasons = judge(main_rows, regret_limit=limit, unit=unit)
+    first, last = main_rows.iloc[0], main_rows.iloc[-1]
     widest = experiment.proxy_scale.with_(width=int(last["width"]))
     compared = comparison(frame, kinds, recipe, experiment.proxy.width, tuned, maximize=experiment.maximize)
     paid = price(experiment, folder, widest)
@@ -156,7 +166,7 @@ def verify_run(
             kind: worth(found[found["parametrization"] == kind], frame, maximize=experiment.maximize) for kind in kinds
         },
         "limits": {"drift_octaves": DRIFT_LIMIT, "regret": limit, "unit": unit},
-        "flat_log2_lr": flat_range(ours),
+        "flat_log2_lr": flat_range(main_rows),
         "price": paid,
         "comparison": compared,
         "control": None
@@ -190,12 +200,12 @@ def _values(found: pd.DataFrame, kind: str, what: str) -> dict[int, float]:
 
 
 def text_of(result: dict[str, Any], optima: pd.DataFrame) -> str:
-    """Return the result for a person."""
+    """Return the result as text."""
     price, widest = result["price"], int(optima["width"].max())
     unit = result["limits"]["unit"]
     lines = [
         table(optima[list(COLUMNS)], **COLUMNS),
-        f"regret: fitted loss at the transferred learning rate above the fitted minimum, {unit}, over {result['seeds']} seeds",
+        f"regret: fitted loss at the transferred learning rate minus the fitted minimum, {unit}, over {result['seeds']} seeds",
         "",
     ]
     for kind, worth in result["regret_compute"].items():
@@ -203,7 +213,7 @@ def text_of(result: dict[str, Any], optima: pd.DataFrame) -> str:
             regret = result["regret"][kind][widest]
             lines.append(
                 f"width {widest}: a regret of {regret['value']:.4f} {unit} ({kind}) is worth {worth['value']:.1%} "
-                f"[{worth['low']:.1%}, {worth['high']:.1%}] of its compute, as the loss falls from width to width"
+                f"[{worth['low']:.1%}, {worth['high']:.1%}] of its compute, judging by how the loss falls from width to width"
             )
     lines += [
         f"width {widest}: {row['label']} (lr 2^{row['log2_lr']:.1f}): loss {row['loss']:.4f}"
@@ -216,7 +226,7 @@ def text_of(result: dict[str, Any], optima: pd.DataFrame) -> str:
 
 
 def price_lines(price: dict[str, Any], widest: int) -> list[str]:
-    """Return for a person what was spent, beside one run at the ``widest`` width, and what no figure includes."""
+    """Return lines about the compute spent, relative to one run at the ``widest`` width, and the operations not counted."""
     target = price["target_flops"]
     if not target:
         return []
@@ -226,5 +236,5 @@ def price_lines(price: dict[str, Any], widest: int) -> list[str]:
     ]
     lines = [f"price, relative to one run at width {widest} ({target:.2e} FLOPs): {', '.join(parts)}"] if parts else []
     if price["uncounted"]:
-        lines.append(f"not counted in the price, as no formula is known: {', '.join(price['uncounted'])}")
+        lines.append(f"not counted in the price, because no formula is known: {', '.join(price['uncounted'])}")
     return lines

@@ -359,9 +359,9 @@ def test_ctrl_c_is_130_and_a_bug_is_3(monkeypatch: pytest.MonkeyPatch, capsys: p
         return code, err
 
     code, err = fails_with(KeyboardInterrupt())
-    assert (code, err) == (130, "mutransfer: interrupted; run the same command again to go on.\n")
+    assert (code, err) == (130, "mutransfer: interrupted; run the same command again to continue.\n")
     code, err = fails_with(ZeroDivisionError("nobody thought of this"))
     assert code == 3
     assert "Traceback" in err
     assert "ZeroDivisionError: nobody thought of this" in err
-    assert err.endswith("mutransfer: this is a bug of ours; please report it with the traceback above.\n")
+    assert err.endswith("mutransfer: this is a bug; please report it with the traceback above.\n")

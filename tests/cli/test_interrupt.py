@@ -22,7 +22,7 @@ from .processes import Ended, Processes, Started, contents, group_of, until
 TOTAL = 8
 # About 0.15 s a trial, so that a signal finds one at work.
 TUNE = ("tune", "experiment.yaml", "--out", "new", "--set", "steps=120", "--trials", str(TOTAL))
-INTERRUPTED = "mutransfer: interrupted; run the same command again to go on."
+INTERRUPTED = "mutransfer: interrupted; run the same command again to continue."
 
 
 def rows(path: Path) -> int:

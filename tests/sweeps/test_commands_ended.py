@@ -142,7 +142,7 @@ def test_tune_takes_its_commands_along(how: str, folder: RunFolder, tmp_path: Pa
     else:
         assert tuning.returncode == 130, err
         assert "Traceback" not in err
-        assert err.splitlines()[-1] == "mutransfer: interrupted; run the same command again to go on."
+        assert err.splitlines()[-1] == "mutransfer: interrupted; run the same command again to continue."
     until(lambda: ours(tmp_path) == [], 20)
     asked = list(tmp_path.glob("run/trials/*/out/asked"))
     assert len(asked) == 2

@@ -218,7 +218,7 @@ def test_a_worker_that_is_told_to_end_gives_its_trial_back_at_once(tmp_path: Pat
     time.sleep(0.3)
     ended.kill(signal.SIGTERM)
     assert shop.wait(ended) == 130
-    assert ended.err.splitlines()[-1] == "mutransfer: interrupted; run the same command again to go on."
+    assert ended.err.splitlines()[-1] == "mutransfer: interrupted; run the same command again to continue."
     assert [trial.state.name for trial in shop.trials()] == ["FAIL", "WAITING"]
     shop.open()
     again = shop.start("again")
