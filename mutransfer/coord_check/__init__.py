@@ -1,7 +1,7 @@
-"""The coordinate check: how the size of every module's output, and of its change, moves with width.
+"""Coordinate check: how the size of each module's output, and of its change during training, scales with width.
 
-`record` measures, `verdict` judges. The measure is the same for every parametrization: the slopes of width-stable
-feature learning (`tables.HEALTHY`), so the standard parametrization fails it, as it should.
+`record` measures the sizes and `verdict` judges them. The criterion is the same for every parametrization: the slopes of
+width-stable feature learning (`tables.HEALTHY`). The standard parametrization therefore fails, as it should.
 """
 
 from .check import PATIENCE as PATIENCE

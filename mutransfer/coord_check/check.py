@@ -1,4 +1,4 @@
-"""Run a coordinate check: record, judge, and add seeds while the verdict is undecided; also as an assertion for a test suite."""
+"""Run a coordinate check, adding seeds while the verdict is undecided; also available as an assertion for test suites."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from .verdicts import Verdict, verdict
 
 __all__ = ["Check", "PATIENCE", "assert_coordinates_hold", "judge"]
 
-PATIENCE = 4  # an undecided check adds seeds up to this many times the first ones
+PATIENCE = 4  # an undecided check uses up to this many times the initial number of seeds
 
 
 @dataclass(frozen=True, eq=False)
 class Check:
-    """A verdict with the frame behind it (schema COORDINATES), the seeds it took, and the seconds."""
+    """A verdict, the frame it is based on (schema COORDINATES), the number of seeds used, and the time taken in seconds."""
 
     verdict: Verdict
     coordinates: pd.DataFrame
@@ -46,35 +46,37 @@ def judge(
     more: Callable[[int, int, Verdict], None] = lambda done, adding, judged: None,
     **options: Any,
 ) -> Check:
-    """Record ``family`` and judge it; an open verdict adds as many seeds again, up to ``patience`` times the first ones.
+    """Record ``family`` and judge it; while the verdict is undecided, record as many seeds again.
+
+    No seeds are added when only wider models can decide the verdict.
 
     Args:
-        family: what to check.
+        family: the model family to check.
         widths: as in `record`.
         parametrization: as in `record`.
         optimizer: as in `record`.
-        seeds: to begin with.
-        first: the first seed's number.
-        patience: 1 to take what the first seeds say.
-        most: seeds in all at most, in place of ``patience``.
-        more: called with (seeds so far, seeds to add, the open verdict) before more are added.
+        seeds: number of seeds to start with.
+        first: the first seed.
+        patience: limit on the total number of seeds, in multiples of ``seeds``; 1 accepts the first verdict.
+        most: limit on the total number of seeds, in place of ``patience``.
+        more: called with (seeds so far, seeds to add, the undecided verdict) before seeds are added.
         options: further arguments of `record`.
 
     Raises:
         RequestError: as `record`.
     """
-    begun = time.perf_counter()
-    tell = options.pop("progress", lambda done, total: None)
+    started = time.perf_counter()
+    report_progress = options.pop("progress", lambda done, total: None)
     frames: list[pd.DataFrame] = []
     reason = None
     if len(set(widths)) > 1 and parametrization != OWN:
         options["observation"] = options.get("observation") or observe(family)
-        reason = _mixed(options["observation"], parametrization, optimizer)
+        reason = _mixed_columns(options["observation"], parametrization, optimizer)
     bound, done, runs = patience * seeds if most is None else most, 0, 0
     while True:
         adding = max(1, min(seeds, bound - done))
         chosen = range(first + done, first + done + adding)
-        so_far = partial(lambda before, now, total: tell(before + now, before + total), runs)
+        so_far = partial(lambda before, now, total: report_progress(before + now, before + total), runs)
         frames.append(record(family, widths, parametrization, optimizer, seeds=chosen, progress=so_far, **options))
         runs += adding * len(frames[-1][["width", "depth"]].drop_duplicates())
         done += adding
@@ -85,13 +87,13 @@ def judge(
         if judged.status != "undecided" or judged.widen or done >= bound:
             break
         more(done, min(seeds, bound - done), judged)
-    return Check(judged, frame, done, time.perf_counter() - begun)
+    return Check(judged, frame, done, time.perf_counter() - started)
 
 
-def _mixed(seen: Observation, parametrization: str, optimizer: str) -> str | None:
-    """Return what is wrong with one ratio for columns of two kinds, which a given role insists on.
+def _mixed_columns(seen: Observation, parametrization: str, optimizer: str) -> str | None:
+    """Return an error message if an explicit role forces one ratio on both growing and fixed columns, else None.
 
-    A matrix's update as a whole does not show it: there are more growing columns than fixed ones.
+    The update of the matrix as a whole does not reveal this, because growing columns outnumber fixed ones.
     """
     rows, column = table(parametrization).rows, OPTIMIZERS[optimizer].column if optimizer in OPTIMIZERS else "adam"
     for name, spec in seen.specs.items():
@@ -100,9 +102,9 @@ def _mixed(seen: Observation, parametrization: str, optimizer: str) -> str | Non
         growing, fixed = (rows[role].lr(column) for role in (spec.role, spec.role_of_fixed))
         if growing(2.0, 2.0) != fixed(1.0, 2.0):
             return (
-                f"the columns of {name} {list(spec.shape)} are of two kinds and have one ratio, as its role is given: "
-                f"{spec.describe_columns(spec.shape)}, and a learning rate that is right for the former lets the update of the "
-                f"latter fade with the width. Leave the role to be seen, or split the layer in two."
+                f"the columns of {name} {list(spec.shape)} are of two kinds but share one ratio, because its role was set "
+                f"explicitly: {spec.describe_columns(spec.shape)}, and with a learning rate that is right for the former, the "
+                f"updates of the latter shrink as the width grows. Leave the role to be inferred, or split the layer in two."
             )
     return None
 
@@ -114,20 +116,20 @@ def assert_coordinates_hold(
     optimizer: str = "adamw",
     **options: Any,
 ) -> Check:
-    """Assert that every module's size, and its change, moves with the width as stable feature learning needs.
+    """Assert that the size of every module's output, and of its change, scales with width as stable feature learning requires.
 
     Args:
-        family: what to check; its base is where µP changes nothing.
-        widths: at least two; the base's family has to build at each. Leave it empty and pass ``depths`` for a check over depths.
-        parametrization: as in `record`; "own" for a model that brings its own initialization.
+        family: the model family to check; µP changes nothing at its base.
+        widths: at least two; the family must build at each. Pass an empty sequence and ``depths`` for a check over depths.
+        parametrization: as in `record`; "own" for a model that sets its own initialization.
         optimizer: as in `record`.
-        options: further arguments of `coordinates.judge`, such as seeds, lr and steps.
+        options: further arguments of `judge`, such as seeds, lr and steps.
 
     Returns:
-        The check, whose ``coordinates`` can be kept.
+        The check; its ``coordinates`` can be saved.
 
     Raises:
-        AssertionError: the verdict is not "pass": the cause, and the rows that do not hold.
+        AssertionError: the verdict is not "pass"; the message gives the cause and the rows that do not hold.
         RequestError: as `record`.
     """
     check = judge(family, widths, parametrization, optimizer, **options)
@@ -136,5 +138,7 @@ def assert_coordinates_hold(
         rows = found.slopes[~found.slopes["ok"].fillna(False).astype(bool)]
         columns = ["module", "role", "statistic", "step", "slope", "low", "high", "expected"]
         text = rows[columns].to_string(index=False, float_format="{:+.2f}".format)
-        raise AssertionError(f"the coordinate check of {family.name} is {found.status}: {found.cause}\n{text}")
+        raise AssertionError(
+            f"the verdict of the coordinate check of {family.name} is {found.status}: {found.cause}\n{text}"
+        )
     return check

@@ -1,7 +1,7 @@
-"""Why a check fails: known scaling faults as data, the fault whose signature is nearest, and the sentence that names it.
+"""Diagnosis of failed checks: known scaling faults as data, the fault with the nearest signature, and its description.
 
-A fault multiplies initial weights and learning rates by powers of the width on top of µP's own, by role. What it does to the
-sizes that a check measures follows (`Fault.signature`), by the counting of TP-V 2203.03466, Appendix J.
+A fault multiplies initial weights and learning rates by powers of the width, by role, on top of µP's factors. Its effect on the
+sizes that a check measures (`Fault.signature`) follows from the power counting of TP-V 2203.03466, Appendix J.
 """
 
 from __future__ import annotations
@@ -44,16 +44,16 @@ Signature = dict[tuple[str, str], float]
 
 @dataclass(frozen=True, eq=False)
 class Fault:
-    """One fault: powers of the width by role, beyond µP's.
+    """A scaling fault: powers of the width by role, on top of µP's.
 
     Args:
-        name: its key.
-        says: column ("adam" or "sgd") → the sentence that names it.
-        init: of the initial weights.
-        adam: of the learning rate, for Adam-like optimizers.
-        sgd: of the learning rate, for SGD-like ones.
-        forward: of a number in the forward pass, by the role of the module that it stands behind.
-        decay: column → powers of the weight decay.
+        name: key in `FAULTS`.
+        says: optimizer column ("adam" or "sgd") → text that describes the fault.
+        init: powers on the initial weights.
+        adam: powers on the learning rate of Adam-like optimizers.
+        sgd: powers on the learning rate of SGD-like optimizers.
+        forward: powers on a number in the forward pass, by the role of the module that precedes it.
+        decay: optimizer column → powers on the weight decay.
     """
 
     name: str
@@ -65,30 +65,30 @@ class Fault:
     decay: Mapping[str, Powers] = field(default_factory=dict)
 
     def lr(self, column: str) -> Powers:
-        """Return the learning rate's powers in an optimizer's column."""
+        """Return the powers on the learning rate for an optimizer column."""
         return self.adam if column == "adam" else self.sgd
 
     def signature(self, column: str) -> Signature:
-        """Return the slopes beyond µP's of what a module adds by itself; NaN where the fault does not tell.
+        """Return the local slopes, relative to µP's, that the fault implies; NaN where it does not determine the slope.
 
-        ("weight", role): of the initial weights. ("step", role): of the learning rate. ("gain", role): of a module's output
-        against its input. ("update", role): of ΔW·x against its input after one step, which under SGD follows the gradient, and
-        so the readout's weights. ("decay", role): of lr · weight decay.
+        ("weight", role): initial weights. ("gain", role): a module's output relative to its input. ("update", role): ΔW·x
+        relative to the module's input after one step; under SGD it follows the gradient, and therefore the readout's weights.
+        ("decay", role): lr · weight decay.
         """
         found: Signature = {}
         for role in ROLES:
             init, forward = float(self.init.get(role, 0)), float(self.forward.get(role, 0))
             found["weight", role] = init
-            found["step", role] = float(self.lr(column).get(role, 0))
-            # A wrong rate comes with its own decay or without: a plan's is made for the right rate, a script's for one rate.
+            # With a wrong learning rate, lr · weight decay may be right or wrong: a plan chooses the decay for the right rate,
+            # a training script for a single rate.
             wrong_lr = bool(self.lr(column).get(role, 0))
             found["decay", role] = math.nan if wrong_lr else float(self.decay.get(column, {}).get(role, 0))
-            # Biases, which do not shrink, hide how fast small logits do, or a layer whose weights are too small.
+            # Biases do not shrink with width, so they mask how fast small logits shrink, and a layer with too small weights.
             found["gain", role] = math.nan if role == "output" or init else forward
             found["update", role] = float(self.lr(column).get(role, 0)) + forward
             if column == "sgd" and role != "output":
                 found["update", role] += float(self.init.get("output", 0))
-            # How a hidden layer's size reaches the gradients depends on the norms between, and where there are none the loss
+            # How the size of a hidden layer affects the gradients depends on the norms in between; without norms, the loss
             # saturates.
             if column == "sgd" and (self.init.get("hidden") or (self.forward and role != "output")):
                 found["update", role] = math.nan
@@ -96,7 +96,7 @@ class Fault:
 
 
 def both(text: str) -> dict[str, str]:
-    """Return the same sentence for both columns."""
+    """Return the same text for both optimizer columns."""
     return {"adam": text, "sgd": text}
 
 
@@ -111,7 +111,7 @@ FAULTS = {
         ),
         Fault(
             "hidden-lr-root",
-            both("hidden lr off by the root of the width"),
+            both("hidden lr off by the square root of the width"),
             adam={"hidden": HALF},
             sgd={"hidden": -HALF},
         ),
@@ -148,27 +148,27 @@ FAULTS = {
         ),
         Fault(
             "decay",
-            both("lr · weight decay is not constant, the weight decay does not make up for the learning rate's factor"),
+            both("lr · weight decay is not constant, as the weight decay does not compensate for the learning rate's factor"),
             decay={"adam": {"hidden": -1, "output": -1}, "sgd": {"input": 1, "output": -1}},
         ),
-        Fault("forward", both("a number behind the input layer grows with the width"), forward={"input": HALF}),
+        Fault("forward", both("a number after the input layer grows with the width"), forward={"input": HALF}),
     )
 }  # fmt: skip
 
 
 def plant(fault: Fault, planner: Callable[..., Plan], column: str) -> Callable[..., Plan]:
-    """Return a planner whose plans have ``fault``'s weights and learning rates; a number in the forward pass is the model's."""
+    """Return a planner whose plans contain ``fault``, except for its powers on the forward pass, which belong to the model."""
 
     def planned(*args: Any, **kwargs: Any) -> Plan:
         plan = planner(*args, **kwargs)
-        wider = plan.scale.width / plan.base.width
+        ratio = plan.scale.width / plan.base.width
 
         def wrong(row: ParameterPlan) -> ParameterPlan:
             role = row.role if len(row.shape) > 1 else ""
-            lr = row.lr * wider ** float(fault.lr(column).get(role, 0))
-            # lr · weight decay stays what it was, so that it does not give the fault away.
-            decay = row.weight_decay * row.lr / lr * wider ** float(fault.decay.get(column, {}).get(role, 0))
-            init = row.init.scaled(wider ** float(fault.init.get(role, 0)))
+            lr = row.lr * ratio ** float(fault.lr(column).get(role, 0))
+            # Keep lr · weight decay unchanged so that it does not reveal the fault.
+            decay = row.weight_decay * row.lr / lr * ratio ** float(fault.decay.get(column, {}).get(role, 0))
+            init = row.init.scaled(ratio ** float(fault.init.get(role, 0)))
             return replace(row, init=init, lr=lr, weight_decay=decay)
 
         return replace(plan, rows=tuple(map(wrong, plan.rows)))
@@ -177,29 +177,29 @@ def plant(fault: Fault, planner: Callable[..., Plan], column: str) -> Callable[.
 
 
 def plant_in(parameter: str, power: float, planner: Callable[..., Plan]) -> Callable[..., Plan]:
-    """Return a planner whose plans have one parameter's learning rate off by a power of the width, and lr · weight decay kept."""
+    """Return a planner that multiplies one parameter's lr by a power of the width and keeps its lr · weight decay."""
 
     def planned(*args: Any, **kwargs: Any) -> Plan:
         plan = planner(*args, **kwargs)
-        wider = plan.scale.width / plan.base.width
+        ratio = plan.scale.width / plan.base.width
         assert any(row.name == parameter for row in plan.rows), parameter
 
         def wrong(row: ParameterPlan) -> ParameterPlan:
-            return replace(row, lr=row.lr * wider**power, weight_decay=row.weight_decay * wider**-power)
+            return replace(row, lr=row.lr * ratio**power, weight_decay=row.weight_decay * ratio**-power)
 
         return replace(plan, rows=tuple(wrong(row) if row.name == parameter else row for row in plan.rows))
 
     return planned
 
 
-OFF = 0.25  # beyond its band by more: a parameter is off; faults are powers of 1/2 and more
-NEAR = 0.35  # root mean square distance beyond which no signature fits
+OFF = 0.25  # a parameter is off if its slope is further beyond the band than this; faults are powers of 1/2 and more
+NEAR = 0.35  # a signature fits if its root mean square distance is at most this
 
 
 def nearest_fault(coordinates: pd.DataFrame) -> Fault | None:
-    """Return the fault whose signature lies nearest to the slopes, or None when health does, or nothing near.
+    """Return the fault whose signature is nearest to the slopes, or None if no fault is near or a healthy model is nearer.
 
-    Needs the statistics "input" and "update" or "weight" of a check over widths; without them nothing is named.
+    Requires the statistic "update" of a check over widths (None without it), and uses "input" and "weight" where recorded.
     """
     column = column_of(coordinates)
     found = local_slopes(coordinates)
@@ -216,22 +216,22 @@ def nearest_fault(coordinates: pd.DataFrame) -> Fault | None:
 
 
 def few_parameters(slopes: pd.DataFrame, fault: Fault | None) -> tuple[list[str], str, float] | None:
-    """Return the parameters that are off while others of their role are not: names, statistic, median slope beyond health.
+    """Return the parameters that are off while others of their role are not: names, statistic, median slope beyond the band.
 
-    The first step's updates follow from the initial weights, so a wrong learning rate shows in its own parameter only; later
-    ones are looked at where there is no gradient in the first step. Nothing is named where the start itself is off, but
-    for single initial weights.
+    The updates of the first step follow from the initial weights, so a wrong learning rate shows only in the parameter it
+    belongs to. Later steps are used for parameters that have no gradient in the first one. If sizes at initialization are off,
+    only individual initial weights are named.
 
     Args:
         slopes: schema SLOPES.
-        fault: what `nearest_fault` found; where there is none, a learning rate that all parameters of a role share is named too.
+        fault: result of `nearest_fault`; if None, a wrong learning rate shared by all parameters of a role is named as well.
     """
     at_start = slopes[slopes["statistic"].isin(["activation", "weight"]) & slopes["role"].ne("output")]
     off_at_start = at_start[at_start["ok"].eq(False).fillna(False)]
     statistic = "update" if off_at_start.empty else "weight"
     rows = slopes[slopes["statistic"].isin(["update", "step"] if statistic == "update" else ["weight"])]
     rows = rows[rows["slope"].notna()]
-    # Of a learning rate the step itself says more than what it makes of the features.
+    # The step itself is more direct evidence of a learning rate than the effect of the step on the features.
     stepped = set(rows["module"][rows["statistic"].eq("step")])
     rows = rows[rows["statistic"].ne("update") | ~rows["module"].isin(stepped)]
     rows = rows.loc[rows.groupby("module")["step"].idxmin()]
@@ -252,12 +252,12 @@ def few_parameters(slopes: pd.DataFrame, fault: Fault | None) -> tuple[list[str]
         return None
     by = rows[rows["module"].isin(chosen)].set_index("module")["off"]
     worst = by[by.abs().idxmax()]
-    alike = by[(by * worst > 0) & (by.abs() > abs(worst) / 2)]  # what is further off than all others comes first
+    alike = by[(by * worst > 0) & (by.abs() > abs(worst) / 2)]  # report only those about as far off as the worst
     return [str(name) for name in alike.index], statistic, float(np.median(alike))
 
 
 def local_slopes(coordinates: pd.DataFrame) -> Signature:
-    """Return, by role, the median slope beyond µP's of what a module adds by itself (`faults.Fault.signature`)."""
+    """Return the measured local slopes, relative to µP's, as medians by role (compare `Fault.signature`)."""
     last = coordinates["step"].max()
     started = coordinates[coordinates["step"].eq(0)]
     started = started[started["statistic"].isin(["weight", "activation", "input", "decay"])]
@@ -269,16 +269,16 @@ def local_slopes(coordinates: pd.DataFrame) -> Signature:
     slopes = {key: slope(group, "width")[0] for key, group in groups}
     found: dict[tuple[str, str], list[float]] = {}
     for (module, role, statistic, step), value in slopes.items():
-        # What enters an embedding is not floating and has no size.
-        given = slopes.get((module, role, "input", 0), 0.0)
-        if statistic in ("weight", "step", "decay"):
+        # The input of an embedding is not floating-point and has no size.
+        input_slope = slopes.get((module, role, "input", 0), 0.0)
+        if statistic in ("weight", "decay"):
             found.setdefault((statistic, role), []).append(value)
         elif statistic == "activation":
-            found.setdefault(("gain", role), []).append(value - given)
+            found.setdefault(("gain", role), []).append(value - input_slope)
         elif statistic == "update":
-            # In the first step a readout that starts at zero lets no gradient through.
-            at_once = not math.isnan(slopes.get((module, role, "update", 1), math.nan))
-            if at_once == (step == 1):
+            # A readout that is initialized to zero passes no gradient back in the first step.
+            moves_at_once = not math.isnan(slopes.get((module, role, "update", 1), math.nan))
+            if moves_at_once == (step == 1):
                 found.setdefault(("update", role), []).append(value)
     return {
         key: float(np.nanmedian(values))
@@ -288,23 +288,23 @@ def local_slopes(coordinates: pd.DataFrame) -> Signature:
 
 
 def column_of(coordinates: pd.DataFrame) -> str:
-    """Return the tables' column of the optimizer that a frame was recorded with."""
+    """Return the column of the tables ("adam" or "sgd") for the optimizer that a frame was recorded with."""
     return OPTIMIZERS[str(coordinates["optimizer"].iloc[0])].column
 
 
 def band(expected: str) -> tuple[float, float]:
-    """Return a band from its text in a frame of slopes, such as "-0.5..0"."""
+    """Parse a band as written in a frame of slopes, such as "-0.5..0"."""
     low, high = expected.split("..")
     return float(low), float(high)
 
 
 def listed(names: list[str]) -> str:
-    """Return up to three names as they are, more as their patterns."""
+    """Return up to three names joined by commas, or more names as patterns."""
     return ", ".join(names) if len(names) <= 3 else pattern(names)
 
 
 def pattern(modules: list[str]) -> str:
-    """Return modules as their patterns, layer numbers as a star, each once."""
+    """Return the distinct patterns of module names, with layer numbers replaced by a star; up to six are listed."""
     found = list(dict.fromkeys(map(pattern_of, modules)))
     return ", ".join(found[:6]) + (f" and {len(found) - 6} more" if len(found) > 6 else "")
 
@@ -323,18 +323,18 @@ def _distance(found: Signature, signature: Signature) -> float:
 
 
 def cause(slopes: pd.DataFrame, coordinates: pd.DataFrame, axis: str) -> tuple[str, str | None]:
-    """Return why a check fails, in a sentence, and the key of the fault that it looks like.
+    """Return a sentence that explains why a check fails, and the key of the fault that it resembles, or None.
 
     Args:
-        slopes: schema SLOPES, at least one of them failing.
-        coordinates: the frame behind them.
+        slopes: schema SLOPES, with at least one failing row.
+        coordinates: the frame from which the slopes were fitted.
         axis: "width" or "depth".
     """
     failed = slopes[slopes["ok"] == False]  # noqa: E712 - a nullable column: missing is not False
     failing = f"failing: {pattern([*failed['module']])}."
-    gone = failed[failed["slope"].isna()]
-    if len(gone):
-        return f"{gone['module'].iloc[0]} is not finite at some {axis}: lower --lr ({failing})", None
+    not_finite = failed[failed["slope"].isna()]
+    if len(not_finite):
+        return f"{not_finite['module'].iloc[0]} is not finite at some {axis}: lower --lr ({failing})", None
     settings = failed["statistic"].isin(["decay", "gradient"])
     fault = nearest_fault(coordinates) if axis == "width" else None
     epsilon = failed["statistic"].eq("gradient").any()
@@ -347,66 +347,67 @@ def cause(slopes: pd.DataFrame, coordinates: pd.DataFrame, axis: str) -> tuple[s
         size = "large" if value > 0 else "small"
         measured = [statistic, "step"] if statistic == "update" else [statistic]
         shown = slopes[slopes["module"].isin(names) & slopes["statistic"].isin(measured)]
-        of = _what(shown.loc[shown["slope"].abs().idxmax()], axis, listed)
+        evidence = _describe_row(shown.loc[shown["slope"].abs().idxmax()], axis, listed)
         return (
-            f"the {what} of {listed(names)} {verb} too {size} by width^{_power(value)}: {of}; {failing}",
+            f"the {what} of {listed(names)} {verb} too {size} by width^{_power(value)}: {evidence}; {failing}",
             "one-parameter",
         )
     if epsilon or fault is FAULTS["decay"] or (fault is None and settings.all()):
-        return _of_settings(failed[settings]) + f"; {failing}", _kind(failed[settings])
+        return _describe_settings(failed[settings]) + f"; {failing}", _settings_fault(failed[settings])
     rows = failed[~settings] if (~settings).any() else failed
-    # What is wrong at the start was not learned: it comes first.
+    # Report errors at initialization first: training did not cause them.
     at_start = rows[rows["statistic"].eq("activation") & rows["role"].ne("output")]
     if fault is None and len(at_start):
         weights_hold = slopes["statistic"].eq("weight").any() and not failed["statistic"].eq("weight").any()
         if weights_hold and axis == "width":
             first = at_start.iloc[0]
             moves = "grows" if first["slope"] > 0 else "shrinks"
-            why = f"all weights start as they should, so a number in the forward pass {moves} with the width"
-            return f"{_what(first, axis)}, and {why}; {failing}", "forward"
+            why = f"all initial weights have the right size, so a number in the forward pass {moves} with the width"
+            return f"{_describe_row(first, axis)}, and {why}; {failing}", "forward"
         rows = at_start
     worst = rows.loc[rows["slope"].abs().idxmax()]
-    what = _what(worst, axis)
+    what = _describe_row(worst, axis)
     if fault is not None:
         return f"{fault.says[column_of(coordinates)]}: {what}; {failing}", fault.name
-    return f"{what}, so {_why(worst, axis)}; {failing}", None
+    return f"{what}, so {_likely_reason(worst, axis)}; {failing}", None
 
 
 def missing(slopes: pd.DataFrame, coordinates: pd.DataFrame, axis: str, narrow: Sequence[int] = ()) -> str:
-    """Return what an undecided check lacks; ``narrow`` are the rows that wait for wider models."""
+    """Return a sentence on what an undecided check lacks; ``narrow`` holds the rows that only wider models can decide."""
     open_rows = slopes[slopes["ok"].isna()]
     if narrow and len(narrow) == len(open_rows):
         worst = open_rows.loc[open_rows["slope"].abs().idxmax()]
         return (
-            f"{_what(worst, axis)} [{worst['low']:+.2f}, {worst['high']:+.2f}]; wider models tell finite width from a fault "
-            f"sooner than more seeds do: add widths above {coordinates['width'].max()} (open: {pattern([*open_rows['module']])})."
+            f"{_describe_row(worst, axis)} [{worst['low']:+.2f}, {worst['high']:+.2f}]; wider models distinguish an effect of "
+            "finite width from a fault sooner than more seeds do: add widths above "
+            f"{coordinates['width'].max()} (undecided: {pattern([*open_rows['module']])})."
         )
     still = open_rows[open_rows["slope"].isna()]
     if len(still):
         row = still.iloc[0]
         return (
             f"no slope for the {row['statistic']} of {row['module']}: it is exactly 0 at some {axis} after {row['step']} steps, "
-            "so either nothing reaches it, or it gets no gradient: look at what it is connected to."
+            "so it either receives no signal or gets no gradient: check what it is connected to."
         )
     worst = open_rows.loc[(open_rows["high"] - open_rows["low"]).idxmax()]
     return (
         f"not enough evidence for {pattern([*open_rows['module']])}: add seeds (now {coordinates['seed'].nunique()}) or "
-        f"{axis}s (now {coordinates[axis].nunique()}); {_what(worst, axis)}, [{worst['low']:+.2f}, {worst['high']:+.2f}]."
+        f"{axis}s (now {coordinates[axis].nunique()}); {_describe_row(worst, axis)}, [{worst['low']:+.2f}, {worst['high']:+.2f}]."
     )
 
 
 def _power(value: float) -> str:
-    """Return a slope as the power of the width that it is near to, in halves."""
+    """Return the power of the width nearest to a slope, as a multiple of one half."""
     halves = max(1, round(2 * abs(value)))
     return f"{halves}/2" if halves % 2 else f"{halves // 2}"
 
 
-def _what(row: pd.Series, axis: str, name: Callable[[list[str]], str] = pattern) -> str:
+def _describe_row(row: pd.Series, axis: str, name: Callable[[list[str]], str] = pattern) -> str:
     kinds = {
         "change": "change",
-        "update": "own update",
-        "step": "step over µP's",
-        "weight": "initial size over µP's",
+        "update": "update",
+        "step": "step relative to µP's",
+        "weight": "initial size relative to µP's",
         "decay": "lr · weight decay",
     }
     what = kinds.get(row["statistic"], row["statistic"])
@@ -415,7 +416,7 @@ def _what(row: pd.Series, axis: str, name: Callable[[list[str]], str] = pattern)
     )
 
 
-def _of_settings(failed: pd.DataFrame) -> str:
+def _describe_settings(failed: pd.DataFrame) -> str:
     worst = failed.loc[failed["slope"].abs().idxmax()]
     if (failed["statistic"] == "gradient").any():
         worst = failed[failed["statistic"] == "gradient"].iloc[0]
@@ -425,23 +426,23 @@ def _of_settings(failed: pd.DataFrame) -> str:
     return f"{what} of {pattern([worst['module']])} goes as width^{worst['slope']:+.2f}"
 
 
-def _kind(failed: pd.DataFrame) -> str:
+def _settings_fault(failed: pd.DataFrame) -> str:
     return "epsilon" if (failed["statistic"] == "gradient").any() else "decay"
 
 
-def _why(worst: pd.Series, axis: str) -> str:
+def _likely_reason(worst: pd.Series, axis: str) -> str:
     if axis == "depth":
         return (
             "its residual branches are not scaled with the depth" if worst["slope"] > 0 else "its layers stop learning"
         )
     if worst["statistic"] in ("change", "update", "step") and worst["slope"] > 0:
-        # Logits also follow the features' change through the readout's initial weights.
-        own = "or initial weights do not" if worst["role"] == "output" else "does not"
-        return f"its learning rate {own} shrink with width"
+        # The change of the features also reaches the logits, through the readout's initial weights.
+        phrase = "or initial weights do not" if worst["role"] == "output" else "does not"
+        return f"its learning rate {phrase} shrink with width"
     if worst["statistic"] in ("change", "update", "step"):
-        return "its updates fade with width"
+        return "its updates shrink with width"
     if worst["slope"] > 0:
         return (
             "its initial weights are not scaled with the fan-in, or a number in the forward pass grows with the width"
         )
-    return "its initial weights, or what enters it, shrink too fast"
+    return "its initial weights or its input shrink too fast"

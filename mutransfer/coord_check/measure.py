@@ -1,7 +1,7 @@
-"""What a coordinate check measures: input, output and ΔW·x sizes by forward hooks, and the sizes of parameters and steps.
+"""Measurements of a coordinate check: sizes of inputs, outputs and ΔW·x by forward hooks, and sizes of parameters and steps.
 
-Sizes are means of |x| (mup's "l1"). Nothing here keeps a tensor alive longer than the caller does, and everything is made of
-tensor operations, so that the same pass runs under `torch.vmap` over several seeds.
+Sizes are means of |x| (mup's "l1"). This module keeps no tensor alive longer than its caller does. All measurements are tensor
+operations, so the same pass also runs under `torch.vmap` over several seeds.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ Inputs = dict[str, list[torch.Tensor]]
 
 @dataclass(frozen=True)
 class Unit:
-    """A module that turns some parameters into its output, and so shows what an update of each does.
+    """A module whose output shows the effect of updating each of its parameters.
 
     Args:
-        first: local name → name in the model, of every trainable parameter that takes part in the module's forward.
-        updates: local name → (name to record under, role), of those whose update is measured here.
-        owners: local name → the name that it was planned under; a tied parameter is planned once.
+        first: local name → name in the model, for every trainable parameter used in the module's forward.
+        updates: local name → (name to record under, role), for the parameters whose update is measured at this module.
+        owners: local name → name in the plan; a tied parameter is planned once.
     """
 
     first: Mapping[str, str]
@@ -64,14 +64,14 @@ class Unit:
 
 @dataclass(frozen=True)
 class Watched:
-    """Which modules of a model to look at.
+    """The modules of a model that are measured.
 
     Args:
         shown: module → the name that it is recorded under.
-        roles: module → role (`roles.module_roles`), "output" where its result is a logit.
-        units: module → what to measure of its parameters' updates.
-        calls: module → how often a pass calls it; counted in the first pass.
-        random: modules that draw random numbers (dropout); found in the first pass.
+        roles: module → role (`module_roles`); "output" if its output is a logit.
+        units: module → the parameter updates to measure at it.
+        calls: module → number of calls in a pass; counted in the first pass.
+        random: modules that draw random numbers (dropout); detected in the first pass.
     """
 
     shown: Mapping[str, str]
@@ -81,7 +81,7 @@ class Watched:
     random: set[str] = field(default_factory=set)
 
     def called(self, parameter: str) -> list[str]:
-        """Return the names under which a parameter's updates are recorded: a tied one's are those of the modules that run."""
+        """Return the names under which a parameter's updates are recorded; a tied one has one per called module that owns it."""
         return list(
             dict.fromkeys(
                 called
@@ -94,9 +94,10 @@ class Watched:
 
 @dataclass(frozen=True)
 class Pass:
-    """What one forward pass showed: ``sizes`` by (module or parameter, statistic), and of a first pass what went in and came out.
+    """Measurements of one forward pass.
 
-    ``inputs`` holds a unit's tensors, in the order of its flattened arguments.
+    ``sizes`` is keyed by (module or parameter, statistic). ``outputs`` and ``inputs`` hold tensors of a first pass, by module;
+    a unit's inputs are in the order of its flattened arguments. ``ran`` holds the modules that were called.
     """
 
     sizes: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict)
@@ -109,76 +110,78 @@ class Pass:
 def watch(
     model: torch.nn.Module, watched: Watched, start: Pass | None, first: Tensors | None, *, survey: bool = False
 ) -> Iterator[Pass]:
-    """Measure the forward passes of ``model`` inside of the context.
+    """Measure the forward passes of ``model`` inside the context.
 
     Args:
-        model: looked at through forward hooks, which are gone afterwards.
-        watched: what to look at.
-        start: the first pass, to measure the "change" against; None for the first itself, which has an "activation".
-        first: initial parameters by name, to measure every parameter's "update" as well: what its module makes of the first
-            pass's input with this parameter as it is now and all others as they were, less what it made of it then. It is
-            the parameter's own, whatever else has changed. Of a module that is called several times the last call counts.
-        survey: look at all modules, and correct the roles in ``watched`` by what only a pass can tell; not possible under
-            `torch.vmap`.
+        model: measured with forward hooks, which are removed on exit.
+        watched: the modules to measure.
+        start: the first pass, relative to which "change" is measured; None for the first pass itself, which records
+            "activation".
+        first: initial parameters by name, to measure every parameter's "update" as well. An update is the difference between
+            two outputs of the parameter's module on the first pass's input: with the current value of this parameter and the
+            initial values of all others, and with all initial values. It does not depend on changes to any other parameter.
+            If a module is called several times, the last call counts.
+        survey: measure all modules, and correct the roles in ``watched`` with information that only a pass provides; not
+            possible under `torch.vmap`.
     """
     named = {*watched.shown, *watched.units}
     names = {module: name for name, module in model.named_modules() if survey or name in named}
     seen = Pass()
-    logits: dict[str, torch.Tensor] = {}  # kept, as a freed storage's address would be given to the next tensor
+    logits: dict[str, torch.Tensor] = {}  # kept alive, as the address of a freed storage may be reused
     calls: Counter[str] = Counter()
     entered: dict[str, Any] = {}
-    inside = False
+    replaying = False
 
     def enter(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
         name = names[module]
-        if not inside and (start is None or (first is not None and name in watched.random)):
+        if not replaying and (start is None or (first is not None and name in watched.random)):
             entered[name] = _random_state((args, kwargs))
 
     def keep(module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        nonlocal inside
-        if inside:
+        nonlocal replaying
+        if replaying:
             return
         name = names[module]
         seen.ran.add(name)
         calls[name] += 1
         if start is None and name in watched.units:
             watched.calls[name] = calls[name]
-            if not _same(entered[name], _random_state((args, kwargs))):
+            if not _same_random_state(entered[name], _random_state((args, kwargs))):
                 watched.random.add(name)
         if name not in named or (result := first_floating(output)) is None:
             return
         detached = result.detach()
         if survey:
-            _tell_role(watched.roles, logits, name, (args, kwargs), detached)
-        given = first_floating((args, kwargs))
-        if given is not None:
-            seen.sizes[name, "input"] = size(given.detach())
+            _correct_role(watched.roles, logits, name, (args, kwargs), detached)
+        entering = first_floating((args, kwargs))
+        if entering is not None:
+            seen.sizes[name, "input"] = size(entering.detach())
         if start is None:
             seen.sizes[name, "activation"] = size(detached)
-            # Copies: what follows may work in place (an activation, a residual sum).
+            # Clone, because later operations may work in place (an activation function, a residual sum).
             seen.outputs[name] = detached.clone()
             if name in watched.units:
-                seen.inputs[name] = [leaf.detach().clone() for leaf in _replaced((args, kwargs))]
+                seen.inputs[name] = [leaf.detach().clone() for leaf in _varying_inputs((args, kwargs))]
             return
         before = start.outputs.get(name)
         if before is None or before.shape != detached.shape:
             return
         seen.sizes[name, "change"] = size(detached - before)
         if first is not None and name in watched.units and calls[name] == watched.calls[name]:
-            inside = True  # this is no pass of the model's
+            replaying = True  # the hooks ignore these calls, which are not part of the model's pass
             try:
-                args, kwargs = _with(start.inputs[name], args, kwargs)
+                args, kwargs = _with_first_inputs(start.inputs[name], args, kwargs)
                 for local, (called, _) in watched.units[name].updates.items():
                     others = {
                         other: first[parameter].to(detached.device)
                         for other, parameter in watched.units[name].first.items()
                         if other != local
                     }
-                    with _from(entered.get(name)):
-                        again = _again(module, others, args, kwargs)
+                    with _using_random_state(entered.get(name)):
+                        again = _rerun(module, others, args, kwargs)
                     seen.sizes[called, "update"] = size(again - before)
             finally:
-                inside = False
+                replaying = False
 
     handles = [module.register_forward_hook(keep, with_kwargs=True) for module in names]
     handles += [
@@ -197,24 +200,25 @@ def size(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def first_floating(values: Any) -> torch.Tensor | None:
-    """Return the first floating tensor of a tensor, tuple or dictionary, however nested."""
+    """Return the first floating-point tensor in an arbitrarily nested structure, or None."""
     leaves = tree_leaves(values)
     return next((leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()), None)
 
 
-def _replaced(arguments: Any) -> list[torch.Tensor]:
-    """Return the tensors among a module's arguments that may differ from pass to pass: none where no floating one is given.
+def _varying_inputs(arguments: Any) -> list[torch.Tensor]:
+    """Return the tensors among a module's arguments that may differ between passes; empty if none is floating-point.
 
-    Integers beside features may have been chosen by them (a router's experts); alone they are the batch's.
+    Integer tensors that accompany features may depend on them (the experts chosen by a router); on their own they come from the
+    batch.
     """
     leaves = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, torch.Tensor)]
     return leaves if any(leaf.is_floating_point() for leaf in leaves) else []
 
 
-def _with(tensors: list[torch.Tensor], args: Any, kwargs: Any) -> Any:
-    """Return the arguments with the first pass's tensors in place of today's."""
+def _with_first_inputs(tensors: list[torch.Tensor], args: Any, kwargs: Any) -> Any:
+    """Return the arguments with their tensors replaced by those of the first pass."""
     leaves, structure = tree_flatten((args, kwargs))
-    if len(tensors) != len(_replaced((args, kwargs))):
+    if len(tensors) != len(_varying_inputs((args, kwargs))):
         return args, kwargs
     former = iter(tensors)
     leaves = [next(former) if tensors and isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
@@ -222,13 +226,13 @@ def _with(tensors: list[torch.Tensor], args: Any, kwargs: Any) -> Any:
 
 
 @torch.no_grad()
-def _again(module: torch.nn.Module, others: Tensors, args: Any, kwargs: Any) -> torch.Tensor:
-    """Return what ``module`` makes of these arguments with the parameters in ``others``."""
-    # A batch norm moves its running averages in every pass.
+def _rerun(module: torch.nn.Module, others: Tensors, args: Any, kwargs: Any) -> torch.Tensor:
+    """Return the output of ``module`` for these arguments, with the parameters in ``others`` substituted."""
+    # Clone the buffers, as a batch norm updates its running averages in every pass.
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
     with as_entered(module):
         result = first_floating(functional_call(module, {**buffers, **others}, args, kwargs))
-    assert result is not None  # as in the pass that it repeats
+    assert result is not None  # as in the pass that is repeated
     return result.detach()
 
 
@@ -238,13 +242,13 @@ def _random_state(arguments: Any) -> tuple[torch.Tensor, torch.Tensor | None, in
     return torch.get_rng_state(), None if tensor is None else torch.cuda.get_rng_state(device), device
 
 
-def _same(one: Any, other: Any) -> bool:
+def _same_random_state(one: Any, other: Any) -> bool:
     return torch.equal(one[0], other[0]) and (one[1] is None or torch.equal(one[1], other[1]))
 
 
 @contextmanager
-def _from(state: Any) -> Iterator[None]:
-    """Draw the random numbers that follow from ``state``, and leave the generators as they were."""
+def _using_random_state(state: Any) -> Iterator[None]:
+    """Set the random number generators to ``state`` inside the context, and restore them on exit."""
     if state is None:
         yield
         return
@@ -256,26 +260,27 @@ def _from(state: Any) -> Iterator[None]:
         yield
 
 
-def _tell_role(roles: dict[str, str], logits: Tensors, name: str, given: Any, output: torch.Tensor) -> None:
-    leaves = [leaf for leaf in tree_leaves(given) if isinstance(leaf, torch.Tensor)]
+def _correct_role(roles: dict[str, str], logits: Tensors, name: str, arguments: Any, output: torch.Tensor) -> None:
+    leaves = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, torch.Tensor)]
     if leaves and not leaves[0].is_floating_point() and roles.get(name) == "output" and name:
-        roles[name] = "input"  # a matrix that is embedding and readout is here the embedding
-    # What hands a readout's result on is a readout too.
+        roles[name] = "input"  # a matrix shared by embedding and readout is used as the embedding here
+    # A module that passes on a readout's output unchanged is a readout too.
     if any(storage_key(output) == storage_key(each) for each in logits.values()):
         roles[name] = "output"
     if roles.setdefault(name, "stream") == "output":
         logits[name] = output
 
 
-ROOT = "(model)"  # what a module without a name, the whole model, is recorded under
-# Of a module's own parameters the first role in this order is the module's.
+ROOT = "(model)"  # recorded name of the whole model, whose module name is empty
+# A module takes the first role in this order among the roles of the parameters it owns.
 FIRST = ("output", "attention", "hidden", "bottleneck", "input", "vector", "finite")
 
 
 def module_roles(model: torch.nn.Module, planned: Plan, attention: Collection[str] = frozenset()) -> dict[str, str]:
-    """Return the role of every module that owns trainable parameters: "output" (its result is a logit), "hidden" and so on.
+    """Return the role of every module that owns trainable parameters: "output" if its output is a logit, "hidden" and so on.
 
-    Those of the parameters in ``attention`` make queries and keys of a growing head dim: the role "attention", also of norms.
+    The parameters in ``attention`` produce queries and keys of a growing head dim; their modules, including norms, get the role
+    "attention".
     """
     roles: dict[str, str] = {}
     planned_roles = {row.name: row.role for row in planned.rows}
@@ -285,11 +290,11 @@ def module_roles(model: torch.nn.Module, planned: Plan, attention: Collection[st
         if name in frozen:
             continue
         module = _owner(name)
-        # A second name for a tied matrix is the readout's; the whole model's output is a logit, also where the model owns a
-        # parameter of its own.
-        own = owners.get(name, "")
-        role = planned_roles.get(own, "output") if module else "output"
-        role = "attention" if own in attention and role in ("hidden", "bottleneck", "vector") else role
+        # The second name of a tied matrix belongs to the readout. The output of the whole model is a logit, even if the model
+        # owns parameters directly.
+        planned_name = owners.get(name, "")
+        role = planned_roles.get(planned_name, "output") if module else "output"
+        role = "attention" if planned_name in attention and role in ("hidden", "bottleneck", "vector") else role
         roles[module] = min(roles.get(module, role), role, key=FIRST.index)
     return roles
 
@@ -297,13 +302,13 @@ def module_roles(model: torch.nn.Module, planned: Plan, attention: Collection[st
 def units(
     model: torch.nn.Module, ran: Collection[str], roles: Mapping[str, str], known: Mapping[str, str]
 ) -> dict[str, Unit]:
-    """Return the modules at which the update of every trainable parameter is measured.
+    """Return the modules at which the updates of the trainable parameters are measured.
 
-    That is the parameter's own module, or where that does not run itself (`nn.MultiheadAttention`'s output projection) the
-    nearest one around it that does. A tied parameter is measured in each of its own modules that run.
+    A parameter is measured at the module that owns it or, if that module is never called (`nn.MultiheadAttention`'s output
+    projection), at the nearest enclosing module that is. A tied parameter is measured at each owning module that is called.
 
     Args:
-        model: whose parameters they are.
+        model: the model that holds the parameters.
         ran: the modules that a pass calls.
         roles: module → role (`module_roles`).
         known: parameter → role.
@@ -313,12 +318,11 @@ def units(
     modules = dict(model.named_modules())
     found: dict[str, dict[str, tuple[str, str]]] = {}
     every = list(model.named_parameters(remove_duplicate=False))
-    at_home = {id(parameter) for name, parameter in every if _owner(name) in ran}
+    measured_at_owner = {id(parameter) for name, parameter in every if _owner(name) in ran}
     for name, parameter in every:
         unit = _owner(name)
-        if (
-            unit not in ran and id(parameter) in at_home
-        ):  # another name of one that is measured (T5's and BART's `shared`)
+        # Skip the second name of a parameter that is measured under another (T5's and BART's `shared`).
+        if unit not in ran and id(parameter) in measured_at_owner:
             continue
         while unit not in ran and unit:
             unit = unit.rpartition(".")[0]
@@ -326,7 +330,8 @@ def units(
             continue
         local = name[len(unit) + 1 :] if unit else name
         alone = all(
-            not _owner(each) or _owner(each) not in _inside(unit, ran) for each, _ in modules[unit].named_parameters()
+            not _owner(each) or _owner(each) not in _called_inside(unit, ran)
+            for each, _ in modules[unit].named_parameters()
         )
         matrix = sum(size > 1 for size in parameter.shape) > 1
         role = known.get(owners[names[id(parameter)]], "feature")
@@ -344,8 +349,8 @@ def units(
     }
 
 
-def _inside(unit: str, ran: Collection[str]) -> set[str]:
-    """Return the local names of the modules inside of ``unit`` that run."""
+def _called_inside(unit: str, ran: Collection[str]) -> set[str]:
+    """Return the local names of the modules inside ``unit`` that are called."""
     prefix = f"{unit}." if unit else ""
     return {name[len(prefix) :] for name in ran if name.startswith(prefix) and name != unit}
 
@@ -353,7 +358,8 @@ def _inside(unit: str, ran: Collection[str]) -> set[str]:
 def _role_of_update(role: str, unit: str | None, matrix: bool, alone: bool) -> str:
     """Return the role under which a parameter's update is recorded.
 
-    What the whole model makes of a parameter has gone through all behind it: "stream", whatever the parameter is.
+    An update measured at the output of the whole model has passed through all later layers: its role is "stream", whatever the
+    parameter is.
     """
     if unit == "output" and (matrix or not alone):
         return "output" if alone else "stream"
@@ -363,7 +369,7 @@ def _role_of_update(role: str, unit: str | None, matrix: bool, alone: bool) -> s
 
 
 def naming(model: torch.nn.Module, known: Collection[str]) -> Callable[[str], str]:
-    """Return how a frame calls modules: by their names, or without wrappers where some parameter is not known by its name."""
+    """Return a function that names modules in a frame: as is, or without wrapper prefixes if a parameter is not in ``known``."""
     trainable = {name for name, each in model.named_parameters() if each.requires_grad}
     return str if trainable <= set(known) else plain_name
 
@@ -371,13 +377,13 @@ def naming(model: torch.nn.Module, known: Collection[str]) -> Callable[[str], st
 def places(
     model: torch.nn.Module, owners: set[str], stacks: dict[str, int] | None, called: Callable[[str], str] = plain_name
 ) -> dict[str, str]:
-    """Return which modules to record, and under which name; ``called`` names them in a check over widths (`naming`).
+    """Return the modules to record, with the names to record them under.
 
-    For a check over widths those that own parameters. For one over depths (``stacks``: name of a stack of layers →
-    number of layers) what the first and the last layer of every stack hand on, which is the residual stream, and the
-    modules inside of the first layer and of the middle one, under these names. What enters the middle layer has seen half
-    of the branches at every even depth; what enters the last one (L−1)/L of them, which alone reads as a slope of +0.2 over
-    depths 2 to 32.
+    A check over widths records the modules that own parameters, named by ``called`` (`naming`). A check over depths
+    (``stacks``: name of a stack of layers → number of layers) records the outputs of the first and the last layer of every
+    stack, that is, the residual stream, and the modules inside the first and the middle layer; "first", "middle" and "last"
+    replace the layer numbers. The input of the middle layer has passed half of the branches at every even depth. The input of
+    the last layer has passed (L−1)/L of them, which alone produces a slope of +0.2 over depths 2 to 32.
     """
     if stacks is None:
         return {name: called(name) or ROOT for name, _ in model.named_modules() if name in owners}
@@ -398,7 +404,7 @@ def places(
 
 
 def _owner(name: str) -> str:
-    """Return the module that a parameter belongs to: what makes a parametrized weight hands on the weight, no features."""
+    """Return the module that owns a parameter, skipping modules that only compute a parametrized weight, not features."""
     return name.partition(".parametrizations.")[0] if ".parametrizations." in name else _local_owner(name)
 
 
@@ -406,19 +412,19 @@ def _local_owner(name: str) -> str:
     return "" if name.startswith("parametrizations.") else name.rpartition(".")[0]
 
 
-COARSE = 0.01  # of a step: where the parameter's last digit is greater, rounding takes part
-ROUNDING = 1e-5  # of the median gradient: below, a gradient is none (a key's bias, a bias before a norm)
+COARSE = 0.01  # fraction of a step; if the last digit of the parameter is larger, rounding affects the step
+ROUNDING = 1e-5  # fraction of the median gradient; smaller gradients are rounding (a key's bias, a bias before a norm)
 
 
 @dataclass(frozen=True)
 class Owned:
-    """A parameter's role, and the unit of its size: µP's own initial size there, relative to the base model's.
+    """A parameter's role and the units of its size and of its first step.
 
-    The unit is None for constants and structured weights, and for the finite ones, whose size is not scaled. ``step`` is the
-    unit of its first step, µP's own learning rate relative to the base model's; None where it is not needed: under optimizers
-    that look at whole matrices, and where Adam's step is the update itself, as only the fan-out grows. ``pulled`` says that a
-    step is the rate times the gradient (SGD), and not the rate itself (Adam); ``decoupled`` that weight decay is no part of the
-    gradient.
+    ``unit`` is µP's initial size, relative to the base model's; None for constants and structured weights, and for finite
+    parameters, whose size is not scaled. ``step`` is µP's learning rate, relative to the base model's; None where it is not
+    needed: under optimizers that operate on whole matrices, and where Adam's step equals the update because only the fan-out
+    grows. ``pulled`` is True if a step is the learning rate times the gradient (SGD), not the learning rate itself (Adam);
+    ``decoupled`` is True if weight decay is not part of the gradient.
     """
 
     role: str
@@ -429,7 +435,7 @@ class Owned:
 
 
 def owned(planned: Plan) -> dict[str, Owned]:
-    """Return every planned parameter's role and unit, folded multipliers counted in (TP-V 2203.03466, Table 3)."""
+    """Return the role and units of every planned parameter, including folded multipliers (TP-V 2203.03466, Table 3)."""
     rules, healthy, optimizer = table(planned.parametrization).rows, TABLES["mup"].rows, OPTIMIZERS[planned.optimizer]
     found = {}
     for row in planned.rows:
@@ -448,7 +454,7 @@ def owned(planned: Plan) -> dict[str, Owned]:
 def sizes_of_weights(
     parameters: Tensors, known: Mapping[str, Owned], stacked: bool
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (name, root mean square ``[seeds]``) in the parameter's unit, of those that have one."""
+    """Yield (name, root mean square ``[seeds]``) in the parameter's unit, for the parameters that have one."""
     for name, owner in known.items():
         if owner.unit is not None and name in parameters:
             yield name, _per_seed(parameters[name].detach().square(), stacked).sqrt() / owner.unit
@@ -457,24 +463,24 @@ def sizes_of_weights(
 def sizes_of_pulls(
     parameters: Tensors, first: Tensors, known: Mapping[str, Owned], optimizer: torch.optim.Optimizer, stacked: bool
 ) -> Tensors:
-    """Return name → what the optimizer multiplied with the rate in its first step, of the entry that moved most ``[seeds]``.
+    """Return name → factor on the learning rate in the optimizer's first step, for the entry that moved most ``[seeds]``.
 
-    For SGD it is the largest |gradient + weight decay · W|; for Adam and its like |g| / (|g| + epsilon) of the largest gradient,
-    or 1 where there is no epsilon; 0 where there is no gradient. Left out are parameters whose step is not looked at.
+    For SGD it is the largest |gradient + weight decay · W|. For Adam-like optimizers it is |g| / (|g| + epsilon) of the largest
+    gradient, or 1 without an epsilon. It is 0 without a gradient. Parameters whose step is not measured are left out.
 
     Args:
-        parameters: with the gradients of the first step.
+        parameters: the parameters, with the gradients of the first step.
         first: the parameters before that step.
-        known: what they are.
-        optimizer: that took it, whose groups hold the settings.
-        stacked: whether a first axis runs over seeds.
+        known: parameter → role and units.
+        optimizer: the optimizer that took the step; its groups hold the settings.
+        stacked: whether the first axis runs over seeds.
     """
     groups, found = _groups(optimizer), {}
     for name, start in first.items():
         parameter = parameters.get(name)
         if parameter is None or name not in known or known[name].step is None or parameter.grad is None:
             continue
-        # Rows of an embedding that no token chose have no entry.
+        # A sparse gradient has no entries for embedding rows without a token.
         gradient = parameter.grad.coalesce().values() if parameter.grad.is_sparse else parameter.grad
         group = groups.get(id(parameter), {})
         eps = group.get("eps")
@@ -482,7 +488,7 @@ def sizes_of_pulls(
             decay = float(group.get("weight_decay", 0.0) or group.get("lambd", 0.0))
             found[name] = _largest(gradient.add(start.to(gradient.device), alpha=decay) if decay else gradient, stacked)
         elif isinstance(eps, float) and eps > 0:
-            # RMSprop's average begins at (1 - alpha) g², and is not corrected for it.
+            # RMSprop's running average starts at (1 - alpha) g², without bias correction.
             largest = _largest(gradient, stacked) * math.sqrt(1 - float(group.get("alpha", 0.0)))
             found[name] = largest / (largest + eps)
         else:
@@ -498,19 +504,20 @@ def sizes_of_steps(
     known: Mapping[str, Owned],
     stacked: bool,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (name, learning rate that ΔW shows ``[seeds]``) in the unit of the parameter's step, of those that have one.
+    """Yield (name, learning rate implied by ΔW ``[seeds]``) in the unit of the parameter's step, for parameters that have one.
 
-    It is the largest |ΔW| over the pull on that entry, as `sizes_of_pulls` returns it. The largest, as entries without a gradient
-    do not move, and how many these are depends on seed and width. Where a step is hardly more than the last digit of the
-    parameter's largest entry (bfloat16, tiny steps of a gain of 1), it shows no rate and is left out.
+    The implied rate is the largest |ΔW|, divided by the factor for that entry from `sizes_of_pulls`. The largest entry is used
+    because entries without a gradient do not move, and their number depends on seed and width. A step that hardly exceeds the
+    last digit of the parameter's largest entry (bfloat16, tiny steps of a gain of 1) implies no rate and is left out.
 
     Args:
-        parameters: as they are now.
-        first: as they were at the start.
-        pulls: of the first step; empty after later ones.
-        shrunk: name → what decoupled weight decay has left of the start (`shrink`), which is no part of ΔW here.
-        known: what they are.
-        stacked: whether a first axis runs over seeds.
+        parameters: the current parameters.
+        first: the initial parameters.
+        pulls: result of `sizes_of_pulls` for the first step; empty after later steps.
+        shrunk: name → fraction of the initial value that decoupled weight decay has left (`shrink`); decay is not part of ΔW
+            here.
+        known: parameter → role and units.
+        stacked: whether the first axis runs over seeds.
     """
     followed = [pull.cpu() for name, pull in pulls.items() if known[name].pulled]
     typical = torch.stack(followed).median(0).values if followed else None
@@ -528,7 +535,7 @@ def sizes_of_steps(
         if (rounded & (pulls[name] > 0 if name in pulls else largest > 0)).any():
             continue
         if name in pulls:
-            # Without a gradient there is no step, and no rate to be seen.
+            # Without a gradient there is no step, and so no implied rate.
             pull = pulls[name]
             largest = torch.where(pull > 0, largest / pull, torch.zeros_like(pull))
         yield name, largest / unit
@@ -537,7 +544,7 @@ def sizes_of_steps(
 def shrink(
     shrunk: dict[str, float], parameters: Tensors, known: Mapping[str, Owned], optimizer: torch.optim.Optimizer
 ) -> None:
-    """Note what the decoupled weight decay of the step to come leaves of every parameter: 1 - lr · weight decay."""
+    """Multiply the entries of ``shrunk`` by 1 - lr · weight decay, which decoupled weight decay leaves in the next step."""
     groups = _groups(optimizer)
     for name, owner in known.items():
         if name in parameters and owner.decoupled:
@@ -549,7 +556,7 @@ def shrink(
 def sizes_of_gradients(
     parameters: Tensors, known: Mapping[str, Owned], optimizer: torch.optim.Optimizer, stacked: bool
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (name, mean |gradient| / epsilon ``[seeds]``) of the parameters whose group has an epsilon."""
+    """Yield (name, mean |gradient| / epsilon ``[seeds]``) for the parameters whose group has an epsilon."""
     groups = _groups(optimizer)
     for name, parameter in parameters.items():
         eps = groups.get(id(parameter), {}).get("eps")
@@ -560,7 +567,7 @@ def sizes_of_gradients(
 def decays(
     parameters: Tensors, known: Mapping[str, Owned], optimizer: torch.optim.Optimizer
 ) -> Iterator[tuple[str, float]]:
-    """Yield (name, lr · weight decay) of the parameters that decay, as their group has it in force."""
+    """Yield (name, lr · weight decay) for the parameters that decay, with the current settings of their group."""
     groups = _groups(optimizer)
     for name, parameter in parameters.items():
         group = groups.get(id(parameter), {})
@@ -577,7 +584,7 @@ def _per_seed(values: torch.Tensor, stacked: bool) -> torch.Tensor:
     if stacked:
         return values.flatten(1).mean(1) if values.dim() > 1 else values
     mean = values.mean()
-    return (mean.full_tensor() if hasattr(mean, "full_tensor") else mean)[None]  # of all shards
+    return (mean.full_tensor() if hasattr(mean, "full_tensor") else mean)[None]  # over all shards
 
 
 def _largest(values: torch.Tensor, stacked: bool) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""A recorder for any training loop: it returns the same frame as `record`, for a run that other code drives."""
+"""Recorder for any training loop: returns the same frame as `record`, for a run that is driven by other code."""
 
 from __future__ import annotations
 
@@ -49,24 +49,24 @@ class Recorder:
             train(model, optimizer)  # any loop
         frames.append(recorder.frame())  # of this width; `verdict(pd.concat(frames))` judges several
 
-    It rides on the optimizer's step hooks. A probe is a forward pass without gradients, after which buffers and random numbers
-    are as they were: the training does not change by a bit.
+    The recorder uses the optimizer's step hooks. A probe is a forward pass without gradients that restores buffers and random
+    number generators, so training is bitwise unchanged.
 
     Args:
-        model: under whatever wrapper.
-        optimizer: that steps it.
-        probe: runs ``model`` on a batch that stays the same; what it returns is not looked at.
-        plan: what the model was planned with; tells the roles and the size.
-        width: of the model, where there is no plan.
-        depth: of the model, where there is no plan.
-        seed: of its initial weights.
-        steps: after which optimizer steps to probe besides the start; by default 1, 2, 4, 8 and so on.
-        outputs: names or patterns of the modules whose results are logits, where there is no plan; by default the last one to
+        model: the model, with any wrapper.
+        optimizer: the optimizer that trains it.
+        probe: runs ``model`` on a fixed batch; its return value is ignored.
+        plan: the model's plan, which provides the roles and the size.
+        width: width of the model, if there is no plan.
+        depth: depth of the model, if there is no plan.
+        seed: seed of the initial weights.
+        steps: optimizer steps after which to probe, in addition to the start; by default 1, 2, 4, 8 and so on.
+        outputs: names or patterns of the modules whose outputs are logits, if there is no plan; by default the last module to
             run that owns parameters.
-        name: the optimizer's name in `OPTIMIZERS`, where its class does not tell.
+        name: the optimizer's name in `OPTIMIZERS`, if it cannot be derived from the class.
 
     Raises:
-        RequestError: neither a plan nor a width, an optimizer whose column is not known, or a plan of another model.
+        RequestError: neither a plan nor a width is given, the optimizer's column is not known, or the plan is for another model.
     """
 
     def __init__(
@@ -130,23 +130,23 @@ class Recorder:
         """Return what was recorded (schema COORDINATES).
 
         Raises:
-            RequestError: the optimizer has not stepped inside of the context.
+            RequestError: the optimizer has not taken a step inside the context.
         """
         if not self._rows:
             raise RequestError(
-                "nothing was recorded: train inside of `with recorder:`, with the optimizer it was given."
+                "nothing was recorded: train inside `with recorder:`, with the optimizer that was passed to it."
             )
         return COORDINATES.frame([row | self.common for row in self._rows])
 
     def _due(self, step: int) -> bool:
         return step & (step - 1) == 0 if self.steps is None else step in self.steps
 
-    # The start is measured just before the first step, when the model is in the mode that it is trained in.
+    # The start is measured just before the first step, when the model is in the mode (train or eval) that it is trained in.
     def _before_step(self, *_: Any) -> None:
         if self.step == 0:
             self._watched = self._survey()
             wanted = {name for unit in self._watched.units.values() for name in unit.first.values()}
-            # In main memory: a module's are put beside it while its updates are measured.
+            # Kept in CPU memory; a module's tensors are moved to its device while its updates are measured.
             self._first = {
                 name: each.detach().to("cpu", copy=True)
                 for name, each in _trainable(self.model).items()
@@ -157,67 +157,67 @@ class Recorder:
             self._known_first = {
                 names[id(every[name])]: start for name, start in self._first.items() if id(every[name]) in names
             }
-            self._look()
+            self._measure()
             for name, taken in decays(self.parameters, self.known, self.optimizer):
-                self._note(name, self.known[name].role, "decay", taken)
+                self._add_row(name, self.known[name].role, "decay", taken)
         shrink(self._shrunk, self.parameters, self.known, self.optimizer)
 
     def _after_step(self, *_: Any) -> None:
-        # Here, as a closure computes the gradients inside of the step.
+        # Read gradients after the step, because a closure computes them during it.
         first = self.step == 0
         self._pulls = (
             sizes_of_pulls(self.parameters, self._known_first, self.known, self.optimizer, False) if first else {}
         )
         if first or self._due(self.step + 1):
             for name, value in sizes_of_gradients(self.parameters, self.known, self.optimizer, False):
-                self._note(name, self.known[name].role, "gradient", value)
+                self._add_row(name, self.known[name].role, "gradient", value)
         self.step += 1
         if self._due(self.step):
-            self._look()
+            self._measure()
 
-    def _look(self) -> None:
+    def _measure(self) -> None:
         first = self._first if self._start is not None else None
-        with self._aside(), watch(self.model, self._watched, self._start, first) as seen:
+        with self._state_restored(), watch(self.model, self._watched, self._start, first) as seen:
             self.probe(self.model)
         updates = {
-            name: (unit, role) for unit, own in self._watched.units.items() for name, role in own.updates.values()
+            name: (module, role) for module, unit in self._watched.units.items() for name, role in unit.updates.values()
         }
         for (name, statistic), value in seen.sizes.items():
             if statistic == "update":
-                unit, role = updates[name]
-                folded = self._divisors.get(unit, 1.0) if role != "output" else 1.0
-                self._note(name, role, statistic, value / folded)
+                module, role = updates[name]
+                folded = self._divisors.get(module, 1.0) if role != "output" else 1.0
+                self._add_row(name, role, statistic, value / folded)
                 continue
             role = self._watched.roles.get(name, "stream")
             folded = self._divisors.get(name, 1.0) if role != "output" and statistic != "input" else 1.0
-            self._note(self._watched.shown[name], role, statistic, value / folded)
+            self._add_row(self._watched.shown[name], role, statistic, value / folded)
         for name, value in sizes_of_weights(self.parameters, self.known, False):
-            self._note(name, self.known[name].role, "weight", value)
-        moved, names = (self._known_first if first else {}), self._watched.recorded_names()
+            self._add_row(name, self.known[name].role, "weight", value)
+        moved = self._known_first if first else {}
         for name, value in sizes_of_steps(self.parameters, moved, self._pulls, self._shrunk, self.known, False):
-            for recorded in names.get(name, ()):
-                self._note(recorded, self.known[name].role, "step", value)
+            for called in self._watched.called(name):
+                self._add_row(called, self.known[name].role, "step", value)
         self._start = self._start or seen
 
-    def _note(self, name: str, role: str, statistic: str, value: torch.Tensor | float) -> None:
+    def _add_row(self, name: str, role: str, statistic: str, value: torch.Tensor | float) -> None:
         row = {"module": name, "role": role, "statistic": statistic, "step": self.step, "value": float(value)}
         self._rows.append(row)
 
     def _survey(self) -> Watched:
-        """Return what to watch: every module with parameters, and which results are logits."""
+        """Return the modules to measure, which are all that own parameters, and mark those whose outputs are logits."""
         roles = module_roles(self.model, self.plan) if self.plan else dict.fromkeys(_owners(self.model), "feature")
         called = naming(self.model, self.known)
         watched = Watched(places(self.model, set(roles), None, called), roles)
-        with self._aside(), watch(self.model, watched, None, None, survey=self.plan is not None) as seen:
+        with self._state_restored(), watch(self.model, watched, None, None, survey=self.plan is not None) as seen:
             self.probe(self.model)
         if self.plan is None:
             ran = list(seen.outputs)
             chosen = [name for name in ran if any(fnmatchcase(name, each) for each in self.outputs)]
             if self.outputs and not chosen:
                 raise RequestError(
-                    f"no module that ran is called {', '.join(self.outputs)}: it is one of {', '.join(ran)}."
+                    f"no module that ran matches {', '.join(self.outputs)}: choose from {', '.join(ran)}."
                 )
-            # The whole model's result comes last, and is the logits as well.
+            # The output of the whole model comes last and consists of the logits as well.
             last = [name for name in ran if name][-1:]
             roles |= dict.fromkeys(chosen or [*last, *(name for name in ran if not name)], "output")
         known = {name: owner.role for name, owner in self.known.items()}
@@ -231,8 +231,8 @@ class Recorder:
         return Watched({name: called(name) or ROOT for name in whole} | dict(watched.shown), roles, whole)
 
     @contextmanager
-    def _aside(self) -> Iterator[None]:
-        """Leave buffers and random numbers as they were."""
+    def _state_restored(self) -> Iterator[None]:
+        """Restore buffers and random number generators on exit."""
         buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         devices = sorted({each.get_device() for each in self.parameters.values() if each.is_cuda})
         try:

@@ -50,21 +50,21 @@ from .stacked import StackedModels, stacked_models
 
 __all__ = ["OWN", "Setup", "as_built", "as_planned", "divisors", "layers", "of_repeated", "record", "run"]
 
-OWN = "own"  # in place of a parametrization's name: the model as its builder leaves it
-FUSED = ("adamw", "adam", "sgd")  # whose fused step torch has on every device; the arithmetic is the same
+OWN = "own"  # in place of the name of a parametrization: the model as its builder leaves it
+FUSED = ("adamw", "adam", "sgd")  # optimizers with a fused step on every device; the arithmetic is the same
 
 
 @dataclass(frozen=True)
 class Setup:
-    """One model of a check.
+    """How to build, train and measure one model of a check.
 
     Args:
-        scale: its size.
-        build: seed → the initialized model.
-        make_optimizer: over one such model.
+        scale: size of the model.
+        build: seed → initialized model.
+        make_optimizer: model → its optimizer.
         roles: model → role by module.
-        divisors: module → multiplier that is folded into it, by which its features are divided.
-        known: parameter → role and unit.
+        divisors: module → the multiplier folded into it, by which its features are divided.
+        known: parameter → role and units.
         stacked: whether seeds may be stacked.
     """
 
@@ -78,7 +78,7 @@ class Setup:
 
 
 def as_planned(family: Family, planned: Plan, seen: Observation, device: str) -> Setup:
-    """Return the model that ``planned`` initializes, under the plan's optimizer."""
+    """Return the setup of the model that ``planned`` initializes, with the plan's optimizer."""
 
     def build(seed: int) -> torch.nn.Module:
         model = unwrapped(family.built(planned.scale, device))
@@ -86,8 +86,8 @@ def as_planned(family: Family, planned: Plan, seen: Observation, device: str) ->
         planned.initialize(model, seed)
         return model
 
-    rule, wider = OPTIMIZERS[planned.optimizer], planned.scale.width / family.base.width
-    inside = {name: wider**spec.constant for name, spec in seen.specs.items() if spec.constant_inside}
+    rule, ratio = OPTIMIZERS[planned.optimizer], planned.scale.width / family.base.width
+    inside = {name: ratio**spec.constant for name, spec in seen.specs.items() if spec.constant_inside}
     options: dict[str, Any] = {"fused": True} if planned.optimizer in FUSED else {}
     return Setup(
         scale=planned.scale,
@@ -101,17 +101,17 @@ def as_planned(family: Family, planned: Plan, seen: Observation, device: str) ->
 
 
 def as_built(family: Family, scale: Scale, seen: Observation, optimizer: str, lr: float, device: str) -> Setup:
-    """Return the model as its builder leaves it, under its own optimizer: what users have when they wired µP themselves.
+    """Return the setup of the model as its builder leaves it, for users who implement µP in their own code.
 
-    A model on which ``mup.set_base_shapes`` was called takes mup's optimizer of that name, any other torch's with one
-    learning rate for all.
+    A model on which ``mup.set_base_shapes`` was called is trained with mup's optimizer of that name, any other model with
+    torch's optimizer and a single learning rate.
 
     Raises:
-        RequestError: the optimizer is not one of adam, adamw and sgd, or no role of the model can be told.
+        RequestError: the optimizer is not one of adam, adamw and sgd, or the roles of the model cannot be inferred.
     """
     if optimizer not in FUSED:
         raise RequestError(
-            f"a model's own parametrization is checked under adam, adamw or sgd, not {optimizer!r}: {nearest(optimizer, FUSED)}"
+            f"a model's own parametrization is checked with adam, adamw or sgd, not {optimizer!r}: {nearest(optimizer, FUSED)}"
         )
 
     def build(seed: int) -> torch.nn.Module:
@@ -139,31 +139,31 @@ def as_built(family: Family, scale: Scale, seen: Observation, optimizer: str, lr
 
 
 def _growing_attention(seen: Observation) -> frozenset[str]:
-    """Return the parameters that make queries and keys, if the head dim grows."""
+    """Return the parameters that produce queries and keys if the head dim grows with the width, else none."""
     if seen.heads.ratio == 1:
         return frozenset()
     return frozenset().union(*(each.queries | each.keys for each in seen.attentions))
 
 
 def divisors(planned: Plan, constants: Mapping[str, float]) -> dict[str, float]:
-    """Return by what each module's features are divided: the multipliers folded into it.
+    """Return, by module, the number by which its features are divided: the multipliers folded into it.
 
     Args:
-        planned: whose folds they are.
-        constants: parameter → a number that its module itself multiplies its result with, which belongs to the features.
+        planned: the plan that folds them.
+        constants: parameter → number by which its module multiplies its own output, which is part of the features.
     """
     found, rules = {}, table(planned.parametrization).rows
     for row in planned.rows:
-        # A multiplier that the table itself folds is part of the function.
-        own = constants.get(row.name, 1.0) / rules[row.role].gauge(row.m_in, row.m_out)
-        found[row.name.removesuffix(".weight")] = row.gauge * own
+        # A multiplier that the table itself folds is part of the function, so it is not divided out.
+        correction = constants.get(row.name, 1.0) / rules[row.role].gauge(row.m_in, row.m_out)
+        found[row.name.removesuffix(".weight")] = row.gauge * correction
     return found
 
 
 def of_repeated(divisors: Mapping[str, float], stacks: Collection[str], seen: Observation) -> dict[str, float]:
-    """Return the divisors of a check over depths: of modules that are in a stack which grows, or that every layer uses.
+    """Return the divisors for a check over depths: only those of modules in a growing stack or used by every layer.
 
-    A multiplier on a branch that depth does not repeat is no part of any rule, and has to be seen.
+    A multiplier on a branch that depth does not repeat belongs to no rule and must remain visible.
     """
 
     def repeats(name: str) -> bool:
@@ -177,7 +177,7 @@ def of_repeated(divisors: Mapping[str, float], stacks: Collection[str], seen: Ob
 
 
 Row = dict[str, Any]
-# (name, role, statistic, step) and the sizes [seeds]
+# (name, role, statistic, step, sizes [seeds])
 Measured = tuple[str, str, str, int, torch.Tensor]
 
 
@@ -193,32 +193,32 @@ def run(
     """Train on the family's example batch and yield a row per module or parameter, statistic, step and seed.
 
     Args:
-        family: what is trained.
-        setup: its weights and optimizer.
-        seeds: of the initial weights.
-        steps: optimizer steps.
-        device: where to train.
-        growing: stacks of layers of a check over depths (`places.places`); None for one over widths.
-        progress: called with the seeds done.
+        family: the model family to train.
+        setup: how to build its models and their optimizer.
+        seeds: seeds of the initial weights.
+        steps: number of optimizer steps.
+        device: the device to train on.
+        growing: stacks of layers for a check over depths (`places`); None for a check over widths.
+        progress: called with the number of seeds done.
     """
     batch = family.batch_on(device)
     watched: Watched | None = None
     done = 0
     for make in stacked_models(family, setup.build, setup.make_optimizer, seeds, batch, setup.stacked):
         progress(done)
-        here, stack = make()
+        stack_seeds, stack = make()
         if watched is None:
             watched = _survey(family, stack.model, setup, growing, batch)
         found = list(_measure(stack, setup, watched, steps, parameters=growing is None))
         values = torch.stack([value.detach().double().cpu() for *_, value in found]).T.tolist()
-        for seed, column in zip(here, values, strict=True):
+        for seed, column in zip(stack_seeds, values, strict=True):
             for (name, role, statistic, step, _), value in zip(found, column, strict=True):
                 yield {"module": name, "role": role, "statistic": statistic, "step": step, "seed": seed, "value": value}
-        done += len(here)
+        done += len(stack_seeds)
 
 
 def layers(model: torch.nn.Module) -> dict[str, int]:
-    """Return every numbered stack of modules with its length."""
+    """Return name → length of every numbered stack of modules."""
     counts: dict[str, int] = {}
     for name, _ in model.named_modules():
         stack, _, last = name.rpartition(".")
@@ -230,7 +230,7 @@ def layers(model: torch.nn.Module) -> dict[str, int]:
 def _survey(
     family: Family, model: torch.nn.Module, setup: Setup, growing: dict[str, int] | None, batch: Any
 ) -> Watched:
-    """Return what to watch, its roles corrected by a forward pass; say which modules never run."""
+    """Return the modules to measure, with roles corrected by a forward pass, and warn about modules that have no part in it."""
     roles = setup.roles(model)
     stacks = None if growing is None else {name: n for name, n in layers(model).items() if name in growing}
     called = naming(model, setup.known)
@@ -241,10 +241,10 @@ def _survey(
         family.loss_on(model, batch)
     for name, buffer in model.named_buffers():
         buffer.copy_(buffers[name])
-    if idle := [shown[name] for name in _silent(family, model, batch, [n for n in shown if n in roles], seen)]:
+    if idle := [shown[name] for name in _unused_modules(family, model, batch, [n for n in shown if n in roles], seen)]:
         warnings.warn(
-            f"{', '.join(idle[:6])}{f' and {len(idle) - 6} more' if idle[6:] else ''} of {family.name} gave no floating output "
-            "on the example batch, so the check says nothing about it: give a batch that uses it.",
+            f"{', '.join(idle[:6])}{f' and {len(idle) - 6} more' if idle[6:] else ''} of {family.name} gave no floating-point "
+            "output on the example batch and cannot be checked: pass a batch that uses every module.",
             stacklevel=2,
         )
     if growing is not None:
@@ -254,25 +254,25 @@ def _survey(
     return replace(watched, shown={name: called(name) or ROOT for name in measured} | shown, units=measured)
 
 
-def _silent(family: Family, model: torch.nn.Module, batch: Any, names: list[str], seen: Pass) -> list[str]:
-    """Return the modules that take no part: no output, and no weight that the loss reaches.
+def _unused_modules(family: Family, model: torch.nn.Module, batch: Any, names: list[str], seen: Pass) -> list[str]:
+    """Return the modules among ``names`` that have no effect: no output, and no weight that the loss depends on.
 
-    A layer whose weight is used by another's forward (Mamba's fused projections, a tied head) gives no output itself and
-    is at work all the same.
+    A layer whose weight is used by another module's forward (Mamba's fused projections, a tied head) has no output itself but
+    does have an effect.
     """
     quiet = [name for name in names if name not in seen.outputs]
     if not quiet:
         return []
-    # A pass of its own, without hooks: a model that changes its features in place cannot be followed backward with them.
+    # A separate pass without hooks, because autograd fails through hooks on a model that changes its features in place.
     parameters = {name: list(model.get_submodule(name).parameters()) for name in quiet}
-    wanted = [each for own in parameters.values() for each in own if each.requires_grad]
+    wanted = [each for members in parameters.values() for each in members if each.requires_grad]
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     with torch.enable_grad(), torch.random.fork_rng([]):
         found = torch.autograd.grad(family.loss_on(model, batch), wanted, allow_unused=True) if wanted else ()
     for name, buffer in model.named_buffers():
         buffer.data.copy_(buffers[name])
     reached = {id(each) for each, gradient in zip(wanted, found, strict=True) if gradient is not None}
-    return [name for name, own in parameters.items() if not any(id(each) in reached for each in own)]
+    return [name for name, members in parameters.items() if not any(id(each) in reached for each in members)]
 
 
 def _measure(stack: StackedModels, setup: Setup, watched: Watched, steps: int, parameters: bool) -> Iterator[Measured]:
@@ -282,51 +282,54 @@ def _measure(stack: StackedModels, setup: Setup, watched: Watched, steps: int, p
     shrunk: dict[str, float] = {}
     stacked = stack.size > 1
     owners = planned_names(stack.parameters, setup.known)
-    own_parameters = {owners[name]: each for name, each in stack.parameters.items()}
+    planned_parameters = {owners[name]: each for name, each in stack.parameters.items()}
     moved: Tensors = {}
-    updates = {name: (unit, role) for unit, own in watched.units.items() for name, role in own.updates.values()}
+    updates = {name: (module, role) for module, unit in watched.units.items() for name, role in unit.updates.values()}
     if updates:
-        wanted = {name for own in watched.units.values() for name in own.first.values()}
+        wanted = {name for unit in watched.units.values() for name in unit.first.values()}
         first = {name: each.detach().clone() for name, each in stack.parameters.items() if name in wanted}
         moved = {owners[name]: each for name, each in first.items()}
     for step in range(steps + 1):
         losses, seen = stack.forward(watched, start, first if step in (1, steps) else None)
         for (name, statistic), value in seen.sizes.items():
             if statistic == "update":
-                unit, role = updates[name]
-                folded = setup.divisors.get(unit, 1.0) if role != "output" else 1.0
+                module, role = updates[name]
+                folded = setup.divisors.get(module, 1.0) if role != "output" else 1.0
                 yield name, role, statistic, step, value / folded
                 continue
             role = watched.roles.get(name, "stream")
-            # A feature that carries a folded multiplier (queries, a final norm before a tied readout) is compared as
-            # it is without it; a logit is what it is.
+            # Features with a folded multiplier (queries, a final norm before a tied readout) are compared without it; logits
+            # are compared as they are.
             folded = setup.divisors.get(name, 1.0) if role != "output" and statistic != "input" else 1.0
             yield watched.shown[name], role, statistic, step, value / folded
         if step == 0:
             start = seen
         if parameters and step in (0, steps):
-            for name, value in sizes_of_weights(own_parameters, setup.known, stacked):
+            for name, value in sizes_of_weights(planned_parameters, setup.known, stacked):
                 yield name, setup.known[name].role, "weight", step, value
         if step in (1, steps):
-            for name, value in sizes_of_steps(own_parameters, moved, pulls, shrunk, setup.known, stacked):
+            for name, value in sizes_of_steps(planned_parameters, moved, pulls, shrunk, setup.known, stacked):
                 for called in watched.called(name):
                     yield called, setup.known[name].role, "step", step, value
         if parameters and step == 0:
-            for name, taken in decays(own_parameters, setup.known, stack.optimizer):
+            for name, taken in decays(planned_parameters, setup.known, stack.optimizer):
                 yield name, setup.known[name].role, "decay", step, torch.full((stack.size,), taken)
         if step < steps:
             stack.backward(losses)
-            pulls = sizes_of_pulls(own_parameters, moved, setup.known, stack.optimizer, stacked) if step == 0 else {}
-            shrink(shrunk, own_parameters, setup.known, stack.optimizer)
+            pulls = (
+                sizes_of_pulls(planned_parameters, moved, setup.known, stack.optimizer, stacked) if step == 0 else {}
+            )
+            shrink(shrunk, planned_parameters, setup.known, stack.optimizer)
             if parameters and step in (0, steps - 1):
-                for name, value in sizes_of_gradients(own_parameters, setup.known, stack.optimizer, stacked):
+                for name, value in sizes_of_gradients(planned_parameters, setup.known, stack.optimizer, stacked):
                     yield name, setup.known[name].role, "gradient", step, value
             stack.optimizer.step()
 
 
 CHECK_LR = {"adam": 2**-8, "sgd": 2**-3}
-DECAY = 1e-6  # too little to be felt in a few steps; lr · decay is compared all the same
-STEP = 2**-4  # of a weight's initial size that one step of an Adam-like optimizer may move it: beyond, slopes bend
+DECAY = 1e-6  # too small to matter within a few steps; lr · weight decay is compared all the same
+# Largest step of an Adam-like optimizer, as a fraction of a weight's initial size; larger steps bend the slopes.
+STEP = 2**-4
 
 
 def record(
@@ -348,24 +351,24 @@ def record(
 ) -> pd.DataFrame:
     """Train ``family`` a few steps at each width and record the size of every module's output.
 
-    The family's example batch is used for every step: outputs before and after training must be compared on the same data.
+    Every step uses the family's example batch, because outputs before and after training must be compared on the same data.
 
     Args:
-        family: what to check; its base anchors the plan.
+        family: the model family to check; plans are relative to its base.
         widths: at least two, in any order; empty or one for a check over ``depths``.
-        parametrization: name of the table that sets init and learning rates, or "own" for the model as its builder leaves
-            it, with mup's optimizer if mup has annotated it.
+        parametrization: name of the table that sets initialization and learning rates, or "own" for the model as its builder
+            leaves it, with mup's optimizer if mup has annotated it.
         optimizer: name of a torch optimizer.
-        lr: base learning rate; by default one at which the built-in models learn, or less where initial weights are small.
-        depth: layers; the base's by default.
-        depths: for a check over depths instead: numbers of layers, at the one width in ``widths`` or the base's.
-        steps: optimizer steps, at least 1.
-        seeds: of the initial weights, at least one.
-        device: where to train.
-        progress: called with (runs done, runs in all).
-        planner: plans in place of `plan`, called with the same arguments: to measure a plan that was changed.
-        observation: what `observe` returned for this family, to save doing it again.
-        cache: where finished sizes are kept, and taken from when they are asked for again.
+        lr: base learning rate; by default one at which the built-in models learn, or less if the initial weights are small.
+        depth: number of layers; by default the base's.
+        depths: numbers of layers, for a check over depths at the one width in ``widths`` or the base's width.
+        steps: number of optimizer steps, at least 1.
+        seeds: seeds of the initial weights, at least one.
+        device: the device to train on.
+        progress: called with (runs done, total number of runs).
+        planner: used in place of `plan`, with the same arguments, to measure modified plans.
+        observation: result of `observe` for this family, to avoid computing it again.
+        cache: stores finished sizes and returns them when they are requested again.
 
     Returns:
         A frame with the columns of `schemas.COORDINATES`.
@@ -376,10 +379,10 @@ def record(
     sizes = sorted(set(depths or widths))
     if len(sizes) < 2:
         what = "depths" if depths else "widths"
-        raise RequestError(f"a slope needs at least two {what}, and {sizes} is {len(sizes)}: give 4 or more.")
+        raise RequestError(f"a slope needs at least two {what}, but {sizes} has {len(sizes)}: give 4 or more.")
     seeds = list(seeds)
     if steps < 1 or not seeds:
-        raise RequestError(f"{steps} steps and {len(seeds)} seeds: give at least one of each.")
+        raise RequestError(f"{steps} steps and {len(seeds)} seeds were requested: give at least one of each.")
     if any(isinstance(each, torch.Tensor) and each.isnan().any() for each in tree_leaves(family.batch)):
         raise RequestError(f"the example batch of {family.name} holds NaN: give one without.")
     family = family.printing_once()
@@ -390,7 +393,7 @@ def record(
         scales = [scale.with_(width=widths[0]) for scale in scales]
     seen = observation or observe(family)
     if depths and parametrization != OWN and table(parametrization).depth is not None:
-        seen = with_depth_constants(family, seen)  # once, not in every plan
+        seen = with_depth_constants(family, seen)  # once here rather than in every plan
     decay = 0.0 if optimizer in OPTIMIZERS and OPTIMIZERS[optimizer].l2 else DECAY
     recipe = Recipe(lr=lr or _check_lr(column, seen), weight_decay=decay, schedule="constant", warmup=0)
     growing = _stacks(family, scales) if depths else None
@@ -423,16 +426,16 @@ def record(
 
 
 def _check_lr(column: str, seen: Observation) -> float:
-    """Return a learning rate at which the base model learns, and its first steps leave the initial weights in charge."""
+    """Return a learning rate at which the base model learns, while its first steps stay small relative to the initial weights."""
     stds = [spec.init.std for spec in seen.specs.values() if spec.role == "hidden" and spec.init.std]
     return min(CHECK_LR[column], STEP * median(stds)) if column == "adam" and stds else CHECK_LR[column]
 
 
 def _stacks(family: Family, scales: Sequence[Scale]) -> dict[str, int]:
-    """Return the stacks of layers, by name, that the greatest depth has more of than the least; with no count yet."""
+    """Return name → length at the greatest depth, for the stacks of layers whose length differs at the smallest depth."""
     counts = []
     for scale in (scales[0], scales[-1]):
         with on_fake_tensors():
             counts.append(layers(build(family, scale)))
-    # A stack inside of a layer that only the deeper model has (blocks.7.mlp) does not grow.
+    # A stack inside a layer that only the deeper model has (blocks.7.mlp) does not count as growing.
     return {name: count for name, count in counts[1].items() if counts[0].get(name, count) != count}

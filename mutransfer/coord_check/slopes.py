@@ -1,4 +1,4 @@
-"""Slopes of a statistic on log scales with 95% intervals, and ΔW·x relative to the input of its module."""
+"""Slopes of statistics on log scales with 95% confidence intervals, and ΔW·x relative to the input of its module."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ __all__ = ["RELATIVE", "beyond", "relative_updates", "slope", "unit_of", "wide_a
 
 
 def slope(group: pd.DataFrame, axis: str) -> tuple[float, float, float]:
-    """Return the fitted slope with its 95% interval; NaN when a value is zero or not finite, infinite ends without a residual.
+    """Return the fitted slope and the ends of its 95% confidence interval.
 
-    Least squares over all seeds and widths, weighted by width: the fluctuations of a random network between seeds have a
-    variance of 1/width (measured: docs/coordinate-check.md), so the wide models say more; depths count alike. Curvature
-    of the true line counts as residual and widens the interval.
+    All three are NaN if a value is not positive or not finite, or if all sizes are equal; the ends are infinite if there are no
+    residual degrees of freedom. The fit is least squares over all seeds and sizes. Widths are weighted by width: the variance of
+    a random network between seeds falls as 1/width (measured: docs/coordinate-check.md), so wide models are more informative.
+    Depths have equal weights. Curvature of the true line counts as residual and widens the interval.
 
     Args:
         group: rows of one module, statistic and step (schema COORDINATES).
@@ -42,46 +43,47 @@ def slope(group: pd.DataFrame, axis: str) -> tuple[float, float, float]:
 
 
 def wide_and_narrow(group: pd.DataFrame, axis: str) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return the rows of the greater half of the sizes, and those of the smaller half; of an odd number both hold the middle."""
+    """Return the rows of the larger and of the smaller half of the sizes; with an odd number, both contain the middle one."""
     sizes = np.sort(group[axis].unique())
     half = (len(sizes) + 1) // 2
     return group[group[axis] >= sizes[-half]], group[group[axis] <= sizes[half - 1]]
 
 
 def beyond(value: float, band: tuple[float, float]) -> float:
-    """Return how far a slope is above (positive) or below (negative) its band; 0 inside."""
+    """Return how far a slope lies above (positive) or below (negative) its band; 0 inside."""
     return max(value - band[1], 0.0) + min(value - band[0], 0.0)
 
 
-# A vector's update does not act on what enters its module, and a readout tied to an embedding takes its factor in its input.
+# Roles whose updates are divided by the size of the module's input. A vector's update does not act on the input, and a readout
+# tied to an embedding receives its factor through the input.
 RELATIVE = frozenset({"input", "hidden", "bottleneck", "attention", "feature"})
-RESOLVED = 1e-5  # of the module's output: a smaller difference of two forward passes in float32 is rounding
+RESOLVED = 1e-5  # fraction of the module's output; a smaller difference of two float32 forward passes is rounding
 
 
 def relative_updates(coordinates: pd.DataFrame, *roles: str) -> pd.DataFrame:
-    """Return the rows of the statistic "update", those of matrices divided by the size of what enters their module.
+    """Return the rows of the statistic "update", with those of matrices divided by the size of their module's input.
 
-    An update acts on the first pass's input, so it is divided by that one, seed by seed. A readout's and a vector's stay as they
-    are, and so does that of an embedding, whose input is not floating. Left out are rows that say nothing: an input
-    that is exactly 0, a parameter without a gradient or with one of rounding, and a change of the output below rounding.
+    An update acts on the first pass's input, so it is divided by the size of that input, seed by seed. Updates of readouts and
+    vectors are not divided, nor are those of embeddings, whose input is not floating-point. Uninformative rows are dropped: an
+    input that is exactly 0, a parameter whose gradient is absent or rounding, and a change of the output below rounding.
 
     Args:
         coordinates: schema COORDINATES.
-        roles: further ones whose updates are divided.
+        roles: additional roles whose updates are divided.
     """
     updates = coordinates[coordinates["statistic"].eq("update")].copy()
     if updates.empty:
         return updates
     start = coordinates[coordinates["step"].eq(0)]
     key = ["parametrization", "module", "seed", "width", "depth"]
-    given = start[start["statistic"].eq("input")].set_index(key)["value"]
-    made = start[start["statistic"].eq("activation")].set_index(key)["value"]
-    given, made = (each[~each.index.duplicated()] for each in (given, made))
+    entering = start[start["statistic"].eq("input")].set_index(key)["value"]
+    produced = start[start["statistic"].eq("activation")].set_index(key)["value"]
+    entering, produced = (each[~each.index.duplicated()] for each in (entering, produced))
     modules = set(start["module"][start["statistic"].isin(["input", "activation"])])
     names = {name: unit_of(name, modules) for name in updates["module"].unique()}
     index = pd.MultiIndex.from_frame(updates.assign(module=updates["module"].map(names))[key])
-    size = given.reindex(index).to_numpy(dtype=float)
-    output = made.reindex(index).to_numpy(dtype=float)
+    size = entering.reindex(index).to_numpy(dtype=float)
+    output = produced.reindex(index).to_numpy(dtype=float)
     relative = updates["role"].isin({*RELATIVE, *roles}).to_numpy() & ~pd.isna(size)
     moved = updates["value"].to_numpy(dtype=float)
     kept = ~(relative & (size == 0)) & ~(moved == 0) & ~(moved < RESOLVED * output)
@@ -91,7 +93,7 @@ def relative_updates(coordinates: pd.DataFrame, *roles: str) -> pd.DataFrame:
 
 
 def unit_of(parameter: str, modules: set[str]) -> str | None:
-    """Return the module at which a parameter's update was measured: the innermost one around it that was recorded."""
+    """Return the module at which a parameter's update was measured: the innermost recorded module that contains it."""
     name = parameter
     while name:
         name = name.rpartition(".")[0]
@@ -101,7 +103,7 @@ def unit_of(parameter: str, modules: set[str]) -> str | None:
 
 
 def without_gradient(coordinates: pd.DataFrame) -> set[str]:
-    """Return the parameters whose gradients are none, or rounding's (schema COORDINATES)."""
+    """Return the parameters whose gradients are zero or rounding, from a frame with schema COORDINATES."""
     gradients = coordinates[coordinates["statistic"].eq("gradient")]
     if gradients.empty:
         return set()

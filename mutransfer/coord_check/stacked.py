@@ -1,7 +1,7 @@
-"""Models of equal shape, one per seed, trained side by side as one program.
+"""Models of equal shape, one per seed, trained together as one program.
 
-Parameters are stacked along a first axis and the forward pass runs once under `torch.vmap`, so that a narrow model's many small
-operations are launched once for all seeds. An optimizer that works entry by entry then steps the stacks as it stands.
+Parameters are stacked along a first axis and the forward pass runs once under `torch.vmap`, so that the many small operations of
+a narrow model are launched once for all seeds. An elementwise optimizer then steps the stacked parameters without modification.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from .measure import Inputs, Pass, Tensors, Watched, watch
 
 __all__ = ["StackedModels", "stacked_models"]
 
-# Above this many parameters a matrix product keeps a core busy by itself, and stacking gains nothing (docs/benchmarks.md).
+# Above this many parameters a single matrix product keeps a core busy, and stacking gains nothing (docs/benchmarks.md).
 MOST_STACKED = 400_000
 
 
 class _Loss(torch.nn.Module):
-    """The loss as a module's output, so that `functional_call` can put other parameters under it."""
+    """A module whose output is the loss, so that `functional_call` can replace the model's parameters."""
 
     def __init__(self, family: Family, model: torch.nn.Module, batch: Any) -> None:
         super().__init__()
@@ -34,13 +34,13 @@ class _Loss(torch.nn.Module):
 
 
 class StackedModels:
-    """The models of some seeds, and the optimizer over all of them.
+    """The models of several seeds, and one optimizer for all of them.
 
     Args:
-        family: whose loss on its example batch is trained on.
-        models: one per seed, initialized; more than one are stacked, and the first lends them its structure.
-        make_optimizer: over one model; its groups are taken over for the stacks.
-        batch: the family's example batch on the models' device.
+        family: the family whose loss is minimized on its example batch.
+        models: initialized models, one per seed; several are stacked and use the structure of the first.
+        make_optimizer: model → its optimizer; its groups are applied to the stacked parameters.
+        batch: the family's example batch, on the models' device.
     """
 
     def __init__(
@@ -52,23 +52,25 @@ class StackedModels:
     ) -> None:
         self.family, self.model, self.size, self.batch = family, models[0], len(models), batch
         self.program = _Loss(family, self.model, batch)
-        own = dict(self.model.named_parameters())
+        originals = dict(self.model.named_parameters())
         self.optimizer = make_optimizer(self.model)
         if self.size == 1:
-            self.parameters: Tensors = dict(own)
+            self.parameters: Tensors = dict(originals)
             self.buffers: Tensors = {}
         else:
-            self.parameters = {name: _stacked(models, name).requires_grad_(own[name].requires_grad) for name in own}
+            self.parameters = {
+                name: _stacked(models, name).requires_grad_(originals[name].requires_grad) for name in originals
+            }
             self.buffers = {
                 name: torch.stack([_buffer(m, name) for m in models]) for name, _ in self.model.named_buffers()
             }
-            self._take_over({id(each): self.parameters[name] for name, each in own.items()})
+            self._replace_parameters({id(each): self.parameters[name] for name, each in originals.items()})
 
     def forward(self, watched: Watched, start: Pass | None, first: Tensors | None) -> tuple[torch.Tensor, Pass]:
-        """Return the losses ``[seeds]`` and what was seen on the way, every size with the seeds as its one axis.
+        """Return the losses ``[seeds]`` and the measurements of the pass, each size with shape ``[seeds]``.
 
         Raises:
-            RequestError: the model or its loss raised, and there is one seed.
+            RequestError: the model or its loss raised an exception, and there is only one seed.
         """
 
         def observed(
@@ -82,7 +84,7 @@ class StackedModels:
                     loss = functional_call(self.program, state, ())
             return loss, seen.sizes, seen.outputs, seen.inputs
 
-        # The same masks in every pass: a change is of the weights, not of the dropout.
+        # Use the same dropout masks in every pass, so that changes come from the weights alone.
         devices = sorted({each.get_device() for each in self.parameters.values() if each.is_cuda})
         with torch.random.fork_rng(devices):
             torch.manual_seed(0)
@@ -93,17 +95,17 @@ class StackedModels:
             axes = (0, 0, 0, None if first is None else 0)
             run = torch.vmap(observed, in_dims=axes, randomness="different")
             with warnings.catch_warnings():
-                # An operation without a batching rule runs seed by seed: slower, and as right.
+                # An operation without a batching rule runs seed by seed, which is slower but equally correct.
                 warnings.filterwarnings("ignore", "There is a performance drop")
                 loss, *seen = run(self.parameters, self.buffers, before, first)
             return loss, Pass(*seen)
 
     def backward(self, losses: torch.Tensor) -> None:
-        """Compute the gradients of each seed's own loss."""
+        """Compute the gradients of each seed's loss."""
         self.optimizer.zero_grad()
         losses.sum().backward()
 
-    def _take_over(self, stacks: dict[int, torch.Tensor]) -> None:
+    def _replace_parameters(self, stacks: dict[int, torch.Tensor]) -> None:
         for group in self.optimizer.param_groups:
             group["params"] = [stacks[id(each)] for each in group["params"]]
 
@@ -116,15 +118,17 @@ def stacked_models(
     batch: Any,
     stacked: bool,
 ) -> list[Callable[[], tuple[list[int], StackedModels]]]:
-    """Return what makes each stack of models: one for all seeds where that works and pays, else one per seed.
+    """Return functions that each build a stack of models: one for all seeds if possible and worthwhile, else one per seed.
+
+    Each function returns the seeds of its stack and the `StackedModels`.
 
     Args:
         family: see `StackedModels`.
-        build: seed → an initialized model.
+        build: seed → initialized model.
         make_optimizer: see `StackedModels`.
-        seeds: of the initial weights.
+        seeds: seeds of the initial weights.
         batch: see `StackedModels`.
-        stacked: whether the optimizer works entry by entry; one that looks at whole matrices (Muon, Adafactor) does not.
+        stacked: whether the optimizer is elementwise; those that operate on whole matrices (Muon, Adafactor) are not.
     """
 
     def one(seed: int) -> Callable[[], tuple[list[int], StackedModels]]:
@@ -135,22 +139,24 @@ def stacked_models(
         return separate
     model = build(seeds[0])
     if sum(each.numel() for each in model.parameters()) > MOST_STACKED or make_optimizer(model).state:
-        return separate  # some optimizers (Adagrad) make their state before the first step
+        return separate  # some optimizers (Adagrad) create their state before the first step
     stack = StackedModels(family, [model, *map(build, seeds[1:])], make_optimizer, batch)
-    if not _works(stack):
+    if not _runs_under_vmap(stack):
         return separate
     return [lambda: (list(seeds), stack)]
 
 
-def _works(stack: StackedModels) -> bool:
-    """Say whether the model runs under vmap: control flow on values, and some operations, do not."""
+def _runs_under_vmap(stack: StackedModels) -> bool:
+    """Return whether the model runs under vmap, which does not support value-dependent control flow and some operations."""
     kept = {name: each.clone() for name, each in stack.buffers.items()}
     try:
         losses, _ = stack.forward(Watched({}, {}), None, None)
         if losses.shape != (stack.size,) or not losses.requires_grad:
             return False
         torch.autograd.grad(losses.sum(), [p for p in stack.parameters.values() if p.requires_grad], allow_unused=True)
-    except Exception:  # whatever it is: where it is the model's own fault, it comes again seed by seed, and is said
+    except (
+        Exception
+    ):  # any error; if the model itself is at fault, it is raised again and reported when the seeds run one by one
         return False
     finally:
         for name, each in kept.items():

@@ -1,4 +1,4 @@
-"""The coordinate check's verdict: are the slopes those of width-stable feature learning, and how sure is that?"""
+"""Verdict of the coordinate check: whether the slopes are those of width-stable feature learning, and how certain that is."""
 
 from __future__ import annotations
 
@@ -19,26 +19,25 @@ from .slopes import beyond, relative_updates, slope, wide_and_narrow, without_gr
 
 __all__ = ["MARGIN", "Verdict", "verdict"]
 
-MARGIN = 0.15  # finite width bends every slope a little; healthy and broken are 0.3 and more apart
-OF_UPDATES = (
-    0.1  # more for a single parameter's update, which varies more between seeds; wrong rates are 1/2 and more off
-)
-BROKEN = 0.3  # a slope so far from its band is no effect of finite width (docs/log.md)
-FADING = 0.5  # what training moves and fades more slowly, while its rates are seen to be right, may do so in narrow models alone
-TIGHT = 0.05  # half an interval: no number of seeds that one would add moves a slope by more
-RETURNING = 0.7  # of the narrow half's distance from the band: a wide half nearer than that is on its way back
-FELT = 100.0  # mean |gradient| / epsilon below which epsilon takes part in a step, by 1% and more
-ROUNDING = 1e-4  # of the median gradient: below, a gradient is none
+MARGIN = 0.15  # finite width bends every slope slightly; healthy and broken slopes differ by 0.3 and more
+# Additional margin for a single parameter's update, which varies more between seeds; wrong rates are off by 1/2 and more.
+OF_UPDATES = 0.1
+BROKEN = 0.3  # a slope this far from its band is not an effect of finite width (docs/log.md)
+FADING = 0.5  # with learning rates known to be right, a change or update that shrinks more slowly may do so in narrow models only
+TIGHT = 0.05  # half-width of a tight interval; no realistic number of additional seeds moves a slope by more
+RETURNING = 0.7  # fraction of the narrow half's distance from the band; a wide half nearer than that is returning to it
+FELT = 100.0  # mean |gradient| / epsilon below which epsilon affects a step by 1% or more
+ROUNDING = 1e-4  # fraction of the median gradient; smaller gradients count as zero
 Status = Literal["pass", "fail", "undecided"]
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a coordinate check found.
+    """Result of a coordinate check.
 
-    ``slopes`` has the columns of `schemas.SLOPES`; ``cause`` says in a sentence what failed, or what is missing; ``fault`` is
-    the key of the fault in `faults.FAULTS` that the slopes look like, "epsilon", "one-parameter", or None. ``widen`` says that an
-    undecided check waits for wider models, which decide it sooner than more seeds.
+    ``slopes`` has the columns of `schemas.SLOPES`. ``cause`` is a sentence that explains what failed or what is missing.
+    ``fault`` is the key in `diagnosis.FAULTS` of the fault that the slopes resemble, "epsilon", "one-parameter", "mixed-columns",
+    or None. ``widen`` is True if an undecided check needs wider models, which decide it sooner than more seeds.
     """
 
     status: Status
@@ -51,33 +50,36 @@ class Verdict:
 def verdict(coordinates: pd.DataFrame, margin: float = MARGIN, *, decay_policy: str = "independent") -> Verdict:
     """Judge a coordinates frame of one parametrization against the slopes of width-stable feature learning.
 
-    Per module, statistic and step, the slope of log2(value) against log2(width), or log2(depth) if that is what varies,
-    is fitted over seeds and widths with a 95% interval. It passes when the interval lies within the expected band widened by
-    ``margin``, fails when it lies wholly outside, and is undecided otherwise; it is undecided, too, where the wider models are
-    healthy or on their way there (docs/coordinate-check.md). Judged are activations at the start and changes; of the parameters
-    the initial sizes, the update of each on its module's first input, the learning rate that its first step shows, lr · weight
-    decay, and gradients against epsilon where epsilon is felt. The other rows of the frame name the cause.
+    For each module, statistic and step, the slope of log2(value) against log2(width), or against log2(depth) if the depth
+    varies, is fitted over seeds and sizes with a 95% confidence interval. A row passes if the interval lies within the expected
+    band widened by ``margin``, fails if it lies entirely outside, and is undecided otherwise. It is also undecided if the slopes
+    of the wider models are healthy or approach the healthy band (docs/coordinate-check.md).
+
+    Activations at the start and changes are judged. For each parameter, the initial size, the update on its module's first input,
+    the learning rate implied by its first step, lr · weight decay, and, where epsilon matters, gradient / epsilon are judged. The
+    other rows of the frame help to identify the cause.
 
     Args:
-        coordinates: as `record` returns it, or a `Recorder`'s frames of several widths.
-        margin: how far a slope may be from its band.
-        decay_policy: what lr · weight decay does on purpose: independent, coupled or sqrt (docs/rules.md).
+        coordinates: frame from `record`, or the concatenated frames of a `Recorder` at several widths.
+        margin: how far a slope may lie outside its band.
+        decay_policy: intended scaling of lr · weight decay: independent, coupled or sqrt (docs/rules.md).
 
     Raises:
-        RequestError: two parametrizations in one frame, or fewer than two widths.
+        RequestError: the decay policy is unknown, the frame contains two parametrizations or fewer than two sizes, or widths and
+            depths both vary.
     """
     if decay_policy not in HEALTHY_DECAY:
         raise RequestError(f"unknown decay policy {decay_policy!r}: {nearest(decay_policy, HEALTHY_DECAY)}")
     names = coordinates["parametrization"].unique()
     if len(names) != 1:
         raise RequestError(
-            f"one verdict judges one parametrization, and the frame holds {sorted(names)}: filter it first."
+            f"a verdict covers one parametrization, but the frame holds {sorted(names)}: filter it first."
         )
     axis = varying(coordinates)
     if coordinates[axis].nunique() < 2:
         raise RequestError("a slope needs at least two widths or depths: record more.")
     if axis == "depth" and coordinates["width"].nunique() > 1:
-        raise RequestError("widths and depths both vary, and a slope is along one of them: record one at a time.")
+        raise RequestError("widths and depths both vary, but a slope is fitted along one of them: vary one at a time.")
     last = int(coordinates["step"].max())
     column, rules = OPTIMIZERS[str(coordinates["optimizer"].iloc[0])].column, TABLES.get(names[0])
     rows: list[dict[str, object]] = []
@@ -86,28 +88,29 @@ def verdict(coordinates: pd.DataFrame, margin: float = MARGIN, *, decay_policy: 
     if axis == "width":
         frame = pd.concat([coordinates[coordinates["statistic"] != "update"], relative_updates(coordinates)])
     judged = frame[_judged(frame, last, axis, rules)]
-    # A rate is seen where it is seen at every size; what some runs do not show (other wrappers, half precision) says nothing.
+    # An implied learning rate is judged only if every size has one; some runs do not (other wrappers, half precision).
     sizes = judged[judged["statistic"].eq("step")].groupby("module")[axis].nunique()
     stepped = set(sizes[sizes.eq(coordinates[axis].nunique())].index)
     judged = judged[~judged["statistic"].eq("step") | judged["module"].isin(stepped)]
-    # Of what does not grow the rate is all there is: what it makes of a few entries is noise at every width.
+    # Parameters that do not grow are judged by their rate alone: with few entries, their update is noise at every width.
     finite = set(judged["module"][judged["statistic"].eq("step") & judged["role"].eq("finite")])
     judged = judged[~(judged["statistic"].eq("update") & judged["module"].isin(finite))]
     rounding = ROUNDING * judged[judged["statistic"] == "gradient"]["value"].median()
     for (module, role, statistic, step), group in judged.groupby(["module", "role", "statistic", "step"], sort=False):
-        # A key's bias has no gradient but for rounding.
+        # A key's bias has no gradient apart from rounding errors.
         if statistic == "gradient" and not rounding < group["value"].min() < FELT:
             continue
         value, low, high = slope(group, axis)
         expected = _healthy(axis, str(module), str(statistic), str(role), decay_policy, column, module in stepped)
         allowed = margin + (OF_UPDATES if statistic == "update" and role != "output" else 0.0)
-        ok = _judge(group, value, low, high, expected, allowed, may_rest=step < last)
-        # Under Adam an update is the rate times the input's alignment, and fades by −½ at most; SGD's gradient may fade as well.
+        ok = _judge(group, value, low, high, expected, allowed, may_be_zero=step < last)
+        # Under Adam, an update is the rate times the alignment with the input and shrinks by −½ at most; under SGD the gradient
+        # may shrink as well.
         rates_seen = bool(stepped) if statistic == "change" else column == "sgd" and module in stepped
-        if ok is False and axis == "width" and not _stays(group, expected, allowed, rates_seen):
+        if ok is False and axis == "width" and not _holds_for_wide(group, expected, allowed, rates_seen):
             ok = None
             narrow.add(len(rows))
-        if statistic == "gradient" and ok is None and _bend(group, low, high) < margin:
+        if statistic == "gradient" and ok is None and _epsilon_bend(group, low, high) < margin:
             continue
         if ok is None and axis == "width" and _on_the_edge(value, low, high, expected, allowed):
             narrow.add(len(rows))
@@ -121,8 +124,8 @@ def verdict(coordinates: pd.DataFrame, margin: float = MARGIN, *, decay_policy: 
                 "slope": value,
                 "low": low,
                 "high": high,
-                "expected": _words(expected),
-                "declared": _words(_declared(rules, axis, column, str(statistic), str(role), expected)),
+                "expected": _format_band(expected),
+                "declared": _format_band(_declared(rules, axis, column, str(statistic), str(role), expected)),
                 "ok": ok,
             }
         )
@@ -137,17 +140,17 @@ def verdict(coordinates: pd.DataFrame, margin: float = MARGIN, *, decay_policy: 
 
 
 def _judged(coordinates: pd.DataFrame, last: int, axis: str, rules: Table | None) -> pd.Series:
-    """Say of every row whether it is judged, or there to name a cause."""
+    """Return, for every row, whether it is judged; the others only help to identify a cause."""
     statistic, step = coordinates["statistic"], coordinates["step"]
     judged = statistic.eq("activation") & step.eq(0) | statistic.eq("change") & step.isin([1, last])
     if axis == "width":
         judged |= statistic.eq("update") & step.isin([1, last])
-        # The first step in which a parameter has a gradient; later ones also depend on how gradients follow each other.
+        # Use the first step in which a parameter has a gradient; later steps also depend on how successive gradients relate.
         moved = coordinates[statistic.eq("step") & coordinates["value"].gt(0)].groupby("module")["step"].min()
         stepped = statistic.eq("step") & step.eq(coordinates["module"].map(moved))
         judged |= stepped & coordinates["value"].gt(0) & ~coordinates["module"].isin(without_gradient(coordinates))
         judged |= statistic.eq("decay") | statistic.eq("gradient") & step.eq(0)
-        if rules is not None:  # a model wired by hand may carry its multipliers where it likes
+        if rules is not None:  # a hand-written parametrization may place its multipliers anywhere
             judged |= statistic.eq("weight") & step.eq(0)
     return judged
 
@@ -155,8 +158,9 @@ def _judged(coordinates: pd.DataFrame, last: int, axis: str, rules: Table | None
 def _healthy(axis: str, module: str, statistic: str, role: str, decay_policy: str, column: str, stepped: bool) -> Band:
     if statistic == "decay":
         return HEALTHY_DECAY[decay_policy]
-    role = "attention" if role == "attention vector" else role  # its update is not divided, and may fade as much
-    # Adam's step sees no gradient fade.
+    # The update of an attention vector is not divided by an input, and may shrink as much as that of a matrix.
+    role = "attention" if role == "attention vector" else role
+    # Adam's step does not depend on a shrinking gradient.
     if column == "adam" and (role == "finite" or (statistic == "update" and role == "attention")):
         role = "feature"
     if statistic == "update" and stepped and role not in ("attention", "gain"):
@@ -170,7 +174,7 @@ def _healthy(axis: str, module: str, statistic: str, role: str, decay_policy: st
 
 
 def _declared(rules: Table | None, axis: str, column: str, statistic: str, role: str, expected: Band) -> Band:
-    """Return what the parametrization in force says of itself, where it says anything."""
+    """Return the band that the parametrization in force declares, or ``expected`` if it declares none."""
     if rules is None or axis == "depth":
         return expected
     kind = {"output": "output", "input": "first"}.get(role, "feature")
@@ -192,31 +196,32 @@ def _declared(rules: Table | None, axis: str, column: str, statistic: str, role:
 
 
 def _judge(
-    group: pd.DataFrame, slope: float, low: float, high: float, band: Band, margin: float, may_rest: bool
+    group: pd.DataFrame, slope: float, low: float, high: float, band: Band, margin: float, may_be_zero: bool
 ) -> bool | None:
     if not np.isfinite(group["value"]).all():
         return False
     if math.isnan(slope):
-        # What is zero-initialized (a readout, LoRA's B) starts at zero, and such a readout lets no gradient through in the
-        # first step; at the last one all must have moved.
-        return True if (group["value"] == 0).all() and may_rest else None
+        # Zero-initialized parameters (a readout, LoRA's B) give zeros at the start, and a zero readout passes no gradient back in
+        # the first step; by the last step everything must have moved.
+        return True if (group["value"] == 0).all() and may_be_zero else None
     if band[0] - margin <= low and high <= band[1] + margin:
         return True
     return False if high < band[0] - margin or low > band[1] + margin else None
 
 
 def _on_the_edge(slope: float, low: float, high: float, band: Band, margin: float) -> bool:
-    """Say whether a tight interval lies across an end of the band: four times the seeds would hardly tell."""
+    """Return whether a tight interval straddles an end of the band, so that even four times the seeds would hardly decide."""
     to_end = min(abs(slope - (band[0] - margin)), abs(slope - (band[1] + margin)))
     return high - low < 2 * TIGHT and to_end < (high - low) / 4
 
 
-def _stays(group: pd.DataFrame, band: Band, margin: float, rates_seen: bool) -> bool:
-    """Say whether a failing slope is the wide models' as well, and not about to end: finite width bends slopes.
+def _holds_for_wide(group: pd.DataFrame, band: Band, margin: float, rates_seen: bool) -> bool:
+    """Return whether a failing slope also holds for the wide models and is not vanishing, because finite width bends slopes.
 
-    The wide half's interval has to lie outside too, and unless all of it is `BROKEN`, must not be on its way back. Of what
-    training moves, the end of the interval next to the band counts, so that few seeds leave it open. ``rates_seen`` says that
-    learning rates have rows of their own: what fades is then no wrong rate, and has to fade by `FADING` to fail.
+    The interval of the wide half must lie outside the band too and, unless it is `BROKEN`, must not be returning to it. For
+    changes and updates, the end of the interval nearest to the band counts, so that few seeds leave the row undecided.
+    ``rates_seen`` is True if learning rates are judged in separate rows: a shrinking slope then does not indicate a wrong rate,
+    and must shrink by `FADING` to fail.
     """
     values = group["value"].to_numpy(dtype=float)
     if group["width"].nunique() < 3 or not np.isfinite(values).all():
@@ -229,19 +234,19 @@ def _stays(group: pd.DataFrame, band: Band, margin: float, rates_seen: bool) -> 
     trained = statistic in ("change", "update")
     off = beyond((high if value < band[0] else low) if trained else value, band)
     if trained and rates_seen and off < 0:
-        incoherent = -band[0] if statistic == "change" else 0.0  # what a change may fade by is in its band already
+        incoherent = -band[0] if statistic == "change" else 0.0  # a change's band already allows for this
         return -off >= max(FADING - incoherent, BROKEN)
     before = beyond(slope(narrow, "width")[0], band)
-    if off * before <= 0:  # no power of the width: a fault that is one is as far off in narrow models
+    if off * before <= 0:  # not a power of the width: a fault would be as far off in narrow models
         return abs(off) >= BROKEN or not trained
     return abs(off) >= BROKEN or abs(off) > RETURNING * abs(before)
 
 
-def _bend(group: pd.DataFrame, low: float, high: float) -> float:
-    """Return how far epsilon can bend the slope of a step: a step is r / (1 + r) of its size, r = |gradient| / epsilon."""
+def _epsilon_bend(group: pd.DataFrame, low: float, high: float) -> float:
+    """Return how far epsilon can bend the slope of a step, which is r / (1 + r) of its full size, r = |gradient| / epsilon."""
     return max(-low, high) / (1 + group["value"].min())
 
 
-def _words(band: Band) -> str:
+def _format_band(band: Band) -> str:
     low, high = ("-inf" if math.isinf(end) else f"{end:g}" for end in band)
     return f"{low}..{high}"

@@ -1,1 +1,1 @@
-"""Other tools' ways of saying which axes grow, read and written."""
+"""Interoperability: models and base shapes of mup, and recorder callbacks for Lightning and transformers."""

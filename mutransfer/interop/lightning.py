@@ -1,4 +1,4 @@
-"""The recorder as a callback of Lightning's Trainer."""
+"""`Recorder` as a callback for Lightning's Trainer."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ __all__ = ["RecorderCallback"]
 
 
 class RecorderCallback(Callback):
-    """Record a Lightning module's training, and write the frame where it ends.
+    """Record the training of a Lightning module, and write the frame when training ends.
 
     Args:
-        probe: as in `Recorder`; it is given what ``model`` returns.
-        path: a file for the frame (schema COORDINATES), .csv or .parquet; None to take it from ``recorder.frame()``.
-        model: the Lightning module → the model to look at, by default the module itself.
+        probe: as in `Recorder`; called with the result of ``model``.
+        path: file for the frame (schema COORDINATES), .csv or .parquet; if None, get it from ``recorder.frame()``.
+        model: Lightning module → the model to record; by default the module itself.
         options: further arguments of `Recorder`, such as plan, width and seed.
     """
 
@@ -37,7 +37,7 @@ class RecorderCallback(Callback):
         self.recorder: Recorder | None = None
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Begin to record, with the first optimizer."""
+        """Start recording with the first optimizer."""
         self.recorder = Recorder(self.model(pl_module), trainer.optimizers[0], self.probe, **self.options)
         self.recorder.__enter__()
 

@@ -1,11 +1,12 @@
-"""A model that mup has annotated (`set_base_shapes`, `MuReadout`), planned as it stands.
+"""Plans for models annotated by mup (`set_base_shapes`, `MuReadout`), and mup's base shape files.
 
-`MuReadout` multiplies its input by ``output_mult / width_mult`` in the forward pass (TP-V 2203.03466, Table 8), where our plans
-fold that factor into the weight (Table 3). The model is not changed, so its readout is planned in the former gauge: everything
-else has the settings of the plain family's plan, and training equals mup's own optimizers up to their unscaled epsilon.
+`MuReadout` multiplies its input by ``output_mult / width_mult`` in the forward pass (TP-V 2203.03466, Table 8), whereas our plans
+fold that factor into the weight (Table 3). The model is not modified, so its readout is planned with the factor in the forward
+pass. All other parameters have the settings of the plain family's plan, and training is equivalent to training with mup's
+optimizers except for their unscaled epsilon.
 
-Base shape files are mup's own format (`mup.shape.save_base_shapes`): YAML, parameter name → one entry per axis, null for an axis
-that does not grow and its size at the base for one that does.
+Base shape files use mup's format (`mup.shape.save_base_shapes`): YAML, parameter name → one entry per axis, null for an axis
+that does not grow and the size at the base for one that does.
 """
 
 from __future__ import annotations
@@ -51,12 +52,12 @@ def write_bsh(source: Family | Observation, path: str | os.PathLike[str]) -> Pat
     """Write the base shapes of a family as a file that ``mup.set_base_shapes(model, path)`` reads.
 
     Args:
-        source: the family, whose builds at its base and at twice that width are compared on fake tensors; or what
-            `observe` returned for it, to write those of another depth.
-        path: where to write, conventionally ``*.bsh``.
+        source: the family, which is built on fake tensors at its base width and at twice that width to compare the shapes; or
+            the result of `observe` for it, to write the base shapes of another depth.
+        path: the output file, conventionally ``*.bsh``.
 
     Raises:
-        RequestError: the family cannot be built, or has other parameters at another width.
+        RequestError: the family cannot be built, or its parameters differ between widths.
     """
     shapes = _base_shapes(source) if isinstance(source, Family) else _observed(source)
     plain = {name: list(axes) for name, axes in shapes.items()}
@@ -64,7 +65,7 @@ def write_bsh(source: Family | Observation, path: str | os.PathLike[str]) -> Pat
 
 
 def read_bsh(path: str | os.PathLike[str]) -> BaseShapes:
-    """Read a base shape file: parameter name → the size of each axis at the base, None where it does not grow.
+    """Read a base shape file as parameter name → the size of each axis at the base, or None if the axis does not grow.
 
     Raises:
         RequestError: the file is missing, or not in mup's format.
@@ -73,12 +74,12 @@ def read_bsh(path: str | os.PathLike[str]) -> BaseShapes:
         data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise RequestError(
-            f"cannot read {path} ({error.strerror}): give the file that mup saved its shapes in."
+            f"cannot read {path} ({error.strerror}): pass a base shape file that mup has saved."
         ) from None
     except (yaml.YAMLError, UnicodeDecodeError):
-        raise RequestError(f"{path} is not YAML: give a base shape file, as mup.make_base_shapes saves it.") from None
+        raise RequestError(f"{path} is not YAML: pass a base shape file as saved by mup.make_base_shapes.") from None
     if not isinstance(data, dict) or not data:
-        raise RequestError(f"{path} holds no parameter names with shapes: save it with mup.make_base_shapes.")
+        raise RequestError(f"{path} does not map parameter names to shapes: save it with mup.make_base_shapes.")
     for name, axes in data.items():
         if not isinstance(axes, list) or not all(_is_axis(size) for size in axes):
             raise RequestError(f"{path} gives {name} the shape {axes!r}: expected a list of sizes and nulls.")
@@ -86,41 +87,41 @@ def read_bsh(path: str | os.PathLike[str]) -> BaseShapes:
 
 
 def based_on(family: Family, shapes: BaseShapes) -> Family:
-    """Return ``family`` anchored at the width that has these base shapes, so that `plan` counts from there.
+    """Return ``family`` with its base at the width that has these base shapes, so that `plan` scales relative to it.
 
     Args:
-        family: the model at any size; its own base gives the depth and a width to start from.
-        shapes: what `read_bsh` returned.
+        family: the model family; its current base gives the depth and the width to start from.
+        shapes: result of `read_bsh`.
 
     Raises:
-        RequestError: no width of this family has these shapes, with the parameter that differs.
+        RequestError: no width of this family has these shapes; the message names a parameter that differs.
     """
     here = _base_shapes(family)
     owners = planned_names(shapes, here)
     wanted = {owners[name]: axes for name, axes in shapes.items()}
-    if odd := sorted(wanted.keys() ^ here.keys()):
-        where = "the base shapes have" if odd[0] in wanted else "the model has"
+    if unmatched := sorted(wanted.keys() ^ here.keys()):
+        where = "the base shapes have" if unmatched[0] in wanted else "the model has"
         raise RequestError(
-            f"{where} a parameter {odd[0]!r} that the other lacks: give the shapes of this model and depth."
+            f"{where} a parameter {unmatched[0]!r} that the other lacks: pass the base shapes of this model and depth."
         )
     for name, axes in wanted.items():
-        _refuse_other_growth(name, axes, here[name])
-    # most axes are proportional to the width; one that is not (a square, an offset) may come first
+        _check_growing_axes(name, axes, here[name])
+    # Most axes are proportional to the width; one that is not (a square, an offset) may come first.
     pairs = ((a, b) for name in here for a, b in zip(wanted[name], here[name], strict=True) if a and b)
     widths = Counter(max(1, round(family.base.width * a / b)) for a, b in pairs) or Counter([family.base.width])
-    tried = [(width, _base_shapes(_at(family, width))) for width, _ in widths.most_common(2)]
+    tried = [(width, _base_shapes(_with_width(family, width))) for width, _ in widths.most_common(2)]
     for width, found in tried:
         if found == wanted:
-            return _at(family, width)
+            return _with_width(family, width)
     width, found = tried[0]
     name = next(name for name in found if found[name] != wanted[name])
     raise RequestError(
-        f"{name} has the base shape {_show(wanted[name])}, and {_show(found[name])} in {family.name} at width {width}: give the "
-        "base shapes of this family, or change its fixed sizes."
+        f"{name} has the base shape {_format_axes(wanted[name])}, but {_format_axes(found[name])} in {family.name} at width "
+        f"{width}: pass the base shapes of this family, or change its fixed sizes."
     )
 
 
-def _at(family: Family, width: int) -> Family:
+def _with_width(family: Family, width: int) -> Family:
     return family.with_base(family.base.with_(width=width))
 
 
@@ -129,9 +130,9 @@ def _base_shapes(family: Family) -> BaseShapes:
         base, wider = (
             shapes_of(build(family, family.base.with_(width=times * family.base.width))) for times in (1, WIDER)
         )
-    if odd := sorted(base.keys() ^ wider.keys()):
+    if unmatched := sorted(base.keys() ^ wider.keys()):
         raise RequestError(
-            f"{odd[0]} is there at one width and not at the other: one family must have the same parameters."
+            f"{unmatched[0]} exists at one width but not at another: a family must have the same parameters at every width."
         )
     return {name: tuple(a if a != b else None for a, b in zip(base[name], wider[name], strict=True)) for name in base}
 
@@ -143,11 +144,11 @@ def _observed(seen: Observation) -> BaseShapes:
     }
 
 
-def _refuse_other_growth(name: str, wanted: tuple[int | None, ...], here: tuple[int | None, ...]) -> None:
+def _check_growing_axes(name: str, wanted: tuple[int | None, ...], here: tuple[int | None, ...]) -> None:
     if [size is None for size in wanted] != [size is None for size in here]:
         raise RequestError(
-            f"{name} has the base shape {_show(wanted)}, and {_show(here)} in the model: other axes grow, so these are the base "
-            "shapes of another model."
+            f"{name} has the base shape {_format_axes(wanted)}, but {_format_axes(here)} in the model: different axes grow, so "
+            "these are the base shapes of another model."
         )
 
 
@@ -155,37 +156,38 @@ def _is_axis(size: Any) -> bool:
     return size is None or (isinstance(size, int) and not isinstance(size, bool) and size > 0)
 
 
-def _show(axes: tuple[int | None, ...]) -> str:
+def _format_axes(axes: tuple[int | None, ...]) -> str:
     return "[" + ", ".join("fixed" if size is None else str(size) for size in axes) + "]"
 
 
-CONTRACTING = (nn.Linear, _ConvNd, nn.RNNBase, nn.MultiheadAttention)  # whose second axis is summed over
+# Modules that sum over the second axis of their weights.
+CONTRACTING = (nn.Linear, _ConvNd, nn.RNNBase, nn.MultiheadAttention)
 ALPHAS = ("alpha_input", "alpha_attention", "alpha_output")
 
 
 def plan_annotated(
     model: nn.Module, optimizer: str = "adamw", recipe: Recipe | str | os.PathLike[str] | None = None
 ) -> Plan:
-    """Plan a model whose parameters carry mup's ``infshape``, under "mup", with its forward multipliers left in.
+    """Return the "mup" plan of a model whose parameters have mup's ``infshape``, keeping its forward multipliers.
 
-    The weights are those mup and the user have set: the plan's ``init`` describes them (mean and standard deviation), and
-    there is nothing to initialize. A readout without a multiplier, as `plan` gives it, is the same model with
-    ``output_mult / width_mult`` multiplied into the weight of `MuReadout` and `nn.Linear` in its place.
+    The weights remain as mup and the user have set them: the plan's ``init`` describes them (mean and standard deviation), and
+    nothing needs to be initialized. The equivalent model with a readout without a multiplier, as planned by `plan`, has
+    ``output_mult / width_mult`` multiplied into the weight of `MuReadout`, and `nn.Linear` in its place.
 
     Args:
-        model: on which ``mup.set_base_shapes(model, base, delta=...)`` was called.
+        model: a model on which ``mup.set_base_shapes(model, base, delta=...)`` was called.
         optimizer: name of a torch optimizer in lower case.
         recipe: hyperparameters at base scale, or the path of a saved recipe.
 
     Raises:
-        RequestError: a parameter without base shapes, or with ones that do not fit it; no axis that grows; more than two;
-            a multiplier in the recipe that is the annotated model's own business.
+        RequestError: a parameter has no base shapes, base shapes that do not fit it, or more than two growing axes; no axis
+            grows; or the recipe sets a multiplier that the annotated model applies itself.
     """
     recipe = recipe if isinstance(recipe, Recipe) else Recipe() if recipe is None else Recipe.load(recipe)
     if changed := [name for name in ALPHAS if getattr(recipe, name) != 1]:
         raise RequestError(
-            f"the recipe has {changed[0]} {getattr(recipe, changed[0]):g}: an annotated model has its multipliers in its own "
-            "forward pass (MuReadout's output_mult), so set it there and leave it at 1 in the recipe."
+            f"the recipe has {changed[0]} {getattr(recipe, changed[0]):g}: an annotated model applies its multipliers in "
+            "its forward pass (MuReadout's output_mult), so set it there and leave it at 1 in the recipe."
         )
     specs = _specs(model)
     growing = [(d.base_dim, d.dim) for p in model.parameters() for d in p.infshape if d.isinf()]  # type: ignore[attr-defined]
@@ -194,12 +196,12 @@ def plan_annotated(
             "no axis of the annotated model grows: set_base_shapes was given None or the model itself, so pass a narrower "
             "base, and a delta that differs from it."
         )
-    base, width = growing[-1]  # for the plan's title; every axis counts by its own ratio
+    base, width = growing[-1]  # only shown in the plan's title; each axis has its own ratio
     seen = Observation(
         specs=specs,
         queries=frozenset(),
         shared_queries=frozenset(),
-        heads=Heads(),  # attention is scaled in the model, as mup asks for
+        heads=Heads(),  # attention is scaled in the model, as mup requires
     )
     rules, rule = table("mup"), optimizer_rule(optimizer, recipe)
     inits = {name: spec.init for name, spec in specs.items()}
@@ -209,9 +211,11 @@ def plan_annotated(
     kind, rows, notes = rule.fold, [], list(folded.notes)
     for row in folded.rows:
         if row.role == "output":
-            back = Factors().folded(row.m_in, kind)
-            notes.append(f"{row.name} keeps MuReadout's factor 1/{row.m_in:g} in the forward pass, and is planned so.")
-            row = row.times(back)
+            unfolded = Factors().folded(row.m_in, kind)
+            notes.append(
+                f"{row.name} keeps MuReadout's factor 1/{row.m_in:g} in the forward pass; its settings account for that."
+            )
+            row = row.times(unfolded)
         rows.append(replace(row, init=specs[row.name].init))
     return replace(folded, rows=tuple(rows), notes=tuple(notes))
 
@@ -232,7 +236,7 @@ def _specs(model: nn.Module) -> dict[str, ParamSpec]:
             axes=axes,
             grows=tuple(axis in infinite for axis in range(len(shape))),
             init=_measured(parameter),
-            tied=False,  # MuSharedReadout scales its input, so that the matrix itself stays an embedding
+            tied=False,  # MuSharedReadout scales its input, so the matrix itself remains an embedding
             carriers=frozenset(),
             on_data=False,
         )
@@ -240,56 +244,59 @@ def _specs(model: nn.Module) -> dict[str, ParamSpec]:
 
 
 def _infinite(name: str, parameter: Any) -> tuple[tuple[int, ...], list[int]]:
-    """Shape at the base and the axes that grow."""
+    """Return the shape at the base and the axes that grow."""
     infshape = getattr(parameter, "infshape", None)
     if infshape is None:
         raise RequestError(
-            f"{name} {list(parameter.shape)} has no base shapes: call mup.set_base_shapes(model, base, delta=delta), after "
-            "anything that makes new parameters (deepcopy, to_empty, sharding), or plan the model's family, which needs none."
+            f"{name} {list(parameter.shape)} has no base shapes: call mup.set_base_shapes(model, base, delta=delta) after "
+            "anything that creates new parameters (deepcopy, to_empty, sharding), or plan the model's family, which needs none."
         )
     if list(infshape.shape()) != list(parameter.shape):
         raise RequestError(
             f"{name} has shape {list(parameter.shape)} and base shapes for {list(infshape.shape())}: call mup.set_base_shapes "
-            "on this very model."
+            "on this model."
         )
     shape = tuple(dim.base_dim if dim.isinf() else dim.dim for dim in infshape)
     return shape, [axis for axis, dim in enumerate(infshape) if dim.isinf()]
 
 
 def _role(name: str, parameter: Any, infinite: list[int], owners: list[nn.Module]) -> tuple[str, tuple[str, ...]]:
-    """Role and axes: fan-in is a matrix's second axis, but for transposed convolutions; a readout is what MuReadout holds."""
+    """Return the role and the axes of a parameter.
+
+    The fan-in is a matrix's second axis, except in transposed convolutions. Readouts are the weights of `MuReadout`.
+    """
     if len(infinite) > 2:
         raise RequestError(
-            f"{name} {list(parameter.shape)} has {len(infinite)} growing axes: mup and our tables know two."
+            f"{name} {list(parameter.shape)} has {len(infinite)} growing axes: mup and our tables support at most two."
         )
     readout = all(isinstance(owner, MuReadout) for owner in owners)
     linear = any(isinstance(owner, CONTRACTING) and not isinstance(owner, MuReadout) for owner in owners)
-    turned = next((owner for owner in owners if isinstance(owner, _ConvTransposeNd)), None)
+    transposed = next((owner for owner in owners if isinstance(owner, _ConvTransposeNd)), None)
     axes = ["each"] * parameter.dim()
     if not infinite:
         return "finite", tuple(axes)
     if len(infinite) == 2:
-        into = 0 if turned else parameter.infshape.main_idx
+        into = 0 if transposed else parameter.infshape.main_idx
         return "hidden", tuple("in" if axis == into else "out" for axis in range(parameter.dim()))
     if parameter.dim() == 1:
         return "vector", tuple(axes)
-    inward = infinite == [1] and (readout or linear)
-    if turned:
-        inward = infinite == [0] and not _more_groups(name, parameter, turned)
-    axes = ["in" if (axis in infinite) == inward else "out" for axis in range(parameter.dim())]
-    return ("output" if readout else "bottleneck") if inward else "input", tuple(axes)
+    grows_in = infinite == [1] and (readout or linear)
+    if transposed:
+        grows_in = infinite == [0] and not _groups_grow(name, parameter, transposed)
+    axes = ["in" if (axis in infinite) == grows_in else "out" for axis in range(parameter.dim())]
+    return ("output" if readout else "bottleneck") if grows_in else "input", tuple(axes)
 
 
-def _more_groups(name: str, parameter: Any, module: _ConvTransposeNd) -> bool:
-    """Say whether a transposed convolution [in, out / groups, ...] of fixed out / groups has more groups than its base."""
+def _groups_grow(name: str, parameter: Any, module: _ConvTransposeNd) -> bool:
+    """Return whether a transposed convolution [in, out / groups, ...] with fixed out / groups has more groups than its base."""
     base = parameter.infshape[0].base_dim
     if module.groups == 1 or base % module.groups:
         return module.groups > 1
     bias = getattr(module.bias, "infshape", None)
     if bias is None:
         raise RequestError(
-            f"cannot tell whether the groups of {name} {list(parameter.shape)} grow with the width: give it a bias, whose "
-            "base shape says so, or plan the model's family."
+            f"cannot infer whether the groups of {name} {list(parameter.shape)} grow with the width: give it a bias, whose "
+            "base shape shows it, or plan the model's family."
         )
     return any(dim.isinf() for dim in bias)
 

@@ -1,4 +1,4 @@
-"""The recorder as a callback of transformers' Trainer."""
+"""`Recorder` as a callback for transformers' Trainer."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ __all__ = ["RecorderCallback"]
 
 
 class RecorderCallback(TrainerCallback):
-    """Record a `Trainer`'s run, and write the frame where the training ends.
+    """Record a run of `Trainer`, and write the frame when training ends.
 
     Args:
         probe: as in `Recorder`.
-        path: a file for the frame (schema COORDINATES), .csv or .parquet; None to take it from ``recorder.frame()``.
+        path: file for the frame (schema COORDINATES), .csv or .parquet; if None, get it from ``recorder.frame()``.
         options: further arguments of `Recorder`, such as plan, width and seed.
     """
 
@@ -30,15 +30,15 @@ class RecorderCallback(TrainerCallback):
         self.probe, self.path, self.options = probe, path, options
         self.recorder: Recorder | None = None
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Begin to record."""
-        optimizer = given["optimizer"]
-        # accelerate's wrapper is no torch optimizer's step.
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start recording."""
+        optimizer = kwargs["optimizer"]
+        # Unwrap accelerate's optimizer: step hooks belong on the torch optimizer.
         optimizer = getattr(optimizer, "optimizer", optimizer)
-        self.recorder = Recorder(given["model"], optimizer, self.probe, **self.options)
+        self.recorder = Recorder(kwargs["model"], optimizer, self.probe, **self.options)
         self.recorder.__enter__()
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop recording and write the frame."""
         if self.recorder is not None:
             self.recorder.__exit__(None, None, None)

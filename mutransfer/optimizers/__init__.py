@@ -1,1 +1,1 @@
-"""How optimizers scale: which of them have a rule, what it reads from a table, and Muon with AdamW as one optimizer."""
+"""Scaling rules of optimizers: which optimizers have one and what it reads from a table; Muon with AdamW as one optimizer."""

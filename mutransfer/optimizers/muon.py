@@ -1,4 +1,4 @@
-"""Muon for hidden matrices and AdamW for all other parameters, as one optimizer (Jordan et al. 2024, and torch's own)."""
+"""Muon for hidden matrices and AdamW for all other parameters, as one optimizer (Jordan et al. 2024, as implemented in torch)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["MuonWithAdamW", "iteration_dtype", "orthogonalized"]
 
 
 def iteration_dtype(device: torch.device | str) -> torch.dtype:
-    """Return the dtype of Muon's Newton-Schulz iteration: torch's bfloat16, or float32 where that is much slower."""
+    """Return the dtype of Muon's Newton-Schulz iteration: bfloat16 as in torch, or float32 if bfloat16 is much slower."""
     return torch.float32 if bfloat16_is_slow(device) else torch.bfloat16
 
 
@@ -25,14 +25,14 @@ def orthogonalized(
 ) -> Tensor:
     """Return ``matrices`` with their singular values moved near 1 by Newton-Schulz iteration (Jordan et al. 2024).
 
-    With ``dtype`` bfloat16 these are the operations of `torch.optim.Muon`, one for one.
+    With ``dtype`` bfloat16, the operations are exactly those of `torch.optim.Muon`.
 
     Args:
         matrices: ``[rows, columns]`` or ``[K, rows, columns]``.
         dtype: of the iteration and of the result.
         coefficients: a, b, c of the quintic polynomial.
-        steps: iterations.
-        eps: least norm that a matrix is divided by.
+        steps: number of iterations.
+        eps: lower bound on the norm that a matrix is divided by.
     """
     a, b, c = coefficients
     product = torch.addmm if matrices.dim() == 2 else torch.baddbmm
@@ -47,11 +47,11 @@ def orthogonalized(
 
 
 class _Muon(Muon):
-    """`torch.optim.Muon`, whose iteration runs in float32 on processors that multiply bfloat16 slowly."""
+    """`torch.optim.Muon`, with the iteration in float32 on processors that multiply bfloat16 slowly."""
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """Take one step; `MuonWithAdamW` has called the closure."""
+        """Take one step; `MuonWithAdamW` has already called the closure."""
         assert closure is None
         for group in self.param_groups:
             parameters: list[Tensor] = []
@@ -70,45 +70,48 @@ class _Muon(Muon):
 
 
 class MuonWithAdamW(Optimizer):
-    """One `torch.optim.Optimizer` over groups of two kinds: ``muon`` is True for those that `torch.optim.Muon` steps.
+    """One `torch.optim.Optimizer` that applies `torch.optim.Muon` to groups with ``muon=True``, and AdamW to all others.
 
-    Both inner optimizers work on this one's groups and state, so that schedulers, checkpoints and audits see one. Muon's
-    iteration runs in bfloat16 as in torch, or in float32 on a CPU that multiplies bfloat16 over four times slower.
+    Both inner optimizers work on the groups and state of this one, so that schedulers, checkpoints and audits see a single
+    optimizer. Muon's iteration runs in bfloat16 as in torch, or in float32 on a CPU where bfloat16 products are more than four
+    times slower.
 
     Args:
-        groups: parameter groups with the key ``muon`` and the settings that the class concerned takes.
-        options: for either class (fused, foreach, ns_steps, nesterov), where a group does not set them.
+        groups: parameter groups with the key ``muon`` and the settings of the respective class.
+        options: defaults for either class (fused, foreach, ns_steps, nesterov), used where a group does not set them.
 
     Raises:
-        ValueError: a group for Muon holds a parameter that is not a matrix, or an option is unknown to both classes.
+        ValueError: a group for Muon contains a parameter that is not a matrix, or neither class has one of the options.
     """
 
     def __init__(self, groups: Any, **options: Any) -> None:
         probe = torch.zeros(1, 1)
-        own = {True: Muon([probe]).defaults, False: AdamW([probe]).defaults}
-        unknown = [name for name in options if all(name not in known for known in own.values())]
+        defaults = {True: Muon([probe]).defaults, False: AdamW([probe]).defaults}
+        unknown = [name for name in options if all(name not in known for known in defaults.values())]
         if unknown:
             raise ValueError(f"neither Muon nor AdamW has an option {unknown[0]!r}")
         self._own = {
             kind: {**known, **{name: value for name, value in options.items() if name in known}}
-            for kind, known in own.items()
+            for kind, known in defaults.items()
         }
         super().__init__(groups, {"muon": False})
         self._link()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; ``muon`` says which of the two it follows."""
+        """Add a group; its key ``muon`` selects Muon (True) or AdamW (False)."""
         kind = bool(param_group.get("muon", False))
         super().add_param_group({**self._own[kind], **param_group, "muon": kind})
-        odd = [list(each.shape) for each in self.param_groups[-1]["params"] if kind and each.dim() != 2]
-        if odd:
+        wrong_shapes = [list(each.shape) for each in self.param_groups[-1]["params"] if kind and each.dim() != 2]
+        if wrong_shapes:
             self.param_groups.pop()
-            raise ValueError(f"Muon steps matrices, and a parameter of shape {odd[0]} is none: leave it to AdamW")
+            raise ValueError(
+                f"Muon updates matrices, and a parameter of shape {wrong_shapes[0]} is not one: leave it to AdamW"
+            )
         if hasattr(self, "_inner"):
             self._link()
 
     def _link(self) -> None:
-        """Let both inner optimizers step this one's own groups and state."""
+        """Make both inner optimizers use the groups and state of this one."""
         self._inner: list[Optimizer] = []
         for kind, cls in ((True, _Muon), (False, AdamW)):
             groups = [group for group in self.param_groups if group["muon"] == kind]
@@ -121,13 +124,13 @@ class MuonWithAdamW(Optimizer):
         return {**super().__getstate__(), "_own": self._own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take over groups and state, which are new objects after a load or a copy."""
+        """Restore the links to groups and state, which are new objects after a load or a copy."""
         super().__setstate__(state)
         self._link()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take one step with both; ``closure`` recomputes the loss, once."""
+        """Take one step with both optimizers; ``closure``, if given, is called once to recompute the loss."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -1,4 +1,4 @@
-"""How an optimizer scales: which column of the tables it reads, its fold, and the names of its settings."""
+"""Scaling rules of optimizers: the column of the tables that each reads, its fold, and the names of its settings."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from ..recipe import Recipe
 __all__ = ["Adafactor", "Asgd", "Growth", "Muon", "OPTIMIZERS", "OptimizerRule", "betas", "optimizer_rule"]
 
 Column = Literal["adam", "sgd"]
-TINY = 1e-15  # Adafactor's epsilon on gradients, whose square is the paper's 1e-30: it takes no part, so needs no rule
+TINY = 1e-15  # Adafactor's epsilon on gradients, with the paper's 1e-30 as its square; too small to matter, so without a rule
 
 
 class Parameter(Protocol):
-    """What a rule asks of a parameter, at base size or the target's."""
+    """Attributes of a parameter that a rule reads, at base or target size."""
 
     @property
     def role(self) -> str: ...
@@ -30,7 +30,7 @@ class Parameter(Protocol):
 
 @dataclass(frozen=True)
 class Growth:
-    """How one parameter grows from the base to the target: (m_in, m_out), both shapes, its initial std's factor."""
+    """Growth of one parameter from base to target: (m_in, m_out), both shapes, and the factor of its initial std."""
 
     m: tuple[float, float]
     base: tuple[int, ...]
@@ -40,15 +40,15 @@ class Growth:
 
 @dataclass(frozen=True)
 class OptimizerRule:
-    """How one optimizer class scales.
+    """Scaling rule of one optimizer class.
 
-    ``torch_name``, ``home``: the class and its module; no module for one that the user brings.
-    ``column``: "adam" when the update does not change with the gradient's size, "sgd" when it is proportional to it.
-    ``fold``: which of `fold.FOLDS` rewrites a forward multiplier.
-    ``has_eps``: whether it adds an epsilon to the gradient's size (outside the root in all of torch's classes).
+    ``torch_name``, ``home``: the class and its module; no module for a class that the user provides.
+    ``column``: "adam" if the update does not depend on the gradient's size, "sgd" if it is proportional to it.
+    ``fold``: the key in `spec.FOLDS` by which a forward multiplier is folded.
+    ``has_eps``: whether it adds an epsilon to the gradient's size (outside the square root in all of torch's classes).
     ``keywords``: the settings that do not depend on the parameter.
-    ``l2``: why its weight decay does not transfer; empty where it does. ``about``: what a reader of the plan should know.
-    ``entrywise``: whether each entry of a parameter is updated by itself, so that stacked parameters step as separate ones.
+    ``l2``: why its weight decay does not transfer; empty if it does. ``about``: a note for readers of the plan.
+    ``entrywise``: whether it updates each entry of a parameter independently, so that stacked parameters step as separate ones.
     """
 
     name: str
@@ -64,23 +64,23 @@ class OptimizerRule:
 
     @property
     def eps_of_gradient(self) -> bool:
-        """Whether epsilon is compared with gradients, whose size a depth changes, and not with parameters."""
+        """Whether epsilon is compared with gradients, whose size depends on depth, and not with parameters."""
         return not self.fold.startswith("adafactor")
 
     def of(self, parameter: Parameter) -> OptimizerRule:
-        """Return the rule that this parameter follows: some optimizers leave some roles to another."""
+        """Return the rule for this parameter; some optimizers leave some roles to another optimizer."""
         return self
 
     def lr(self, row: Row, growth: Growth) -> float:
-        """Return the learning rate's factor."""
+        """Return the factor of the learning rate."""
         return row.lr(self.column)(*growth.m)
 
     def eps(self, row: Row, growth: Growth) -> float:
-        """Return epsilon's factor."""
+        """Return the factor of epsilon."""
         return row.eps(*growth.m)
 
     def decay(self, lr: float, growth: Growth) -> float:
-        """Return the factor of what weight decay is multiplied with in a step: the learning rate's own, as a rule."""
+        """Return the factor of the quantity that multiplies weight decay in a step; by default, the learning rate."""
         return lr
 
     def base(self, recipe: Recipe) -> tuple[float, float]:
@@ -88,28 +88,28 @@ class OptimizerRule:
         return recipe.lr, recipe.eps
 
     def shared(self, recipe: Recipe) -> dict[str, Any]:
-        """Return the settings that are equal for all parameters of this rule, by the names that the class takes."""
+        """Return the settings shared by all parameters of this rule, by their names in the class."""
         return self.keywords(recipe)
 
     def varying(self, lr: float, weight_decay: float, eps: float | None) -> dict[str, Any]:
-        """Return one parameter's own settings, by the names that the class takes."""
+        """Return the settings of one parameter, by their names in the class."""
         settings = {"lr": lr, "weight_decay": weight_decay}
         return settings if eps is None else settings | {"eps": eps}
 
     def settings(self, recipe: Recipe) -> dict[str, Any]:
-        """Return the settings that are equal for all parameters, of every rule in use."""
+        """Return the settings shared by all parameters, for every rule in use."""
         return self.shared(recipe)
 
     def reads(self, recipe: Recipe) -> tuple[Any, ...]:
-        """Return all that the optimizer learns of the recipe, weight decay apart: what is not in it changes nothing."""
+        """Return everything that the optimizer uses from the recipe, except weight decay; nothing else affects it."""
         lr, eps = self.base(recipe)
         return self.settings(recipe), lr, eps if self.has_eps else None
 
     def load(self) -> type[Any]:
-        """Return the class.
+        """Return the optimizer class.
 
         Raises:
-            RequestError: it is in no installed package.
+            RequestError: no installed package provides it.
         """
         try:
             if self.home is not None:
@@ -118,51 +118,51 @@ class OptimizerRule:
             pass
         missing = f"{self.home} is not installed" if self.home else "torch has no such class"
         raise RequestError(
-            f"{self.name} needs an optimizer class and {missing}: pass yours, plan.make_optimizer(model, cls=...), or build it "
-            "over plan.param_groups(model)."
+            f"{self.name} needs an optimizer class, but {missing}: pass yours to plan.make_optimizer(model, cls=...), or build "
+            "it from plan.param_groups(model)."
         )
 
 
 @dataclass(frozen=True)
 class Asgd(OptimizerRule):
-    """Averaged SGD, whose decay is called lambd."""
+    """Averaged SGD, whose weight decay is called ``lambd``."""
 
     def varying(self, lr: float, weight_decay: float, eps: float | None) -> dict[str, Any]:
-        """lr·lambd is what decays."""
+        """Return the settings of one parameter, with weight decay as ``lambd``: a step decays it by lr·lambd."""
         return {"lr": lr, "lambd": weight_decay}
 
 
 @dataclass(frozen=True)
 class Adafactor(OptimizerRule):
-    """Steps relative to the parameter's own size, or to the smallest size that its second epsilon sets."""
+    """Adafactor, whose steps are relative to the size of the parameter, bounded below by the second epsilon."""
 
     gradient_eps: float = TINY
     entrywise: bool = False
 
     def lr(self, row: Row, growth: Growth) -> float:
-        """Where Adam's rate is one for all (SP), so is this one; otherwise the size takes over what it already holds."""
+        """Return 1 if Adam's rate is not scaled (SP), else Adam's factor divided by that of the size, which a step includes."""
         return 1.0 if row.adam == ONE else row.adam(*growth.m) / growth.init
 
     def eps(self, row: Row, growth: Growth) -> float:
-        """Of the initial weights: a parameter that starts at 0 has no size of its own."""
+        """Return epsilon's factor: it scales with the initial std, as a parameter that starts at 0 has no size itself."""
         return 1.0 if row.adam == ONE else growth.init
 
     def decay(self, lr: float, growth: Growth) -> float:
-        """transformers' class decays relative to the size as well."""
+        """Return the factor of what multiplies weight decay; in transformers' class, decay is relative to the size as well."""
         return lr * growth.init if self.fold == "adafactor-hf" else lr
 
     def base(self, recipe: Recipe) -> tuple[float, float]:
-        """Its epsilon is a size of weights."""
+        """Return the recipe's learning rate and second epsilon, which is compared with the size of weights."""
         return recipe.lr, recipe.eps2
 
     def varying(self, lr: float, weight_decay: float, eps: float | None) -> dict[str, Any]:
-        """One epsilon for gradients, one for weights."""
+        """Return the settings of one parameter, with one epsilon for gradients and one for weights."""
         return {"lr": lr, "weight_decay": weight_decay, "eps": (self.gradient_eps, eps)}
 
 
 @dataclass(frozen=True)
 class AdamWBesideMuon(OptimizerRule):
-    """What Muon leaves to AdamW, at a rate of its own."""
+    """AdamW for the parameters that Muon does not update, with a separate learning rate."""
 
     def base(self, recipe: Recipe) -> tuple[float, float]:
         return recipe.lr * recipe.adamw_lr_ratio, recipe.eps
@@ -172,7 +172,7 @@ class AdamWBesideMuon(OptimizerRule):
 
 
 def betas(recipe: Recipe) -> dict[str, Any]:
-    """Return the averaging constants as Adam-like classes take them."""
+    """Return the averaging coefficients in the form that Adam-like classes take."""
     return {"betas": recipe.betas}
 
 
@@ -181,62 +181,60 @@ ADAMW = AdamWBesideMuon("adamw", "AdamW", "adam", "adam", True, betas)
 
 @dataclass(frozen=True)
 class Muon(OptimizerRule):
-    """Orthogonalized steps for hidden matrices, as large in spectral norm as the table asks (`Row.spectral`).
+    """Muon: orthogonalized steps for hidden matrices, with the spectral norm that the table requires (`Row.spectral`).
 
-    ``adjust`` is torch's adjust_lr_fn, by which the class itself scales with the matrix's stored shape.
+    ``adjust`` is torch's ``adjust_lr_fn``, by which the class itself scales steps with the stored shape of the matrix.
     """
 
     adjust: str = "original"
     entrywise: bool = False
 
     def of(self, parameter: Parameter) -> OptimizerRule:
-        """Matrices with two growing sides; expert stacks and convolutions have more axes than the class takes."""
+        """Return this rule for hidden matrices, else AdamW's; expert stacks and convolutions have more axes than Muon accepts."""
         return self if parameter.role == "hidden" and len(parameter.shape) == 2 else ADAMW
 
     def lr(self, row: Row, growth: Growth) -> float:
-        """What the table asks of the spectral norm, over what the class does itself."""
+        """Return the factor that the table requires of the spectral norm, divided by the factor that the class applies."""
         if row.spectral is None:
-            return row.gauge(*growth.m)  # the class as it comes, under the source's multiplier
+            return row.gauge(*growth.m)  # the unmodified class, with the forward multiplier of the table's source
         return row.spectral(*growth.m) * self.own(growth.base) / self.own(growth.target)
 
     def eps(self, row: Row, growth: Growth) -> float:
-        """Epsilon is added to the norm of the whole gradient, not of an entry."""
+        """Return epsilon's factor; epsilon is added to the norm of the whole gradient, not to each entry."""
         return row.eps(*growth.m) * math.sqrt(growth.m[0] * growth.m[1])
 
     def own(self, shape: tuple[int, ...]) -> float:
-        """Return the factor that the class applies itself; a transposed matrix swaps its sides, and the class reads sides."""
+        """Return the factor that the class applies; it depends on the stored shape, so transposing the matrix changes it."""
         rows, columns = shape
         return math.sqrt(max(1, rows / columns)) if self.adjust == "original" else 0.2 * math.sqrt(max(rows, columns))
 
     def shared(self, recipe: Recipe) -> dict[str, Any]:
-        """And which factor the class applies."""
+        """Return the shared settings, with the factor that the class applies (``adjust_lr_fn``)."""
         return {**super().shared(recipe), "adjust_lr_fn": self.adjust}
 
     def varying(self, lr: float, weight_decay: float, eps: float | None) -> dict[str, Any]:
-        """And that the group is Muon's."""
+        """Return the settings of one parameter, with its group marked for Muon."""
         return {"muon": True, **super().varying(lr, weight_decay, eps)}
 
     def settings(self, recipe: Recipe) -> dict[str, Any]:
-        """AdamW's too."""
+        """Return the shared settings of Muon and AdamW."""
         return {**ADAMW.shared(recipe), **self.shared(recipe)}
 
     def reads(self, recipe: Recipe) -> tuple[Any, ...]:
-        """AdamW's share too."""
+        """Return everything that Muon and AdamW use from the recipe, except weight decay."""
         return *super().reads(recipe), *ADAMW.base(recipe)
 
 
 def momentum(recipe: Recipe) -> dict[str, Any]:
-    """Return the momentum as SGD-like classes take it."""
+    """Return the momentum in the form that SGD-like classes take."""
     return {"momentum": recipe.momentum}
 
 
-L2 = "is L2 regularization, which adaptive steps do not transfer: use adamw, whose decay is decoupled"
-CAPPED = (
-    "torch.optim.Adafactor caps every lr at 1/√step: the plan's factors hold until step 1/lr², with the largest lr."
-)
+L2 = "is L2 regularization, which does not transfer with adaptive steps: use adamw, whose decay is decoupled"
+CAPPED = "torch.optim.Adafactor caps every lr at 1/√step: the plan's factors hold until step 1/lr², for the largest lr."
 MUON: dict[str, Any] = {
     "home": "mutransfer.optimizers.muon",
-    "about": "hidden matrices follow Muon, all other parameters AdamW at lr · adamw_lr_ratio.",
+    "about": "hidden matrices use Muon, all other parameters use AdamW at lr · adamw_lr_ratio.",
 }
 
 OPTIMIZERS: dict[str, OptimizerRule] = {
@@ -280,13 +278,13 @@ OPTIMIZERS: dict[str, OptimizerRule] = {
     )
 }
 
-# Refused for good, each with its reason; everything else is merely unknown.
+# Optimizers that cannot be supported, with the reason; any other name is merely unknown.
 REFUSED = {
-    "radam": "its first steps are not normalized, so neither column of the tables holds",
-    "adadelta": "its update has no unit of learning rate",
+    "radam": "its first steps are not normalized, so neither column of the tables applies",
+    "adadelta": "its update is not measured in units of a learning rate",
     "lbfgs": "a line search has no learning rate to transfer",
-    "rprop": "its step sizes adapt by sign and forget the learning rate",
-    "sparseadam": "it updates only the rows it has seen",
+    "rprop": "its step sizes adapt to the signs of gradients and become independent of the learning rate",
+    "sparseadam": "it updates only the rows that occur in a batch",
 }
 
 
@@ -294,7 +292,7 @@ def optimizer_rule(name: str, recipe: Recipe) -> OptimizerRule:
     """Return the rule of the optimizer called ``name`` (its torch class in lower case).
 
     Raises:
-        RequestError: no rule is known for it, or the recipe asks an adaptive optimizer for L2 weight decay.
+        RequestError: no rule is known for it, or the recipe sets weight decay for an adaptive optimizer that applies it as L2.
     """
     if name.lower() in REFUSED:
         others = ", ".join(other for other in OPTIMIZERS if other != "adamw")

@@ -1,1 +1,1 @@
-"""Parametrizations: what a table of scaling exponents is, and µP, SP, spectral and CompleteP as such tables."""
+"""Parametrizations: the structure of a table of scaling exponents, and the tables of µP, SP, spectral and CompleteP."""

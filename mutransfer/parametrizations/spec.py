@@ -1,11 +1,11 @@
-"""What a parametrization is: powers of m_in and m_out per role, with an algebra that is checked when a table is built.
+"""Specification of parametrizations: powers of m_in and m_out per role, with an algebra that is checked when a table is built.
 
-The check counts what a step of training does to activations as everything grows together, and holds the exponents that
-come out against those that the table declares.
+The check derives by power counting how activations change in a training step when all widths grow together, and compares the
+resulting exponents with those that the table declares.
 
-A forward multiplier can be written into initialization and optimizer settings instead: if a tensor is c·W everywhere it is
-used, training W under the multiplier c equals training W' = c·W without it, with the settings in `FOLDS` (abc symmetry,
-TP-V 2203.03466, Appendix J.2.1; both sides agree to rounding over whole runs).
+A forward multiplier can be folded into initialization and optimizer settings: if a tensor is used only as c·W, training W with
+the multiplier c is equivalent to training W' = c·W without it, under the settings in `FOLDS` (abc symmetry, TP-V 2203.03466,
+Appendix J.2.1; both agree up to rounding over whole runs).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ HALF = Fraction(1, 2)
 
 @dataclass(frozen=True)
 class Power:
-    """m_in to one power times m_out to another."""
+    """A power of m_in times a power of m_out."""
 
     into: Fraction = Fraction(0)
     out: Fraction = Fraction(0)
@@ -41,7 +41,7 @@ class Power:
 
     @property
     def total(self) -> Fraction:
-        """The exponent when both axes grow together."""
+        """Exponent when both axes grow together."""
         return self.into + self.out
 
 
@@ -50,10 +50,10 @@ ONE, IN, OUT = Power(), Power(into=Fraction(1)), Power(out=Fraction(1))
 
 @dataclass(frozen=True)
 class Row:
-    """What multiplies the base model's values for one role: initial std, lr per optimizer column, Adam's epsilon.
+    """Factors on the base model's values for one role: initial std, lr per optimizer column, and Adam's epsilon.
 
-    ``gauge`` is the forward multiplier that the source writes on the parameter and that is folded into it here.
-    ``spectral`` is how the spectral norm of an orthogonalized update (Muon) has to grow; None leaves it as it comes.
+    ``gauge`` is the forward multiplier that the source applies to the parameter and that is folded into it here.
+    ``spectral`` is the required growth of the spectral norm of an orthogonalized update (Muon); None leaves it to the class.
     """
 
     init: Power
@@ -64,11 +64,11 @@ class Row:
     spectral: Power | None = None
 
     def lr(self, column: str) -> Power:
-        """Return the learning rate's power for the optimizer column "adam" or "sgd"."""
+        """Return the power on the learning rate for the optimizer column "adam" or "sgd"."""
         return self.adam if column == "adam" else self.sgd
 
     def folded(self, c: Power) -> Row:
-        """Return the row with a forward multiplier ``c`` written into it, by the same powers as `fold.Factors.folded`."""
+        """Return the row with a forward multiplier ``c`` folded into it, with the same powers as `Factors.folded`."""
         adam, _, eps = FOLDS["adam"]
         sgd, _, _ = FOLDS["sgd"]
         return Row(
@@ -83,7 +83,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Depth:
-    """Powers of m_L on residual branches: their multiplier, and what lies inside them (CompleteP 2505.01618, Table 1)."""
+    """Powers of m_L on residual branches: on their multiplier, and on settings inside them (CompleteP 2505.01618, Table 1)."""
 
     branch: Fraction
     adam: Fraction
@@ -92,18 +92,19 @@ class Depth:
 
     @classmethod
     def completep(cls, alpha: Fraction) -> Depth:
-        """Return the paper's rule for the branch multiplier m_L^-α; SGD's and epsilon's powers are in docs/rules.md."""
+        """Return the paper's rule for the branch multiplier m_L^-α; docs/rules.md covers the powers for SGD and epsilon."""
         return cls(branch=-alpha, adam=alpha - 1, sgd=2 * alpha - 1, eps=-alpha)
 
     def lr(self, column: str) -> Fraction:
-        """Return the learning rate's power for the optimizer column "adam" or "sgd"."""
+        """Return the power on the learning rate for the optimizer column "adam" or "sgd"."""
         return self.adam if column == "adam" else self.sgd
 
     def derived(self, column: str, statistic: str) -> Fraction:
-        """Power of L in the residual stream's size at initialization, and in its change by one step.
+        """Return the power of L in the size of the residual stream at initialization, or in its change by one step.
 
-        L branches start independent of each other (their sum is √L large, beside an embedding that stays) and are changed
-        alike (L large). A gradient inside a branch has passed the branch's multiplier.
+        At initialization, L branches are independent of each other, so their sum grows as √L, while the embedding that they are
+        added to does not grow. One step changes them coherently, so the change grows as L. A gradient inside a branch has passed
+        through the branch's multiplier.
         """
         if statistic == "depth activation":
             return max(Fraction(0), HALF + self.branch)
@@ -113,23 +114,23 @@ class Depth:
 
 @dataclass(frozen=True)
 class Table:
-    """One parametrization, in the gauge without forward multipliers.
+    """A parametrization, written without forward multipliers.
 
     Args:
-        name: as on the command line.
+        name: name on the command line.
         source: paper and table.
         rows: role → factors.
-        attention: power of m_h (head dim / base head dim), written on m_in, that multiplies the queries.
-        declared: (column, statistic, role) → slope against log width that the source's theory predicts, as a band.
-            "activation" at initialization, "change" after a step; role "feature", "output" or "first". With the
-            statistics "depth activation" and "depth change" and the role "stream", the slope against log depth.
-        depth: what residual branches take; None without a rule.
-        aspect: whether initial weights are capped by their own shape besides, std · min(1, √(out/in)).
+        attention: power of m_h (head dim / base head dim), written as a power of m_in, that multiplies the queries.
+        declared: (column, statistic, role) → band of the slope against log width that the source's theory predicts. The
+            statistics are "activation" at initialization and "change" after a step, the roles "feature", "output" and "first".
+            For the statistics "depth activation" and "depth change" of the role "stream", the slope is against log depth.
+        depth: the rule for residual branches; None if there is none.
+        aspect: whether initial weights are also limited by the shape of the matrix, std · min(1, √(out/in)).
         sparse: whether hidden layers follow SµPar (2405.15743) when they are sparse.
-        divides_out: whether numbers of the forward pass that grow with the width are divided out; a control leaves them.
+        divides_out: whether numbers in the forward pass that grow with the width are divided out; controls keep them.
 
     Raises:
-        AssertionError: the rows do not give the declared slopes.
+        AssertionError: the rows do not imply the declared slopes.
     """
 
     name: str
@@ -152,51 +153,51 @@ class Table:
 
     @property
     def readout(self) -> Power:
-        """The readout's own forward multiplier, which one that is tied to an embedding takes through the final norm."""
+        """Forward multiplier of the readout; a readout tied to an embedding receives it through the final norm."""
         return self.rows["output"].gauge
 
     def without_depth(self, before: int, after: int) -> str:
-        """Return the sentence that nothing is scaled when the depth changes, of a table without a rule for depth."""
+        """Return the note that a table without a rule for depth does not scale anything when the depth changes."""
         return (
-            f"{self.name} has no rule for depth: the change from {before} to {after} layers is carried without any factor; "
-            "completep has one."
+            f"{self.name} has no rule for depth: nothing is scaled for the change from {before} to {after} layers; "
+            "completep has a rule."
         )
 
     def derived(self, column: str, statistic: str, role: str) -> Fraction:
-        """Slope that the rows imply when every width grows together, by the counting of TP-V 2203.03466, Appendix J.
+        """Return the slope that the rows imply when all widths grow together, by power counting (TP-V 2203.03466, Appendix J).
 
-        Initial weights meet activations incoherently (a sum of n terms is √n large), updates coherently (n large). The
-        gradient at a hidden preactivation has the size of the readout's weights, at a logit size 1.
+        Products of initial weights with activations add up incoherently (a sum of n terms grows as √n), those of updates
+        coherently (as n). The gradient at a hidden preactivation scales as the readout's weights, at a logit as 1.
         """
         if role == "stream":
-            assert self.depth is not None, f"{self.name} declares a slope over depth and has no rule for depth"
+            assert self.depth is not None, f"{self.name} declares a slope over depth but has no rule for depth"
             return self.depth.derived(column, statistic)
         output, hidden, first = self.rows["output"], self.rows["hidden"], self.rows["input"]
         row, grows = {"output": (output, 1), "feature": (hidden, 1), "first": (first, 0)}[role]
-        capped = -HALF if self.aspect else 0  # once the readout is wider than its logits are many
+        capped = -HALF if self.aspect else 0  # once the readout's fan-in exceeds the number of logits
         if statistic == "activation":
             return row.init.total + HALF * grows + (capped if role == "output" else 0)
         gradient = Fraction(0) if role == "output" or column == "adam" else output.init.total + capped
         return row.lr(column).total + gradient + grows
 
 
-# kind of update → powers of c on (lr, weight decay, epsilon); initial weights always take c itself
+# Kind of update → powers of c on (lr, weight decay, epsilon); initial weights are always multiplied by c.
 FOLDS: dict[str, tuple[int, int, int]] = {
-    "adam": (1, -1, -1),  # the step does not see the gradient's size, so it must itself grow by c; decay is decoupled
-    "adam-l2": (1, -2, -1),  # lr·wd·p enters as a gradient
+    "adam": (1, -1, -1),  # the step is independent of the gradient's size, so the lr must grow by c; decay is decoupled
+    "adam-l2": (1, -2, -1),  # lr·wd·p acts as a gradient
     "sgd": (2, -2, 0),  # the gradient shrinks by c as well
-    "muon": (1, -1, -1),  # likewise: an orthogonalized step does not see the gradient's size
-    "adafactor": (0, 0, 1),  # steps are relative to the parameter; the epsilon is its smallest size
-    "adafactor-hf": (0, -1, 1),  # and so is decay, in transformers' class: lr·size·wd
+    "muon": (1, -1, -1),  # an orthogonalized step is independent of the gradient's size as well
+    "adafactor": (0, 0, 1),  # steps are relative to the parameter; epsilon is a lower bound on its size
+    "adafactor-hf": (0, -1, 1),  # in transformers' class, decay is relative as well: lr·size·wd
 }
 
 
 @dataclass(frozen=True)
 class Factors:
-    """What multiplies one parameter's initial weights and optimizer settings.
+    """Factors on one parameter's initial weights and optimizer settings.
 
-    ``gauge`` is how much larger the parameter is than in the gauge of the table's source, where its gradient is
-    ``gauge`` times as large: norms of gradients are comparable across widths only there.
+    ``gauge`` is the size of the parameter relative to the form with the multipliers of the table's source. In that form its
+    gradient is ``gauge`` times as large, and only in that form are gradient norms comparable across widths.
     """
 
     init: float = 1.0
@@ -215,6 +216,6 @@ class Factors:
         )
 
     def folded(self, c: float, kind: str) -> Factors:
-        """Return these factors with a forward multiplier ``c`` written into them, for one of the `FOLDS`."""
+        """Return these factors with a forward multiplier ``c`` folded into them, for the key ``kind`` of `FOLDS`."""
         lr, decay, eps = FOLDS[kind]
         return self * Factors(init=c, lr=c**lr, weight_decay=c**decay, eps=c**eps, gauge=c)

@@ -1,7 +1,7 @@
-"""The parametrizations as data: one frozen table each, exponents as fractions, reading like the papers' own.
+"""The parametrizations as data: one frozen table each, with exponents as fractions, laid out as in the papers.
 
-A table gives, per role, the powers of m_in and m_out by which the base model's initial standard deviation, learning
-rate and epsilon are multiplied (`tableau.Table`); docs/rules.md says how sure each entry is.
+A table gives, for each role, the powers of m_in and m_out that multiply the base model's initial standard deviation, learning
+rate and epsilon (`spec.Table`). docs/rules.md states how well established each entry is.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MUP = Table(
         "input": Row(ONE, ONE, OUT, ONE / OUT),
         "vector": Row(ONE, ONE, OUT, ONE / OUT),
         "hidden": Row(ONE / SQRT_IN, ONE / IN, OUT / IN, ONE / OUT, spectral=SQRT_OUT / SQRT_IN),
-        "output": Row(ONE, ONE, IN, ONE / IN).folded(ONE / IN),  # Table 8's row and multiplier make Table 3's
+        "output": Row(ONE, ONE, IN, ONE / IN).folded(ONE / IN),  # Table 8's row and multiplier give Table 3's row
         "bottleneck": Row(ONE / SQRT_IN, ONE / IN, ONE / IN, ONE),
         "finite": Row(ONE, ONE, ONE, ONE),
     },
@@ -35,7 +35,7 @@ MUP = Table(
         **{(column, "activation", "output"): (-0.5, -0.5) for column in ("adam", "sgd")},
         **{(column, "change", "first"): (0, 0) for column in ("adam", "sgd")},
         **{(column, "change", "feature"): (0, 0) for column in ("adam", "sgd")},
-        # −½ while W·Δh is still incoherent, 0 once the readout has learned
+        # −½ while W·Δh is incoherent, 0 once the readout has learned
         **{(column, "change", "output"): (-0.5, 0) for column in ("adam", "sgd")},
     },
 )
@@ -57,14 +57,14 @@ SP = Table(
         **{(column, "activation", role): (0, 0) for column in ("adam", "sgd") for role in ("feature", "output")},
         ("adam", "change", "first"): (0, 0),
         ("adam", "change", "feature"): (1, 1),
-        ("adam", "change", "output"): (1, 1.5),  # 3/2: aligned readout weights (½) meet features that move with +1
+        ("adam", "change", "output"): (1, 1.5),  # 3/2: aligned readout weights (½) times features that change with +1
         ("sgd", "change", "first"): (-0.5, -0.5),
         ("sgd", "change", "feature"): (0.5, 0.5),
         ("sgd", "change", "output"): (1, 1),
     },
 )
 
-# One standard deviation and one learning rate for all under forward multipliers 1/√fan-in: SP's function, another gauge.
+# A single standard deviation and learning rate under forward multipliers 1/√fan-in: the same function as SP, written differently.
 NTK = Table(
     "ntk",
     "Jacot et al. 1806.07572 (the neural tangent kernel's parametrization, multiplier 1/√fan-in), as a control",
@@ -78,7 +78,7 @@ NTK = Table(
         **{(column, "activation", role): (0, 0) for column in ("adam", "sgd") for role in ("feature", "output")},
         ("adam", "change", "first"): (0, 0),
         ("adam", "change", "feature"): (0.5, 0.5),
-        ("adam", "change", "output"): (0.5, 1),  # 1: aligned readout weights (½) meet features that move with +½
+        ("adam", "change", "output"): (0.5, 1),  # 1: aligned readout weights (½) times features that change with +½
         ("sgd", "change", "first"): (-0.5, -0.5),
         ("sgd", "change", "feature"): (-0.5, -0.5),
         ("sgd", "change", "output"): (0, 0),
@@ -115,7 +115,7 @@ DEPTH_MUP = replace(
     depth=Depth.completep(HALF),
 )
 
-# Its unit weights under explicit multipliers are one more gauge of this table: `Plan.unit` changes to it.
+# Unit weights with explicit multipliers are an equivalent form of this table, which `Plan.unit` returns.
 UMUP = replace(
     DEPTH_MUP,
     name="umup",
@@ -123,7 +123,7 @@ UMUP = replace(
     rows={
         "input": replace(MUP.rows["input"], adam=ONE / SQRT_OUT),
         "vector": MUP.rows["vector"],
-        # its own gauge: unit weights, and the multiplier that is folded
+        # written for unit weights, with the multiplier folded in
         "hidden": Row(ONE, ONE / SQRT_IN, OUT, ONE / (SQRT_IN * OUT), spectral=SQRT_OUT).folded(ONE / SQRT_IN),
         "output": Row(ONE, ONE, IN, ONE / IN).folded(ONE / IN),
         "bottleneck": Row(ONE, ONE / SQRT_IN, ONE, ONE / SQRT_IN).folded(ONE / SQRT_IN),
@@ -134,45 +134,46 @@ UMUP = replace(
 
 TABLES = {each.name: each for each in (MUP, SP, COMPLETEP, DEPTH_MUP, NTK, SPECTRAL, UMUP)}
 
-# What width-stable feature learning looks like, whatever the parametrization in force: the coordinate check's measure.
-# Logits may start as small as they like (µP's fall as −½, a zero readout's are 0) but not grow.
+# Slopes of width-stable feature learning, independent of the parametrization in force: the criterion of the coordinate check.
+# Logits may start arbitrarily small (under µP they fall as −½, with a zero readout they are 0) but must not grow.
 HEALTHY: dict[tuple[str, str], Band] = {
     ("activation", "feature"): (0, 0),
     ("activation", "output"): (float("-inf"), 0),
     ("change", "feature"): (0, 0),
     ("change", "output"): (-0.5, 0),
-    # Queries and keys whose head dim grows start uncorrelated, and a gradient that passes their product fades until they are not:
+    # Queries and keys whose head dim grows start uncorrelated, and a gradient through their product shrinks until they correlate:
     # −1 (queries) and −½ (keys) in the first steps of SGD (docs/coordinate-check.md).
     ("change", "attention"): (-1, 0),
-    # Where no axis grows, under SGD, as its updates below.
+    # Parameters without a growing axis, under SGD; see their updates below.
     ("change", "finite"): (-0.5, 0),
-    # Of parameters, each alone (`coordinates.updates`): ΔW·x of a matrix against x, a gain's or a bias's as it is.
+    # Updates of single parameters (`slopes.relative_updates`): ΔW·x of a matrix relative to x, of a gain or a bias as it is.
     ("update", "feature"): (0, 0),
-    # Where the step itself has its size, ΔW·x fades at most as an incoherent sum does: in narrow models' first steps the
-    # examples' gradients are not aligned with the features (docs/coordinate-check.md).
+    # If the step itself has the right size, ΔW·x shrinks at most as an incoherent sum does: in the first steps of narrow models,
+    # the examples' gradients are not aligned with the features (docs/coordinate-check.md).
     ("update", "stepped"): (-0.5, 0),
     ("step", "feature"): (0, 0),
-    # 0 once the readout's update and the features are aligned, less in narrow models' first steps.
+    # 0 once the readout's update and the features are aligned, less in the first steps of narrow models.
     ("update", "output"): (-0.5, 0),
     ("update", "attention"): (-1, 0),
-    # The gradient of what all channels share (MLP-Mixer's layers over the patches) is a sum over them, incoherent at first.
+    # The gradient of a parameter that all channels share (MLP-Mixer's layers over the patches) is a sum over them, which is
+    # incoherent at first.
     ("update", "finite"): (-0.5, 0),
-    # A normalized readout's gain acts on the directions that its rows start with, whose logits may start as small as they like.
+    # The gain of a normalized readout acts on the initial directions of its rows, whose logits may start arbitrarily small.
     ("update", "gain"): (float("-inf"), 0),
-    # What the whole model makes of a parameter of its own, in its logits.
+    # The effect on the logits of a parameter that is measured at the output of the whole model.
     ("update", "stream"): (-0.5, 0),
-    # Of parameters: no row, no health. A readout may start as small as it likes, at zero too.
+    # Statistics of parameters; those without an entry are not judged. A readout may start arbitrarily small, including at zero.
     ("weight", "feature"): (0, 0),
     ("weight", "output"): (float("-inf"), 0),
     ("gradient", "feature"): (0, 0),
     ("gradient", "output"): (0, 0),
 }
 
-# lr · weight decay, what a step takes off a weight, by the policy that was chosen (docs/rules.md).
+# lr · weight decay, the fraction of a weight that a step removes, by decay policy (docs/rules.md).
 HEALTHY_DECAY: dict[str, Band] = {"independent": (0, 0), "coupled": (-1, 1), "sqrt": (-0.5, 0.5)}
 
-# And over depth (CompleteP 2505.01618, Desiderata 1 and 2). The branches are 1/L large each: their incoherent part, all of
-# it at the start, sums to 1/√L, the coherent part of their change to 1; behind the first layer there is only one of them.
+# The same over depth (CompleteP 2505.01618, Desiderata 1 and 2). Each branch has size 1/L. Incoherent parts, which is everything
+# at the start, sum to 1/√L; the coherent part of the change sums to 1. After the first layer there is only one branch.
 HEALTHY_DEPTH: dict[tuple[str, str], Band] = {
     ("activation", "feature"): (-0.5, 0),
     ("activation", "output"): (float("-inf"), 0),
@@ -186,7 +187,7 @@ def table(name: str) -> Table:
     """Return the parametrization called ``name``.
 
     Raises:
-        RequestError: there is none, with the nearest name.
+        RequestError: there is none; the message suggests the nearest name.
     """
     if name not in TABLES:
         raise RequestError(f"unknown parametrization {name!r}: {nearest(name, TABLES)}")

@@ -32,7 +32,7 @@ class Idle(nn.Module):
 
 
 def test_a_module_that_never_runs_is_named() -> None:
-    with pytest.warns(UserWarning, match="unused of odd gave no floating output on the example batch"):
+    with pytest.warns(UserWarning, match="unused of odd gave no floating-point output on the example batch"):
         frame = record(
             family(Idle, roles={"unused.weight": "hidden", "unused.bias": "vector"}), WIDTHS, seeds=[0], steps=1
         )
@@ -155,7 +155,7 @@ def test_the_assertion_passes_and_explains() -> None:
     with pytest.raises(AssertionError) as caught:
         mt.assert_coordinates_hold(families.mlp(width=64), parametrization="sp")
     text = str(caught.value)
-    assert text.startswith("the coordinate check of mlp is fail: the standard parametrization")
+    assert text.startswith("the verdict of the coordinate check of mlp is fail: the standard parametrization")
     assert "readout" in text.splitlines()[-1] + text.splitlines()[-2]
     with pytest.raises(AssertionError, match="is undecided: not enough evidence"):
         mt.assert_coordinates_hold(families.mlp(width=16), [16, 32], seeds=1, patience=1, steps=1)

@@ -98,7 +98,7 @@ def test_healthy_slopes_pass() -> None:
             "feature",
             0,
             -0.4,
-            "the change of middle goes as width^-0.40 where 0..0 is healthy, so its updates fade",
+            "the change of middle goes as width^-0.40 where 0..0 is healthy, so its updates shrink",
         ),
         ("first", "input", 0, -0.5, "the change of first goes as width^-0.50"),
         ("readout", "output", 0.3, 0, "the activation of readout goes as width^+0.30 where -inf..0 is healthy"),

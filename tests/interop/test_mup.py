@@ -110,11 +110,11 @@ def test_base_shapes_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     cases: dict[str, dict[str, Any]] = {
         r"the base shapes have a parameter 'more'": {**shapes, "more": (3,)},
         r"the model has a parameter 'input\.bias'": {k: v for k, v in shapes.items() if k != "input.bias"},
-        r"input\.weight has the base shape \[32, 64\], and \[32, fixed\] in the model": {
+        r"input\.weight has the base shape \[32, 64\], but \[32, fixed\] in the model": {
             **shapes,
             "input.weight": (32, 64),
         },
-        r"hidden\.1\.bias has the base shape \[48\], and \[32\] in mlp at width 32": {**shapes, "hidden.1.bias": (48,)},
+        r"hidden\.1\.bias has the base shape \[48\], but \[32\] in mlp at width 32": {**shapes, "hidden.1.bias": (48,)},
     }
     for sentence, wrong in cases.items():
         with pytest.raises(mt.RequestError, match=sentence):
@@ -126,7 +126,7 @@ def test_base_shapes_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     [
         (None, "cannot read"),
         ("a: [", "is not YAML"),
-        ("[1, 2]", "holds no parameter names"),
+        ("[1, 2]", "does not map parameter names"),
         ("w: [64, wide]", r"gives w the shape \[64, 'wide'\]"),
         ("w: [0, null]", r"gives w the shape"),
     ],

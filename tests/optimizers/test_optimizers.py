@@ -84,7 +84,7 @@ def test_every_optimizer_runs_and_is_as_planned(optimizer: str) -> None:
 @pytest.mark.parametrize("optimizer", BROUGHT)
 def test_a_class_that_torch_lacks_is_asked_for(optimizer: str) -> None:
     family, plan = planned(optimizer)
-    with pytest.raises(RequestError, match=r"pass yours, plan\.make_optimizer\(model, cls=\.\.\.\)"):
+    with pytest.raises(RequestError, match=r"pass yours to plan\.make_optimizer\(model, cls=\.\.\.\)"):
         plan.make_optimizer(family.build(plan.scale))
 
 
