@@ -1,1 +1,1 @@
-"""Proxies: small models, data, and the one training loop."""
+"""Proxy models, their data, and the training loop that all runs share."""

@@ -1,8 +1,8 @@
-"""Which numbers of a transformers config are width and depth, and the config at another size.
+"""Infer which fields of a transformers config are width and depth, and resize the config.
 
 Fields are proposed by name and confirmed by building: the model is built on the meta device with all proposed fields doubled, and
-again without each of them. A field that changes neither a parameter's shape nor a number that a module keeps (its head count) is
-not read, and is left out. Nested configs are seen flat: ``text_config.hidden_size`` is one field.
+again without each of them. A field that changes neither a parameter's shape nor an integer that a module stores (such as its
+number of heads) is not used by the model and is left out. Nested configs are flattened: ``text_config.hidden_size`` is one field.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ Whole = int | list[int]
 
 @dataclass(frozen=True)
 class Fields:
-    """What grows in one config, with its values there.
+    """The fields of one config that grow with width or depth, and their values in it.
 
     Args:
-        width: field → value; the first is the unit that a family's width counts in.
-        depth: likewise; empty if the architecture has no number of layers.
-        head_dims: (name, base, at double width) of every head dim that modules keep.
+        width: field → value; the first field is the unit of a family's width.
+        depth: field → value; the first field is the unit of a family's depth. Empty if the config has no number of layers.
+        head_dims: (name, value, value at double width) of every head dim that modules store.
     """
 
     width: dict[str, Whole]
@@ -43,11 +43,11 @@ class Fields:
     head_dims: tuple[tuple[str, int, int], ...] = ()
 
     def between(self, base: Scale, target: Scale) -> dict[str, dict[str, tuple[Whole, Whole]]]:
-        """Return (at base, at target) of every field that grows, as ``width``, ``depth`` and ``head_dim``."""
+        """Return the values (at base, at target) of every growing field, grouped as ``width``, ``depth`` and ``head_dim``."""
         old, new = self.at(base.width, base.depth), self.at(target.width, target.depth)
         heads: dict[str, tuple[Whole, Whole]] = {}
-        for name, own, doubled in self.head_dims:
-            sizes = [own * scale.width // self.size[0] if doubled > own else own for scale in (base, target)]
+        for name, dim, doubled in self.head_dims:
+            sizes = [dim * scale.width // self.size[0] if doubled > dim else dim for scale in (base, target)]
             heads[name] = sizes[0], sizes[1]
         return {
             "width": {name: (old[name], new[name]) for name in self.width},
@@ -57,28 +57,29 @@ class Fields:
 
     @property
     def size(self) -> tuple[int, int]:
-        """The config's own width and depth."""
+        """Width and depth of the config."""
         return _unit(self.width), _unit(self.depth) if self.depth else 1
 
     def at(self, width: int, depth: int) -> dict[str, Whole]:
-        """Return every growing field's value at another width and depth.
+        """Return the value of every growing field at another width and depth.
 
         Raises:
-            RequestError: one of them would not be whole, with the multiple that the width or depth must be of.
+            RequestError: if a value would not be an integer; the message names the number that the width or depth must be a
+                multiple of. Also if the depth changes and the config has no field for it.
         """
-        own_width, own_depth = self.size
-        if depth != own_depth and not self.depth:
-            raise RequestError(
-                f"depth {depth}: the config has no field for its number of layers, so leave the depth out."
-            )
-        grown = {name: _times(name, value, "width", width, own_width, self.width) for name, value in self.width.items()}
+        config_width, config_depth = self.size
+        if depth != config_depth and not self.depth:
+            raise RequestError(f"depth {depth}: the config has no field for its number of layers, so omit the depth.")
+        grown = {
+            name: _times(name, value, "width", width, config_width, self.width) for name, value in self.width.items()
+        }
         return grown | {
-            name: _times(name, value, "depth", depth, own_depth, self.depth) for name, value in self.depth.items()
+            name: _times(name, value, "depth", depth, config_depth, self.depth) for name, value in self.depth.items()
         }
 
 
 def flat(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield every field of a config and of the configs nested in it."""
+    """Yield (name, value) of every field of a config and of its nested configs, whose names are joined with a dot."""
     for name, value in config.items():
         if isinstance(value, dict) and "model_type" in value:
             yield from flat(value, f"{prefix}{name}.")
@@ -87,7 +88,10 @@ def flat(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def resized(config: dict[str, Any], changes: dict[str, Whole], depth: Container[str]) -> dict[str, Any]:
-    """Return a copy of a config with ``changes`` to its flat fields; what is listed per layer follows those in ``depth``."""
+    """Return a copy of a config with ``changes`` to its flattened fields.
+
+    Lists with one entry per layer are resized along with the fields in ``depth``.
+    """
     new = dict(config)
     for name, value in changes.items():
         if "." not in name:
@@ -98,16 +102,19 @@ def resized(config: dict[str, Any], changes: dict[str, Whole], depth: Container[
                         "layer" in listed or all(isinstance(x, str) for x in layers)
                     )
                     if per_layer and len(layers) == config[name] and listed not in changes:
-                        new[listed] = _relayered(layers, value)
-    for folder in {name.partition(".")[0] for name in changes if "." in name}:
-        inside = f"{folder}."
-        inner = {name.removeprefix(inside): value for name, value in changes.items() if name.startswith(inside)}
-        new[folder] = resized(config[folder], inner, {name for name in inner if inside + name in depth})
+                        new[listed] = _resize_layers(layers, value)
+    for nested in {name.partition(".")[0] for name in changes if "." in name}:
+        prefix = f"{nested}."
+        inner = {name.removeprefix(prefix): value for name, value in changes.items() if name.startswith(prefix)}
+        new[nested] = resized(config[nested], inner, {name for name in inner if prefix + name in depth})
     return new
 
 
-def _relayered(layers: list[Any], count: int) -> list[Any]:
-    """Repeat a periodic stack; stretch one that is not, so that each kind of layer keeps its place and share."""
+def _resize_layers(layers: list[Any], count: int) -> list[Any]:
+    """Return a per-layer list with ``count`` entries.
+
+    A periodic list is repeated. Any other is stretched, so that each kind of layer keeps its place and its share.
+    """
     period = next(p for p in range(1, len(layers) + 1) if all(a == b for a, b in zip(layers, layers[p:], strict=False)))
     if period <= len(layers) // 2:
         return [layers[i % period] for i in range(count)]
@@ -115,7 +122,7 @@ def _relayered(layers: list[Any], count: int) -> list[Any]:
 
 
 def describe_changes(changes: dict[str, dict[str, tuple[Whole, Whole]]]) -> str:
-    """Return what `Fields.between` found as one line."""
+    """Return the result of `Fields.between` as one line of text."""
 
     def listed(kind: str) -> str:
         return ", ".join(
@@ -129,16 +136,17 @@ def describe_changes(changes: dict[str, dict[str, tuple[Whole, Whole]]]) -> str:
     return "; ".join([f"grows with width: {listed('width')}", *heads, f"depth: {listed('depth') or 'no field'}"])
 
 
-def _times(name: str, value: Whole, axis: str, size: int, own: int, all_of_them: dict[str, Whole]) -> Whole:
+def _times(name: str, value: Whole, axis: str, size: int, unit: int, fields: dict[str, Whole]) -> Whole:
+    """Return ``value`` · ``size`` / ``unit``, for each entry of a list; ``fields`` are all the fields of the same axis."""
     entries = value if isinstance(value, list) else [value]
-    if any(entry * size % own for entry in entries):
-        step = math.lcm(*(own // math.gcd(own, entry) for other in all_of_them.values() for entry in _entries(other)))
-        odd = next(entry for entry in entries if entry * size % own)
+    if any(entry * size % unit for entry in entries):
+        step = math.lcm(*(unit // math.gcd(unit, entry) for other in fields.values() for entry in _entries(other)))
+        uneven = next(entry for entry in entries if entry * size % unit)
         raise RequestError(
-            f"{axis} {size} would make {name} {odd}·{size}/{own} = {odd * size / own:.4g}: use a multiple of {step}, or say "
-            f"with --{axis}-field what is to grow."
+            f"{axis} {size} would make {name} {uneven}·{size}/{unit} = {uneven * size / unit:.4g}: use a multiple of {step}, "
+            f"or name the fields that grow with --{axis}-field."
         )
-    grown = [entry * size // own for entry in entries]
+    grown = [entry * size // unit for entry in entries]
     return grown if isinstance(value, list) else grown[0]
 
 
@@ -150,7 +158,7 @@ def _unit(fields: dict[str, Whole]) -> int:
     return _entries(next(iter(fields.values())))[0]
 
 
-# Changed fields, and those of them that count layers → the model.
+# Builds the model from the changed fields and the names of the fields that count layers.
 Build = Callable[[dict[str, Whole], Container[str]], torch.nn.Module]
 
 WIDTH = re.compile(
@@ -163,25 +171,30 @@ DEPTH = re.compile(r"((encoder|decoder)_)?((num|n)_)?((hidden|encoder|decoder)_)
 HEAD_DIM = re.compile(r"(qk_|v_)?head_dim|attention_head_size|head_size|key_value_proj_dim|d_head")
 MAIN_WIDTH = ("hidden_size", "d_model", "n_embd", "dim", "embed_dim", "hidden_dim", "hidden_sizes", "embed_dims")
 MAIN_DEPTH = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "depths", "depth")
-FEW = 8  # layers in which most fields show what they do
+FEW = 8  # number of layers in which most fields have an effect
 
 
 @dataclass(frozen=True)
 class Signature:
-    """A model of one size: the shapes of its parameters, the whole numbers its modules keep, and where its classes are."""
+    """Signature of a model at one size.
+
+    Attributes:
+        numbers: shapes of the parameters and integers stored by the modules, by dotted name.
+        modules: names of the Python modules that define its classes.
+    """
 
     numbers: dict[str, Any]
     modules: set[str]
 
     @functools.cached_property
     def source(self) -> str:
-        """The source of all its classes."""
+        """Source code of the transformers modules that define the model's classes."""
         return "".join(
             inspect.getsource(sys.modules[name]) for name in self.modules if name.startswith("transformers.")
         )
 
     def head_dims(self, wider: Signature) -> tuple[tuple[str, int, int], ...]:
-        """Return (name, here, in the ``wider`` model) of every head dim that a module keeps."""
+        """Return (name, value here, value in the ``wider`` model) of every head dim that a module stores."""
         found = {
             (name, value, wider.numbers[path])
             for path, value in self.numbers.items()
@@ -191,12 +204,18 @@ class Signature:
 
     @property
     def shapes(self) -> list[Any]:
-        """The parameters' shapes."""
+        """Shapes of the parameters."""
         return [value for value in self.numbers.values() if isinstance(value, tuple)]
 
 
 class Probe:
-    """The model with some of its fields doubled, built without memory; ``few`` builds its first layers alone."""
+    """Builds the model on the meta device with some of its fields doubled.
+
+    Args:
+        build: builds the model with changed fields.
+        whole: field → value, for all fields that are positive integers or lists of them.
+        deep: the fields that count layers.
+    """
 
     def __init__(self, build: Build, whole: dict[str, Whole], deep: list[str]) -> None:
         self._build, self._whole, self._deep = build, whole, deep
@@ -207,14 +226,15 @@ class Probe:
         try:
             self.base = self.doubled([])
         except Exception:
-            self._few = {}  # some stacks cannot be cut
+            self._few = {}  # some architectures cannot be built with fewer layers
             self.base = self.doubled([])
 
     def doubled(self, names: Iterable[str], few: bool = True) -> Signature:
+        """Return the signature of the model with the fields ``names`` doubled; ``few`` builds only its first layers."""
         key = frozenset(names), few and bool(self._few)
         if key not in self._known:
-            own = self._whole | self._few if few else self._whole
-            changes = (self._few if few else {}) | {name: _double(own[name]) for name in key[0]}
+            values = self._whole | self._few if few else self._whole
+            changes = (self._few if few else {}) | {name: _double(values[name]) for name in key[0]}
             with torch.device("meta"):
                 model = self._build(changes, self._deep)
             numbers: dict[str, Any] = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
@@ -224,30 +244,30 @@ class Probe:
         return self._known[key]
 
     def reads(self, name: str, names: list[str]) -> bool:
-        """Say whether it makes a difference to leave ``name`` out of the ``names`` that are doubled."""
+        """Return whether leaving ``name`` out of the doubled fields ``names`` makes a difference to the model."""
         shapeless = name in self._deep or HEADS.fullmatch(_leaf(name))
         if shapeless and f"self.config.{_leaf(name)}" in self.base.source:
-            return True  # perhaps only in the forward pass
+            return True  # possibly used in the forward pass only
         others = [other for other in names if other != name]
-        try:  # what shows in no early layer may be read in a later one
+        try:  # a field without effect in the first layers may be used in a later one
             return any(self.doubled(names, few).numbers != self.doubled(others, few).numbers for few in (True, False))
         except Exception:
-            return True  # the others do not fit without it
+            return True  # the other fields do not fit together without it
 
 
 def infer(values: dict[str, Any], alias: dict[str, str], build: Build, width: list[str], depth: list[str]) -> Fields:
-    """Return what is width and what is depth in a config.
+    """Return the width and depth fields of a config.
 
     Args:
-        values: the config, flat.
-        alias: the config class's own map from common names to its names (``hidden_size`` → ``n_embd``).
-        build: the model with some of the fields changed.
-        width: the fields that the user names instead, or none.
-        depth: likewise.
+        values: the flattened config.
+        alias: the config class's map from common names to its own names (``hidden_size`` → ``n_embd``).
+        build: builds the model with changed fields.
+        width: width fields named by the user; empty to infer them.
+        depth: depth fields named by the user; empty to infer them.
 
     Raises:
-        RequestError: the model cannot be built, as it is or doubled; a named field is not there, is no number or changes
-            nothing; or no field can be describe_changes to be the width.
+        RequestError: if the model cannot be built as it is or with its width doubled; if a named field does not exist, is not
+            an integer or changes nothing; or if no field can be identified as the width.
     """
     whole = {name: value for name, value in values.items() if _is_whole(value)}
     wide = [_known(name, "--width-field", whole, alias) for name in width] or _proposed(
@@ -264,7 +284,8 @@ def infer(values: dict[str, Any], alias: dict[str, str], build: Build, width: li
         wider = probe.doubled(wide)
     except Exception as error:
         raise RequestError(
-            f"with {', '.join(wide)} doubled the model cannot be built ({said(error)}): say with --width-field what grows."
+            f"with {', '.join(wide)} doubled the model cannot be built ({said(error)}): name the fields that grow with "
+            "--width-field."
         ) from error
     if width and wider.shapes == probe.base.shapes:
         raise RequestError(
@@ -279,7 +300,7 @@ def infer(values: dict[str, Any], alias: dict[str, str], build: Build, width: li
     deep = [name for name in deep if len(deep) == 1 or probe.reads(name, deep)]
     if not wide:
         raise RequestError(
-            f"no field of the config is known to be its width ({_nearest('', whole)[:-1]}): use --width-field."
+            f"no field of the config is known to be its width ({_nearest('', whole)[:-1]}): name it with --width-field."
         )
     return Fields(
         {name: whole[name] for name in wide}, {name: whole[name] for name in deep}, probe.base.head_dims(wider)
@@ -291,20 +312,20 @@ def _is_width(leaf: str) -> bool:
 
 
 def _proposed(whole: dict[str, Whole], main: tuple[str | None, ...], fits: Callable[[str], object]) -> list[str]:
-    """Fields with a name of the kind, the main one first: the outermost config's, then the text model's."""
+    """Return the fields whose name fits, main fields first: those of the outermost config, then those of the text model."""
     rank = {name: i for i, name in reversed(list(enumerate(main)))}
 
-    def place(name: str) -> tuple[bool, int, bool, int]:
+    def sort_key(name: str) -> tuple[bool, int, bool, int]:
         leaf = _leaf(name)
         return leaf not in rank, name.count("."), not name.startswith(("text_config", "decoder")), rank.get(leaf, 0)
 
-    return sorted((name for name in whole if fits(_leaf(name))), key=place)
+    return sorted((name for name in whole if fits(_leaf(name))), key=sort_key)
 
 
 def _known(name: str, flag: str, whole: dict[str, Whole], alias: dict[str, str]) -> str:
     name = alias.get(name, name)
     if name not in whole:
-        raise RequestError(f"{flag} {name} is no whole number in the config: {_nearest(name, whole)}")
+        raise RequestError(f"{flag} {name} is not an integer field of the config: {_nearest(name, whole)}")
     return name
 
 

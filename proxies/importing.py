@@ -1,4 +1,4 @@
-"""Importing what a person wrote: their file or module, its helpers beside it, and its failures in one sentence."""
+"""Import a user's model file or module together with its helper modules, and describe its failures in one sentence."""
 
 from __future__ import annotations
 
@@ -23,17 +23,24 @@ __all__ = ["FORMS", "guarded", "helpers_of", "import_file", "import_module", "mo
 
 FORMS = "a built-in (mlp, resnet, transformer), path/to/file.py:name, package.module:name or hf:config.json"
 
-_loaded: dict[Path, tuple[tuple[int, int], ModuleType]] = {}  # file → (its time and size when read, what it gave)
-_folders: list[str | None] = []  # of `modules_in`
-_sources: dict[str, Path] = {}  # helper module → the folder it was imported from
+_loaded: dict[Path, tuple[tuple[int, int], ModuleType]] = {}  # file → ((mtime in ns, size) when imported, module)
+_folders: list[str | None] = []  # folders of the active `modules_in` contexts
+_sources: dict[str, Path] = {}  # helper module → folder it was imported from
 
 
 def guarded(
     build: Callable[[Scale], Any], model: str, file: str | None = None, folder: Path | None = None
 ) -> Callable[[Scale], torch.nn.Module]:
-    """Return ``build`` with its failures in one sentence, and with the file's folder at hand for imports inside it."""
+    """Return ``build`` wrapped so that its failures become one-sentence `RequestError`s.
 
-    def build_or_say(scale: Scale) -> torch.nn.Module:
+    Args:
+        build: builds the model at a scale.
+        model: how the user referred to the model; used in messages.
+        file: the model's file, whose last line in the traceback is reported.
+        folder: folder of the file, from which ``build`` can import helper modules.
+    """
+
+    def guarded_build(scale: Scale) -> torch.nn.Module:
         try:
             with shown_once(model, scale), helpers_of(folder) if folder else contextlib.nullcontext():
                 built = build(scale)
@@ -49,14 +56,18 @@ def guarded(
             )
         return built
 
-    return build_or_say
+    return guarded_build
 
 
 def import_file(path: Path, forms: str = FORMS) -> ModuleType:
-    """Import a file under a name of its own; unchanged, it is imported once per process. ``forms`` is what to give instead.
+    """Import a Python file under a unique module name; an unchanged file is imported once per process.
+
+    Args:
+        path: the file.
+        forms: the accepted forms of the argument, for error messages.
 
     Raises:
-        RequestError: there is no such file, or it raised.
+        RequestError: if there is no such file, it is not a Python file, or importing it raised.
     """
     file = path.expanduser().resolve()
     if not file.is_file():
@@ -71,7 +82,7 @@ def import_file(path: Path, forms: str = FORMS) -> ModuleType:
     assert spec is not None, file
     assert spec.loader is not None, file
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up while it is being executed
+    sys.modules[name] = module  # dataclasses look up their module while it is being executed
     try:
         with helpers_of(file.parent):
             spec.loader.exec_module(module)
@@ -85,7 +96,7 @@ def import_file(path: Path, forms: str = FORMS) -> ModuleType:
 
 
 def _relative(path: Path, file: Path, error: ImportError) -> str:
-    """Say how a file that imports from its package is named: as a module, from the folder that holds the package."""
+    """Return the message for a file with relative imports: name it as a module, from the folder that contains its package."""
     folders = [file.parent]
     while (folders[-1] / "__init__.py").is_file() and (folders[-1].parent / "__init__.py").is_file():
         folders.append(folders[-1].parent)
@@ -93,14 +104,14 @@ def _relative(path: Path, file: Path, error: ImportError) -> str:
         [*(folder.name for folder in reversed(folders)), *([] if file.stem == "__init__" else [file.stem])]
     )
     return (
-        f"{path} imports from its own package (from . import), which a file by itself has none of: it raised "
-        f"{said(error, str(file))}. Write {module}:name in its place, and run the command in {folders[-1].parent}."
+        f"{path} uses relative imports (from . import), which do not work in a file given by its path: it raised "
+        f"{said(error, str(file))}. Write {module}:name instead, and run the command in {folders[-1].parent}."
     )
 
 
 @contextlib.contextmanager
 def modules_in(folder: str | None) -> Iterator[None]:
-    """Let `import_module` look below ``folder`` as well, before the current one."""
+    """Let `import_module` also search in ``folder``, before the current folder."""
     _folders.append(folder)
     try:
         yield
@@ -109,15 +120,19 @@ def modules_in(folder: str | None) -> Iterator[None]:
 
 
 def import_module(name: str, forms: str = FORMS) -> ModuleType:
-    """Import an installed module, or one below the current folder or that of `modules_in`.
+    """Import an installed module, or a module in the current folder or in the folder of `modules_in`.
+
+    Args:
+        name: dotted name of the module.
+        forms: the accepted forms of the argument, for error messages.
 
     Raises:
-        RequestError: there is no such module, or it raised.
+        RequestError: if there is no such module, or importing it raised.
     """
     try:
-        with contextlib.ExitStack() as held:
+        with contextlib.ExitStack() as stack:
             for folder in dict.fromkeys([Path.cwd(), *(Path(each) for each in _folders if each is not None)]):
-                held.enter_context(_on_path(folder))
+                stack.enter_context(_on_path(folder))
             return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name and f"{name}.".startswith(f"{error.name}."):
@@ -128,7 +143,11 @@ def import_module(name: str, forms: str = FORMS) -> ModuleType:
 
 
 def said(error: BaseException, file: str | None = None) -> str:
-    """Return "Type: message (line n of file)": the last line in ``file`` or, if there is none, outside this module."""
+    """Return a description of an exception as "Type: message (line n of file)".
+
+    The line is the last one of the traceback in ``file``. If there is none, it is the line of a SyntaxError, or else the last
+    one of the traceback outside this module. An ``assert`` without a message is described by its source line.
+    """
     frames = traceback.extract_tb(error.__traceback__)
     outside = [frame for frame in frames if frame.filename != __file__ and "importlib" not in frame.filename]
     line = next((frame for frame in reversed(frames) if frame.filename == file), outside[-1] if outside else None)
@@ -155,7 +174,10 @@ def _on_path(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def helpers_of(folder: Path) -> Iterator[None]:
-    """Let modules in ``folder`` be imported, also where another model file's folder has some of the same names."""
+    """Make the modules in ``folder`` importable, even if another model file's folder has modules of the same names.
+
+    Helper modules that were imported from other folders are removed from ``sys.modules`` first.
+    """
     for name in [name for name, home in _sources.items() if home != folder]:
         sys.modules.pop(name, None)
         del _sources[name]
@@ -166,6 +188,6 @@ def helpers_of(folder: Path) -> Iterator[None]:
     finally:
         for name in set(sys.modules) - before:
             top = getattr(sys.modules.get(name.partition(".")[0]), "__file__", None)
-            # Directly in the folder, as a file or a package: not in an environment somewhere below it.
+            # Only files and packages directly in the folder count, not those of an environment somewhere below it.
             if top and folder == (Path(top).parent.parent if Path(top).stem == "__init__" else Path(top).parent):
                 _sources[name] = folder

@@ -1,6 +1,6 @@
-"""From the MODEL argument to a family: a built-in, ``file.py:name``, ``package.module:name`` or ``hf:config.json``.
+"""Load the family that a MODEL argument names: a built-in, ``file.py:name``, ``package.module:name`` or ``hf:config.json``.
 
-The string itself is what travels to workers and into target configs; nothing that it leads to needs to be picklable.
+Workers and target configs receive the string itself, so the model does not need to be picklable.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ DEFAULT_DEPTH = {"mlp": 4, "resnet": 2, "transformer": 2}
 
 
 def cross_entropy(model: torch.nn.Module, batch: Any) -> torch.Tensor:
-    """Return the mean cross-entropy in nats of ``(inputs, targets)``, targets of any shape."""
+    """Return the mean cross-entropy in nats on a batch ``(inputs, targets)``; targets can have any shape."""
     inputs, targets = batch
     return F.cross_entropy(model(inputs).flatten(0, -2), targets.flatten())
 
@@ -58,24 +58,25 @@ BUILTIN = {"mlp": (_mlp, "images"), "resnet": (_resnet, "images"), "transformer"
 
 
 def builtin(name: str, data: Data, base: Scale, batch_size: int = 32, **options: Any) -> Family:
-    """Return the built-in model ``name`` as a family over ``data``.
+    """Return the built-in model ``name`` as a `Family` for ``data``.
 
     Args:
         name: mlp, resnet or transformer.
-        data: where its examples come from; it also says how many classes or tokens there are.
-        base: the scale at which µP changes nothing.
-        batch_size: examples in the family's example batch.
-        options: further arguments of the model (a transformer's ``head_dim``, ``tied``, …).
+        data: source of the example batch and of the number of classes or tokens.
+        base: the base scale, at which µP changes nothing.
+        batch_size: number of examples in the family's example batch.
+        options: further arguments of the model (such as a transformer's ``head_dim`` or ``tied``).
 
     Raises:
-        RequestError: unknown model, data of another kind, an unknown option, or a base that the model cannot have.
+        RequestError: if the model or an option is unknown, the data is of another kind, or the model cannot be built at
+            ``base``.
     """
     if name not in BUILTIN:
         raise RequestError(f"unknown model {name!r}: {nearest(name, BUILTIN)}")
     make, kind = BUILTIN[name]
     if data.kind != kind:
         raise RequestError(
-            f"{name} reads {kind} and the data {data.name!r} holds {data.kind}: choose data of that kind."
+            f"{name} reads {kind}, but the data {data.name!r} holds {data.kind}: choose data that holds {kind}."
         )
     build = make(data, **options)
     try:
@@ -95,23 +96,23 @@ def load_family(
     model: str, data: Data | None, base: Scale | None, *, batch_size: int = 32, options: dict[str, Any] | None = None,
     roles: Mapping[str, str] | None = None,
 ) -> Family:  # fmt: skip
-    """Return the family that ``model`` names.
+    """Return the `Family` that ``model`` names.
 
-    A file or module gives a `Family`, or a function ``build(width, depth)``; beside a function it may define ``batch`` (an
-    example batch or a function that returns one), ``loss(model, batch)`` and ``roles`` (as a `Family` takes them).
-    Without them the example batch is the data's and the loss the mean cross-entropy of ``(inputs, targets)``. Relative paths
-    are taken from the current folder.
+    A file or module provides a `Family` or a function ``build(width, depth)``. Along with a function it may define ``batch``
+    (an example batch, or a function that returns one), ``loss(model, batch)`` and ``roles`` (in the format of `Family`).
+    By default the example batch comes from ``data`` and the loss is the mean cross-entropy of ``(inputs, targets)``. Relative
+    paths are resolved against the current folder.
 
     Args:
-        model: a built-in's name, ``path/to/file.py:name``, ``package.module:name`` or ``hf:path/to/config.json``.
-        data: where a built-in's, or a bare function's, example batch comes from.
-        base: the scale at which µP changes nothing; a `Family` and a config bring their own, which this replaces if given.
-        batch_size: examples in the example batch, where it comes from ``data``.
-        options: further keyword arguments of the built-in or of the function; for a config see `huggingface.load`.
-        roles: name pattern → role, before those that the family brings.
+        model: name of a built-in, ``path/to/file.py:name``, ``package.module:name`` or ``hf:path/to/config.json``.
+        data: source of the example batch for a built-in or a function without ``batch``.
+        base: the base scale, at which µP changes nothing; optional for a `Family` or a config, whose own base it replaces.
+        batch_size: number of examples in an example batch from ``data``.
+        options: further keyword arguments of the built-in or of the function; for a config see `mutransfer.proxies.hf.load`.
+        roles: name pattern → role; these take precedence over the family's own roles.
 
     Raises:
-        RequestError: there is no such model, it cannot be imported or built, its base or data is not given, or a role is
+        RequestError: if there is no such model, it cannot be imported or built, its base or data is missing, or a role is
             unknown.
     """
     family = _load(model, data, base, batch_size, options or {})
@@ -130,25 +131,25 @@ def _load(model: str, data: Data | None, base: Scale | None, batch_size: int, op
         raise RequestError(_not_a_reference(model))
     is_file = where.endswith(".py") or "/" in where or "\\" in where
     module = import_file(Path(where)) if is_file else import_module(where)
-    folder = Path(str(module.__file__)).parent if is_file else None  # a package finds its own modules
+    folder = Path(str(module.__file__)).parent if is_file else None  # the modules of a package can be imported already
     found = _named(module, where, name)
     if isinstance(found, Family):
         if options:
             raise RequestError(
-                f"{model} is a Family and takes no options, and {', '.join(map(str, options))} is given: set it in its build."
+                f"{model} is a Family and takes no options, but {', '.join(map(str, options))} is given: set it in its build."
             )
         family = found if base is None else found.with_base(base)
         family = replace(family, build=guarded(family.build, model, module.__file__, folder))
     else:
         family = _from_function(found, module, model, data, base, batch_size, options, folder)
-    with on_fake_tensors():  # no memory: whether it can be built is known at once
+    with on_fake_tensors():  # build once without allocating memory, so that a broken model is reported here
         build(family, family.base)
     return family
 
 
 def _builtin(model: str, data: Data | None, base: Scale | None, batch_size: int, options: dict[str, Any]) -> Family:
     if data is None:
-        raise RequestError(f"the built-in {model} needs data, and none is given: pass --data {DEFAULT_DATA[model]}.")
+        raise RequestError(f"the built-in {model} needs data, but none is given: pass --data {DEFAULT_DATA[model]}.")
     if base is None:
         raise RequestError(_baseless(model))
     reserved = options.keys() & {"name", "data", "base", "batch_size"}
@@ -173,37 +174,37 @@ def _from_function(
         try:
             batch = batch()
         except Exception as error:
-            raise RequestError(f"batch() beside {model} raised {said(error, module.__file__)}.") from error
+            raise RequestError(f"batch() next to {model} raised {said(error, module.__file__)}.") from error
     if batch is None:
         if data is None:
             raise RequestError(
-                f"there is no example batch for {model}: define `batch` beside it, make it a Family, or pass --data."
+                f"there is no example batch for {model}: define `batch` next to it, make it a Family, or pass --data."
             )
         batch = data.batch(0, batch_size, 0)
     loss = getattr(module, "loss", cross_entropy)
     build = guarded(lambda scale: found(scale.width, scale.depth, **options), model, module.__file__, folder)
-    roles = check_roles(getattr(module, "roles", {}), f"roles beside {model}")
+    roles = check_roles(getattr(module, "roles", {}), f"roles next to {model}")
     return Family(build, batch, loss, base, model.rpartition(":")[2], roles)
 
 
 def _named(module: ModuleType, where: str, name: str) -> Any:
     if hasattr(module, name):
         return getattr(module, name)
-    own = {
+    candidates = {
         key
         for key, value in vars(module).items()
         if isinstance(value, Family) or (callable(value) and getattr(value, "__module__", "") == module.__name__)
     }
-    hint = nearest(name, own) if own else f"define a Family or {BUILD} there."
+    hint = nearest(name, candidates) if candidates else f"define a Family or {BUILD} there."
     raise RequestError(f"{where} has no {name!r}: {hint}")
 
 
 def _not_a_reference(model: str) -> str:
     if model.rstrip(":").endswith(".py") or "/" in model or "." in model:
-        return f"the model {model!r} lacks the name of what to use: write {model.rstrip(':')}:name."
+        return f"the model {model!r} lacks the name of a Family or function: write {model.rstrip(':')}:name."
     hint = nearest(model, BUILTIN)
     return f"unknown model {model!r}: {hint if hint.startswith('did') else f'give {FORMS}.'}"
 
 
 def _baseless(model: str) -> str:
-    return f"{model} has no base width, and without one µP has nothing to scale from: pass --base-width."
+    return f"{model} has no base width, which µP needs to scale from: pass --base-width."

@@ -1,4 +1,4 @@
-"""The built-in models: plain torch modules that know nothing of µP.
+"""Built-in models: plain torch modules without any µP code.
 
 Shape suffixes: B batch, T time, C width, H query heads, G key/value heads, D head dim, V vocabulary.
 """
@@ -18,13 +18,13 @@ __all__ = ["MLP", "ResNet", "Transformer", "TransformerShape"]
 
 
 class MLP(nn.Module):
-    """ReLU network with ``depth`` hidden layers of ``width`` units and torch's own default initialization.
+    """ReLU network with ``depth`` hidden layers of ``width`` units and torch's default initialization.
 
     Args:
-        inputs: features of one example after flattening.
-        width: units of each hidden layer.
-        depth: hidden layers, at least 1.
-        classes: logits.
+        inputs: number of features of one example after flattening.
+        width: number of units in each hidden layer.
+        depth: number of hidden layers, at least 1.
+        classes: number of logits.
     """
 
     def __init__(self, inputs: int, width: int, depth: int, classes: int) -> None:
@@ -45,7 +45,7 @@ GROUPS = 8
 
 
 class ResidualBlock(nn.Module):
-    """norm → relu → conv → norm → relu → conv, added to the residual stream."""
+    """Residual block: norm → relu → conv → norm → relu → conv, added to the residual stream."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -61,16 +61,16 @@ class ResidualBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Pre-activation residual network (He et al. 1603.05027) with GroupNorm and one resolution per half.
+    """Pre-activation residual network (He et al. 1603.05027) with GroupNorm and one resolution per half of the blocks.
 
     Args:
-        inputs: channels of the image.
-        width: channels of every block, a multiple of the 8 normalization groups.
-        depth: residual blocks; the image is halved once, in the middle.
-        classes: logits.
+        inputs: number of channels of the image.
+        width: number of channels of every block, a multiple of the 8 normalization groups.
+        depth: number of residual blocks; the image is downsampled by 2 once, in the middle.
+        classes: number of logits.
 
     Raises:
-        RequestError: the width is not a multiple of the normalization groups.
+        RequestError: if the width is not a multiple of the number of normalization groups.
     """
 
     def __init__(self, inputs: int, width: int, depth: int, classes: int) -> None:
@@ -101,27 +101,27 @@ def _up(width: int) -> int:
 
 @dataclass(frozen=True)
 class TransformerShape:
-    """What a transformer's sizes are, given its width.
+    """Sizes of a transformer at one width.
 
-    Exactly one of ``head_dim`` and ``heads`` is fixed: with a fixed head dim the number of heads grows with the width
-    (today's usual way), with fixed heads the head dim grows, and µP then asks for 1/d attention.
+    Exactly one of ``head_dim`` and ``heads`` is fixed. With a fixed head dim the number of heads grows with the width, as is
+    usual today; with a fixed number of heads the head dim grows, and µP then requires 1/d attention.
 
     Args:
         width: size of the residual stream.
-        depth: blocks.
-        vocabulary: tokens.
-        head_dim: size of one head, or None when ``heads`` is fixed.
-        heads: query heads, or None when ``head_dim`` is fixed.
-        kv_heads: key/value heads; None for as many as query heads, else a fixed number that divides them.
-        kv_share: query heads per key/value head when ``kv_heads`` is None.
+        depth: number of blocks.
+        vocabulary: number of tokens.
+        head_dim: size of one head, or None if ``heads`` is fixed.
+        heads: number of query heads, or None if ``head_dim`` is fixed.
+        kv_heads: number of key/value heads, a divisor of the number of query heads; None to use ``kv_share``.
+        kv_share: number of query heads per key/value head if ``kv_heads`` is None.
         ffn: "swiglu" or "gelu".
-        ffn_ratio: inner size of the feed-forward layer / width.
-        tied: the readout shares the token embedding.
-        qk_norm: RMSNorm on queries and keys.
-        std: standard deviation of the initial weights at this width.
+        ffn_ratio: inner size of the feed-forward layer divided by the width.
+        tied: whether the readout shares the weight of the token embedding.
+        qk_norm: whether to apply RMSNorm to queries and keys.
+        std: standard deviation of the initial weights at this width; None for the default of `Transformer`.
 
     Raises:
-        RequestError: the heads do not fit the width.
+        RequestError: if the heads do not fit the width.
     """
 
     width: int
@@ -139,37 +139,37 @@ class TransformerShape:
 
     def __post_init__(self) -> None:
         if (self.head_dim is None) == (self.heads is None):
-            raise RequestError("a transformer fixes either head_dim or heads: give one and leave the other empty.")
+            raise RequestError("a transformer fixes either head_dim or heads: give one and set the other to None.")
         unit, what = (self.head_dim, "head dim") if self.heads is None else (self.heads, "head count")
         if self.width % (unit or 1):
             raise RequestError(
-                f"width {self.width} is not a multiple of the {what} {unit}: use a multiple of {unit}, or set another."
+                f"width {self.width} is not a multiple of the {what} {unit}: use a multiple of {unit}, or another {what}."
             )
         if self.n_heads % self.n_kv:
             raise RequestError(
                 f"{self.n_heads} query heads cannot share {self.n_kv} key/value heads: make the first a multiple of the second."
             )
         if self.size_D % 2:
-            raise RequestError(f"head dim {self.size_D} is odd, and rotary embeddings turn pairs: use an even one.")
+            raise RequestError(f"head dim {self.size_D} is odd, but rotary embeddings rotate pairs: use an even one.")
 
     @property
     def n_heads(self) -> int:
-        """Query heads."""
+        """Number of query heads."""
         return self.heads or self.width // (self.head_dim or 1)
 
     @property
     def size_D(self) -> int:
-        """Head dim."""
+        """Size of one head."""
         return self.head_dim or self.width // (self.heads or 1)
 
     @property
     def n_kv(self) -> int:
-        """Key/value heads."""
+        """Number of key/value heads."""
         return self.kv_heads or max(1, self.n_heads // self.kv_share)
 
 
 class Attention(nn.Module):
-    """Causal self-attention with rotary positions and grouped queries."""
+    """Causal self-attention with rotary position embeddings and grouped queries."""
 
     def __init__(self, shape: TransformerShape) -> None:
         super().__init__()
@@ -182,7 +182,7 @@ class Attention(nn.Module):
         self.k_norm = nn.RMSNorm(shape.size_D) if shape.qk_norm else nn.Identity()
 
     def forward(self, x_BTC: torch.Tensor) -> torch.Tensor:
-        """Map the normalized stream to what is added to it."""
+        """Map the normalized residual stream ``[B, T, C]`` to the update that is added to the stream."""
         B, T, _ = x_BTC.shape
         D = self.shape.size_D
         q_BHTD = self.q(x_BTC).view(B, T, -1, D).transpose(1, 2)
@@ -195,7 +195,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """SwiGLU (Shazeer 2002.05202) or GELU."""
+    """Feed-forward layer with SwiGLU (Shazeer 2002.05202) or GELU."""
 
     def __init__(self, shape: TransformerShape) -> None:
         super().__init__()
@@ -205,13 +205,13 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(inner, shape.width, bias=False)
 
     def forward(self, x_BTC: torch.Tensor) -> torch.Tensor:
-        """Map the normalized stream to what is added to it."""
+        """Map the normalized residual stream ``[B, T, C]`` to the update that is added to the stream."""
         up = self.up(x_BTC)
         return self.down(F.gelu(up) if self.gate is None else F.silu(self.gate(x_BTC)) * up)
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each normalized before and added to the residual stream."""
+    """Pre-norm block: attention, then a feed-forward layer, each added to the residual stream."""
 
     def __init__(self, shape: TransformerShape) -> None:
         super().__init__()
@@ -227,9 +227,10 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Language model: tokens ``[B, T]`` to logits ``[B, T, V]``.
+    """Causal language model that maps tokens ``[B, T]`` to logits ``[B, T, V]``.
 
-    Weights start normal with std ``shape.std``, by default 1/√width for matrices and 1 for embeddings that are not tied.
+    Linear weights are initialized from a normal distribution with std ``shape.std``, by default 1/√fan-in. An embedding that is
+    not tied has torch's default std of 1.
     """
 
     def __init__(self, shape: TransformerShape) -> None:
@@ -253,7 +254,7 @@ class Transformer(nn.Module):
 
 
 def _rotate(x_BHTD: torch.Tensor) -> torch.Tensor:
-    """Rotary position embedding (Su et al. 2104.09864) with base 10 000, halves paired."""
+    """Apply rotary position embeddings (Su et al. 2104.09864) with base 10 000, pairing the two halves of each head."""
     T, D = x_BHTD.shape[-2:]
     frequency = 10_000 ** (-torch.arange(0, D, 2, device=x_BHTD.device, dtype=torch.float32) / D)
     angle = torch.arange(T, device=x_BHTD.device, dtype=torch.float32)[:, None] * frequency

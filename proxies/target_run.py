@@ -1,4 +1,4 @@
-"""The target run: a target config trained through the one training loop, with checkpoints that survive a kill at any moment."""
+"""Train a target config, with checkpoints from which a run can resume after being killed at any moment."""
 
 from __future__ import annotations
 
@@ -32,9 +32,20 @@ FORMAT = "mutransfer-checkpoint/1"
 
 
 def save(training: Training, path: Path, identity: str) -> None:
-    """Write the checkpoint beside the old one, then put it in its place."""
+    """Save a checkpoint of ``training`` to ``path``.
+
+    The checkpoint is written to a temporary file, which then replaces the previous checkpoint atomically.
+
+    Args:
+        training: the run to save.
+        path: file of the checkpoint; its folders are created.
+        identity: string that identifies the run; `restore` checks it.
+
+    Raises:
+        RequestError: if the disk is full or ``path`` cannot be written.
+    """
     state = {"format": FORMAT, "target": identity, "random": _random(training.device), **training.state_dict()}
-    # One fixed name, so that a killed run's leftover is overwritten rather than kept.
+    # The name is fixed so that the next save overwrites a partial file left behind by a killed run.
     partial = path.with_name(f".{path.name}.partial")
     with naming_the_disk(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,7 +68,7 @@ def save(training: Training, path: Path, identity: str) -> None:
 
 
 class _Writer:
-    """A file that remembers why a write failed: torch's archive writer raises a RuntimeError that does not say."""
+    """File wrapper that keeps the OSError of a failed write; torch's archive writer raises a RuntimeError without the cause."""
 
     def __init__(self, file: Any) -> None:
         self.file = file
@@ -75,27 +86,32 @@ class _Writer:
 
 
 def restore(training: Training, path: Path, identity: str) -> None:
-    """Go on from the checkpoint ``path`` of the run that ``identity`` names.
+    """Restore ``training`` and the random state from the checkpoint at ``path``.
+
+    Args:
+        training: the run to continue.
+        path: file of the checkpoint.
+        identity: string that identifies the run; it must equal the one given to `save`.
 
     Raises:
-        RequestError: it cannot be read, is of another target, or does not fit the model.
+        RequestError: if the checkpoint cannot be read, belongs to another target, or does not fit the model.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         found = state.get("target") if isinstance(state, dict) and state.get("format") == FORMAT else None
     except (RuntimeError, EOFError, KeyError, ValueError, OSError, pickle.UnpicklingError) as error:
         raise RequestError(
-            f"{path} cannot be read ({type(error).__name__}): move it away to start over, or put a good copy in its place."
+            f"{path} cannot be read ({type(error).__name__}): move it away to start over, or replace it with an intact copy."
         ) from None
     if found != identity:
-        whose = "is of another target" if found else "is not a checkpoint of mutransfer"
-        raise RequestError(f"{path} {whose}: choose another --out, or move it away to start over.")
+        problem = "belongs to another target" if found else "is not a checkpoint of mutransfer"
+        raise RequestError(f"{path} {problem}: choose another --out, or move it away to start over.")
     try:
         training.load_state_dict(state)
     except (RuntimeError, KeyError, ValueError) as error:
         raise RequestError(
-            f"{path} does not fit the model as its code builds it now ({' '.join(str(error).split())[:160]}): restore the code, "
-            "or move the checkpoint away to start over."
+            f"{path} does not fit the model that its code builds now ({' '.join(str(error).split())[:160]}): restore the code "
+            "that wrote it, or move the checkpoint away to start over."
         ) from None
     torch.set_rng_state(state["random"]["cpu"])
     if "cuda" in state["random"] and training.device.startswith("cuda"):
@@ -107,7 +123,7 @@ def _random(device: str) -> dict[str, torch.Tensor]:
     return {"cpu": torch.get_rng_state(), **cuda}
 
 
-SLOW = 0.05  # seconds a step must take for a look after each to cost nothing
+SLOW = 0.05  # seconds per step above which returning from `Training.advance` after every step has negligible cost
 
 
 def run_target(
@@ -119,26 +135,29 @@ def run_target(
     progress: Callable[[int, int], None] = lambda done, total: None,
     resume: bool = True,
 ) -> dict[str, Any]:
-    """Train ``target``, or go on where ``out/checkpoint.pt`` left off; on CPU both give the same weights, bit by bit.
+    """Train ``target``, resuming from ``out/checkpoint.pt`` if it exists.
 
-    Ctrl-C finishes the step at hand and saves before it propagates; a second one does not wait, and leaves the checkpoint
-    that was there. A diverged run keeps its last checkpoint with a finite loss.
+    On CPU a resumed run ends with bitwise the same weights as an uninterrupted one. Ctrl-C finishes the current step and
+    saves a checkpoint before the KeyboardInterrupt propagates; a second Ctrl-C interrupts immediately and leaves the previous
+    checkpoint in place. A diverged run keeps its last checkpoint with a finite loss.
 
     Args:
-        target: what to train, on what, with which settings.
+        target: the model, data and settings to train with.
         out: folder of the checkpoint.
-        device: where to train.
+        device: torch device to train on.
         checkpoint_every: steps between checkpoints.
-        progress: called with (steps done, steps in all), often.
-        resume: False starts over, and overwrites the checkpoint.
+        progress: callback, called often with (steps done, total steps).
+        resume: if False, start over and overwrite an existing checkpoint.
 
     Returns:
-        ``loss`` (validation, nats; None if not finite), ``steps`` (done, of the whole run), ``tokens_per_second`` (images:
-        examples; of this call, None if nothing was left to do) and ``checkpoint`` (its path, None if there is none).
+        A dictionary with ``loss`` (validation loss in nats, None if not finite), ``steps`` (steps done in the whole run),
+        ``tokens_per_second`` (examples per second for images; measured over this call, None if no step was left to do) and
+        ``checkpoint`` (its path, None if there is none).
 
     Raises:
-        RequestError: the data is not the target's, the checkpoint is another target's or damaged, or the disk is full.
-        KeyboardInterrupt: as it came, after saving.
+        RequestError: if the data differs from the target's, the checkpoint is damaged or belongs to another target, or the
+            disk is full.
+        KeyboardInterrupt: if the run is interrupted; raised after saving, unless it is the second Ctrl-C.
     """
     if isinstance(checkpoint_every, bool) or not isinstance(checkpoint_every, int) or checkpoint_every < 1:
         raise RequestError(f"checkpoint_every is {checkpoint_every!r}: give a number of steps of at least 1.")
@@ -147,7 +166,7 @@ def run_target(
     references, folder = target.found()
     data = load_data(references["data"], target.sequence_length)
     _refuse_other_data(target, data)
-    torch.manual_seed(target.seed)  # for what the plan does not draw: buffers, dropout
+    torch.manual_seed(target.seed)  # for random numbers that the plan does not draw: buffers and dropout
     with modules_in(folder):
         family = load_family(references["model"], data, target.plan.base, options=target.options)
     training = Training(
@@ -156,29 +175,29 @@ def run_target(
     path, identity = Path(out) / "checkpoint.pt", _identity(target, data)
     if resume and path.exists():
         restore(training, path, identity)
-    begun, seconds = training.step, 0.0
-    pace = 1
-    with _interrupts() as asked:
+    start_step, seconds = training.step, 0.0
+    interval = 1
+    with _interrupts() as interrupted:
         while training.step < target.steps and training.finite:
             due = min(target.steps, (training.step // checkpoint_every + 1) * checkpoint_every)
-            until = min(due, (training.step // pace + 1) * pace)
+            until = min(due, (training.step // interval + 1) * interval)
             before, clock = training.step, time.perf_counter()
             training.advance(until)
             took = time.perf_counter() - clock
             seconds += took
-            pace = 1 if took > SLOW * (training.step - before) else FINITE_EVERY
+            interval = 1 if took > SLOW * (training.step - before) else FINITE_EVERY
             if training.step == due and training.finite:
                 save(training, path, identity)
             try:
                 progress(training.step, target.steps)
-                if asked.is_set():
+                if interrupted.is_set():
                     raise KeyboardInterrupt
             except KeyboardInterrupt:
                 if training.finite:
                     save(training, path, identity)
                 raise
     loss = training.validate()
-    tokens = target.batch_size * (target.sequence_length if data.kind == "tokens" else 1) * (training.step - begun)
+    tokens = target.batch_size * (target.sequence_length if data.kind == "tokens" else 1) * (training.step - start_step)
     return {
         "loss": loss if math.isfinite(loss) else None,
         "steps": training.step,
@@ -191,33 +210,33 @@ def _refuse_other_data(target: TargetConfig, data: Data) -> None:
     expected = target.provenance.get("data_sha256")
     if expected is not None and expected != data.sha256:
         raise RequestError(
-            f"the data {target.data!r} has the SHA-256 {data.sha256[:16]}… here and {str(expected)[:16]}… where the recipe was "
-            "tuned: train on the same data (for bytes: the same Python version), or tune again on this one."
+            f"the data {target.data!r} has the SHA-256 {data.sha256[:16]}… here but {str(expected)[:16]}… where the recipe was "
+            "tuned: train on the same data (for bytes: use the same Python version), or tune again on this data."
         )
 
 
 def _identity(target: TargetConfig, data: Data) -> str:
-    """Hash of all that decides what is trained; who tuned it when, and what was warned about, does not."""
+    """Return the SHA-256 of everything that determines the training; provenance, warnings and notes do not."""
     settings = {key: value for key, value in target.as_dict().items() if key not in ("provenance", "warnings", "notes")}
     return hashlib.sha256(json.dumps([settings, data.sha256], sort_keys=True).encode()).hexdigest()
 
 
 @contextlib.contextmanager
 def _interrupts() -> Iterator[threading.Event]:
-    """Note Ctrl-C instead of raising it: in the middle of an optimizer step there is no state worth saving."""
-    asked = threading.Event()
+    """Set an event on Ctrl-C instead of raising, because the state in the middle of an optimizer step is not worth saving."""
+    interrupted = threading.Event()
     previous = signal.getsignal(signal.SIGINT)
-    elsewhere = threading.current_thread() is not threading.main_thread()  # signals reach the main thread alone
-    if elsewhere or previous is None or previous == signal.SIG_IGN:
-        yield asked
+    off_main_thread = threading.current_thread() is not threading.main_thread()  # only the main thread receives signals
+    if off_main_thread or previous is None or previous == signal.SIG_IGN:
+        yield interrupted
         return
 
-    def note(number: int, frame: Any) -> None:
-        asked.set()
+    def set_event(number: int, frame: Any) -> None:
+        interrupted.set()
         signal.signal(signal.SIGINT, previous)
 
-    signal.signal(signal.SIGINT, note)
+    signal.signal(signal.SIGINT, set_event)
     try:
-        yield asked
+        yield interrupted
     finally:
         signal.signal(signal.SIGINT, previous)

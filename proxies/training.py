@@ -1,4 +1,4 @@
-"""The one training loop, used by proxies, learning-rate basins and the target run, and its learning-rate schedules."""
+"""The training loop shared by proxies, learning-rate basins and the target run, and its learning-rate schedules."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ __all__ = ["Outcome", "Training", "multiplier", "scheduler", "train"]
 
 
 def multiplier(recipe: Recipe, step: int, steps: int) -> float:
-    """Return what multiplies every learning rate at ``step`` (0-based) of ``steps``.
+    """Return the factor on every learning rate at ``step`` (0-based) of ``steps``.
 
-    A linear warmup over ``recipe.warmup`` of the run is followed by "constant", "cosine" or "linear" decay over the rest,
-    or by "wsd" (warmup, stable, decay; Hu et al. 2404.06395), which is constant and falls linearly over the last
-    ``recipe.cooldown``. Decays end at ``recipe.final`` of the peak.
+    A linear warmup over the fraction ``recipe.warmup`` of the run is followed by ``recipe.schedule``: "constant" (no decay),
+    "cosine" or "linear" (decay over the rest of the run), or "wsd" (warmup, stable, decay; Hu et al. 2404.06395), which is
+    constant and then decays linearly over the last fraction ``recipe.cooldown`` of the run. Decays end at the fraction
+    ``recipe.final`` of the peak.
     """
     warmup = round(recipe.warmup * steps)
     if step < warmup:
@@ -45,26 +46,26 @@ def multiplier(recipe: Recipe, step: int, steps: int) -> float:
 
 
 def scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
-    """Return torch's scheduler for the recipe; step it once after each optimizer step."""
+    """Return a `LambdaLR` scheduler for the recipe; step it once after each optimizer step."""
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: multiplier(recipe, min(step, steps - 1), steps))
 
 
-FINITE_EVERY = 10  # steps between looks at the loss: each look waits for the device
+FINITE_EVERY = 10  # steps between checks that the loss is finite: each check waits for the device
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended.
+    """Result of a training run.
 
     Args:
         loss: mean validation loss in nats; not finite, or above ``start``, if the run diverged.
         start: validation loss before the first step.
-        steps: optimizer steps done.
-        stopped: whether the caller's report asked to stop early.
+        steps: number of optimizer steps done.
+        stopped: whether the run was stopped early because the ``report`` callback of `train` asked for it.
         seconds: wall-clock time of training and validation.
-        failed: why it was broken off without a loss, as the end of a sentence about it ("its process was killed by …");
-            None for a run that came to its end, or diverged.
-        maximize: the loss is a metric of which more is better, and below its start the run has diverged.
+        failed: why the run failed without a loss, phrased as the end of a sentence ("its process was killed by …"); None if
+            the run finished or diverged.
+        maximize: whether ``loss`` is a metric to maximize; the run has then diverged if it ends below ``start``.
     """
 
     loss: float
@@ -77,23 +78,23 @@ class Outcome:
 
     @property
     def diverged(self) -> bool:
-        """The loss is not finite, or training made it worse than it began."""
+        """Whether the loss is not finite or worse than at the start; False for a failed run."""
         worse = self.loss < self.start if self.maximize else self.loss > self.start
         return self.failed is None and (not math.isfinite(self.loss) or worse)
 
 
 class Training:
-    """A run that can be advanced, validated, saved and resumed.
+    """A training run that can be advanced, validated, saved and resumed.
 
     Args:
-        family: the model at any size and its loss.
-        plan: the settings in force; the model is built at ``plan.scale``.
+        family: builds the model at any scale and computes its loss.
+        plan: settings of every parameter; the model is built at ``plan.scale``.
         data: training and validation batches.
-        steps: length of the whole run, which the schedule is laid over.
+        steps: length of the whole run, which the learning-rate schedule spans.
         batch_size: examples per step.
-        seed: of the initial weights and of the order of the data.
-        device: where to train.
-        compile: compile the model, once for all of its kind in this process.
+        seed: seed of the initial weights and of the order of the data.
+        device: torch device to train on.
+        compile: whether to compile the model; models of the same kind are compiled once per process.
     """
 
     def __init__(
@@ -113,7 +114,7 @@ class Training:
         self.finite = True
 
     def advance(self, until: int) -> None:
-        """Train up to step ``until``, or stop where the loss is no longer finite."""
+        """Train up to step ``until``, stopping early if the loss is no longer finite."""
         self.model.train()
         while self.step < until and self.finite:
             batch = self._on_device(self.data.batch(self.step, self.batch_size, self.seed))
@@ -130,7 +131,7 @@ class Training:
 
     @torch.no_grad()
     def validate(self) -> float:
-        """Return the mean loss over the held-out batches, in nats."""
+        """Return the mean loss over the held-out batches in nats, or NaN if the training loss is no longer finite."""
         if not self.finite:
             return math.nan
         self.model.eval()
@@ -140,7 +141,7 @@ class Training:
         return float(sum(losses) / sum(sizes))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything that `load_state_dict` needs to go on as if never interrupted."""
+        """Return the state from which `load_state_dict` continues as if the run had never been interrupted."""
         return {
             "step": self.step,
             "model": self.model.state_dict(),
@@ -149,7 +150,7 @@ class Training:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` returned."""
+        """Restore a state returned by `state_dict`."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
@@ -167,12 +168,12 @@ def train(
     rungs: tuple[int, ...] = (),
     report: Callable[[int, float], bool] | None = None,
 ) -> Outcome:
-    """Run ``training`` to its end.
+    """Run ``training`` to its end and return its `Outcome`.
 
     Args:
-        training: a fresh run; a resumed one is judged against its loss where it resumed.
+        training: a new run, or a resumed one, whose ``start`` loss is then the loss at the point where it resumed.
         rungs: steps at which the validation loss is reported.
-        report: called with (step, validation loss) at each rung; True stops the run there.
+        report: callback, called with (step, validation loss) at each rung; the run stops there if it returns True.
     """
     begun = time.perf_counter()
     start = training.validate()

@@ -1,4 +1,4 @@
-"""Frames to figures, and a run folder to one self-contained HTML page."""
+"""Draw result frames as figures, and write the report of a run folder as one self-contained HTML page."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run folder holds so far, and the command that makes what it does not hold yet."""
+"""Read the contents of a run folder, and name the commands that create the parts that are missing."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["RunContents"]
 
 ENDED = ("COMPLETE", "PRUNED")
 
-# file → (what is missing without it, the command that makes it)
+# file → (name of its content, command that creates it)
 MADE_BY = {
     "verify.json": ("verdict on the transfer", "mutransfer verify {run}"),
     "check.json": ("verdict of the coordinate check", "mutransfer check MODEL --out {run}"),
@@ -36,10 +36,11 @@ MADE_BY = {
 
 @dataclass(frozen=True, eq=False)
 class RunContents:
-    """The measurements and decisions of one run; None, or an empty dictionary, for what is not there.
+    """The measurements and decisions of one run; None or an empty dictionary for each missing file.
 
-    What belongs to another recipe than best.json, or to an earlier question than the unfinished one, counts as not there:
-    ``absent`` says why, file → sentence. ``unfinished`` has a sentence for each command that was begun and did not end.
+    A file also counts as missing if it belongs to another recipe than the one in best.json, to another model or other rules
+    than those in experiment.yaml, or to the time before an unfinished command; ``absent`` then maps the file to a sentence with
+    the reason. ``unfinished`` maps each command that was started but did not finish to a sentence.
     """
 
     path: Path
@@ -58,20 +59,20 @@ class RunContents:
 
     @classmethod
     def read(cls, path: Path) -> RunContents:
-        """Read what is in the folder ``path``.
+        """Read the run folder ``path``.
 
         Raises:
-            RequestError: there is no such folder, nothing in it to report, or a file in it does not hold what its name
-                says.
+            RequestError: if there is no such folder, it contains nothing to report, or the content of a file does not match
+                its name.
         """
         if not path.is_dir():
             raise RequestError(
-                f"there is no folder {path}: expected a run folder, as `mutransfer tune --out {path}` makes."
+                f"there is no folder {path}: expected a run folder, which `mutransfer tune --out {path}` creates."
             )
         if not any((path / name).is_file() for name in MADE_BY):
             raise RequestError(
                 f"{path} holds nothing to report ({', '.join(MADE_BY)}): run `mutransfer demo --out {shlex.quote(str(path))}`, "
-                "or `mutransfer tune EXPERIMENT.yaml` with that --out."
+                "or `mutransfer tune EXPERIMENT.yaml` with the same --out."
             )
 
         def frame(name: str, read: Callable[[Path], pd.DataFrame]) -> pd.DataFrame | None:
@@ -92,36 +93,37 @@ class RunContents:
             _text(path / "experiment.yaml"),
             frame("repeats.csv", REPEATS.read),
         )
-        return run._without_what_is_past()
+        return run._without_outdated()
 
-    def _without_what_is_past(self) -> RunContents:
-        """Leave out what was decided before something that was begun later, or for another recipe, and say so."""
+    def _without_outdated(self) -> RunContents:
+        """Return a copy without results of another recipe or from before an unfinished command; ``absent`` says why."""
         folder, absent = RunFolder(self.path), {}
         unfinished = {
             name: self._how_far(folder, name) for name in ("tune", "verify", "check") if folder.unfinished(name)
         }
         if "tune" in unfinished:
-            absent["best.json"] = f"The search has not ended, so there is no recipe yet. {unfinished['tune']}"
+            absent["best.json"] = f"The search has not finished, so there is no recipe yet. {unfinished['tune']}"
             for name in ("verify.json", "basins.csv", "target.json"):
-                absent[name] = "The search has not ended, and what was found for an earlier recipe is not shown."
+                absent[name] = "The search has not finished, so results for an earlier recipe are not shown."
         elif self.recipe is not None:
             recipe = self.recipe.model_dump(mode="json")
             if (self.verify or self.basins is not None) and folder.differences("verify", {"recipe": recipe}):
                 absent["verify.json"] = (
-                    f"What was verified is another recipe than that of best.json: run `{folder.command('verify', {})}`."
+                    f"The verified recipe is not the one in best.json: run `{folder.command('verify', {})}`."
                 )
-                absent["basins.csv"] = "The runs in basins.csv belong to another recipe than that of best.json."
+                absent["basins.csv"] = "The runs in basins.csv belong to another recipe than the one in best.json."
                 unfinished.pop("verify", None)
             if self.target.get("recipe") not in (None, recipe):
                 absent["target.json"] = (
-                    "target.json was made from another recipe than that of best.json: run "
+                    "target.json was made from another recipe than the one in best.json: run "
                     f"`mutransfer transfer {shlex.quote(str(self.path))} --width W`."
                 )
         if "verify" in unfinished and "verify.json" not in absent:
             absent["verify.json"] = unfinished["verify"]
         if others := folder.differences("check", self._subject()):
             absent["check.json"] = (
-                f"What was checked has another {' and another '.join(others)} than this run: run `{folder.command('check', {})}`."
+                f"The coordinate check had another {' and another '.join(others)} than this run: run "
+                f"`{folder.command('check', {})}`."
             )
         elif "check" in unfinished:
             absent["check.json"] = unfinished["check"]
@@ -133,25 +135,25 @@ class RunContents:
         return replace(self, **kept, absent=absent, unfinished=unfinished)
 
     def _how_far(self, folder: RunFolder, command: str) -> str:
-        """Return how much of an unfinished command is done, and how to go on with it."""
+        """Return a sentence on how much of an unfinished command is done and how to continue it."""
         progress = folder.progress(command)
         planned, asked = progress.get("planned"), progress.get("question") or {}
-        go_on = f"go on with `{folder.command(command)}`."
+        go_on = f"continue with `{folder.command(command)}`."
         if command == "tune" and folder.unfinished("repeats"):
             done = 0 if self.repeats is None else len(self.repeats)
             planned = folder.progress("repeats").get("planned")
             return f"{done} of {planned} repeats of the best trials with other seeds are done: {go_on}"
         if command == "tune":
             running = 0 if self.trials is None else int(self.trials["state"].eq("RUNNING").sum())
-            was = f" ({running} more had begun)" if running else ""
-            return f"{self.trials_done} of {planned} trials are done{was}: {go_on}"
+            started = f" ({running} more had started)" if running else ""
+            return f"{self.trials_done} of {planned} trials are done{started}: {go_on}"
         if command == "verify":
-            rows = _asked(self.basins, asked.get("parametrizations"), asked.get("widths"), asked.get("seeds"))
+            rows = _selected(self.basins, asked.get("parametrizations"), asked.get("widths"), asked.get("seeds"))
             return f"{0 if rows is None else len(rows)} of {planned} runs are done: {go_on}"
-        return f"It did not end: {go_on}"
+        return f"It did not finish: {go_on}"
 
     def _subject(self) -> dict[str, Any]:
-        """Return which model is scaled by which rules, as experiment.yaml says."""
+        """Return the model and the rules that scale it, as given in experiment.yaml."""
         try:
             content = yaml.safe_load(self.experiment)
         except yaml.YAMLError:
@@ -161,29 +163,29 @@ class RunContents:
 
     @property
     def trials_done(self) -> int:
-        """How many trials ended, pruned and diverged ones included; those that run or were interrupted are not."""
+        """Number of finished trials, including pruned and diverged ones but not running or interrupted ones."""
         return 0 if self.trials is None else int(self.trials["state"].isin(ENDED).sum())
 
     @property
     def seeds_planned(self) -> int | None:
-        """How many seeds each point of a basin has once it is whole; None where the folder does not tell."""
+        """Number of seeds per basin point once the verification is complete; None if the folder does not record it."""
         asked = RunFolder(self.path).progress("verify").get("question") or {}
         found = asked.get("seeds", self.verify.get("seeds"))
         return found if isinstance(found, int) else None
 
     @property
     def name(self) -> str:
-        """The folder's own name, for headings."""
+        """Name of the folder, for headings."""
         return self.path.resolve().name
 
     @property
     def maximize(self) -> bool:
-        """Whether the experiment's direction is to maximize what its trainer reports."""
+        """Whether the experiment maximizes the metric that its trainer reports."""
         lines = [line.split("#")[0].split() for line in self.experiment.splitlines()]
         return ["direction:", "maximize"] in lines
 
     def missing(self, name: str) -> str:
-        """Return the sentence that says that ``name`` (a file of a run folder) is not there, and what makes it."""
+        """Return a sentence that says that ``name`` (a file of a run folder) is missing and which command creates it."""
         if name in self.absent:
             return self.absent[name]
         what, command = MADE_BY[name]
@@ -196,7 +198,7 @@ class RunContents:
         """The target's settings per parameter (schema PARAMETERS).
 
         Raises:
-            RequestError: a row of target.json lacks a column.
+            RequestError: if a row of target.json lacks a column.
         """
         rows = self.target.get("parameters") or []
         known = [{key: row[key] for key in PARAMETERS.columns if key in row} for row in rows]
@@ -204,22 +206,22 @@ class RunContents:
 
     @property
     def judged_basins(self) -> pd.DataFrame | None:
-        """The basins that verify.json judged, or that an unfinished verification has so far: basins.csv may hold others."""
+        """The basin runs that verify.json is based on, or those of an unfinished verification; basins.csv may hold others."""
         asked = {} if self.verify else RunFolder(self.path).progress("verify").get("question") or {}
         kinds = asked.get("parametrizations") or list(self.verify.get("drift_octaves") or ())
         widths, seeds = (asked.get(key, self.verify.get(key)) for key in ("widths", "seeds"))
-        return _asked(self.basins, kinds, widths, seeds)
+        return _selected(self.basins, kinds, widths, seeds)
 
     @property
     def commands(self) -> list[str]:
-        """The commands that made the run, as they were typed; a folder of an earlier version noted only the last one."""
-        said = self.environment.get("commands") or [self.environment.get("command")]
-        return [str(command) for command in said if command]
+        """The commands that created the run, as typed; earlier versions recorded only the last one."""
+        recorded = self.environment.get("commands") or [self.environment.get("command")]
+        return [str(command) for command in recorded if command]
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What environment.json says of machine, versions and data, and the seeds that the frames hold."""
-        elsewhere = {"commands", "command", "seed", "basins", "progress"}  # "basins" is the recipe once more
+        """Machine, versions and data from environment.json, and the seeds in the frames."""
+        elsewhere = {"commands", "command", "seed", "basins", "progress"}  # "basins" repeats the recipe
         found = {key: value for key, value in self.environment.items() if key not in elsewhere}
         seeds: dict[str, Any] = {"tune": self.environment.get("seed")}
         for name, frame in (("verify", self.basins), ("check", self.coordinates)):
@@ -231,16 +233,16 @@ class RunContents:
 
     @property
     def checked(self) -> str | None:
-        """The parametrization that the coordinate check is about; the others in the frame are its control."""
+        """The parametrization that the coordinate check tests; any others in the frame are controls."""
         if self.coordinates is None:
             return None
         names = list(self.coordinates["parametrization"].unique())
-        said = self.check.get("parametrization")
-        return said if said in names else next((name for name in ("mup", *names) if name in names), None)
+        recorded = self.check.get("parametrization")
+        return recorded if recorded in names else next((name for name in ("mup", *names) if name in names), None)
 
 
-def _asked(basins: pd.DataFrame | None, kinds: Any, widths: Any, seeds: Any) -> pd.DataFrame | None:
-    """Return the runs of these parametrizations, widths and first so many seeds; of all where one of them is not known."""
+def _selected(basins: pd.DataFrame | None, kinds: Any, widths: Any, seeds: Any) -> pd.DataFrame | None:
+    """Return the runs of these parametrizations and widths and the first ``seeds`` seeds; unknown criteria select all."""
     if basins is None:
         return None
     rows = basins if not kinds else basins[basins["parametrization"].isin(kinds)]
@@ -253,7 +255,7 @@ def _object(path: Path) -> dict[str, Any]:
         return {}
     content = read_json(path, "a JSON object")
     if not isinstance(content, dict):
-        raise RequestError(f"{path} holds a {type(content).__name__}: expected a JSON object; make it again.")
+        raise RequestError(f"{path} holds a {type(content).__name__}: expected a JSON object; create it again.")
     return content
 
 
@@ -263,4 +265,4 @@ def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise RequestError(f"{path} is no text ({error}): make it again with `mutransfer tune`.") from None
+        raise RequestError(f"{path} is not UTF-8 text ({error}): create it again with `mutransfer tune`.") from None

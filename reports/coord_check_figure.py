@@ -1,4 +1,4 @@
-"""The coordinate check as a grid: sizes of outputs, changes and settings by group of modules, against width or depth."""
+"""Figure of the coordinate check: sizes of outputs, changes and settings per group of modules, against width or depth."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FAILS = "#b3261e"
 
 
 def expected_range(text: str) -> tuple[float, float]:
-    """Return the ends of a range written as "low..high"; a missing one is (nan, nan)."""
+    """Return the ends of a range written as "low..high"; (nan, nan) if there is no range."""
     low, _, high = str(text).partition("..")
     try:
         return float(low), float(high or low)
@@ -35,7 +35,7 @@ def expected_range(text: str) -> tuple[float, float]:
 
 
 def octaves_spanned(rows: pd.DataFrame) -> float:
-    """Return how many octaves the panel of these rows has to span."""
+    """Return the number of octaves that the values in ``rows`` span."""
     values = np.log2(rows["value"].where((rows["value"] > 0) & np.isfinite(rows["value"])).dropna())
     return float(values.max() - values.min()) if len(values) else 0.0
 
@@ -43,10 +43,15 @@ def octaves_spanned(rows: pd.DataFrame) -> float:
 def coordinate_panel(
     axes: Axes, rows: pd.DataFrame, slopes: pd.DataFrame, names: list[str], span: float, along: str
 ) -> None:
-    """Draw one module, statistic and step: ``names[0]`` is the checked parametrization, the others stand in grey.
+    """Draw the panel of one module, statistic and step.
 
-    ``slopes`` holds the panel's slope in one row, or none; ``span`` is the height in octaves that all panels share, and
-    ``along`` the column on the x axis.
+    Args:
+        axes: axes to draw on.
+        rows: the coordinates of the panel (schema COORDINATES).
+        slopes: the slope of the panel in one row, or no row.
+        names: parametrizations; the first is the checked one, the others are drawn in grey.
+        span: height in octaves that all panels share.
+        along: column of the x axis, "width" or "depth".
     """
     rows = rows.assign(log=np.log2(rows["value"].where((rows["value"] > 0) & np.isfinite(rows["value"]))))
     middle = (rows["log"].max() + rows["log"].min()) / 2
@@ -59,7 +64,7 @@ def coordinate_panel(
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"$2^{{{math.log2(value):.0f}}}$"))
     if not math.isnan(middle):
         axes.set_ylim(2 ** (middle - half), 2 ** (middle + half))
-    for name in reversed(names):  # the checked one last, on top
+    for name in reversed(names):  # the checked parametrization last, so that it is drawn on top
         here = rows[rows["parametrization"] == name]
         over = here.groupby(along)["log"].agg(["mean", "min", "max"])
         hue, control = (colour(name), False) if name == names[0] else (GREY, True)
@@ -70,9 +75,9 @@ def coordinate_panel(
         )
         line = {"linestyle": "--", "marker": "s", "markersize": 2.5, "linewidth": 1.2} if control else {"marker": "o"}
         axes.plot(over.index, 2 ** over["mean"], color=hue, gid=name, **line)
-        lost = here[~np.isfinite(here["value"])]
-        if len(lost):
-            axes.plot(lost[along], [0.96] * len(lost), "x", color=hue, transform=axes.get_xaxis_transform(), gid="lost")
+        bad = here[~np.isfinite(here["value"])]
+        if len(bad):
+            axes.plot(bad[along], [0.96] * len(bad), "x", color=hue, transform=axes.get_xaxis_transform(), gid="lost")
         if len(here) and (here["value"] == 0).all():
             axes.text(
                 0.04,
@@ -87,7 +92,7 @@ def coordinate_panel(
 
 
 def _fan(axes: Axes, means: pd.Series, low: float, high: float, hue: str) -> None:
-    """Shade the lines through the smallest size's mean with the expected slopes."""
+    """Shade the area between the lines with the expected slopes through the mean at the smallest size."""
     if means.empty or math.isnan(low):
         return
     ratio = means.index.to_numpy(float) / means.index[0]
@@ -98,7 +103,7 @@ def _fan(axes: Axes, means: pd.Series, low: float, high: float, hue: str) -> Non
 
 
 def _mark(axes: Axes, slopes: pd.DataFrame) -> None:
-    """Write the slope above the panel, with the outcome as a sign, a word and a frame."""
+    """Write the slope and the sign of its outcome above the panel; a failing panel also gets a frame."""
     if slopes.empty:
         return
     row = slopes.iloc[0]
@@ -114,12 +119,12 @@ def _mark(axes: Axes, slopes: pd.DataFrame) -> None:
 
 
 MOST_COLUMNS = 5
-ALWAYS = ("activation", "change")  # the other statistics get a column where they do not hold
+ALWAYS = ("activation", "change")  # other statistics get a column only if one of their slopes does not hold
 NUMBER = re.compile(r"(^|\.)\d+(?=\.|$)")
 
 
 def ranked_rows(slopes: pd.DataFrame) -> pd.DataFrame:
-    """Return the slopes (schema SLOPES) with the ``group`` that each belongs to and its ``excess`` over what is expected."""
+    """Return the slopes (schema SLOPES) with two more columns: ``group`` of modules, and ``excess`` over the expected slope."""
     outputs = set(slopes["module"][slopes["statistic"].isin(ALWAYS)])
     groups = [NUMBER.sub(r"\1*", _owner(name, outputs)) for name in slopes["module"]]
     excess = [_excess(row.slope, row.expected, row.ok) for row in slopes.itertuples()]
@@ -127,13 +132,13 @@ def ranked_rows(slopes: pd.DataFrame) -> pd.DataFrame:
 
 
 def _owner(name: str, outputs: set[str]) -> str:
-    """Return the module that a weight belongs to, if that module is measured as well; else the name itself."""
+    """Return the module that a weight belongs to if its output is measured as well, otherwise the name itself."""
     module = name.removesuffix(".weight")
     return module if module in outputs else name
 
 
 def _excess(slope: float, expected: str, ok: bool | None) -> float:
-    """Return how far a slope lies from the middle of what is expected: outside the range, and failing, count much more."""
+    """Return how far a slope lies from the middle of the expected range; being outside it, or failing, counts much more."""
     low, high = expected_range(expected)
     fails = 0.0 if ok is pd.NA or ok else 1e6
     if math.isnan(slope) or math.isnan(low):
@@ -144,7 +149,7 @@ def _excess(slope: float, expected: str, ok: bool | None) -> float:
 
 
 def column_pairs(ranked: pd.DataFrame) -> list[tuple[str, int]]:
-    """Return the (statistic, step) pairs to draw: activations, first and last changes, then what holds least."""
+    """Return the (statistic, step) pairs to draw: first and last activations and changes, then those with the most excess."""
     pairs = ranked.groupby(["statistic", "step"])["excess"].max()
     steps = {name: sorted(step for statistic, step in pairs.index if statistic == name) for name, _ in pairs.index}
     ends = [(name, end) for name in ALWAYS if name in steps for end in (steps[name][0], steps[name][-1])]
@@ -166,16 +171,17 @@ HEADINGS = {
 
 @dataclass(frozen=True, eq=False)
 class CoordinateFigure(ReportFigure):
-    """Group of modules × (statistic, step): the mean over seeds against width or depth, and the slopes that should be seen.
+    """Grid of panels, one row per group of modules and one column per (statistic, step).
 
-    Modules whose names differ in numbers only are a group, and so are a module and its weight. Each panel draws the one
-    furthest from what is expected.
+    Each panel shows the mean over seeds against width or depth, and the expected slopes. Modules whose names differ only in
+    numbers form a group, and so do a module and its weight. The panel shows the member furthest from its expected slope.
 
     ``coordinates`` and ``slopes`` are frames of the schemas COORDINATES and SLOPES. The parametrization of the slopes
-    is the checked one; any other in ``coordinates`` is drawn in grey as the control.
+    is the checked one; any other in ``coordinates`` is drawn in grey as a control.
 
     Raises:
-        RequestError: a frame lacks a column, or there is no slope, or no coordinate of the parametrization in it.
+        RequestError: if a frame lacks a column, there is no slope, or the coordinates do not include the slopes'
+            parametrization.
     """
 
     coordinates: pd.DataFrame
@@ -190,7 +196,7 @@ class CoordinateFigure(ReportFigure):
         object.__setattr__(self, "coordinates", COORDINATES.frame(self.coordinates))
         object.__setattr__(self, "slopes", slopes)
         if slopes.empty or slopes["parametrization"].iloc[0] not in set(self.coordinates["parametrization"]):
-            raise RequestError("there is no slope, or no coordinate behind it, to draw: run `mutransfer check MODEL`.")
+            raise RequestError("there are no slopes with their coordinates to draw: run `mutransfer check MODEL`.")
         ranked = ranked_rows(slopes)
         worst = set(ranked.groupby("group")["excess"].max().nlargest(MOST_GROUPS).index)
         names = {str(name): set(found) for name, found in ranked.groupby("group", sort=False)["module"]}
@@ -206,36 +212,39 @@ class CoordinateFigure(ReportFigure):
 
     @property
     def checked(self) -> str:
-        """The parametrization that the slopes belong to."""
+        """The parametrization of the slopes."""
         return str(self.slopes["parametrization"].iloc[0])
 
     @property
     def caption(self) -> str:
-        """How to read the figure, and what of the check it leaves out."""
+        """How to read the figure, and which parts of the check it leaves out."""
         along = varying(self.coordinates)
         text = (
-            f"Each panel is one measurement of one module (mean |x| of its output, unless the heading says otherwise) against "
-            f"{along} on log scales, all panels with the same height in octaves, so a slope looks the same everywhere: the line "
-            "is the mean over seeds, the band their range. Above it stands the slope with its 95% interval over seeds. The "
-            "line has to follow the dotted line, or stay in the shaded fan: the slopes of "
-            f"{along}-stable feature learning, but for a small margin. Falling logits at initialization are right. ✓ holds, ✗ "
-            "(and a thick frame) fails, ? needs more evidence; × on the top edge is a value that was not finite."
+            f"Each panel shows one measurement of one module (mean |x| of its output, unless the heading says otherwise) against "
+            f"{along} on log scales. All panels have the same height in octaves, so equal slopes look equal. The line is the "
+            "mean over seeds and the band their range; above the panel is the slope with its 95% interval over seeds. The line "
+            "should follow the dotted line or stay within the shaded fan, which show the slopes of "
+            f"{along}-stable feature learning, up to a small margin. Logits that fall at initialization are correct. ✓ holds, "
+            "✗ (with a thick frame) fails, ? needs more evidence; × on the top edge is a value that was not finite."
         )
         if any("*" in name for name in self.groups):
             text += (
-                " A row with * stands for all modules whose names differ in that number only; each panel draws the one that "
-                "is furthest from what is expected, and names it."
+                " A row with * stands for all modules whose names differ only in that number; each panel shows the one "
+                "furthest from its expected slope, and names it."
             )
         hidden = self.slopes["module"].nunique() - sum(map(len, self.groups.values()))
         if hidden:
-            text += f" Shown are the {len(self.groups)} rows furthest from what is expected; in the table: {hidden} more modules."
+            text += (
+                f" Only the {len(self.groups)} rows furthest from their expected slopes are shown; in the table: {hidden} more "
+                "modules."
+            )
         pairs = len(self.slopes[["statistic", "step"]].drop_duplicates())
         if pairs > len(self.columns):
             text += f" {len(self.columns)} of {pairs} measurements per module are shown."
         return text
 
     def draw(self) -> Figure:
-        """Return the drawing."""
+        """Return the figure."""
         names = [self.checked, *(n for n in ordered(list(self.coordinates["parametrization"])) if n != self.checked)]
         along, shape = varying(self.coordinates), (len(self.groups), len(self.columns))
         panels = dict(list(self.coordinates.groupby(["module", "statistic", "step"])))
@@ -245,7 +254,7 @@ class CoordinateFigure(ReportFigure):
         span = max((octaves_spanned(panels[key]) for key in drawn if key in panels), default=1.0)
         with styled():
             figure = Figure(figsize=(2.3 * shape[1] + 1.6, 1.32 * shape[0] + 1.0), layout="constrained")
-            grid = figure.subplots(*shape, squeeze=False)  # sharex: quadratic in panels
+            grid = figure.subplots(*shape, squeeze=False)  # sharex would take time quadratic in the number of panels
             for row, group in enumerate(self.groups):
                 for column, (statistic, step) in enumerate(self.columns):
                     axes, module = grid[row, column], self.panels.get((group, statistic, step))
@@ -273,7 +282,7 @@ class CoordinateFigure(ReportFigure):
 
 
 def _blank(axes: Axes) -> None:
-    """Leave a panel empty, its row's name kept."""
+    """Leave a panel empty, but keep the name of its row."""
     axes.spines[:].set_visible(False)
     axes.grid(visible=False)
     axes.set(xticks=[], yticks=[])

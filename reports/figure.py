@@ -1,4 +1,4 @@
-"""What every figure offers: the frame it draws, the drawing, PNG bytes, and SVG text that can stand inside a page."""
+"""Base class of all figures: the frame that is drawn, the figure, PNG bytes, and SVG text to embed in a page."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ REFERENCE = re.compile(r"url\(#([^)]+)\)")
 
 
 class ReportFigure(ABC):
-    """A figure that is made of a frame, and hands that frame out again.
+    """Base class of a figure that is drawn from a frame and makes the frame available.
 
-    ``title`` is the heading in a page, and what a screen reader says of the picture.
+    ``title`` is the heading in a page, and the label for screen readers.
     """
 
     title: ClassVar[str]
 
     @abstractmethod
     def frame(self) -> pd.DataFrame:
-        """Return a copy of the tidy frame that is drawn."""
+        """Return a copy of the tidy frame that the figure is drawn from."""
 
     @abstractmethod
     def draw(self) -> Figure:
-        """Return the drawing as a matplotlib figure that no global state knows of."""
+        """Return a matplotlib figure that is not registered in any global state."""
 
     @property
     @abstractmethod
@@ -48,30 +48,30 @@ class ReportFigure(ABC):
         return self._saved("png", {"Software": None})
 
     def svg(self, prefix: str) -> str:
-        """Return the figure as an ``<svg>`` element to stand in a page, every id starting with ``prefix``.
+        """Return the figure as an ``<svg>`` element to embed in a page, with ids that start with ``prefix``.
 
-        Two figures of one page need two prefixes.
+        Figures in the same page need different prefixes.
         """
         empty = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         return inline(self._saved("svg", empty).decode(), prefix, self.title)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the figure as PNG, whole or not at all.
+        """Write the figure as a PNG file, atomically, and return its path.
 
         Raises:
-            RequestError: the disk is full or ``path`` cannot be written.
+            RequestError: if the disk is full or ``path`` cannot be written.
         """
         return write_bytes(path, self.png())
 
     def _saved(self, kind: str, metadata: dict[str, None]) -> bytes:
         buffer = io.BytesIO()
-        with styled():  # the ids' salt and the fonts are read while saving
+        with styled():  # the salt of the ids and the fonts are read while saving
             self._laid_out.savefig(buffer, format=kind, metadata=metadata)
         return buffer.getvalue()
 
     @functools.cached_property
     def _laid_out(self) -> Figure:
-        """The drawing with its layout computed once: that is most of the time of saving it as PNG and as SVG."""
+        """The figure with its layout computed once, because layout takes most of the time of saving as PNG and as SVG."""
         figure = self.draw()
         with styled():
             figure.draw_without_rendering()
@@ -80,9 +80,9 @@ class ReportFigure(ABC):
 
 
 def inline(svg: str, prefix: str, title: str) -> str:
-    """Return a stand-alone SVG as an element for HTML: no prolog, comments, metadata, style sheet or foreign id.
+    """Return a stand-alone SVG as an element for HTML, without prolog, comments, metadata or style sheet.
 
-    Ids that something refers to become ``prefix-1``, ``prefix-2``, …; the others, names of groups, go.
+    Ids that are referenced become ``prefix-1``, ``prefix-2``, …; all others (the names of groups) are removed.
     """
     root = ET.fromstring(svg)
     for parent in root.iter():
@@ -109,7 +109,7 @@ def inline(svg: str, prefix: str, title: str) -> str:
             elif "url(#" in value:
                 element.set(key, REFERENCE.sub(lambda match: f"url(#{used[match[1]]})", value))
     width, height = (root.get(side, "0").removesuffix("pt") for side in ("width", "height"))
-    size = float(width)  # in points; scaled between what can still be read and what would be too large
+    size = float(width)  # in points; min-width keeps the figure readable, max-width keeps it from becoming too large
     root.attrib = {
         "xmlns": "http://www.w3.org/2000/svg",
         "viewBox": root.get("viewBox", f"0 0 {width} {height}"),
@@ -117,7 +117,7 @@ def inline(svg: str, prefix: str, title: str) -> str:
         "height": height,
         "role": "img",
         "aria-label": title,
-        # The first two are what matplotlib's style sheet says for every element.
+        # The first two are what matplotlib's style sheet, removed above, sets for every element.
         "style": f"stroke-linejoin: round; stroke-linecap: butt; min-width: {0.72 * size:.0f}px; max-width: {1.35 * size:.0f}px",
     }
     return ET.tostring(root, encoding="unicode")

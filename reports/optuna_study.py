@@ -1,4 +1,4 @@
-"""The Optuna study behind a trials frame, rebuilt from the frame alone, and Optuna's own plots drawn on a given figure."""
+"""Rebuild an Optuna study from a trials frame, and draw Optuna's plots without pyplot."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from mutransfer.schemas import TRIALS
 
 __all__ = ["drawable", "fence_of", "hyperparameters", "is_lost", "plotted", "search_space", "study_of"]
 
-# Where each plot finds its `plt`.
+# plot function → the module in which it looks up `plt`
 HOMES = {
     "plot_slice": "optuna.visualization.matplotlib._slice",
     "plot_param_importances": "optuna.visualization.matplotlib._param_importances",
@@ -33,10 +33,10 @@ _LOCK = threading.Lock()
 
 
 class _Pyplot:
-    """The little of pyplot that Optuna's plots use.
+    """Replacement for the parts of pyplot that Optuna's plots use.
 
-    pyplot itself would choose a backend for the whole process (a window system's, where there is one) and keep every
-    figure; and the plots would set the style "ggplot" for everything drawn afterwards.
+    The real pyplot would choose a backend for the whole process (that of a window system, if there is one) and keep a
+    reference to every figure, and the plots would set the style "ggplot" for everything drawn afterwards.
     """
 
     def __init__(self) -> None:
@@ -56,38 +56,38 @@ class _Pyplot:
 
 
 def plotted(name: str, study: optuna.Study, **options: Any) -> Figure:
-    """Return what ``optuna.visualization.matplotlib``'s function ``name`` draws of ``study``, on a figure of its own."""
-    with _on(_Pyplot(), HOMES[name]) as pyplot, warnings.catch_warnings():
+    """Return the figure that the function ``name`` of ``optuna.visualization.matplotlib`` draws of ``study``."""
+    with _replaced_pyplot(_Pyplot(), HOMES[name]) as pyplot, warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         getattr(optuna.visualization.matplotlib, name)(study, **options)
     return pyplot.figure
 
 
 @contextlib.contextmanager
-def _on(pyplot: _Pyplot, home: str) -> Iterator[_Pyplot]:
-    """Let one of Optuna's modules draw on ``pyplot``, one thread at a time."""
+def _replaced_pyplot(pyplot: _Pyplot, home: str) -> Iterator[_Pyplot]:
+    """Replace ``plt`` in Optuna's module ``home`` by ``pyplot``, in one thread at a time."""
     module: Any = importlib.import_module(home)
     with _LOCK:
-        theirs, module.plt = module.plt, pyplot
+        original, module.plt = module.plt, pyplot
         try:
             yield pyplot
         finally:
-            module.plt = theirs
+            module.plt = original
 
 
-LOG_FROM = 3.0  # a positive hyperparameter that spans this factor is one of which the logarithm matters
+LOG_FROM = 3.0  # a positive hyperparameter that spans at least this factor gets a log axis
 FEWEST = 2
 
 
 def hyperparameters(trials: pd.DataFrame) -> list[str]:
-    """Return the hyperparameters' columns, those behind the named ones, that took more than one value."""
+    """Return the hyperparameter columns (those that are not in schema TRIALS) that took more than one value."""
     return [str(name) for name in trials.columns if name not in TRIALS.columns and trials[name].nunique() > 1]
 
 
 def is_lost(trials: pd.DataFrame) -> pd.Series:
-    """Return which trials diverged or failed: they have no loss to compare, and are drawn as crosses.
+    """Return a mask of the trials that diverged or failed; they have no loss to compare and are drawn as crosses.
 
-    An interrupted trial, which is done again under another number, has neither: it did no step.
+    An interrupted trial, which is retried under another number, counts as neither: it has no steps.
     """
     ended = trials["state"].isin(["COMPLETE", "PRUNED"])
     return (trials["state"].eq("FAIL") & trials["steps"].notna()) | (
@@ -96,26 +96,27 @@ def is_lost(trials: pd.DataFrame) -> pd.Series:
 
 
 def drawable(trials: pd.DataFrame) -> pd.DataFrame:
-    """Return the trials (schema TRIALS) if they are enough for a picture of the search.
+    """Return the trials (schema TRIALS) if there are enough to draw the search.
 
     Raises:
-        RequestError: a column is missing, no hyperparameter varies, or fewer than two trials ended with a loss.
+        RequestError: if a column is missing, no hyperparameter varies, or fewer than two trials ended with a loss.
     """
     trials = TRIALS.frame(trials)
     complete = int((trials["state"].eq("COMPLETE") & ~is_lost(trials)).sum())
     if complete < FEWEST or not hyperparameters(trials):
         raise RequestError(
             f"{complete} trials ended with a loss and {len(hyperparameters(trials))} hyperparameters took more than one value, "
-            f"which is too few to compare (at least {FEWEST} and 1): run `mutransfer tune EXPERIMENT.yaml` on."
+            f"which is too few to compare (at least {FEWEST} and 1): run `mutransfer tune EXPERIMENT.yaml` to continue the "
+            "search."
         )
     return trials
 
 
 def fence_of(losses: pd.Series) -> float:
-    """Return the loss up to which a picture shows ``losses``: Tukey's fence, or the largest where all lie within it.
+    """Return the largest of the ``losses`` to show: Tukey's fence, or the maximum if no loss is above the fence.
 
-    The fence is the upper quartile and 1.5 times the quartiles' distance; without it one bad trial presses all others into
-    a line.
+    The fence is the upper quartile plus 1.5 times the interquartile range. Without it one bad trial would compress all others
+    into a line.
     """
     low, quarter, upper, high = losses.quantile([0, 0.25, 0.75, 1])
     fence = float(upper + 1.5 * (upper - quarter))
@@ -123,10 +124,10 @@ def fence_of(losses: pd.Series) -> float:
 
 
 def search_space(trials: pd.DataFrame) -> dict[str, BaseDistribution]:
-    """Return a distribution per hyperparameter, as wide as its trials.
+    """Return a distribution per hyperparameter that spans the values of its trials.
 
-    The experiment's own ranges are not in the frame: what is positive and spans a factor of 3 is taken as logarithmic, and
-    what is no number as categorical.
+    The ranges of the experiment are not in the frame: positive values that span a factor of 3 are taken as logarithmic, and
+    values that are not numbers as categorical.
     """
     space: dict[str, BaseDistribution] = {}
     for name in hyperparameters(trials):
@@ -140,12 +141,12 @@ def search_space(trials: pd.DataFrame) -> dict[str, BaseDistribution]:
 
 
 def as_losses(trials: pd.DataFrame, maximize: bool) -> pd.DataFrame:
-    """Return a copy of the trials with values of which less is better: a metric to be maximized is negated."""
+    """Return a copy of the trials with values to minimize: a metric to maximize is negated."""
     return trials.assign(value=-trials["value"]) if maximize else trials.copy()
 
 
 def study_of(trials: pd.DataFrame, values: pd.Series) -> optuna.Study:
-    """Return a study in memory with every trial under its own number; those without a value in ``values`` have failed."""
+    """Return an in-memory study with the trials in the order of their numbers; those without a value in ``values`` are FAIL."""
     space = search_space(trials)
     columns: dict[str, Any] = {}
     for name in space:
@@ -153,13 +154,13 @@ def study_of(trials: pd.DataFrame, values: pd.Series) -> optuna.Study:
         columns[name] = trials[name].astype("string") if numbers is None else numbers
     made = []
     for index in trials.sort_values("number").index:
-        there = {name: column[index] for name, column in columns.items() if not pd.isna(column[index])}
+        params = {name: column[index] for name, column in columns.items() if not pd.isna(column[index])}
         ended = not pd.isna(values[index])
         trial = optuna.trial.create_trial(
             state=TrialState.COMPLETE if ended else TrialState.FAIL,
             value=float(values[index]) if ended else None,
-            params={name: value if isinstance(value, str) else float(value) for name, value in there.items()},
-            distributions={name: space[name] for name in there},
+            params={name: value if isinstance(value, str) else float(value) for name, value in params.items()},
+            distributions={name: space[name] for name in params},
         )
         made.append(trial)
     with _silent():
@@ -169,14 +170,17 @@ def study_of(trials: pd.DataFrame, values: pd.Series) -> optuna.Study:
 
 
 def _numbers(column: pd.Series) -> pd.Series | None:
-    """The column as floats, if that is what it holds; read back from CSV or fresh, the answer is the same."""
+    """Return the column as floats, or None if a value is not a number.
+
+    The result is the same for a new frame and for one read from CSV.
+    """
     numbers = pd.to_numeric(column.astype("string"), errors="coerce")
     return None if (numbers.isna() & column.notna()).any() else numbers.astype("float64")
 
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """Keep Optuna from announcing the study; the caller's verbosity comes back."""
+    """Keep Optuna from logging the creation of the study, and restore the caller's verbosity afterwards."""
     before = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:

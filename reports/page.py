@@ -1,4 +1,4 @@
-"""The report of a run: one self-contained HTML file with its data as links, and the figures as PNG beside it."""
+"""Write the report of a run: one self-contained HTML file with its data as download links, and the figures as PNG files."""
 
 from __future__ import annotations
 
@@ -39,20 +39,20 @@ from mutransfer.schemas import OPTIMA, varying
 __all__ = ["BUDGET", "Download", "download", "downloads", "write_report"]
 
 LARGEST_PLAIN = 200_000
-BUDGET = 1_400_000  # characters of all links together: a page of 3 MB has to hold the figures and tables as well
+BUDGET = 1_400_000  # total characters of all links: a page of 3 MB has to hold the figures and tables as well
 KINDS = {"csv": "text/csv;charset=utf-8", "json": "application/json", "yaml": "text/yaml;charset=utf-8"}
 
 
 @dataclass(frozen=True)
 class Download:
-    """A file's name and the ``data:`` URI that holds it; an empty one for a file too large for the page."""
+    """Name of a file and the ``data:`` URI with its content; the URI is empty if the file is too large for the page."""
 
     name: str
     uri: str
 
 
 def download(name: str, content: str) -> Download:
-    """Return ``content`` as a link; a long one is compressed, and its name says so."""
+    """Return ``content`` as a link; long content is compressed with gzip, and ``.gz`` is appended to its name."""
     raw, kind = content.encode(), KINDS[name.rpartition(".")[2]]
     if len(raw) > LARGEST_PLAIN:
         raw, name, kind = gzip.compress(raw, mtime=0), f"{name}.gz", "application/gzip"
@@ -60,9 +60,10 @@ def download(name: str, content: str) -> Download:
 
 
 def downloads(files: dict[str, str], budget: int = BUDGET) -> list[Download]:
-    """Return a link per file (name → content) in the order given, the small ones first to get a place in the page.
+    """Return one link per file (name → content), in the given order.
 
-    A file that does not fit any more has an empty link: it lies in the run folder.
+    The smallest files are embedded first. A file that no longer fits the ``budget`` gets an empty link, and is found in the run
+    folder only.
     """
     made = {name: download(name, content) for name, content in files.items()}
     for name in sorted(made, key=lambda name: len(made[name].uri)):
@@ -77,15 +78,15 @@ HERE = Path(__file__).parent
 
 
 def write_report(folder: str | os.PathLike[str]) -> Path:
-    """Write ``report.html`` and ``plots/*.png`` into a run folder from what is there; return the page's path.
+    """Write ``report.html`` and ``plots/*.png`` into a run folder and return the path of the page.
 
-    Read are coordinates.csv, basins.csv, trials.csv, experiment.yaml, best.json, target.json, environment.json, verify.json,
-    repeats.csv and check.json. The page says in one line what is missing and which command makes it, and of what is unfinished
-    how much is done; nothing is concluded from a part.
+    Reads coordinates.csv, basins.csv, trials.csv, experiment.yaml, best.json, target.json, environment.json, verify.json,
+    repeats.csv and check.json, if they exist. For each missing part the page says in one line what is missing and which
+    command creates it. For an unfinished command it says how much is done, and draws no conclusions from partial results.
 
     Raises:
-        RequestError: no such folder, none of these files in it, a file that does not hold what its name says, or a
-            disk that is full.
+        RequestError: if the folder does not exist, contains none of these files or a file whose content does not match its
+            name, or the disk is full.
     """
     run = RunContents.read(Path(folder))
     verdict, optima, notes = _analysed(run)
@@ -93,7 +94,7 @@ def write_report(folder: str | os.PathLike[str]) -> Path:
     figures = _figures(run, slopes, optima, notes)
     for name, figure in figures.items():
         figure.save(run.path / "plots" / f"{name}.png")
-    for name in FIGURES - figures.keys():  # of an earlier report
+    for name in FIGURES - figures.keys():  # left over from an earlier report
         (run.path / "plots" / f"{name}.png").unlink(missing_ok=True)
     made = {"slopes": slopes, "optima": optima, "parameters": run.parameters}
     for name, rows in made.items():
@@ -107,7 +108,7 @@ def write_report(folder: str | os.PathLike[str]) -> Path:
 def _analysed(run: RunContents) -> tuple[Any | None, pd.DataFrame | None, dict[str, str]]:
     """Return the coordinate check's verdict, the optima, and sentences on what could not be computed.
 
-    Both need scipy and the core; a report of trials alone imports neither.
+    Verdict and optima need scipy and the core, which a report on trials alone does not import.
     """
     verdict, optima, notes = None, None, {}
     if run.coordinates is not None:
@@ -117,7 +118,7 @@ def _analysed(run: RunContents) -> tuple[Any | None, pd.DataFrame | None, dict[s
             verdict = judge(run.coordinates[run.coordinates["parametrization"] == run.checked])
         except RequestError as error:
             notes["coordinates"] = f"No slopes from coordinates.csv: {error}"
-    if run.basins is not None and run.verify.get("verdict"):  # before there is one, an optimum may still move
+    if run.basins is not None and run.verify.get("verdict"):  # without a verdict the optima may still move
         from mutransfer.basins import REGRET_LIMIT
         from mutransfer.basins import optima as fit
 
@@ -136,7 +137,7 @@ def _analysed(run: RunContents) -> tuple[Any | None, pd.DataFrame | None, dict[s
 def _figures(
     run: RunContents, slopes: pd.DataFrame | None, optima: pd.DataFrame | None, notes: dict[str, str]
 ) -> dict[str, ReportFigure]:
-    """Return the figures that can be drawn; ``notes`` gets a sentence for each that cannot though its file is there."""
+    """Return the figures that can be drawn; add a sentence to ``notes`` for each that cannot although its file exists."""
     wanted: dict[str, Callable[[], ReportFigure]] = {}
     basins = run.judged_basins
     if basins is not None and len(basins):
@@ -176,9 +177,9 @@ def _render(
 ) -> str:
     slopes = None if verdict is None else verdict.slopes
     found = findings(run, verdict)
-    # What was not verified then may be by now: the findings say what is true today.
-    then = set((run.target.get("provenance") or {}).get("unproven") or ())
-    warnings = [str(warning) for warning in run.target.get("warnings") or [] if warning not in then]
+    # Leave out warnings about missing verification: it may have been done since, and the findings show the current state.
+    unproven = set((run.target.get("provenance") or {}).get("unproven") or ())
+    warnings = [str(warning) for warning in run.target.get("warnings") or [] if warning not in unproven]
     script = (HERE / "report.js").read_text(encoding="utf-8")
     compared = run.verify.get("comparison") or []
     environment = Environment(
@@ -211,10 +212,10 @@ def _render(
 
 
 def _files(run: RunContents, slopes: pd.DataFrame | None, optima: pd.DataFrame | None) -> dict[str, str]:
-    """Return what the page offers for download: every frame as CSV, and the run's own files."""
+    """Return the files that the page offers for download: every frame as CSV, and the files of the run folder."""
     frames = {"coordinates": run.coordinates, "slopes": slopes, "basins": run.basins, "optima": optima}
     frames |= {"trials": run.trials, "parameters": run.parameters}
     files = {f"{name}.csv": rows.to_csv(index=False) for name, rows in frames.items() if rows is not None}
-    own = ["experiment.yaml", *(f"{name}.json" for name in ("best", "target", "verify", "check", "environment"))]
-    present = [name for name in own if (run.path / name).is_file()]
+    names = ["experiment.yaml", *(f"{name}.json" for name in ("best", "target", "verify", "check", "environment"))]
+    present = [name for name in names if (run.path / name).is_file()]
     return files | {name: (run.path / name).read_text(encoding="utf-8") for name in present}

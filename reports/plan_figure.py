@@ -1,4 +1,4 @@
-"""The plan as a figure: for every role, how each setting at the target differs from the base model's."""
+"""Figure of the plan: how each setting at the target differs from the base model's, for every role."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ ROLES = ("input", "vector", "hidden", "output", "bottleneck", "finite")
 
 @dataclass(frozen=True, eq=False)
 class PlanFigure(ReportFigure):
-    """Role × setting, from the settings per parameter (schema PARAMETERS): the factor on the base model's value.
+    """Grid of role × setting with the factor on the base model's value, from the settings per parameter (schema PARAMETERS).
 
     Raises:
-        RequestError: the frame lacks a column, or holds no parameter.
+        RequestError: if the frame lacks a column, or has no parameter.
     """
 
     parameters: pd.DataFrame
@@ -43,16 +43,16 @@ class PlanFigure(ReportFigure):
         object.__setattr__(self, "parameters", PARAMETERS.frame(self.parameters))
         if self.parameters.empty:
             raise RequestError(
-                "the parameters frame is empty, there is no plan to draw: run `mutransfer transfer RUN`."
+                "the parameters frame is empty, so there is no plan to draw: run `mutransfer transfer RUN`."
             )
 
     def frame(self) -> pd.DataFrame:
-        """Return the settings: one row per parameter (schema PARAMETERS)."""
+        """Return the settings, one row per parameter (schema PARAMETERS)."""
         return self.parameters.copy()
 
     @property
     def cells(self) -> pd.DataFrame:
-        """Return one row per role and setting: its smallest and largest factor, missing where no parameter has one."""
+        """One row per role and setting, with its smallest and largest factor; NaN where no parameter has a factor."""
         roles = self.parameters["role"].unique()
         ordered = [role for role in ROLES if role in roles] + sorted(set(roles) - set(ROLES))
         rows = []
@@ -68,14 +68,14 @@ class PlanFigure(ReportFigure):
     def caption(self) -> str:
         """How to read the figure."""
         return (
-            "Each cell is the factor from the base model's value to the target's: 2⁻⁴ is a sixteenth of it, 1 leaves it alone. "
-            "Two numbers are the ends of a range, where the parameters of one role grow differently. Blue (hatched ╱) is "
-            "smaller than at the base, orange (hatched ╲) larger, the stronger the further. Dashes: constants have no "
-            "initial spread, and some optimizers no epsilon. The table below has every parameter."
+            "Each cell is the factor from the base model's value to the target's: 2⁻⁴ is a sixteenth of it, 1 is no change. "
+            "Two numbers are the ends of a range if the parameters of one role grow differently. Blue (hatched ╱) is "
+            "smaller than at the base, orange (hatched ╲) larger, and the colour is stronger further from 1. Dashes: constants "
+            "have no initial spread, and some optimizers have no epsilon. The table below lists every parameter."
         )
 
     def draw(self) -> Figure:
-        """Return the drawing."""
+        """Return the figure."""
         cells = self.cells
         roles = list(dict.fromkeys(cells["role"]))
         low, high = (np.log2(cells[end].where(cells[end] > 0)) for end in ("low", "high"))
@@ -98,13 +98,13 @@ class PlanFigure(ReportFigure):
             axes.set_yticks([y + 0.5 for y in range(len(roles))], labels)
             literal(axes.get_yticklabels())
             axes.set_xlabel(
-                "target's value / base model's; parameters of each role in brackets", fontsize=8, color=GREY
+                "target's value / base model's value; parameters per role in brackets", fontsize=8, color=GREY
             )
         return figure
 
 
 def _cell(axes: Axes, column: int, row: int, low: float, high: float, cell: pd.Series, reach: float) -> None:
-    """Draw one cell: colour and hatch by the middle of log2 of the factor, the factor itself in words."""
+    """Draw one cell: colour and hatch show the middle of the factors' log2, and the text gives the factor or its range."""
     x, y, edge = [column + 0.03, column + 0.97], [row + 0.06] * 2, [row + 0.94] * 2
     middle = (low + high) / 2
     shade: Any = "#f3f4f6"
@@ -114,7 +114,7 @@ def _cell(axes: Axes, column: int, row: int, low: float, high: float, cell: pd.S
         hatch = "///" if middle < -0.01 else "\\\\\\" if middle > 0.01 else None
     axes.fill_between(x, y, edge, facecolor=shade, hatch=hatch, edgecolor="#ffffff59", linewidth=0, gid="cell")
     dark = abs(middle) > 0.55 * reach
-    paper = {"facecolor": shade, "linewidth": 0, "pad": 1.5}  # the hatch does not run through the exponent
+    paper = {"facecolor": shade, "linewidth": 0, "pad": 1.5}  # keeps the hatch from running through the exponent
     style: dict[str, Any] = {"ha": "center", "va": "center", "color": "white" if dark else INK, "bbox": paper}
     if math.isnan(cell["low"]):
         axes.text(column + 0.5, row + 0.5, "–", **{**style, "color": GREY})
@@ -128,7 +128,7 @@ def _cell(axes: Axes, column: int, row: int, low: float, high: float, cell: pd.S
 
 
 def _factor(value: float) -> str:
-    """Return "1", "2⁻⁴" or "2⁻²·⁵"; "0" for none."""
+    """Return "1", "2⁻⁴" or "2⁻²·⁵"; "0" for a factor of 0."""
     if value <= 0 or not math.isfinite(value):
         return number(float(value))
     exponent = math.log2(value)

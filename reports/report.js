@@ -6,7 +6,7 @@ function key(row, column) {
   return cell.dataset.key ?? cell.textContent;
 }
 
-// Empty cells last; numbers by size, when both are; otherwise by letters, with 2 before 10.
+// Sort empty cells last, two numbers by value, and everything else as text, with 2 before 10.
 function compare(a, b, direction) {
   if (a === "" || b === "") return (a === "") - (b === "");
   const difference = Number(a) - Number(b);

@@ -1,4 +1,4 @@
-"""Figures of a search: its history, loss against each hyperparameter, parallel coordinates, and importances, by Optuna."""
+"""Figures of a search: its history and, drawn by Optuna, slices, parallel coordinates and hyperparameter importances."""
 
 from __future__ import annotations
 
@@ -52,10 +52,10 @@ FINISHED = ("COMPLETE", "PRUNED", "FAIL")
 
 @dataclass(frozen=True, eq=False)
 class HistoryFigure(ReportFigure):
-    """Trials of a study (schema TRIALS) in the order of their numbers.
+    """History of a search: the trials of a study (schema TRIALS) in the order of their numbers.
 
     Raises:
-        RequestError: the frame lacks a column, or no trial has finished.
+        RequestError: if the frame lacks a column, or no trial has finished.
     """
 
     trials: pd.DataFrame
@@ -65,10 +65,12 @@ class HistoryFigure(ReportFigure):
     def __post_init__(self) -> None:
         object.__setattr__(self, "trials", TRIALS.frame(self.trials))
         if not self.trials["state"].isin(FINISHED).any():
-            raise RequestError("no trial has finished yet: run `mutransfer tune EXPERIMENT.yaml` on.")
+            raise RequestError(
+                "no trial has finished yet: run `mutransfer tune EXPERIMENT.yaml` to continue the search."
+            )
 
     def frame(self) -> pd.DataFrame:
-        """Return the trials: one row each (schema TRIALS, hyperparameters behind)."""
+        """Return the trials, one row each (schema TRIALS, followed by the hyperparameters)."""
         return self.trials.copy()
 
     @property
@@ -76,27 +78,27 @@ class HistoryFigure(ReportFigure):
         """How to read the figure."""
         running = int((~self.trials["state"].isin(FINISHED)).sum())
         cut = int((self.trials["state"].eq("FAIL") & self.trials["steps"].isna()).sum())
-        counts = {"not finished yet": running, "interrupted and done again": cut}
-        said = " and ".join(f"{count} {what}" for what, count in counts.items() if count)
-        left_out = f" Not drawn: {said}." if said else ""
+        counts = {"not finished yet": running, "interrupted and retried": cut}
+        hidden = " and ".join(f"{count} {what}" for what, count in counts.items() if count)
+        left_out = f" Not drawn: {hidden}." if hidden else ""
         return (
-            "Each mark is one trial on the proxy, placed where its compute ends. The line is the best loss so far; the "
-            "dotted line is the default recipe (trial 0), so the gap between the two is what the search has gained. "
-            "Hollow triangles were pruned (stopped early, at their last loss), × along the top diverged or failed."
-            + left_out
+            "Each mark is one trial on the proxy, placed at the total compute when it ended. The line is the best loss so far; "
+            "the dotted line is the default recipe (trial 0), so the gap between the two is the gain of the search. "
+            "Hollow triangles are pruned trials (stopped early, at their last loss); × along the top are trials that diverged or "
+            "failed." + left_out
         )
 
     def draw(self) -> Figure:
-        """Return the drawing."""
-        there = self.trials["state"].isin(FINISHED) & ~(self.trials["state"].eq("FAIL") & self.trials["steps"].isna())
-        rows = self.trials[there].sort_values("number")
-        # An interrupted trial has failed and noted no compute; the others' places do not depend on it.
+        """Return the figure."""
+        drawn = self.trials["state"].isin(FINISHED) & ~(self.trials["state"].eq("FAIL") & self.trials["steps"].isna())
+        rows = self.trials[drawn].sort_values("number")
+        # A failed trial may have no compute recorded; count it as 0, so that it does not affect where the others are drawn.
         rows = rows.assign(flops=rows["flops"].where(rows["state"].ne("FAIL"), rows["flops"].fillna(0.0)))
         compute = rows["flops"].notna().all() and rows["flops"].sum() > 0
         power = math.floor(math.log10(rows["flops"].sum())) if compute else 0
         rows = rows.assign(x=rows["flops"].cumsum() / 10**power if compute else rows["number"])
-        lost = rows["diverged"].fillna(False) | rows["value"].isna() | rows["state"].eq("FAIL")
-        full, pruned = rows[rows["state"].eq("COMPLETE") & ~lost], rows[rows["state"].eq("PRUNED") & ~lost]
+        bad = rows["diverged"].fillna(False) | rows["value"].isna() | rows["state"].eq("FAIL")
+        full, pruned = rows[rows["state"].eq("COMPLETE") & ~bad], rows[rows["state"].eq("PRUNED") & ~bad]
         with styled():
             figure = Figure(figsize=(7.6, 3.5), layout="constrained")
             axes = figure.subplots()
@@ -113,7 +115,7 @@ class HistoryFigure(ReportFigure):
                 "gid": "lost",
                 "markersize": 5,
             }
-            axes.plot(rows["x"][lost], [0.965] * lost.sum(), "x", label="diverged or failed", **top)
+            axes.plot(rows["x"][bad], [0.965] * bad.sum(), "x", label="diverged or failed", **top)
             if len(full):
                 _best(axes, full, float(rows["x"].max()), self.maximize)
             default = full[full["number"] == 0]
@@ -131,7 +133,7 @@ class HistoryFigure(ReportFigure):
 
 
 def _scale(axes: Axes, values: pd.Series) -> None:
-    """Set the y axis around all losses, with room on top for the crosses."""
+    """Set the y axis to cover all losses, with room at the top for the crosses."""
     if values.empty:
         return
     low, high = float(values.min()), float(values.max())
@@ -143,7 +145,7 @@ def _scale(axes: Axes, values: pd.Series) -> None:
 
 
 def _best(axes: Axes, full: pd.DataFrame, end: float, maximize: bool) -> None:
-    """Draw the best loss so far as steps, and name the trial that reached it."""
+    """Draw the best loss so far as a step function, and label the trial that reached it."""
     best = full["value"].cummax() if maximize else full["value"].cummin()
     x, y = [*full["x"], end], [*best, best.iloc[-1]]
     axes.step(x, y, where="post", color=INK, linewidth=1.8, label="best so far", gid="best")
@@ -157,15 +159,15 @@ def _best(axes: Axes, full: pd.DataFrame, end: float, maximize: bool) -> None:
 
 
 MOST_PANELS = 8
-HEADROOM = 0.1  # of the height, for the crosses
+HEADROOM = 0.1  # fraction of the height, reserved for the crosses
 
 
 @dataclass(frozen=True, eq=False)
 class SliceFigure(ReportFigure):
-    """`optuna.visualization.matplotlib.plot_slice` of the complete trials (schema TRIALS), with the diverged ones on top.
+    """`optuna.visualization.matplotlib.plot_slice` of the complete trials (schema TRIALS), with diverged ones along the top.
 
     Raises:
-        RequestError: the frame lacks a column, or there is too little to compare.
+        RequestError: if the frame lacks a column, or there are too few trials or hyperparameters to compare.
     """
 
     trials: pd.DataFrame
@@ -176,7 +178,7 @@ class SliceFigure(ReportFigure):
         object.__setattr__(self, "trials", as_losses(drawable(self.trials), self.maximize))
 
     def frame(self) -> pd.DataFrame:
-        """Return the trials: one row each (schema TRIALS, hyperparameters behind)."""
+        """Return the trials, one row each (schema TRIALS, followed by the hyperparameters)."""
         return as_losses(self.trials, self.maximize)
 
     @property
@@ -189,19 +191,19 @@ class SliceFigure(ReportFigure):
         """How to read the figure, and what it leaves out."""
         pruned = int((self.trials["state"].eq("PRUNED") & ~is_lost(self.trials)).sum())
         text = (
-            "Each dot is one complete trial, the later the darker; the ring is the best. × along the top are trials that "
+            "Each dot is one complete trial, darker for later trials; the ring is the best. × along the top are trials that "
             "diverged or failed, at the value that they tried; triangles below them had a loss off the scale. All other "
-            "hyperparameters vary as well, so what counts is the lower edge of the cloud: a bottom inside the range is an "
-            "optimum, one at its end asks for a wider range."
+            "hyperparameters vary as well, so look at the lower edge of the cloud: a minimum inside the range is an optimum, "
+            "one at the end of the range calls for a wider range."
         )
         text += f" Not drawn: {counted(pruned, 'pruned trial')}." if pruned else ""
         hidden = len(hyperparameters(self.trials)) - len(self.names)
         return text + (f" In the CSV only: {counted(hidden, 'more hyperparameter')}." if hidden else "")
 
     def draw(self) -> Figure:
-        """Return the drawing."""
-        lost = is_lost(self.trials)
-        values = self.trials["value"].where(self.trials["state"].eq("COMPLETE") & ~lost)
+        """Return the figure."""
+        bad = is_lost(self.trials)
+        values = self.trials["value"].where(self.trials["state"].eq("COMPLETE") & ~bad)
         shown = self.trials[
             [column for column in self.trials if column not in hyperparameters(self.trials)] + self.names
         ]
@@ -218,12 +220,12 @@ class SliceFigure(ReportFigure):
             best = self.trials.loc[values.idxmin()]
             for axes, name in zip(panels, self.names, strict=True):
                 self._panel(axes, name, best)
-                self._on_top(axes, name, self.trials[lost], "x", 1 - 0.4 * HEADROOM, "lost")
+                self._on_top(axes, name, self.trials[bad], "x", 1 - 0.4 * HEADROOM, "lost")
                 self._on_top(axes, name, beyond, "^", 1 - 0.9 * HEADROOM, "beyond")
         return figure
 
     def _panel(self, axes: Axes, name: str, best: pd.Series) -> None:
-        """Restyle one of Optuna's panels, and mark the best trial in it."""
+        """Restyle one of Optuna's panels and mark the best trial in it."""
         axes.collections[0].set(cmap=ORDER, sizes=[20], edgecolor="white", linewidth=0.4, alpha=0.9, gid="complete")
         axes.set_title("")
         axes.set_xlabel(plain(name, 22), parse_math=False)
@@ -243,14 +245,14 @@ class SliceFigure(ReportFigure):
         axes.plot(at, [best["value"]] * len(at), "o", markersize=10, mfc="none", color=INK, gid="best")
 
     def _on_top(self, axes: Axes, name: str, trials: pd.DataFrame, mark: str, height: float, gid: str) -> None:
-        """Mark trials that have no place at their loss, at ``height`` (a fraction of the panel)."""
+        """Mark trials that cannot be drawn at their loss, at ``height`` (a fraction of the panel)."""
         x = _places(axes, trials[name])
         style: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "color": colour("sp"), "markersize": 4.5}
         axes.plot(x, [height] * len(x), mark, mfc="none", gid=gid, **style)
 
 
 def _height(axes: Axes, values: pd.Series) -> None:
-    """Set the y axis around the losses that are shown, with room on top for what has no place there."""
+    """Set the y axis to cover the losses that are shown, with room at the top for trials that cannot be drawn at theirs."""
     low, high = float(values.min()), float(values.max())
     if log_loss(axes, values, ratio=2.5):
         axes.set_ylim(low / (high / low) ** 0.07, high * (high / low) ** (0.04 + 1.3 * HEADROOM))
@@ -260,26 +262,29 @@ def _height(axes: Axes, values: pd.Series) -> None:
 
 
 def _places(axes: Axes, values: Iterable[Any]) -> list[float]:
-    """Where values lie on the x axis: Optuna writes categories as their ``repr``, and a new one gets the next place."""
-    there = [value for value in values if not pd.isna(value)]
+    """Return the positions of values on the x axis.
+
+    Optuna draws categories by their ``repr``, and a category that is not on the axis yet gets the next position.
+    """
+    known = [value for value in values if not pd.isna(value)]
     if not axes.xaxis.have_units():
-        return [float(value) for value in there]
-    return [float(axes.xaxis.convert_units(repr(str(value)))) for value in there]
+        return [float(value) for value in known]
+    return [float(axes.xaxis.convert_units(repr(str(value)))) for value in known]
 
 
 MOST_AXES = 8
-SHELF = 0.08  # of the loss axis, above what is shown: where diverged trials lie
+SHELF = 0.08  # height at which diverged trials are drawn above the shown losses, as a fraction of the loss axis
 
 
 @dataclass(frozen=True, eq=False)
 class ParallelFigure(ReportFigure):
     """`optuna.visualization.matplotlib.plot_parallel_coordinate` of the complete trials and the diverged ones.
 
-    Losses beyond Tukey's fence (the upper quartile and 1.5 times the quartiles' distance) are drawn at it: one bad trial
-    would press all others into a line. Diverged trials lie on a shelf above.
+    Losses above Tukey's fence (the upper quartile plus 1.5 times the interquartile range) are drawn at the fence, because one
+    bad trial would compress all others into a line. Diverged trials are drawn above the fence.
 
     Raises:
-        RequestError: the frame lacks a column, or fewer than two hyperparameters vary.
+        RequestError: if the frame lacks a column, or fewer than two hyperparameters vary.
     """
 
     trials: pd.DataFrame
@@ -289,10 +294,12 @@ class ParallelFigure(ReportFigure):
     def __post_init__(self) -> None:
         object.__setattr__(self, "trials", as_losses(drawable(self.trials), self.maximize))
         if len(hyperparameters(self.trials)) < 2:
-            raise RequestError("one hyperparameter took more than one value, and lines between axes need at least two.")
+            raise RequestError(
+                "only one hyperparameter took more than one value, and parallel coordinates need at least two."
+            )
 
     def frame(self) -> pd.DataFrame:
-        """Return the trials: one row each (schema TRIALS, hyperparameters behind)."""
+        """Return the trials, one row each (schema TRIALS, followed by the hyperparameters)."""
         return as_losses(self.trials, self.maximize)
 
     @property
@@ -302,20 +309,21 @@ class ParallelFigure(ReportFigure):
 
     @property
     def clipped(self) -> tuple[pd.Series, float, int]:
-        """Return the height of every trial that is drawn, the fence, and how many finite losses lie beyond it."""
-        lost = is_lost(self.trials)
-        values = self.trials["value"].where(self.trials["state"].eq("COMPLETE") & ~lost)
+        """The height at which each trial is drawn, the fence, and the number of finite losses above the fence."""
+        bad = is_lost(self.trials)
+        values = self.trials["value"].where(self.trials["state"].eq("COMPLETE") & ~bad)
         fence, low = fence_of(values), float(values.min())
         shelf = fence + SHELF * ((fence - low) or abs(fence) or 1.0)
-        return values.clip(upper=fence).mask(lost, shelf), fence, int((values > fence).sum())
+        return values.clip(upper=fence).mask(bad, shelf), fence, int((values > fence).sum())
 
     @property
     def caption(self) -> str:
         """How to read the figure, and what it leaves out."""
         _, fence, beyond = self.clipped
         text = (
-            "Each line is one trial, from its loss on the left through the values that it tried; dark is good. Where dark "
-            "lines cross an axis in a bundle, that value matters; where they spread over all of it, it does not."
+            "Each line is one trial, from its loss on the left through the values that it tried; darker lines have a lower loss. "
+            "Where dark lines cross an axis in a bundle, that hyperparameter matters; where they spread over the whole axis, it "
+            "does not."
         )
         if beyond:
             text += f" Drawn at the height of {number(fence)}: {counted(beyond, 'trial')} with a larger loss."
@@ -325,10 +333,10 @@ class ParallelFigure(ReportFigure):
         return text + (f" In the CSV only: {counted(hidden, 'more hyperparameter')}." if hidden else "")
 
     def draw(self) -> Figure:
-        """Return the drawing."""
+        """Return the figure."""
         heights, fence, beyond = self.clipped
         space, gone = search_space(self.trials), is_lost(self.trials).any()
-        # The best are drawn last, on top of the others.
+        # The best trials are drawn last, on top of the others.
         ranked = self.trials.assign(number=heights.rank(ascending=False, method="first", na_option="top").astype(int))
         with styled():
             figure = plotted("plot_parallel_coordinate", study_of(ranked, heights), params=self.names)
@@ -376,29 +384,29 @@ class ParallelFigure(ReportFigure):
 
 
 def _restyle(lines: LineCollection, fence: float) -> None:
-    """Set colours by loss, dark for low and the best quarter strong; dashes in another colour for lines from the shelf."""
+    """Colour the lines by loss, darker for lower, with a stronger best quarter; diverged trials are dashed in another colour."""
     starts = np.array([segment[0, 1] for segment in lines.get_segments()])
-    lost = starts > fence
-    best = starts <= np.quantile(starts[~lost], 0.25)
-    crowd = min(1.0, 60 / len(starts))  # many lines have to be faint, or they hide each other
+    bad = starts > fence
+    best = starts <= np.quantile(starts[~bad], 0.25)
+    crowd = min(1.0, 60 / len(starts))  # when there are many lines they have to be faint, or they hide each other
     shades = ORDER.reversed().with_extremes(over=colour("sp"))
     lines.set(cmap=shades, clim=(float(starts.min()), fence), gid="trials")
     lines.set_alpha(np.where(best, 0.6 + 0.3 * crowd, 0.25 + 0.5 * crowd).tolist())
     lines.set_linewidth(np.where(best, 1.4, 0.9).tolist())
-    lines.set_linestyle([(0, (3, 2)) if gone else "-" for gone in lost])
+    lines.set_linestyle([(0, (3, 2)) if dashed else "-" for dashed in bad])
 
 
-FEWEST = 20  # complete trials: the best tenth has to be more than one
+FEWEST = 20  # minimum number of complete trials: the best tenth has to be more than one trial
 
 
 @dataclass(frozen=True, eq=False)
 class ImportanceFigure(ReportFigure):
     """`optuna.visualization.matplotlib.plot_param_importances` of the trials (schema TRIALS) that ended with a loss.
 
-    Optuna's default evaluator, PED-ANOVA (2304.10255). It knows no diverged trials: those are counted in the caption.
+    Uses Optuna's default evaluator, PED-ANOVA (2304.10255). It ignores diverged trials, so the caption gives their number.
 
     Raises:
-        RequestError: the frame lacks a column, or there are too few trials or hyperparameters to rank.
+        RequestError: if the frame lacks a column, or there are too few trials or hyperparameters to rank.
     """
 
     trials: pd.DataFrame
@@ -410,8 +418,8 @@ class ImportanceFigure(ReportFigure):
         losses, count = self.trials["value"][self._complete], len(hyperparameters(self.trials))
         if len(losses) < FEWEST or count < 2 or losses.nunique() < 2:
             raise RequestError(
-                f"{len(losses)} complete trials with {losses.nunique()} different losses over {count} hyperparameters tell no "
-                f"importances (at least {FEWEST}, 2 and 2): run `mutransfer tune EXPERIMENT.yaml` on."
+                f"{len(losses)} complete trials with {losses.nunique()} different losses over {count} hyperparameters are too "
+                f"few for importances (at least {FEWEST}, 2 and 2): run `mutransfer tune EXPERIMENT.yaml` to continue the search."
             )
 
     @property
@@ -419,23 +427,23 @@ class ImportanceFigure(ReportFigure):
         return self.trials["state"].eq("COMPLETE") & ~is_lost(self.trials)
 
     def frame(self) -> pd.DataFrame:
-        """Return the trials: one row each (schema TRIALS, hyperparameters behind)."""
+        """Return the trials, one row each (schema TRIALS, followed by the hyperparameters)."""
         return as_losses(self.trials, self.maximize)
 
     @property
     def caption(self) -> str:
         """How to read the figure."""
-        lost = int(is_lost(self.trials).sum())
+        bad = int(is_lost(self.trials).sum())
         return (
-            "How much more tightly a hyperparameter's values lie among the best tenth of the trials than among all, as a "
-            f"share of the sum (PED-ANOVA, Optuna's default), over {self._complete.sum()} complete trials"
-            + (f"; {lost} that diverged or failed are not in it, see the crosses above" if lost else "")
-            + ". A guide to what to search next and not a measurement: with fewer than a hundred trials the order of "
-            "neighbours is chance, and a hyperparameter whose whole range is good looks unimportant."
+            "How much more concentrated a hyperparameter's values are among the best tenth of the trials than among all trials, "
+            f"as a share of the sum (PED-ANOVA, Optuna's default), over {self._complete.sum()} complete trials"
+            + (f"; {bad} that diverged or failed are left out, see the crosses above" if bad else "")
+            + ". This is a guide to what to search next, not a measurement: with fewer than a hundred trials the order of "
+            "neighbours is a matter of chance, and a hyperparameter whose whole range is good looks unimportant."
         )
 
     def draw(self) -> Figure:
-        """Return the drawing."""
+        """Return the figure."""
         study = study_of(self.trials, self.trials["value"].where(self._complete))
         with styled():
             figure = plotted("plot_param_importances", study)
@@ -460,7 +468,7 @@ class ImportanceFigure(ReportFigure):
 
 
 def _format_share(label: Text) -> None:
-    """Set a bar's number a little off the bar's end, as a percentage."""
+    """Format the label of a bar as a percentage, slightly off the end of the bar."""
     share = label.get_text()
     text = f"{float(share):.0%}" if share[:1].isdigit() else "under 1%"
     label.set(text=f" {text}", fontsize=8.5)

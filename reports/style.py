@@ -1,4 +1,4 @@
-"""The look of every figure: colours, the style file without global state, and how numbers and names are written."""
+"""Visual style of all figures: colours, the style file (applied without global state), and formats of numbers and names."""
 
 from __future__ import annotations
 
@@ -60,17 +60,17 @@ POWERS = str.maketrans("-.0123456789", "⁻·⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def label(parametrization: str) -> str:
-    """Return the name papers use for a parametrization ("mup" → "µP")."""
+    """Return the name that papers use for a parametrization ("mup" → "µP")."""
     return SHORT.get(parametrization, parametrization)
 
 
 def long_label(parametrization: str) -> str:
-    """Return the short name with its long one behind, where there is one."""
+    """Return the short name, followed by the long one if there is one."""
     return f"{label(parametrization)}, {LONG[parametrization]}" if parametrization in LONG else label(parametrization)
 
 
 def ordered(parametrizations: list[str]) -> list[str]:
-    """Return the names once each, the standard parametrization first: what is fixed stands right of what was wrong."""
+    """Return the distinct names, with the standard parametrization first so that the others are drawn to its right."""
     return sorted(dict.fromkeys(parametrizations), key=lambda name: name != "sp")
 
 
@@ -81,7 +81,7 @@ def signed(value: float, digits: int = 2) -> str:
 
 
 def interval(value: float, low: float, high: float, digits: int = 2) -> str:
-    """Return "+0.50 [+0.41, +0.60]", or the value alone when no interval is known; "–" for no value."""
+    """Return "+0.50 [+0.41, +0.60]", or the value alone if no interval is known; "–" if there is no value."""
     if not math.isfinite(value):
         return "–"
     if math.isnan(low) or math.isnan(high):
@@ -90,13 +90,13 @@ def interval(value: float, low: float, high: float, digits: int = 2) -> str:
 
 
 def percent(value: float, low: float = math.nan, high: float = math.nan) -> str:
-    """Return a fraction and its interval in percent."""
+    """Return a fraction and its interval as percentages."""
     text = interval(100 * value, 100 * low, 100 * high, 1)
     return text if text == "–" else text + "\u00a0%"
 
 
 def regret(value: float, low: float = math.nan, high: float = math.nan) -> str:
-    """Return a difference of losses with its interval, in the loss's own unit; infinite where the run diverged."""
+    """Return a loss difference with its interval, in the unit of the loss; "diverged" if the difference is infinite."""
     if math.isnan(value):
         return "–"
     if math.isinf(value):
@@ -110,7 +110,7 @@ def octaves(value: float, low: float, high: float) -> str:
 
 
 def number(value: object) -> str:
-    """Return a count or a float in few digits; large and small ones as 3.1 × 10¹⁵; what is no number as it is."""
+    """Return a count or a float with few digits, large and small ones as 3.1 × 10¹⁵; other values as plain text."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return "–" if value is None else str(value)
     if not math.isfinite(value):
@@ -132,7 +132,7 @@ def power_of_ten(exponent: int) -> str:
 
 
 def power_of_two(exponent: float) -> str:
-    """Return "2⁻⁷" or "2⁻⁶·⁹⁷"; "–" for no value."""
+    """Return "2⁻⁷" or "2⁻⁶·⁹⁷"; "–" if there is no value."""
     return f"2{f'{round(exponent, 2):g}'.translate(POWERS)}" if math.isfinite(exponent) else "–"
 
 
@@ -142,7 +142,7 @@ def across(widths: list[int]) -> str:
 
 
 def plain(name: str, longest: int = 30) -> str:
-    """Return a user's name so that any font draws it: unknown letters as escapes, the middle of a long one cut out."""
+    """Return a user's name in letters that any font has: others are escaped, and long names are shortened in the middle."""
     text = "".join(c if c.isprintable() else " " for c in name).encode("latin-1", "backslashreplace").decode("latin-1")
     head = longest * 2 // 5
     return text if len(text) <= longest else f"{text[:head]}…{text[head + 1 - longest :]}"
@@ -151,28 +151,28 @@ def plain(name: str, longest: int = 30) -> str:
 INK = "#1f2430"
 GREY = "#7d8390"
 
-# Okabe and Ito's palette: told apart under every common colour vision, and of different lightness where it matters.
+# Okabe and Ito's palette: distinguishable with all common types of colour vision, with different lightness where it matters.
 FIXED = {"mup": "#0072b2", "sp": "#d55e00", "completep": "#009e73", "ntk": "#cc79a7", "umup": "#56b4e9"}
 OTHERS = ("#a6761d", "#5e3c99", "#44616b")
 
-# Viridis without its yellow end, light to dark: what is ordered stays ordered in grey.
+# Viridis without its yellow end, from light to dark: the order remains visible in greyscale.
 ORDER = LinearSegmentedColormap.from_list("order", matplotlib.colormaps["viridis"]([0.84, 0.6, 0.4, 0.22, 0.05]))
-# Blue below, orange above, both darker with the distance: in grey the distance is left, and the sign has to be written.
+# Blue below and orange above, both darker with the distance: greyscale shows only the distance, so write the sign as well.
 DIVERGING = LinearSegmentedColormap.from_list("diverging", ["#084c7c", "#6aa9d6", "#f7f7f7", "#eda268", "#8a3a00"])
 
 
 def styled() -> AbstractContextManager[None]:
-    """Return a context in which matplotlib draws in this package's style; the settings before it come back after it."""
+    """Return a context in which matplotlib uses this package's style; the previous settings are restored on exit."""
     return matplotlib.style.context(Path(__file__).with_name("mutransfer.mplstyle"), after_reset=True)
 
 
 def colour(parametrization: str) -> str:
-    """Return the fixed colour of a parametrization; names without one share a few by their letters' sum."""
+    """Return the fixed colour of a parametrization; other names share a few colours, chosen by the sum of their letters."""
     return FIXED.get(parametrization) or OTHERS[sum(map(ord, parametrization)) % len(OTHERS)]
 
 
 def width_colours(widths: Iterable[int]) -> dict[int, str]:
-    """Return a colour per width, wide is dark: viridis without its yellow end, so lightness alone orders them in grey."""
+    """Return a colour per width, darker for wider: viridis without its yellow end, so that the order shows in greyscale."""
     ordered = sorted(set(widths))
     steps = max(len(ordered) - 1, 1)
     viridis = matplotlib.colormaps["viridis"]
@@ -180,13 +180,13 @@ def width_colours(widths: Iterable[int]) -> dict[int, str]:
 
 
 def lr_axis(axes: Axes, low: float, high: float) -> None:
-    """Label the x axis, in log2 of the learning rate, as powers of two."""
+    """Label an x axis of log2 learning rates with powers of two."""
     axes.xaxis.set_major_locator(MultipleLocator(1 if high - low <= 10 else 2))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"$2^{{{value:g}}}$"))
 
 
 def size_axis(axes: Axes, sizes: Iterable[int]) -> None:
-    """Make the x axis logarithmic with one tick per measured width or depth; crowded ones are thinned, the ends kept."""
+    """Make the x axis logarithmic with a tick per measured width or depth; many ticks are thinned, keeping the largest."""
     ordered = sorted(set(sizes))
     axes.set_xscale("log", base=2)
     stride = max(1, -(-len(ordered) // 6))
@@ -197,7 +197,7 @@ def size_axis(axes: Axes, sizes: Iterable[int]) -> None:
 
 
 def value_axis(axis: Axis, low: float, high: float, powers: bool = False) -> None:
-    """Label an axis of hyperparameter values; a logarithmic one with a few round numbers, or with ``powers`` of two."""
+    """Label an axis of hyperparameter values; a log axis gets a few round numbers, or powers of two if ``powers``."""
     if axis.get_scale() != "log":
         axis.set_major_locator(MaxNLocator(4))
         axis.set_major_formatter(FuncFormatter(lambda value, _: number(float(f"{value:.10g}"))))
@@ -217,13 +217,13 @@ def value_axis(axis: Axis, low: float, high: float, powers: bool = False) -> Non
 
 
 def literal(labels: Legend | Iterable[Text]) -> None:
-    """Keep dollar signs in a legend's or an axis' labels from being read as formulas: a name may hold them."""
+    """Turn off math parsing for the labels of a legend or an axis, because names may contain dollar signs."""
     for text in labels.get_texts() if isinstance(labels, Legend) else labels:
         text.set_parse_math(False)
 
 
 def log_loss(axes: Axes, values: Iterable[float], ratio: float = 4.0) -> bool:
-    """Make the y axis logarithmic if the positive ``values`` span more than ``ratio``; say whether it was."""
+    """Make the y axis logarithmic if all ``values`` are positive and span more than ``ratio``; return whether it was done."""
     finite = [value for value in values if value == value]
     if not finite or min(finite) <= 0 or max(finite) / min(finite) <= ratio:
         return False

@@ -1,4 +1,4 @@
-"""Frames as HTML tables: each cell's text and sort key, what each column means, and the table of throughput."""
+"""Convert frames to HTML tables: the text and sort key of each cell, and the meaning of each column."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ MOST_ROWS = 2000
 
 @dataclass(frozen=True)
 class Table:
-    """Header cells (name, meaning) and rows of (text, sort key); ``left_out`` counts rows that only the CSV holds."""
+    """Header cells (name, meaning) and rows of (text, sort key); ``left_out`` counts the rows that are only in the CSV."""
 
     header: list[tuple[str, str]]
     rows: list[list[tuple[str, str]]]
@@ -38,7 +38,7 @@ class Table:
 
 
 def cell(text: str, key: object = None) -> tuple[str, str]:
-    """Return a cell: what it says, and what it is sorted by (its text unless ``key`` is given; a missing one last)."""
+    """Return a cell: its text, and its sort key (the text unless ``key`` is given; missing keys are sorted last)."""
     return text, text if key is None else "" if key is pd.NA or key != key else str(key)
 
 
@@ -57,14 +57,14 @@ def optimum_table(optima: pd.DataFrame) -> Table:
     rows = []
     for row in optima.itertuples():
         reference = row.drift == row.drift_low == row.drift_high == 0
-        lost = "diverged" if math.isinf(row.transferred_loss) else number(row.transferred_loss)
+        transferred = "diverged" if math.isinf(row.transferred_loss) else number(row.transferred_loss)
         cells = [
             cell(label(row.parametrization)),
             cell(str(row.width)),
             cell(power_of_two(row.log2_lr) + (" (edge of the grid)" if row.at_edge else ""), row.log2_lr),
             cell("reference" if reference else interval(row.drift, row.drift_low, row.drift_high), row.drift),
             cell(number(row.best_loss)),
-            cell("not run" if math.isnan(row.transferred_loss) else lost, row.transferred_loss),
+            cell("not run" if math.isnan(row.transferred_loss) else transferred, row.transferred_loss),
             cell(regret(row.regret, row.regret_low, row.regret_high), row.regret),
         ]
         rows.append(cells)
@@ -72,24 +72,24 @@ def optimum_table(optima: pd.DataFrame) -> Table:
 
 
 def comparison_table(rows: list[dict[str, Any]]) -> Table:
-    """Return the runs at the widest width side by side: lr, loss with its interval, difference from the first row.
+    """Return the runs at the widest width: lr, loss with its interval, and difference from the first row.
 
-    The difference is paired by seed where the run folder holds that, with the interval of the pairs.
+    The difference is paired by seed, with the interval over the pairs, if the run folder has paired differences.
     """
     header = [
         ("run", "parametrization, and where its hyperparameters came from"),
         ("lr", "base learning rate"),
         ("mean loss", "validation loss, mean over seeds"),
         ("95% of the mean", "interval of the mean over seeds, Student's t"),
-        ("minus the first", "difference in loss, of the same seeds, with its 95% interval"),
-        ("relative", "difference over the first row's loss"),
+        ("minus the first", "difference in loss from the first row, paired by seed, with its 95% interval"),
+        ("relative", "difference divided by the first row's loss"),
     ]
     table = []
     first = _float(rows[0].get("loss")) if rows else math.nan
     for row in rows:
         loss, low, high = (_float(row.get(key)) for key in ("loss", "low", "high"))
         difference, least, most = (_float(row.get(f"difference{end}")) for end in ("", "_low", "_high"))
-        if math.isnan(difference) and row is not rows[0]:  # of a version that did not pair them
+        if math.isnan(difference) and row is not rows[0]:  # written by a version that did not pair the runs
             difference = loss - first
         table.append(
             [
@@ -105,8 +105,8 @@ def comparison_table(rows: list[dict[str, Any]]) -> Table:
 
 
 def slope_table(slopes: pd.DataFrame) -> Table:
-    """Return the slopes (schema SLOPES), the failing ones first."""
-    said = {True: "✓ holds", False: "✗ fails", None: "? not enough evidence"}
+    """Return the slopes (schema SLOPES), with the failing ones first."""
+    outcomes = {True: "✓ holds", False: "✗ fails", None: "? not enough evidence"}
     columns = ["module", "role", "statistic", "step", "slope", "expected", "declared", "ok"]
     names = {"slope": "slope [95%]", "ok": "outcome"}
     header = [(names.get(name, name), SLOPES.columns[name][1]) for name in columns]
@@ -116,7 +116,7 @@ def slope_table(slopes: pd.DataFrame) -> Table:
         .sort_values("rank", kind="stable")
         .itertuples()
     ):
-        outcome = said[None if row.ok is pd.NA else bool(row.ok)]
+        outcome = outcomes[None if row.ok is pd.NA else bool(row.ok)]
         cells = [cell(str(getattr(row, name))) for name in columns]
         cells[4] = cell(interval(row.slope, row.low, row.high), row.slope)
         cells[5:7] = [cell(_range(text), text) for text in (row.expected, row.declared)]
@@ -134,7 +134,7 @@ def parameter_table(parameters: pd.DataFrame) -> Table:
 
 
 def recipe_table(recipe: Recipe) -> Table:
-    """Return the recipe's values beside the defaults; what was changed by tuning differs."""
+    """Return the recipe's values next to the defaults; a default is shown only where the recipe differs from it."""
     default = Recipe().model_dump(mode="json")
     rows = []
     for key, value in recipe.model_dump(mode="json").items():
@@ -151,7 +151,7 @@ def environment_table(content: dict[str, Any], prefix: str = "") -> Table:
             rows += environment_table(value, f"{prefix}{key}.").rows
         else:
             rows.append([cell(f"{prefix}{key}"), cell(value if isinstance(value, str) else _value(value))])
-    return Table([("what", ""), ("value", "")], rows)
+    return Table([("key", ""), ("value", "")], rows)
 
 
 def _range(text: str) -> str:
@@ -174,10 +174,10 @@ def _value(value: Any) -> str:
 
 
 def throughput_table(trials: pd.DataFrame | None, basins: pd.DataFrame | None) -> Table | None:
-    """Return the speed of the tuning's trials, and of the verification's runs per parametrization and width.
+    """Return the throughput of the tuning trials, and of the verification runs per parametrization and width.
 
-    Rates are over the runs' own seconds, as if they were done one after the other: how many were done side by side is not in
-    the frames. None without any run that has a time.
+    Rates are computed from the seconds of the individual runs, as if they had run one after the other, because the frames do
+    not record how many ran in parallel. Return None if no run has a time.
     """
     groups: list[tuple[str, pd.DataFrame]] = []
     if trials is not None:
@@ -188,10 +188,10 @@ def throughput_table(trials: pd.DataFrame | None, basins: pd.DataFrame | None) -
     rows = [_row(name, runs.dropna(subset=["seconds"])) for name, runs in groups]
     known = [row for row in rows if row]
     header = [
-        ("runs of", "which command made them, on which model"),
-        ("runs", "that ended, pruned and diverged ones included"),
+        ("runs of", "the command that ran them, and the model"),
+        ("runs", "number of finished runs, including pruned and diverged ones"),
         ("seconds per run", "mean wall-clock time"),
-        ("runs per minute", "one after the other"),
+        ("runs per minute", "if run one after the other"),
         ("FLOP/s", "floating point operations per second while running; products only, as in the price"),
         ("seconds in all", "sum over the runs"),
     ]

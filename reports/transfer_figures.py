@@ -1,4 +1,4 @@
-"""Figures of transfer: loss against learning rate at every width with each width's optimum, and the loss at each width."""
+"""Figures of transfer: loss against learning rate with the optimum of every width, and loss against width."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ __all__ = ["BasinFigure", "WiderFigure", "basin_panel", "optimum_strip", "share_
 def basin_panel(
     axes: Axes, name: str, runs: pd.DataFrame, optima: pd.DataFrame, colours: dict[int, str], seeds: int
 ) -> None:
-    """Draw one parametrization's ``runs`` (schema BASINS), a line per width, with its ``optima`` sorted by width.
+    """Draw the ``runs`` (schema BASINS) of one parametrization, one line per width, with its ``optima`` sorted by width.
 
     Points that are means over fewer than ``seeds`` losses are hollow.
     """
@@ -65,7 +65,7 @@ def basin_panel(
 
 
 def share_loss_scale(axes: Axes, basins: pd.DataFrame, rows: int) -> None:
-    """Set the y axis that all panels share: every loss inside, and room on top for a row of crosses per width."""
+    """Set the shared y axis to cover all losses, with room at the top for one row of crosses per width."""
     finite = basins["loss"].dropna()
     if finite.empty:
         return
@@ -81,7 +81,7 @@ def share_loss_scale(axes: Axes, basins: pd.DataFrame, rows: int) -> None:
 
 
 def _crosses(axes: Axes, diverged: pd.DataFrame, height: float, hue: str) -> None:
-    """Draw one cross per diverged run at ``height`` (a fraction of the panel), the seeds of one lr side by side."""
+    """Draw one cross per diverged run at ``height`` (a fraction of the panel), with the seeds of one lr next to each other."""
     if diverged.empty:
         return
     rank = diverged.groupby("log2_lr").cumcount()
@@ -92,7 +92,7 @@ def _crosses(axes: Axes, diverged: pd.DataFrame, height: float, hue: str) -> Non
 
 
 def optimum_strip(axes: Axes, optima: pd.DataFrame, colours: dict[int, str], limits: tuple[float, float]) -> None:
-    """Draw one row per width: its optimum, the 95% interval, and the drift in words on the side with more room."""
+    """Draw one row per width: its optimum, the 95% interval, and the drift as text on the side with more room."""
     rows = {width: row for row, width in enumerate(colours)}
     axes.set_yticks(list(rows.values()), [str(width) for width in rows])
     axes.set_ylim(len(rows) - 0.4, -0.6)
@@ -101,7 +101,7 @@ def optimum_strip(axes: Axes, optima: pd.DataFrame, colours: dict[int, str], lim
     if optima.empty:
         return
     axes.axvline(optima["log2_lr"].iloc[0], color=GREY, linestyle=":", linewidth=1.2, zorder=1)
-    # What bounds no optimum goes on to the edge of the picture.
+    # An interval without a bound extends to the edge of the axes.
     optima = optima.assign(
         log2_lr_low=optima["log2_lr_low"].clip(lower=limits[0]),
         log2_lr_high=optima["log2_lr_high"].clip(upper=limits[1]),
@@ -113,7 +113,7 @@ def optimum_strip(axes: Axes, optima: pd.DataFrame, colours: dict[int, str], lim
         axes.plot(best.log2_lr, row, "o", markersize=6, color=hue, markerfacecolor=face, markeredgewidth=1.2)
         words = "drift in octaves:" if index == 0 else interval(best.drift, best.drift_low, best.drift_high)
         words += " (edge of the grid)" if best.at_edge else ""
-        # By itself for every row: optima that drift leave no side free for all.
+        # The side is chosen for each row: if the optima drift, no side is free in all rows.
         low, high = min(best.log2_lr, best.log2_lr_low), max(best.log2_lr, best.log2_lr_high)
         right = limits[1] - high >= low - limits[0]
         side: dict[str, Any] = {"x": 0.995, "ha": "right"} if right else {"x": 0.005, "ha": "left"}
@@ -121,12 +121,12 @@ def optimum_strip(axes: Axes, optima: pd.DataFrame, colours: dict[int, str], lim
 
 
 def _headline(optima: pd.DataFrame, runs: pd.DataFrame) -> str:
-    """Return what the panel shows in one line: how far the optimum moved from the smallest width to the largest."""
+    """Return a one-line summary of the panel: how far the optimum moves from the smallest width to the largest."""
     if optima.empty:
         some = runs["loss"].notna().any()
         return f"no verdict yet, {counted(len(runs), 'run')} so far" if some else "no optimum: no run ended with a loss"
     if len(optima) < 2:
-        return "one width: no drift to tell"
+        return "one width: no drift to measure"
     last = optima.iloc[-1]
     words = interval(last["drift"], last["drift_low"], last["drift_high"], 1)
     return f"best lr drifts {words} octaves, {across([*optima['width']])}"
@@ -134,14 +134,14 @@ def _headline(optima: pd.DataFrame, runs: pd.DataFrame) -> str:
 
 @dataclass(frozen=True, eq=False)
 class BasinFigure(ReportFigure):
-    """Learning-rate basins, one panel per parametrization; below each, every width's optimum with its interval.
+    """Learning-rate basins, one panel per parametrization, with the optimum of every width and its interval below.
 
-    ``basins`` and ``optima`` are frames of the schemas BASINS and OPTIMA; every run is drawn, the diverged ones as
-    crosses along the top. A point that is the mean of fewer losses than ``seeds`` (as many as the frame has, unless given)
-    is hollow. Without optima, as while runs are missing, the lines stand alone.
+    ``basins`` and ``optima`` are frames of the schemas BASINS and OPTIMA. Every run is drawn, diverged ones as crosses along
+    the top. A point that is the mean of fewer losses than ``seeds`` (by default the number of seeds in the frame) is hollow.
+    Without optima, for example while runs are missing, only the lines are drawn.
 
     Raises:
-        RequestError: a frame lacks a column, or holds no run.
+        RequestError: if a frame lacks a column, or there is no run.
     """
 
     basins: pd.DataFrame
@@ -161,12 +161,12 @@ class BasinFigure(ReportFigure):
 
     @property
     def whole(self) -> int:
-        """How many losses a point's mean is over, unless some diverged or are missing."""
+        """Number of losses in the mean of a point if none diverged or is missing."""
         return self.seeds or int(self.basins["seed"].nunique())
 
     @property
     def hollow(self) -> bool:
-        """Whether some point is the mean of fewer losses than the others."""
+        """Whether some point is the mean of fewer losses than `whole`."""
         counts = self.basins.groupby(["parametrization", "width", "log2_lr"])["loss"].count()
         return bool(((counts > 0) & (counts < self.whole)).any())
 
@@ -177,8 +177,8 @@ class BasinFigure(ReportFigure):
     @property
     def _why_fewer(self) -> str:
         runs = self.basins.groupby(["parametrization", "width", "log2_lr"])["seed"].count()
-        reasons = ["as some runs diverged"] if self._diverged.any() else []
-        return " or ".join(reasons + (["as some are not done yet"] if (runs < self.whole).any() else []))
+        reasons = ["because some runs diverged"] if self._diverged.any() else []
+        return " or ".join(reasons + (["because some are not done yet"] if (runs < self.whole).any() else []))
 
     @property
     def caption(self) -> str:
@@ -189,25 +189,27 @@ class BasinFigure(ReportFigure):
                 f" Hollow points are means over fewer than {self.whole} losses, {self._why_fewer}: do not compare them with "
                 "the others."
             )
-        return text if len(self.optima) else text + " No optimum is marked, as there is no verdict on these runs yet."
+        return (
+            text if len(self.optima) else text + " No optimum is marked because there is no verdict on these runs yet."
+        )
 
     @property
     def _lines(self) -> str:
         if self.optima.empty:
-            text = "Each line is one width: the mean validation loss over the seeds that are done, with a band from the best "
-            text += "seed to the worst."
+            text = "Each line is one width: the mean validation loss over the finished seeds, with a band from the best seed to "
+            text += "the worst."
             crosses = " × along the top are runs that diverged, one per seed, in their width's colour."
             return text + (crosses if self._diverged.any() else "")
         return (
             "Each line is one width: the mean validation loss over seeds, with a band from the best seed to the worst. "
-            "× along the top are runs that diverged, one per seed, in their width's colour; the mean is over the others. "
+            "× along the top are runs that diverged, one per seed, in their width's colour; the mean leaves them out. "
             "Dots mark each width's fitted optimum, and the strip below shows it again with its 95% interval over seeds "
             "and its drift in octaves (factors of 2 in the learning rate) from the smallest width, whose optimum is the "
-            "dotted line. A learning rate transfers when the dots stay on that line."
+            "dotted line. The learning rate transfers if the dots stay on that line."
         )
 
     def draw(self) -> Figure:
-        """Return the drawing."""
+        """Return the figure."""
         names = ordered(list(self.basins["parametrization"]))
         colours = width_colours(self.basins["width"])
         lrs = self.basins["log2_lr"]
@@ -239,24 +241,24 @@ class BasinFigure(ReportFigure):
         return figure
 
 
-def _legend(colours: dict[int, str], hollow: bool, judged: bool, lost: bool) -> list[Line2D]:
+def _legend(colours: dict[int, str], hollow: bool, judged: bool, diverged: bool) -> list[Line2D]:
     lines = [Line2D([], [], color=hue, linewidth=2.4, label=f"width {width}") for width, hue in colours.items()]
     dot = Line2D([], [], color=GREY, marker="o", markersize=7, linestyle="", label="optimum")
     cross = Line2D([], [], color=GREY, marker="x", markersize=5, linestyle="", label="diverged run")
     reference = Line2D([], [], color=GREY, linestyle=":", label=f"optimum of width {min(colours)}")
     ring = Line2D([], [], color=GREY, marker="o", markersize=4.5, mfc="white", linestyle="", label="fewer seeds")
-    return [*lines, *([dot, reference] if judged else []), *([cross] if lost else []), *([ring] if hollow else [])]
+    return [*lines, *([dot, reference] if judged else []), *([cross] if diverged else []), *([ring] if hollow else [])]
 
 
 @dataclass(frozen=True, eq=False)
 class WiderFigure(ReportFigure):
-    """Loss against width for each parametrization; the gap between its two lines is the regret of carrying over.
+    """Loss against width for each parametrization; the gap between its two lines is the regret of the transferred lr.
 
-    ``basins`` and ``optima`` are frames of the schemas BASINS and OPTIMA. The means are those of ``optima``; the seeds'
-    range at each width's own best learning rate comes from ``basins``.
+    ``basins`` and ``optima`` are frames of the schemas BASINS and OPTIMA. The means come from ``optima``, the range over seeds
+    at each width's own best learning rate from ``basins``.
 
     Raises:
-        RequestError: a frame lacks a column, or there is no optimum.
+        RequestError: if a frame lacks a column, or there is no optimum.
     """
 
     basins: pd.DataFrame
@@ -268,12 +270,12 @@ class WiderFigure(ReportFigure):
         object.__setattr__(self, "basins", BASINS.frame(self.basins))
         object.__setattr__(self, "optima", OPTIMA.frame(self.optima))
         if self.optima.empty:
-            raise RequestError("the optima frame is empty, there is no curve to draw: run `mutransfer verify RUN`.")
+            raise RequestError("the optima frame is empty, so there is no curve to draw: run `mutransfer verify RUN`.")
 
     def frame(self) -> pd.DataFrame:
         """Return one row per parametrization, width and learning rate ("transferred", "own best"): loss, low, high.
 
-        The interval is the regret's 95% one for "transferred", the seeds' range for "own best".
+        The interval is the 95% interval of the regret for "transferred", and the range over seeds for "own best".
         """
         rows = []
         for best in self.optima.sort_values(["parametrization", "width"]).itertuples():
@@ -291,16 +293,16 @@ class WiderFigure(ReportFigure):
     def caption(self) -> str:
         """How to read the figure."""
         return (
-            "Solid: trained with the learning rate carried over from the small proxy, with the 95% interval of its regret. "
-            "Dashed: with that width's own best learning rate of the grid, the band from the best seed to the worst. The "
-            "number is the regret, what not tuning again costs, in the loss's unit. Where the rule holds the two lines stay "
-            "together and fall with width; × on the top edge means the runs at the carried-over learning rate diverged."
+            "Solid: trained with the learning rate transferred from the small proxy, with the 95% interval of its regret. "
+            "Dashed: trained with the best learning rate of the grid at that width, with a band from the best seed to the worst. "
+            "The number is the regret: the cost of not tuning again, in the unit of the loss. If transfer holds, the two lines "
+            "stay together and fall with width; × on the top edge means that the runs at the transferred learning rate diverged."
         )
 
     def draw(self) -> Figure:
-        """Return the drawing."""
+        """Return the figure."""
         frame = self.frame()
-        frame.insert(2, "diverged", np.isinf(frame["loss"]))  # what is missing was not run, and is not drawn
+        frame.insert(2, "diverged", np.isinf(frame["loss"]))  # a missing loss was not run, and is not drawn
         frame = frame.replace([np.inf, -np.inf], np.nan)
         with styled():
             figure = Figure(figsize=(6.4, 3.9), layout="constrained")
@@ -329,7 +331,7 @@ class WiderFigure(ReportFigure):
         )
 
     def _regrets(self, axes: Axes) -> None:
-        """Write each parametrization's regret right of its last point, higher ones above their point, lower ones below."""
+        """Write each parametrization's regret right of its last point: below the point for the lowest loss, above for others."""
         last = self.optima.sort_values("width").groupby("parametrization").tail(1)
         last = last[np.isfinite(last["transferred_loss"])]
         for rank, row in enumerate(last.sort_values("transferred_loss").itertuples()):
@@ -344,13 +346,13 @@ class WiderFigure(ReportFigure):
             axes.annotate(words, place, (9, 0), textcoords="offset points", color=colour(row.parametrization), **style)
 
 
-def _curve(axes: Axes, name: str, carried: pd.DataFrame, own: pd.DataFrame) -> None:
-    """Draw a parametrization's two lines, and a cross on top where the carried-over learning rate has no loss."""
+def _curve(axes: Axes, name: str, carried: pd.DataFrame, best: pd.DataFrame) -> None:
+    """Draw the two lines of a parametrization, and a cross at the top where the runs at the transferred lr diverged."""
     hue, short = colour(name), plain(label(name), 16)
-    axes.fill_between(own.index, own["low"], own["high"], color=hue, alpha=0.13, linewidth=0)
-    axes.plot(own.index, own["loss"], "--", marker="D", markersize=3.5, color=hue, label=f"{short}, own best lr")
+    axes.fill_between(best.index, best["low"], best["high"], color=hue, alpha=0.13, linewidth=0)
+    axes.plot(best.index, best["loss"], "--", marker="D", markersize=3.5, color=hue, label=f"{short}, own best lr")
     errors = [(carried["loss"] - carried["low"]).clip(lower=0), (carried["high"] - carried["loss"]).clip(lower=0)]
     line: dict[str, Any] = {"marker": "o", "markersize": 5.5, "capsize": 3, "elinewidth": 1.0, "gid": "transferred"}
     axes.errorbar(carried.index, carried["loss"], yerr=errors, color=hue, label=f"{short}, transferred lr", **line)
-    lost = carried.index[carried["diverged"]]
-    axes.plot(lost, [0.97] * len(lost), "x", color=hue, markersize=7, transform=axes.get_xaxis_transform(), gid="lost")
+    bad = carried.index[carried["diverged"]]
+    axes.plot(bad, [0.97] * len(bad), "x", color=hue, markersize=7, transform=axes.get_xaxis_transform(), gid="lost")

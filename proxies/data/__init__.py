@@ -1,4 +1,4 @@
-"""Data for proxies by name: what comes with the dependencies, and the user's own files."""
+"""Load training data by name: data sets that come with the dependencies, and the user's own files."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ NAMES = ("digits", "bytes", "markov", "text:PATH", "bin:PATH")
 
 
 def load_data(spec: str, sequence_length: int = 128) -> Data:
-    """Load the data that ``spec`` names.
+    """Load the data set that ``spec`` names.
 
     Args:
         spec: ``digits`` (images), ``bytes`` (the Python standard library's source), ``markov`` (a language of known
             entropy), ``text:PATH`` (a text file or folder) or ``bin:PATH`` (nanoGPT's uint16 tokens).
-        sequence_length: T, tokens per sequence; images ignore it.
+        sequence_length: T, tokens per sequence; ignored for images.
 
     Raises:
-        RequestError: the name is unknown, or the files are missing, unreadable or too small.
+        RequestError: if the name is unknown, or the files are missing, unreadable or too small.
     """
     name, colon, path = spec.partition(":")
     known = {choice.partition(":")[0]: choice for choice in NAMES}
     if spec == "none":
         raise RequestError(
-            "the data is none, as its own trainer loads it: start that one with the settings that `mutransfer transfer RUN "
-            f"--width W --to pytorch` writes, or name one of {', '.join(NAMES)}."
+            "the data is none because the user trainer loads its own: start that trainer with the settings that `mutransfer "
+            f"transfer RUN --width W --to pytorch` writes, or name one of {', '.join(NAMES)}."
         )
     if name not in known:
         raise RequestError(f"unknown data {spec!r}: {nearest(name, known)}")
     if known[name].endswith(":PATH"):
         if not path:
-            raise RequestError(f"the data {spec!r} lacks its path: write {known[name]}.")
+            raise RequestError(f"the data {spec!r} has no path: write {known[name]}.")
     elif colon:
-        raise RequestError(f"the data {name!r} takes no path, and {spec!r} gives one: write {name}.")
+        raise RequestError(f"the data {name!r} takes no path, but {spec!r} gives one: write {name}.")
 
-    # Each source imports what it needs only when it is the one: scikit-learn alone takes a second.
+    # Import only the requested source: importing scikit-learn alone takes a second.
     match name:
         case "digits":
             from . import digits

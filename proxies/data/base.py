@@ -1,6 +1,6 @@
-"""What every data source offers: batches that depend only on (seed, step, size), and a hash of the content.
+"""Base classes of the data sources: batches that depend only on (seed, step, size), and a hash of the content.
 
-`Tokens` cuts windows from two long rows of tokens: random ones to train on, evenly spaced ones to validate on.
+`Tokens` cuts windows from two long arrays of tokens: random ones for training, evenly spaced ones for validation.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ Batch = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Data(ABC):
-    """A source of training batches with a fixed held-out part.
+    """Base class of a data source with training batches and a fixed held-out part.
 
     Shapes: N batch size, C channels, H height, W width, T sequence length.
 
     Attributes:
-        name: what the source is called in tables, such as ``"digits"``.
+        name: name of the source in tables, such as ``"digits"``.
         sha256: hash of the raw content; losses on different hashes are not comparable.
         facts: printable provenance, such as counts and versions.
         inputs: number of channels for images, vocabulary size for tokens.
         classes: number of classes for images, vocabulary size for tokens.
-        kind: ``"images"`` (x_NCHW float32, y_N int64) or ``"tokens"`` (x_NT and y_NT int64, y the next token).
-        floor: the lowest cross-entropy any model can reach in expectation, in nats per token; None when unknown.
+        kind: ``"images"`` (x_NCHW float32, y_N int64) or ``"tokens"`` (x_NT and y_NT int64, where y is the next token).
+        floor: the lowest cross-entropy that any model can reach in expectation, in nats per token; None if unknown.
     """
 
     name: str
@@ -57,23 +57,23 @@ class Data(ABC):
 
     @abstractmethod
     def batch(self, step: int, size: int, seed: int) -> Batch:
-        """Return the training batch of ``step`` (from 0) with ``size`` examples.
+        """Return the training batch of ``step`` (0-based) with ``size`` examples.
 
-        A pure function of its arguments, so that a resumed run sees what the uninterrupted one would have seen.
+        The batch depends only on the arguments, so a resumed run sees the same data as an uninterrupted one.
         """
 
     @abstractmethod
     def validation(self) -> list[Batch]:
-        """Return the held-out batches: the same at every call, for every seed, and few enough to evaluate often.
+        """Return the held-out batches: the same at every call and for every seed, and few enough to evaluate often.
 
-        All are of one size, so that the mean of the batches' mean losses is the mean loss.
+        All batches have the same size, so the mean of their mean losses is the mean loss.
         """
 
 
 def generator(*key: str | int) -> np.random.Generator:
-    """Return the random generator of ``key``, independent of every other key's.
+    """Return the random generator of ``key``, which is independent of the generators of all other keys.
 
-    The key is hashed because NumPy's own seed sequences pad with zeros, which lets (1,) and (1, 0) share a stream.
+    The key is hashed because NumPy's seed sequences pad with zeros, so that (1,) and (1, 0) would share a stream.
     """
     digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
     return np.random.default_rng(int.from_bytes(digest[:16], "big"))
@@ -88,8 +88,8 @@ class Tokens(Data):
     """A corpus of tokens, in memory or on disk.
 
     Attributes:
-        training: row of tokens of any integer dtype, [number of tokens].
-        held_out: the same for the held-out part.
+        training: training tokens of any integer dtype, [number of tokens].
+        held_out: held-out tokens in the same format.
         sequence_length: T, tokens per sequence.
     """
 
@@ -98,12 +98,12 @@ class Tokens(Data):
     sequence_length: int
 
     def batch(self, step: int, size: int, seed: int) -> Batch:
-        """Return ``size`` windows drawn uniformly, with replacement: x_NT and y_NT int64, y the next token."""
+        """Return ``size`` windows drawn uniformly with replacement: x_NT and y_NT int64, where y is the next token."""
         starts_N = generator("windows", seed, step).integers(len(self.training) - self.sequence_length, size=size)
         return next_token(_windows(self.training, starts_N, self.sequence_length))
 
     def validation(self) -> list[Batch]:
-        """Return at most 64 held-out windows, evenly spaced and without overlap, in batches of one size."""
+        """Return at most 64 held-out windows, evenly spaced and without overlap, in batches of equal size."""
         count = min(VALIDATION_SEQUENCES, len(self.held_out) // (self.sequence_length + 1))
         if count > VALIDATION_BATCH:
             count -= count % VALIDATION_BATCH
@@ -118,7 +118,7 @@ def next_token(windows_NU: np.ndarray) -> Batch:
 
 
 def batches_of(windows_NU: np.ndarray) -> list[Batch]:
-    """Cut windows of T + 1 tokens into validation batches."""
+    """Split windows of T + 1 tokens into validation batches."""
     starts = range(0, len(windows_NU), VALIDATION_BATCH)
     return [next_token(windows_NU[start : start + VALIDATION_BATCH]) for start in starts]
 
@@ -130,13 +130,13 @@ def split_at_the_end(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def check_sequence_length(sequence_length: int) -> None:
-    """Raise `RequestError` unless a sequence has at least one token."""
+    """Raise `RequestError` if the sequence length is less than one token."""
     if sequence_length < 1:
         raise RequestError(f"the sequence length is {sequence_length}: it should be at least 1 token.")
 
 
 def require_tokens(where: object, training: np.ndarray, held_out: np.ndarray, sequence_length: int) -> None:
-    """Raise `RequestError` unless either part has 2·(sequence_length + 1) tokens, which is two windows."""
+    """Raise `RequestError` unless both parts have at least 2·(sequence_length + 1) tokens, which is two windows."""
     check_sequence_length(sequence_length)
     part, found = min(("training", len(training)), ("held-out", len(held_out)), key=lambda pair: pair[1])
     needed = 2 * (sequence_length + 1)
@@ -144,7 +144,7 @@ def require_tokens(where: object, training: np.ndarray, held_out: np.ndarray, se
         longest = found // 2 - 1
         shorter = f" or a sequence length of at most {longest}" if longest >= 1 else ""
         raise RequestError(
-            f"{where} has {found} tokens in its {part} part, and sequences of {sequence_length} tokens need at least "
+            f"{where} has {found} tokens in its {part} part, but sequences of {sequence_length} tokens need at least "
             f"{needed}: give a larger corpus{shorter}."
         )
 

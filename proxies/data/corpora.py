@@ -1,6 +1,6 @@
-"""Text and token files: a user's own text as bytes, nanoGPT's uint16 files, and the Python standard library's source.
+"""Text and token files: the user's text as bytes, nanoGPT's uint16 files, and the Python standard library's source.
 
-Files are always read in the same order, hashed by path and content, and named in errors.
+Files are always read in the same order and hashed by path and content, and errors name the file.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ __all__ = [
 
 @contextlib.contextmanager
 def naming_the_file(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Turn a failure to read ``path``, or something in it, into a `RequestError` that names it."""
+    """Turn a failure to read ``path``, or a file below it, into a `RequestError` that names the file."""
     try:
         yield
     except OSError as error:
@@ -50,8 +50,12 @@ def naming_the_file(path: str | os.PathLike[str]) -> Iterator[None]:
 def existing(path: str, expected: str) -> Path:
     """Return ``path`` with ``~`` expanded.
 
+    Args:
+        path: a file or folder.
+        expected: description of an acceptable path, for error messages.
+
     Raises:
-        RequestError: it is neither a regular file nor a folder; ``expected`` says what it should have been.
+        RequestError: if ``path`` is neither a regular file nor a folder.
     """
     if not path or "\0" in path:
         raise RequestError(f"{path!r} is not a path: give {expected}.")
@@ -65,32 +69,33 @@ def existing(path: str, expected: str) -> Path:
 
 
 def read_tree(root: Path, skip_folder: Callable[[str], bool], keep: Callable[[str], bool]) -> dict[str, bytes]:
-    """Read the regular files below ``root`` whose name satisfies ``keep``.
+    """Read the regular files below ``root`` whose names satisfy ``keep``.
+
+    Folders whose names satisfy ``skip_folder`` are not entered, and links to folders are not followed.
 
     Returns:
-        Their content by relative path (with ``/``), sorted by path. Folders whose name satisfies ``skip_folder``
-        are not entered, links to folders not followed.
+        The content of each file by its path relative to ``root`` (with ``/``), sorted by path.
 
     Raises:
-        RequestError: a folder or a file cannot be read.
+        RequestError: if a folder or a file cannot be read.
     """
 
     def refuse(error: OSError) -> None:
-        raise error  # os.walk would otherwise leave the folder out, and with it a part of the corpus
+        raise error  # by default os.walk skips an unreadable folder, and part of the corpus would be missing
 
     files = {}
     with naming_the_file(root):
         for folder, subfolders, names in os.walk(root, onerror=refuse):
             subfolders[:] = [name for name in subfolders if not skip_folder(name)]
             for path in (Path(folder, name) for name in names if keep(name)):
-                with naming_the_file(path):  # a failing read, unlike a failing open, does not carry the name
+                with naming_the_file(path):  # the OSError of a failed read, unlike that of open, has no file name
                     if path.is_file():
                         files[path.relative_to(root).as_posix()] = path.read_bytes()
     return dict(sorted(files.items()))
 
 
 def tree_sha256(files: dict[str, bytes]) -> str:
-    """Hash the paths and the contents; lengths keep ``{"ab": b"c"}`` and ``{"a": b"bc"}`` apart."""
+    """Return the SHA-256 of the paths and contents; hashing lengths distinguishes ``{"ab": b"c"}`` from ``{"a": b"bc"}``."""
     digest = hashlib.sha256()
     for path, content in files.items():
         name = os.fsencode(path)
@@ -99,21 +104,21 @@ def tree_sha256(files: dict[str, bytes]) -> str:
 
 
 def file_sha256(path: Path) -> str:
-    """Hash a file's content without holding it in memory."""
+    """Return the SHA-256 of a file without loading it into memory."""
     with naming_the_file(path), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def map_tokens(path: Path, dtype: DTypeLike) -> np.ndarray:
-    """Map a file as a row of ``dtype``, read from disk as it is used."""
+    """Memory-map a file as a one-dimensional array of ``dtype``."""
     with naming_the_file(path):
         if not path.stat().st_size:
-            return np.empty(0, dtype)  # nothing cannot be mapped
+            return np.empty(0, dtype)  # an empty file cannot be mapped
         return np.memmap(path, dtype, mode="r")
 
 
 def row(contents: Iterable[bytes]) -> np.ndarray:
-    """Join contents to one row of bytes, [number of bytes] uint8."""
+    """Concatenate contents into one array of bytes, [number of bytes] uint8."""
     return np.frombuffer(b"".join(contents), dtype=np.uint8)
 
 
@@ -122,17 +127,17 @@ LAST_TENTH = "last tenth of the bytes"
 
 
 def load_text(path: str, sequence_length: int) -> Tokens:
-    """Load a file, or all regular files below a folder except hidden ones, as tokens 0 to 255.
+    """Load a file, or all non-hidden regular files below a folder, as byte tokens 0 to 255.
 
-    Held out are whole files, about a tenth of the bytes, when a folder has ten files or more that allow it, and else
-    the last tenth of the bytes; ``facts["held_out"]`` says which.
+    If a folder has at least ten files and their sizes allow it, whole files with about a tenth of the bytes are held out.
+    Otherwise the last tenth of the bytes is held out. ``facts["held_out"]`` records which.
 
     Args:
         path: the file or folder; a file stays on disk, a folder is read into memory.
         sequence_length: T, tokens (bytes) per sequence.
 
     Raises:
-        RequestError: the path is missing, unreadable, empty, or holds too few bytes.
+        RequestError: if the path is missing, unreadable, empty, or holds too few bytes.
     """
     source = existing(path, "a text file or a folder of text files")
     if source.is_dir():
@@ -174,9 +179,9 @@ def _split(files: dict[str, bytes]) -> tuple[np.ndarray, np.ndarray, str]:
 
 
 def _held_out(files: dict[str, bytes]) -> set[str]:
-    """Choose whole files with a tenth of the bytes, or none when the sizes are too uneven for it.
+    """Return the names of whole files with about a tenth of the bytes, or none if the file sizes are too uneven.
 
-    The order is that of the contents' hashes: copies of one file under two names land on the same side.
+    Files are chosen in the order of their content hashes, and copies of a file under several names stay together.
     """
     copies: dict[bytes, list[str]] = defaultdict(list)
     for path, content in files.items():
@@ -202,15 +207,14 @@ SKIPPED = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "id
 def load_standard_library(sequence_length: int, root: str | None = None) -> Tokens:
     """Load the ``*.py`` files of the running Python, without its tests and without installed packages.
 
-    One file in ten, chosen by its relative path, is held out whole. The content differs between Python versions;
-    so does the hash.
+    One file in ten, chosen by its relative path, is held out. The content and its hash differ between Python versions.
 
     Args:
         sequence_length: T, tokens (bytes) per sequence.
-        root: another folder of Python source than the running Python's.
+        root: folder of Python source to use instead of the running Python's.
 
     Raises:
-        RequestError: there is no source on this machine (some embedded Pythons), or too little of it.
+        RequestError: if there is no source on this machine (as with some embedded Pythons), or too little of it.
     """
     folder = existing(root or sysconfig.get_paths()["stdlib"], "a folder of Python source")
     files = read_tree(folder, _skipped, _is_source)
@@ -245,30 +249,30 @@ def _skipped(folder: str) -> bool:
 
 
 def _is_source(name: str) -> bool:
-    return name.endswith(".py") and not name.startswith("_sysconfigdata")  # generated too: the hash would differ
+    return name.endswith(".py") and not name.startswith("_sysconfigdata")  # also generated: the hash would differ
 
 
 def _is_held_out(path: str) -> bool:
-    # By the path and not by position, so that a file keeps its side when another Python version adds files.
+    # Decided by path, not position: a file stays in the same part when another Python version adds files.
     return hashlib.sha256(path.encode(errors="surrogateescape")).digest()[0] < 26
 
 
 CHUNK = 1 << 24
-HEADED_MAGIC = 20240520  # first int32 of the .bin files of llm.c, which have 1024 bytes before the tokens
+HEADED_MAGIC = 20240520  # first int32 of llm.c's .bin files, whose header is 1024 bytes long
 
 
 def load_token_file(path: str, sequence_length: int) -> Tokens:
-    """Load a ``.bin`` file, its last tenth held out, or a folder with ``train.bin`` and ``val.bin``.
+    """Load a ``.bin`` file, whose last tenth is held out, or a folder with ``train.bin`` and ``val.bin``.
 
-    The vocabulary is the largest token found plus one: tokens that a tokenizer knows and the files never use
-    are not counted, and no ``meta.pkl`` is unpickled to find them.
+    The vocabulary size is the largest token found plus one: tokens that the tokenizer has but the files never use are not
+    counted, and no ``meta.pkl`` is unpickled to find them.
 
     Args:
         path: the file or folder.
         sequence_length: T, tokens per sequence.
 
     Raises:
-        RequestError: a file is missing, unreadable, empty, too small, or not a bare row of uint16.
+        RequestError: if a file is missing, unreadable, empty, too small, or not a raw array of uint16.
     """
     source = existing(path, "a .bin file of uint16 tokens or a folder with train.bin and val.bin")
     if source.is_dir():
@@ -309,18 +313,18 @@ def _map(path: Path) -> np.ndarray:
     if not size:
         raise RequestError(f"{path} is empty (0 tokens): write uint16 tokens to it, as nanoGPT's prepare.py does.")
     if size % 2:
-        raise RequestError(f"{path} has {size} bytes, an odd number: it should be a bare row of uint16 tokens.")
+        raise RequestError(f"{path} has {size} bytes, an odd number: it should be a raw array of uint16 tokens.")
     tokens = map_tokens(path, "<u2")
     if size >= 4 and int(tokens[0]) + (int(tokens[1]) << 16) == HEADED_MAGIC:
         raise RequestError(
-            f"{path} begins with llm.c's header of 1024 bytes, which would be read as tokens: cut it off, as with "
+            f"{path} begins with llm.c's header of 1024 bytes, which would be read as tokens: remove it, for example with "
             f"`tail -c +1025 {path.name} > bare.bin`."
         )
     return tokens
 
 
 def _scan(path: Path) -> tuple[str, int]:
-    """Return the file's SHA-256 and its largest token, in one pass over the disk."""
+    """Return the SHA-256 and the largest token of a file, reading it once."""
     digest, largest = hashlib.sha256(), 0
     with naming_the_file(path), path.open("rb") as file:
         while chunk := file.read(CHUNK):

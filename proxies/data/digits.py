@@ -1,4 +1,4 @@
-"""Scikit-learn's handwritten digits: 1797 real images of 8 by 8 pixels that are installed with the library."""
+"""Scikit-learn's handwritten digits: 1797 real images of 8 × 8 pixels that are installed with the library."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ HELD_OUT = 360
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Digits(Data):
-    """Small images that fit in memory.
+    """Handwritten digits, held in memory.
 
     Attributes:
         training: (images [M, 1, 8, 8] float32, labels [M] int64).
-        held_out: the same for the held-out images.
+        held_out: held-out images and labels in the same format.
     """
 
     training: tuple[np.ndarray, np.ndarray] = field(repr=False)
     held_out: tuple[np.ndarray, np.ndarray] = field(repr=False)
 
     def batch(self, step: int, size: int, seed: int) -> Batch:
-        """Return ``size`` images of ``step``: x_NCHW float32 and y_N int64, without replacement within an epoch.
+        """Return the ``size`` images of ``step``: x_NCHW float32 and y_N int64, without replacement within an epoch.
 
-        The epochs' permutations form one stream, of which step k takes places k·size to (k + 1)·size - 1: all batch
-        sizes see the same images in the same order.
+        The permutations of the epochs form one stream, from which step k takes positions k·size to (k + 1)·size - 1. All
+        batch sizes therefore see the same images in the same order.
         """
         images_MCHW, labels_M = self.training
         count = len(labels_M)
@@ -50,14 +50,14 @@ class Digits(Data):
 
 
 def load() -> Digits:
-    """Load the digits, split once and for all, and standardized by the training part's mean and standard deviation."""
-    from sklearn.datasets import load_digits  # a second of import that the other sources need not pay
+    """Load the digits with a fixed split, standardized by the mean and standard deviation of the training part."""
+    from sklearn.datasets import load_digits  # takes a second, which only this source should cost
 
     images, labels = load_digits(return_X_y=True)
     pixels = np.ascontiguousarray(images, dtype=np.float32).reshape(-1, 1, 8, 8)  # whole numbers from 0 to 16
     labels = np.ascontiguousarray(labels, dtype=np.int64)
 
-    # The images come writer by writer: without a shuffle the held-out writers would all be strangers.
+    # The images are ordered by writer: without shuffling, no held-out writer would occur in the training part.
     order = generator("digits split").permutation(len(labels))
     held_out, training = order[:HELD_OUT], order[HELD_OUT:]
     mean = float(pixels[training].mean(dtype=np.float64))

@@ -1,4 +1,4 @@
-"""A Markov language: endless data whose lowest reachable cross-entropy is known exactly."""
+"""Sequences from a Markov chain: unlimited data whose lowest reachable cross-entropy is known exactly."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from .base import VALIDATION_SEQUENCES, Batch, Data, batches_of, check_sequence_
 
 __all__ = ["Markov", "load"]
 
-LARGEST_CONTEXTS = 4096  # the stationary distribution solves a dense system of this size
+LARGEST_CONTEXTS = 4096  # the stationary distribution is the solution of a dense linear system of this size
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Markov(Data):
-    """An order-k chain over V symbols; a context is the last k symbols, read as a number with base V.
+    """A Markov chain of order k over V symbols; a context is the last k symbols, read as a number in base V.
 
     Attributes:
         order: k.
-        successors: the B symbols that can follow a context, [V**k, B] int64.
-        probabilities: how often each does, [V**k, B], rows sum to one.
-        stationary: how often each context occurs, [V**k], sums to one.
+        successors: the B symbols that can follow each context, [V**k, B] int64.
+        probabilities: probability of each successor, [V**k, B]; rows sum to one.
+        stationary: stationary probability of each context, [V**k]; sums to one.
         sequence_length: T, tokens per sequence.
     """
 
@@ -36,17 +36,17 @@ class Markov(Data):
     sequence_length: int
 
     def batch(self, step: int, size: int, seed: int) -> Batch:
-        """Return ``size`` fresh sequences: x_NT and y_NT int64, y the next token."""
+        """Return ``size`` new sequences: x_NT and y_NT int64, where y is the next token."""
         return next_token(self._sample(size, generator("markov training", seed, step)))
 
     def validation(self) -> list[Batch]:
-        """Return 64 sequences from a stream of their own."""
+        """Return 64 sequences from a random stream that training does not use."""
         return batches_of(self._sample(VALIDATION_SEQUENCES, generator("markov held out")))
 
     def _sample(self, size: int, random: np.random.Generator) -> np.ndarray:
-        """Sample [size, T + 1] tokens from stationary chains."""
+        """Sample tokens [size, T + 1] from the stationary chain."""
         cumulative = np.cumsum(self.probabilities, axis=1)
-        cumulative[:, -1] = 1.0  # rounding must not leave a gap at the top
+        cumulative[:, -1] = 1.0  # rounding must not leave a gap below 1
         contexts_N = random.choice(len(self.stationary), size=size, p=self.stationary)
         tokens_NU = np.empty((size, self.sequence_length + 1), dtype=np.int64)
         for place in range(self.order):  # the sequence starts with its first context, oldest symbol first
@@ -59,21 +59,28 @@ class Markov(Data):
 
 
 def load(sequence_length: int, vocabulary: int = 32, order: int = 2, branching: int = 4, language: int = 0) -> Markov:
-    """Build the language number ``language``.
+    """Return the Markov language with the number ``language``.
 
-    Symbol 0 can follow every context, like a space: from anywhere k of them in a row can be reached, so the stationary
-    distribution is unique. ``floor`` is the entropy of a sequence given its first symbol, per predicted token: the
-    entropy rate, and for k > 1 a little more, since the first k - 1 predictions see fewer than k symbols.
+    Symbol 0 can follow every context, like a space. A run of k zeros can therefore be reached from every context, and the
+    stationary distribution is unique. ``floor`` is the entropy of a sequence given its first symbol, per predicted token: the
+    entropy rate, and slightly more for k > 1 because the first k - 1 predictions see fewer than k symbols.
+
+    Args:
+        sequence_length: T, tokens per sequence.
+        vocabulary: V, number of symbols.
+        order: k, number of symbols in a context.
+        branching: B, number of symbols that can follow a context.
+        language: seed of the successors and their probabilities.
 
     Raises:
-        RequestError: a size that makes no language, or more than 4096 contexts.
+        RequestError: if the sizes do not define a language, or give more than 4096 contexts.
     """
     check_sequence_length(sequence_length)
     contexts = vocabulary**order
     if order < 1 or not 2 <= branching <= vocabulary or contexts > LARGEST_CONTEXTS:
         raise RequestError(
             f"a Markov language of order {order} with {vocabulary} symbols and {branching} successors cannot be built: "
-            f"the order should be at least 1, the successors 2 to {vocabulary}, the contexts {contexts} at most "
+            f"the order should be at least 1, the successors 2 to {vocabulary}, and the number of contexts ({contexts}) at most "
             f"{LARGEST_CONTEXTS}."
         )
     if sequence_length < order:
@@ -83,7 +90,7 @@ def load(sequence_length: int, vocabulary: int = 32, order: int = 2, branching: 
     random = generator("markov language", language, vocabulary, order, branching)
     others = 1 + np.argsort(random.random((contexts, vocabulary - 1)), axis=1)[:, : branching - 1]
     successors = np.concatenate([np.zeros((contexts, 1), dtype=np.int64), others], axis=1)
-    weights = random.integers(1, 10, size=successors.shape)  # whole numbers: the hash is the same on every machine
+    weights = random.integers(1, 10, size=successors.shape)  # integers, so that the hash is the same on every machine
     probabilities = weights / weights.sum(axis=1, keepdims=True)
     stationary = _stationary(successors, probabilities, vocabulary)
     rate = float(stationary @ entr(probabilities).sum(axis=1))
@@ -107,7 +114,7 @@ def load(sequence_length: int, vocabulary: int = 32, order: int = 2, branching: 
 
 
 def _stationary(successors: np.ndarray, probabilities: np.ndarray, vocabulary: int) -> np.ndarray:
-    """Solve πP = π with Σπ = 1; contexts that are never entered get zero."""
+    """Return the solution of πP = π with Σπ = 1, [V**k]; contexts that are never entered get zero."""
     count = len(successors)
     contexts = np.arange(count)[:, None]
     equations = -np.eye(count)

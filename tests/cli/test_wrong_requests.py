@@ -108,7 +108,7 @@ WRONG = [
     (("verify", "run", "--executor", "fused"), ["--executor 'fused' is not available for verify", "one or processes"]),
     (("plan", "mlp", "--width", "16", "--width-field", "hidden_size"), ["--width-field", "mlp has none"]),
     (("plan", "hf:none.json", "--width", "16"), ["there is no file none.json"]),
-    (("plan", "hf:words.yaml", "--width", "16"), ["words.yaml is no JSON"]),
+    (("plan", "hf:words.yaml", "--width", "16"), ["words.yaml is not JSON"]),
     # A batch or a loss that cannot be trained on.
     (("check", "faulty.py:labels", "--widths", "8,16"), ["raised on its example batch (IndexError: Target 9 is out of bounds)"]),
     (("check", "faulty.py:detached", "--widths", "8,16"), ["the loss of model has no gradient"]),
@@ -130,7 +130,7 @@ WRONG = [
     (("train", "file"), ["file is not valid JSON"]),
     (("audit", "run/target.json", "run/best.json"), ["expected an optimizer's state_dict"]),
     (("audit", "run/target.json", "file"), ["file is not valid JSON"]),
-    (("train", "language/target.json", "--out", "run/train"), ["checkpoint.pt is of another target", "another --out"]),
+    (("train", "language/target.json", "--out", "run/train"), ["checkpoint.pt belongs to another target", "another --out"]),
     # Where nothing can be written.
     (("tune", "experiment.yaml", "--out", "file"), ["cannot write file"]),
     (("tune", "experiment.yaml", "--out", "file/run"), ["cannot write file/run", "--out"]),

@@ -219,7 +219,7 @@ def test_another_targets_checkpoint_is_refused(tmp_path: Path) -> None:
     run_target(config, tmp_path)
     before = (tmp_path / "checkpoint.pt").read_bytes()
     for other in (target(steps=11), target(steps=10, seed=5), target(steps=10, lr=2**-7)):
-        assert "is of another target" in refusal(other, tmp_path)
+        assert "belongs to another target" in refusal(other, tmp_path)
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
     # What was warned about and who tuned it does not decide what is trained.
     run_target(replace(config, warnings=("new",), provenance={**config.provenance, "when": "later"}), tmp_path)

@@ -22,9 +22,9 @@ def test_an_unknown_name_gets_the_nearest_one():
 
 
 def test_a_path_is_given_where_one_is_taken():
-    assert refusal("text") == "the data 'text' lacks its path: write text:PATH."
-    assert refusal("bin:") == "the data 'bin:' lacks its path: write bin:PATH."
-    assert refusal("digits:x") == "the data 'digits' takes no path, and 'digits:x' gives one: write digits."
+    assert refusal("text") == "the data 'text' has no path: write text:PATH."
+    assert refusal("bin:") == "the data 'bin:' has no path: write bin:PATH."
+    assert refusal("digits:x") == "the data 'digits' takes no path, but 'digits:x' gives one: write digits."
 
 
 @pytest.mark.parametrize("kind", ["text", "bin"])
@@ -55,7 +55,7 @@ def test_a_tiny_corpus_is_told_what_it_needs(tmp_path: Path, kind: str, width: i
     path = tmp_path / "tiny"
     path.write_bytes(b"\0" * 339 * width)
     assert refusal(f"{kind}:{path}") == (
-        f"{path} has 33 tokens in its held-out part, and sequences of 16 tokens need at least 34: "
+        f"{path} has 33 tokens in its held-out part, but sequences of 16 tokens need at least 34: "
         "give a larger corpus or a sequence length of at most 15."
     )
     assert load_data(f"{kind}:{path}", sequence_length=15).validation()[0][0].shape == (2, 15)

@@ -307,12 +307,12 @@ def test_a_family_is_planned_and_resized(write: Write) -> None:
     ("config", "expected"),
     [
         ({"model_type": "llamma"}, "did you mean 'llama'?"),
-        ({"model_type": "zorp", "auto_map": {"AutoModel": "modeling_zorp.Zorp"}}, "code of its own (auto_map)"),
+        ({"model_type": "zorp", "auto_map": {"AutoModel": "modeling_zorp.Zorp"}}, "custom code (auto_map)"),
         ({"hidden_size": 32}, 'has no "model_type"'),
         ([1], 'has no "model_type"'),
         ({"model_type": "llama", "architectures": ["LlamaForCausalLLM"]}, "did you mean 'LlamaForCausalLM'?"),
         ({"model_type": "llama", "architectures": [["LlamaForCausalLM"]]}, "transformers has no ['LlamaForCausalLM']"),
-        ({"model_type": "llama", "architectures": ["LlamaModel"]}, "has no head and so no logits"),
+        ({"model_type": "llama", "architectures": ["LlamaModel"]}, "has no head and thus no logits"),
         ({"model_type": "llama", "hidden_size": "wide"}, "expected int, got str"),
         ({"model_type": "llama", "hidden_size": 33, "num_attention_heads": 4}, "33"),
         ({"model_type": "perceiver"}, "no example batch is known for PerceiverForMaskedLM"),
@@ -328,7 +328,7 @@ def test_a_wrong_config(config: Any, expected: str, tmp_path: Path) -> None:
 def test_a_file_that_is_none(tmp_path: Path) -> None:
     assert "there is no file" in refusal(f"hf:{tmp_path}")
     (tmp_path / "config.json").write_text("{")
-    assert "is no JSON" in refusal(f"hf:{tmp_path}/config.json")
+    assert "is not JSON" in refusal(f"hf:{tmp_path}/config.json")
     (tmp_path / "config.json").write_text('{"model_type": "llama", "rms_norm_eps": NaN}', encoding="utf-8")
     assert "a number is NaN" in refusal(f"hf:{tmp_path}/config.json")
 
@@ -341,11 +341,11 @@ def test_without_transformers(write: Write, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"width_fields": ["hidden_sise"]}, "hidden_sise is no whole number in the config: did you mean 'hidden_size'"),
-        ({"width_fields": ["rms_norm_eps"]}, "known names are bos_token_id, eos_token_id, head_dim, hidden_size"),
+        ({"width_fields": ["hidden_sise"]}, "hidden_sise is not an integer field of the config: did you mean 'hidden_size'"),
+        ({"width_fields": ["rms_norm_eps"]}, "known are bos_token_id, eos_token_id, head_dim, hidden_size"),
         ({"width_fields": ["max_position_embeddings"]}, "changes no parameter"),
         ({"width_fields": ["hidden_size", "pretraining_tp"]}, "pretraining_tp changes nothing"),
-        ({"depth_fields": ["layers"]}, "--depth-field layers is no whole number"),
+        ({"depth_fields": ["layers"]}, "--depth-field layers is not an integer field"),
         ({"width_fields": "hidden_size"}, "give a list"),
         ({"hiden_size": 64}, "no field 'hiden_size': did you mean 'hidden_size'?"),
     ],
@@ -355,11 +355,11 @@ def test_a_wrong_option(options: dict[str, Any], expected: str, write: Write) ->
 
 
 def test_data_that_does_not_fit(write: Write) -> None:
-    assert "has 256 different tokens and the vocab_size of" in refusal(write("llama"), "bytes")
-    assert "reads tokens and the data 'digits' holds images" in refusal(write("llama"), "digits")
-    assert "reads images and the data 'bytes' holds tokens" in refusal(write("vit"), "bytes")
+    assert "has 256 different tokens, but the vocab_size of" in refusal(write("llama"), "bytes")
+    assert "reads tokens, but the data 'digits' holds images" in refusal(write("llama"), "digits")
+    assert "reads images, but the data 'bytes' holds tokens" in refusal(write("vit"), "bytes")
     assert '"num_labels": 10' in refusal(write("vit", num_labels=2), "digits")
-    assert "16 tokens and the max_position_embeddings" in refusal(
+    assert "16 tokens, but the max_position_embeddings" in refusal(
         write("llama", vocab_size=256, max_position_embeddings=8), "bytes"
     )
     assert "needs input_features" in refusal(write("whisper"), "bytes")

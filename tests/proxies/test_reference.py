@@ -237,7 +237,7 @@ def test_a_wrong_thing_in_the_file(good: Path, name: str, expected: str) -> None
 
 def test_a_function_asks_for_its_base_and_a_family_takes_no_options(good: Path) -> None:
     assert "--base-width" in refusal(f"{good}:build", base=None)
-    assert "takes no options, and bias is given" in refusal(f"{good}:family", bias=True)
+    assert "takes no options, but bias is given" in refusal(f"{good}:family", bias=True)
     assert "unexpected keyword argument 'bios'" in refusal(f"{good}:build", bios=True)
     assert "tide" in refusal("transformer", load_data("markov", 8), tide=True)
     assert "no option 'batch_size'" in refusal("transformer", load_data("markov", 8), batch_size=1)
@@ -264,6 +264,6 @@ def test_a_file_that_fails_says_where(tmp_path: Path, text: str, expected: str, 
 
 def test_a_batch_that_fails_and_a_file_of_another_kind(tmp_path: Path) -> None:
     path = write(tmp_path, "bad_batch.py", GOOD.partition("batch =")[0] + "def batch():\n    return {}['x']\n")
-    assert "batch() beside" in refusal(f"{path}:build")
+    assert "batch() next to" in refusal(f"{path}:build")
     assert "is not a Python file" in refusal(f"{write(tmp_path, 'notes.txt', '')}:build")
     assert "there is no file" in refusal(f"{tmp_path}{os.sep}:build")

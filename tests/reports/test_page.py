@@ -185,7 +185,7 @@ def test_trials_alone(tmp_path, trials):
         assert command in page.text
     assert "No learning-rate basins yet: run mutransfer verify" in page.text.replace(" mutransfer", " mutransfer")
     assert len([tag for tag, _ in page.tags if tag == "svg"]) == 2  # history and slices: one hyperparameter varies
-    assert "Not drawn: one hyperparameter took more than one value" in page.text
+    assert "Not drawn: only one hyperparameter took more than one value" in page.text
 
 
 @pytest.mark.parametrize(

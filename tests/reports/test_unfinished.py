@@ -89,7 +89,7 @@ def test_thirteen_of_sixty_runs(folder: RunFolder) -> None:
     assert len(BASINS.read(folder.basins)) == 13
     text = page(folder)
     command = f"mutransfer verify {folder.path} --widths 8,16 --seeds 3 --step 1.0 --control sp"
-    assert "Learning-rate transfer: unfinished. 13 of 60 runs are done: go on with " + command in text
+    assert "Learning-rate transfer: unfinished. 13 of 60 runs are done: continue with " + command in text
     assert "No verdict yet" in text
     assert [words for words in CONCLUSIONS if words in text] == []
     assert "Learning-rate basins across widths" in text  # what is there is drawn
@@ -129,7 +129,7 @@ def test_a_verdict_on_another_recipe_is_not_shown(folder: RunFolder) -> None:
     assert "Expected loss of one run at width 32" in page(folder)
     RECIPE.with_(lr=2**-5).save(folder.best)
     text = page(folder)
-    assert f"another recipe than that of best.json: run mutransfer verify {folder.path} ." in text
+    assert f"The verified recipe is not the one in best.json: run mutransfer verify {folder.path} ." in text
     for words in (
         "drift of the best lr",
         "Expected loss",
@@ -155,7 +155,7 @@ def test_an_interrupted_search(folder: RunFolder) -> None:
         tune(asked, folder, executor=Stopped(3, searched))
     text = page(folder)
     assert "Search: unfinished. 3 of 4 trials are done" in text
-    assert f"go on with mutransfer tune {folder.experiment} --out {folder.path} ." in text
+    assert f"continue with mutransfer tune {folder.experiment} --out {folder.path} ." in text
     assert "of the 3 trials so far" in text
     with pytest.raises(KeyboardInterrupt):
         tune(asked, folder, executor=Stopped(2, searched))
@@ -170,7 +170,7 @@ def test_an_interrupted_search(folder: RunFolder) -> None:
         tune(experiment(repeats={"top": 2, "seeds": 3}, trials=8), folder, executor=Stopped(2, searched))
     text = page(folder)
     assert "Search: unfinished. 6 of 8 trials are done" in text
-    assert "what differs from the defaults" not in text
+    assert "differences from the defaults" not in text
     assert "drift of the best lr" not in text
 
 
@@ -179,7 +179,7 @@ def test_an_interrupted_trial_is_neither_lost_nor_drawn(folder: RunFolder, trial
         "FAIL", float("nan"), False, float("nan"), float("nan"), float("nan"),
     ]  # fmt: skip
     TRIALS.write(trials, folder.trials)
-    assert "Not drawn: 1 not finished yet and 1 interrupted and done again." in page(folder)
+    assert "Not drawn: 1 not finished yet and 1 interrupted and retried." in page(folder)
 
 
 def test_an_interrupted_check(folder: RunFolder) -> None:
@@ -188,7 +188,7 @@ def test_an_interrupted_check(folder: RunFolder) -> None:
     assert "Coordinate check: pass" in page(folder)
     begin(folder, experiment().subject(), {"--widths": "64,128", "--lr": None})
     text = page(folder)
-    assert "Coordinate check: unfinished. It did not end: go on with " in text
+    assert "Coordinate check: unfinished. It did not finish: continue with " in text
     assert f"mutransfer check {folder.experiment} --out {folder.path} --widths 64,128 ." in text
     assert "Coordinate check: pass" not in text
     assert "Slopes" not in text
@@ -201,4 +201,4 @@ def test_a_check_of_something_else_is_not_this_runs(folder: RunFolder) -> None:
     write_json(folder.check, {"verdict": "pass", "cause": None, "parametrization": "mup"})
     text = page(folder)
     assert "Coordinate check: pass" not in text
-    assert "has another optimizer than this run" in text
+    assert "had another optimizer than this run" in text
