@@ -71,7 +71,7 @@ class Fault:
     def signature(self, column: str) -> Signature:
         """Return the local slopes, relative to µP's, that the fault implies; NaN where it does not determine the slope.
 
-        ("weight", role): initial weights. ("gain", role): a module's output relative to its input. ("update", role): ΔW·x
+        ("weight", role): initial weights. ("step", role): the learning rate. ("gain", role): a module's output relative to its input. ("update", role): ΔW·x
         relative to the module's input after one step; under SGD it follows the gradient, and therefore the readout's weights.
         ("decay", role): lr · weight decay.
         """
@@ -79,6 +79,7 @@ class Fault:
         for role in ROLES:
             init, forward = float(self.init.get(role, 0)), float(self.forward.get(role, 0))
             found["weight", role] = init
+            found["step", role] = float(self.lr(column).get(role, 0))
             # With a wrong learning rate, lr · weight decay may be right or wrong: a plan chooses the decay for the right rate,
             # a training script for a single rate.
             wrong_lr = bool(self.lr(column).get(role, 0))
@@ -271,7 +272,7 @@ def local_slopes(coordinates: pd.DataFrame) -> Signature:
     for (module, role, statistic, step), value in slopes.items():
         # The input of an embedding is not floating-point and has no size.
         input_slope = slopes.get((module, role, "input", 0), 0.0)
-        if statistic in ("weight", "decay"):
+        if statistic in ("weight", "step", "decay"):
             found.setdefault((statistic, role), []).append(value)
         elif statistic == "activation":
             found.setdefault(("gain", role), []).append(value - input_slope)

@@ -342,7 +342,7 @@ def test_without_transformers(write: Write, monkeypatch: pytest.MonkeyPatch) -> 
     ("options", "expected"),
     [
         ({"width_fields": ["hidden_sise"]}, "hidden_sise is not an integer field of the config: did you mean 'hidden_size'"),
-        ({"width_fields": ["rms_norm_eps"]}, "known are bos_token_id, eos_token_id, head_dim, hidden_size"),
+        ({"width_fields": ["rms_norm_eps"]}, "known names are bos_token_id, eos_token_id, head_dim, hidden_size"),
         ({"width_fields": ["max_position_embeddings"]}, "changes no parameter"),
         ({"width_fields": ["hidden_size", "pretraining_tp"]}, "pretraining_tp changes nothing"),
         ({"depth_fields": ["layers"]}, "--depth-field layers is not an integer field"),
