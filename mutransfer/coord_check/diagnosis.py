@@ -71,9 +71,9 @@ class Fault:
     def signature(self, column: str) -> Signature:
         """Return the local slopes, relative to µP's, that the fault implies; NaN where it does not determine the slope.
 
-        ("weight", role): initial weights. ("step", role): the learning rate. ("gain", role): a module's output relative to its input. ("update", role): ΔW·x
-        relative to the module's input after one step; under SGD it follows the gradient, and therefore the readout's weights.
-        ("decay", role): lr · weight decay.
+        ("weight", role): initial weights. ("step", role): the learning rate. ("gain", role): a module's output relative to its
+        input. ("update", role): ΔW·x relative to the module's input after one step; under SGD it follows the gradient, and
+        therefore the readout's weights. ("decay", role): lr · weight decay.
         """
         found: Signature = {}
         for role in ROLES:

@@ -148,7 +148,7 @@ def test_what_an_optimizer_reads_of_the_recipe(optimizer: str, read: set[str]) -
     recipe, rule = mt.Recipe(), OPTIMIZERS[optimizer]
     others = {"momentum": 0.5, "betas": (0.5, 0.5), "eps": 0.5, "eps2": 0.5, "adamw_lr_ratio": 0.5}
     assert {
-        name for name, value in others.items() if rule.told(recipe.with_(**{name: value})) != rule.told(recipe)
+        name for name, value in others.items() if rule.reads(recipe.with_(**{name: value})) != rule.reads(recipe)
     } == read
 
 
