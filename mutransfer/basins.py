@@ -12,7 +12,17 @@ import pandas as pd
 from .errors import RequestError
 from .schemas import OPTIMA
 
-__all__ = ["DRIFT_LIMIT", "REGRET_LIMIT", "Bracket", "bracket", "flat_range", "judge", "optima", "seed_table", "worth"]
+__all__ = [
+    "DRIFT_LIMIT",
+    "REGRET_LIMIT",
+    "Bracket",
+    "bracket",
+    "flat_range",
+    "judge_transfer",
+    "optima",
+    "seed_table",
+    "worth",
+]
 
 DRIFT_LIMIT = 0.5  # octaves: half a step of the usual factor-2 grid
 REGRET_LIMIT = (
@@ -492,7 +502,7 @@ def worth(optima: pd.DataFrame, basins: pd.DataFrame, *, maximize: bool = False)
     return {"value": value, "low": low, "high": high}
 
 
-def judge(
+def judge_transfer(
     optima: pd.DataFrame,
     drift_limit: float = DRIFT_LIMIT,
     regret_limit: float = REGRET_LIMIT,

@@ -31,7 +31,7 @@ from .data.base import Batch, Data
 from .hf_config import Fields, Whole, flat, infer, resized
 from .importing import said
 
-__all__ = ["Sized", "load", "task_for"]
+__all__ = ["Sized", "load_transformers", "task_for"]
 
 logger = logging.getLogger(__name__)
 
@@ -252,7 +252,7 @@ class Sized:
             ) from error
 
 
-def load(
+def load_transformers(
     reference: str,
     data: Data | None,
     base: Scale | None,

@@ -108,7 +108,8 @@ def load_family(
         data: source of the example batch for a built-in or a function without ``batch``.
         base: the base scale, at which µP changes nothing; optional for a `Family` or a config, whose own base it replaces.
         batch_size: number of examples in an example batch from ``data``.
-        options: further keyword arguments of the built-in or of the function; for a config see `mutransfer.proxies.hf.load`.
+        options: further keyword arguments of the built-in or of the function; for a config see
+            `hf.load_transformers`.
         roles: name pattern → role; these take precedence over the family's own roles.
 
     Raises:
@@ -121,9 +122,9 @@ def load_family(
 
 def _load(model: str, data: Data | None, base: Scale | None, batch_size: int, options: dict[str, Any]) -> Family:
     if model.startswith("hf:"):
-        from .hf import load  # transformers takes seconds to import
+        from .hf import load_transformers  # transformers takes seconds to import
 
-        return load(model, data, base, batch_size=batch_size, options=options)
+        return load_transformers(model, data, base, batch_size=batch_size, options=options)
     if model in BUILTIN:
         return _builtin(model, data, base, batch_size, options)
     where, _, name = model.rpartition(":")

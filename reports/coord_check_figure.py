@@ -16,8 +16,19 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from mutransfer.errors import RequestError
-from mutransfer.reports.figure import ReportFigure
-from mutransfer.reports.style import GREY, INK, colour, interval, label, literal, ordered, plain, size_axis, styled
+from mutransfer.reports.style import (
+    GREY,
+    INK,
+    ReportFigure,
+    colour,
+    interval,
+    label,
+    literal,
+    ordered,
+    plain,
+    size_axis,
+    styled,
+)
 from mutransfer.schemas import COORDINATES, SLOPES, varying
 
 __all__ = ["CoordinateFigure", "column_pairs", "coordinate_panel", "expected_range", "octaves_spanned", "ranked_rows"]

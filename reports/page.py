@@ -20,11 +20,7 @@ from mutransfer.errors import RequestError
 from mutransfer.io import write_text
 from mutransfer.reports.contents import RunContents
 from mutransfer.reports.coord_check_figure import CoordinateFigure
-from mutransfer.reports.figure import ReportFigure
-from mutransfer.reports.plan_figure import PlanFigure
-from mutransfer.reports.search_figures import HistoryFigure, ImportanceFigure, ParallelFigure, SliceFigure
-from mutransfer.reports.summary import answers, facts, findings, overall
-from mutransfer.reports.tables import (
+from mutransfer.reports.html_tables import (
     comparison_table,
     environment_table,
     optimum_table,
@@ -33,6 +29,10 @@ from mutransfer.reports.tables import (
     slope_table,
     throughput_table,
 )
+from mutransfer.reports.plan_figure import PlanFigure
+from mutransfer.reports.search_figures import HistoryFigure, ImportanceFigure, ParallelFigure, SliceFigure
+from mutransfer.reports.style import ReportFigure
+from mutransfer.reports.summary import answers, facts, findings, overall
 from mutransfer.reports.transfer_figures import BasinFigure, WiderFigure
 from mutransfer.schemas import OPTIMA, varying
 

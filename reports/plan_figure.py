@@ -13,8 +13,7 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
 from mutransfer.errors import RequestError
-from mutransfer.reports.figure import ReportFigure
-from mutransfer.reports.style import DIVERGING, GREY, INK, literal, number, plain, power_of_two, styled
+from mutransfer.reports.style import DIVERGING, GREY, INK, ReportFigure, literal, number, plain, power_of_two, styled
 from mutransfer.schemas import PARAMETERS
 
 __all__ = ["PlanFigure"]

@@ -18,7 +18,6 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 
 from mutransfer.errors import RequestError
-from mutransfer.reports.figure import ReportFigure
 from mutransfer.reports.optuna_study import (
     as_losses,
     drawable,
@@ -33,6 +32,7 @@ from mutransfer.reports.style import (
     GREY,
     INK,
     ORDER,
+    ReportFigure,
     colour,
     counted,
     literal,

@@ -12,10 +12,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from mutransfer.errors import RequestError
-from mutransfer.reports.figure import ReportFigure
 from mutransfer.reports.style import (
     GREY,
     INK,
+    ReportFigure,
     across,
     colour,
     counted,

@@ -19,8 +19,8 @@ from mutransfer.scale import Scale
 
 from .experiment import Experiment
 from .jobs import Executor, Job, Report, family_of, plan_of
+from .vectorized.batch_training import Slot, VectorizedTraining
 from .vectorized.support import NOT_FOR_ONE, is_out_of_memory, refusal
-from .vectorized.training import Slot, VectorizedTraining
 
 __all__ = [
     "Choice",

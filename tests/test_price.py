@@ -18,9 +18,8 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import mutransfer as mt
 from mutransfer.errors import RequestError
-from mutransfer.fake_values import FakeValues
 from mutransfer.flop_formulas import FORMULAS, is_free
-from mutransfer.price import FlopCounter, step_cost, step_flops
+from mutransfer.price import FakeValues, FlopCounter, step_cost, step_flops
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "price_count.py"
 B, T, D, H = 3, 32, 32, 2  # batch, positions, width over all heads, heads

@@ -104,7 +104,7 @@ def verify_run(
 
     ``forecast``, if given, has the phases "basins" and "control", and is updated with the runs of the executor.
     """
-    from ..basins import DRIFT_LIMIT, flat_range, judge, optima, worth
+    from ..basins import DRIFT_LIMIT, flat_range, judge_transfer, optima, worth
     from ..io import write_json
     from ..sweeps.control import announcement, comparison, conclusion, finished_trials, tune_control
     from ..sweeps.storage import only_one
@@ -147,7 +147,7 @@ def verify_run(
     unit = loss_unit(experiment)
     found = optima(frame, transferred, maximize=experiment.maximize, regret_limit=limit)
     main_rows = found[found["parametrization"] == name]
-    status, reasons = judge(main_rows, regret_limit=limit, unit=unit)
+    status, reasons = judge_transfer(main_rows, regret_limit=limit, unit=unit)
     first, last = main_rows.iloc[0], main_rows.iloc[-1]
     widest = experiment.proxy_scale.with_(width=int(last["width"]))
     compared = comparison(frame, kinds, recipe, experiment.proxy.width, tuned, maximize=experiment.maximize)

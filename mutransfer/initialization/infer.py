@@ -16,7 +16,7 @@ import torch
 from .._torch_internals import disable_current_modes
 from ..errors import RequestError
 from .init import Init, Part, Program, UnreplayableError
-from .record import TRUNCATED, Constant, Recorder, Step, Window, apart, box, steps_to
+from .record import TRUNCATED, Constant, OperationRecorder, Step, Window, apart, box, steps_to
 
 __all__ = ["Folding", "InitWatcher", "arguments", "one_number"]
 
@@ -223,7 +223,7 @@ def _meet(a: tuple[tuple[int, int, int], ...], b: tuple[tuple[int, int, int], ..
 SMALL = 1 << 20  # bytes up to which a table is computed at once, as it may be a constant
 
 
-class InitWatcher(Recorder):
+class InitWatcher(OperationRecorder):
     """Records a constructor; `find` then returns how one of its tensors was initialized."""
 
     def find(self, tensor: torch.Tensor) -> Init | str:

@@ -17,7 +17,7 @@ from .._torch_internals import DataDependentOutputException, TorchDispatchMode, 
 
 __all__ = [
     "Constant",
-    "Recorder",
+    "OperationRecorder",
     "Step",
     "TRUNCATED",
     "Version",
@@ -137,7 +137,7 @@ OVERWRITES = frozenset(
 EMPTY = frozenset(["empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"])
 
 
-class Recorder(TorchDispatchMode):
+class OperationRecorder(TorchDispatchMode):
     """Dispatch mode that records, per storage, the last operation that wrote to it and, through its arguments, all before."""
 
     def __init__(self) -> None:

@@ -21,7 +21,7 @@ from ..parametrizations.tables import Table
 from ..recipe import Recipe
 from ..scale import Scale
 from ..tracing.specs import Observation, ParamSpec
-from .plan import Columns
+from .plan import ColumnBlock
 
 __all__ = ["Draft", "fold_all"]
 
@@ -61,7 +61,7 @@ class Draft:
     size: dict[str, Factors] = field(default_factory=dict)
     alpha: dict[str, Factors] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    apart: dict[str, tuple[float, tuple[Columns, ...]]] = field(default_factory=dict)
+    apart: dict[str, tuple[float, tuple[ColumnBlock, ...]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.notes += [*self.seen.notes, *([self.rule.about] if self.rule.about else [])]
@@ -229,7 +229,9 @@ class Draft:
         self.apart[name] = (
             init,
             tuple(
-                Columns(each.axis, each.begin, each.end, c, gauge) for each in spec.columns_at(shape) if not each.grows
+                ColumnBlock(each.axis, each.begin, each.end, c, gauge)
+                for each in spec.columns_at(shape)
+                if not each.grows
             ),
         )
         self.notes.append(

@@ -37,20 +37,9 @@ from . import schedulers
 from .laws import averaged
 
 __all__ = [
-    "ColumnMultiplier",
-    "Columns",
-    "Multiplier",
-    "ParameterPlan",
-    "Plan",
-    "as_entered",
-    "attach",
-    "clip_grad_norm_",
-    "matched",
-    "parted",
-    "plain_name",
-    "refuse_other_gauge",
-    "unit",
-]
+    "ColumnMultiplier", "ColumnBlock", "Multiplier", "ParameterPlan", "Plan", "as_entered", "attach",
+    "clip_grad_norm_", "matched", "parted", "plain_name", "refuse_other_gauge", "unit",
+]  # fmt: skip
 
 FORMAT = "mutransfer-plan/1"
 
@@ -80,7 +69,7 @@ class ParameterPlan:
     init_factor: float | None
     gauge: float
     multiplier: float = 1.0
-    columns: tuple[Columns, ...] = ()
+    columns: tuple[ColumnBlock, ...] = ()
 
     def times(self, settings: Factors, factors: Factors | None = None) -> ParameterPlan:
         """Return the parameter with its settings multiplied.
@@ -332,7 +321,7 @@ class Plan:
 
 def _read_row(row: dict[str, Any]) -> ParameterPlan:
     data = {key: value for key, value in row.items() if key != "init_std"}
-    columns = tuple(Columns(**each) for each in row.get("columns", ()))
+    columns = tuple(ColumnBlock(**each) for each in row.get("columns", ()))
     plan = ParameterPlan(
         **{**data, "shape": tuple(row["shape"]), "init": Init.from_dict(row["init"]), "columns": columns}
     )
@@ -375,7 +364,7 @@ def _refuse_difference(names: Iterable[str], here: str, there: str) -> None:
 
 
 @dataclass(frozen=True)
-class Columns:
+class ColumnBlock:
     """Entries ``begin`` to ``end`` of the axis that a layer sums over, whose inputs are multiplied by ``multiplier``.
 
     ``gauge`` is how much larger these entries are, relative to the layer's other columns, than in the table's source.
@@ -391,7 +380,7 @@ class Columns:
 class ColumnMultiplier:
     """Forward pre-hook of a linear layer or convolution that multiplies some features of its input."""
 
-    def __init__(self, columns: tuple[Columns, ...], axes: int) -> None:
+    def __init__(self, columns: tuple[ColumnBlock, ...], axes: int) -> None:
         self.columns, self.dim = columns, 1 - axes  # in a convolution with k spatial axes, channels are dim −k−1
         self.paused = False
 
@@ -512,7 +501,7 @@ def as_entered(module: nn.Module) -> Iterator[None]:
             each.paused = False
 
 
-def _columns_of(module: nn.Module) -> tuple[Columns, ...]:
+def _columns_of(module: nn.Module) -> tuple[ColumnBlock, ...]:
     hooks = (each for each in module._forward_pre_hooks.values() if isinstance(each, ColumnMultiplier))
     return next((each.columns for each in hooks), ())
 
@@ -553,7 +542,9 @@ def _owners(model: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
 
 
 @torch.no_grad()
-def clip_grad_norm_(gauged: Iterable[tuple[float, torch.Tensor, tuple[Columns, ...]]], max_norm: float) -> torch.Tensor:
+def clip_grad_norm_(
+    gauged: Iterable[tuple[float, torch.Tensor, tuple[ColumnBlock, ...]]], max_norm: float
+) -> torch.Tensor:
     """Scale gradients in place so that their total norm is at most ``max_norm``; return the norm before (a scalar tensor).
 
     Args:
@@ -577,7 +568,9 @@ def clip_grad_norm_(gauged: Iterable[tuple[float, torch.Tensor, tuple[Columns, .
     return total
 
 
-def parted(tensor: torch.Tensor, columns: tuple[Columns, ...], *, leading: int = 0) -> list[tuple[float, torch.Tensor]]:
+def parted(
+    tensor: torch.Tensor, columns: tuple[ColumnBlock, ...], *, leading: int = 0
+) -> list[tuple[float, torch.Tensor]]:
     """Return the pieces of a parameter's gradient as (gauge relative to the whole, piece).
 
     ``leading`` is the number of axes in front of the parameter's own.

@@ -43,7 +43,7 @@ def load_data(spec: str, sequence_length: int = 128) -> Data:
         case "digits":
             from . import digits
 
-            return digits.load()
+            return digits.load_digits()
         case "bytes":
             from . import corpora
 
@@ -51,7 +51,7 @@ def load_data(spec: str, sequence_length: int = 128) -> Data:
         case "markov":
             from . import markov
 
-            return markov.load(sequence_length)
+            return markov.load_markov(sequence_length)
         case "text":
             from . import corpora
 

@@ -10,7 +10,7 @@ import torch
 
 from .base import Batch, Data, generator
 
-__all__ = ["Digits", "load"]
+__all__ = ["Digits", "load_digits"]
 
 HELD_OUT = 360
 
@@ -49,7 +49,7 @@ class Digits(Data):
         return [(torch.from_numpy(images_NCHW.copy()), torch.from_numpy(labels_N.copy()))]
 
 
-def load() -> Digits:
+def load_digits() -> Digits:
     """Load the digits with a fixed split, standardized by the mean and standard deviation of the training part."""
     from sklearn.datasets import load_digits  # takes a second, which only this source should cost
 

@@ -12,7 +12,7 @@ from mutransfer.errors import RequestError
 
 from .base import VALIDATION_SEQUENCES, Batch, Data, batches_of, check_sequence_length, generator, next_token
 
-__all__ = ["Markov", "load"]
+__all__ = ["Markov", "load_markov"]
 
 LARGEST_CONTEXTS = 4096  # the stationary distribution is the solution of a dense linear system of this size
 
@@ -58,7 +58,9 @@ class Markov(Data):
         return tokens_NU
 
 
-def load(sequence_length: int, vocabulary: int = 32, order: int = 2, branching: int = 4, language: int = 0) -> Markov:
+def load_markov(
+    sequence_length: int, vocabulary: int = 32, order: int = 2, branching: int = 4, language: int = 0
+) -> Markov:
     """Return the Markov language with the number ``language``.
 
     Symbol 0 can follow every context, like a space. A run of k zeros can therefore be reached from every context, and the

@@ -30,9 +30,9 @@ from mutransfer.scale import Scale
 
 from ..experiment import Experiment
 from ..jobs import Job, OneByOne, Report, Reported, alone, family_of, plan_of
+from .batch_training import Slot, Snapshot, VectorizedTraining
 from .compile import Step
 from .support import NOT_FOR_ONE, is_out_of_memory, refusal
-from .training import Slot, Snapshot, VectorizedTraining
 
 __all__ = ["SlotBatch", "Checkpoints", "Fused", "Precision", "Running", "course_of"]
 

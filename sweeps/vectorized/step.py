@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 from mutransfer._torch_internals import NEWTON_SCHULZ, muon_lr, register_dataclass
 from mutransfer.family import Family
 from mutransfer.optimizers.muon import iteration_dtype, orthogonalized
-from mutransfer.planning.plan import Columns, ParameterPlan, Plan, parted
+from mutransfer.planning.plan import ColumnBlock, ParameterPlan, Plan, parted
 
 __all__ = [
     "Clock",
@@ -60,7 +60,7 @@ class Kind:
     name: str
     adjust: str = ""
     iteration: torch.dtype = torch.bfloat16
-    columns: tuple[Columns, ...] = ()
+    columns: tuple[ColumnBlock, ...] = ()
 
 
 @dataclass(frozen=True)

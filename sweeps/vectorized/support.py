@@ -14,8 +14,8 @@ from mutransfer.scale import Scale
 
 from ..experiment import Experiment
 from ..jobs import family_of, plan_of
+from .batch_training import Slot, VectorizedTraining
 from .step import FUSED
-from .training import Slot, VectorizedTraining
 
 __all__ = ["NOT_FOR_ONE", "is_out_of_memory", "refusal"]
 

@@ -16,7 +16,7 @@ from mutransfer.planning.build import plan
 from mutransfer.proxies.data.base import Data
 from mutransfer.proxies.load import load_family
 from mutransfer.proxies.training import Training
-from mutransfer.sweeps.vectorized.training import Slot, VectorizedTraining
+from mutransfer.sweeps.vectorized.batch_training import Slot, VectorizedTraining
 
 from ... import families
 from ...blobs import blobs

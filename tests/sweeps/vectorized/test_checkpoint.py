@@ -17,9 +17,9 @@ from mutransfer.run_dir import RunFolder
 from mutransfer.sweeps.experiment import Experiment
 from mutransfer.sweeps.jobs import Job, Reported
 from mutransfer.sweeps.tune import tune
+from mutransfer.sweeps.vectorized.batch_training import VectorizedTraining
 from mutransfer.sweeps.vectorized.executor import Checkpoints, Fused
 from mutransfer.sweeps.vectorized.support import refusal
-from mutransfer.sweeps.vectorized.training import VectorizedTraining
 
 from ..small import experiment, journal
 from .test_executor import done, jobs

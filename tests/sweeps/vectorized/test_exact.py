@@ -12,7 +12,7 @@ import torch
 import mutransfer as mt
 from mutransfer.optimizers import muon
 from mutransfer.sweeps.vectorized import step
-from mutransfer.sweeps.vectorized.training import Slot, VectorizedTraining
+from mutransfer.sweeps.vectorized.batch_training import Slot, VectorizedTraining
 
 from .apart import apart, distance, plans, together
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mutransfer.sweeps.jobs import OneByOne
-from mutransfer.sweeps.vectorized import training as fused
+from mutransfer.sweeps.vectorized import batch_training
 from mutransfer.sweeps.vectorized.compile import Graphed
 from mutransfer.sweeps.vectorized.executor import Fused
 
@@ -41,14 +41,14 @@ def replayed(monkeypatch: pytest.MonkeyPatch) -> list[Graphed]:
         made.append(Graphed(step, example, Again()))
         return made[-1]
 
-    init = fused.VectorizedTraining.__init__
+    init = batch_training.VectorizedTraining.__init__
 
     def on_a_gpu(self: Any, *given: Any, **options: Any) -> None:
         init(self, *given, **options)
         self._graphs = True
 
-    monkeypatch.setattr(fused, "graphed", graphed)
-    monkeypatch.setattr(fused.VectorizedTraining, "__init__", on_a_gpu)
+    monkeypatch.setattr(batch_training, "graphed", graphed)
+    monkeypatch.setattr(batch_training.VectorizedTraining, "__init__", on_a_gpu)
     return made
 
 
@@ -72,7 +72,7 @@ def test_only_what_changed_is_copied() -> None:
         loss, now = step(now, setting)
         losses.append(float(loss))
     assert losses == [0.0, 2.0, 4.0]
-    setting[0] = 5.0  # in slot, as a training that begins in a freed slot does
+    setting[0] = 5.0  # in place, as a training that begins in a freed slot does
     _, now = step(now, setting)
     assert now["w"].tolist() == [8.0, 4.0]
     now["w"][1] = 0.0

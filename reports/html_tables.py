@@ -14,7 +14,7 @@ from mutransfer.reports.style import interval, label, number, percent, power_of_
 from mutransfer.schemas import OPTIMA, PARAMETERS, SLOPES
 
 __all__ = [
-    "Table",
+    "HtmlTable",
     "cell",
     "comparison_table",
     "environment_table",
@@ -29,7 +29,7 @@ MOST_ROWS = 2000
 
 
 @dataclass(frozen=True)
-class Table:
+class HtmlTable:
     """Header cells (name, meaning) and rows of (text, sort key); ``left_out`` counts the rows that are only in the CSV."""
 
     header: list[tuple[str, str]]
@@ -42,7 +42,7 @@ def cell(text: str, key: object = None) -> tuple[str, str]:
     return text, text if key is None else "" if key is pd.NA or key != key else str(key)
 
 
-def optimum_table(optima: pd.DataFrame) -> Table:
+def optimum_table(optima: pd.DataFrame) -> HtmlTable:
     """Return the optima (schema OPTIMA): best lr, drift, losses and regret per parametrization and width."""
     about = {name: meaning for name, (_, meaning) in OPTIMA.columns.items()}
     header = [
@@ -68,10 +68,10 @@ def optimum_table(optima: pd.DataFrame) -> Table:
             cell(regret(row.regret, row.regret_low, row.regret_high), row.regret),
         ]
         rows.append(cells)
-    return Table(header, rows)
+    return HtmlTable(header, rows)
 
 
-def comparison_table(rows: list[dict[str, Any]]) -> Table:
+def comparison_table(rows: list[dict[str, Any]]) -> HtmlTable:
     """Return the runs at the widest width: lr, loss with its interval, and difference from the first row.
 
     The difference is paired by seed, with the interval over the pairs, if the run folder has paired differences.
@@ -101,10 +101,10 @@ def comparison_table(rows: list[dict[str, Any]]) -> Table:
                 cell("–" if row is rows[0] or not first > 0 else percent(difference / first)),
             ]
         )
-    return Table(header, table)
+    return HtmlTable(header, table)
 
 
-def slope_table(slopes: pd.DataFrame) -> Table:
+def slope_table(slopes: pd.DataFrame) -> HtmlTable:
     """Return the slopes (schema SLOPES), with the failing ones first."""
     outcomes = {True: "✓ holds", False: "✗ fails", None: "? not enough evidence"}
     columns = ["module", "role", "statistic", "step", "slope", "expected", "declared", "ok"]
@@ -122,28 +122,28 @@ def slope_table(slopes: pd.DataFrame) -> Table:
         cells[5:7] = [cell(_range(text), text) for text in (row.expected, row.declared)]
         cells[7] = cell(outcome)
         rows.append(cells)
-    return Table(header, rows[:MOST_ROWS], max(len(rows) - MOST_ROWS, 0))
+    return HtmlTable(header, rows[:MOST_ROWS], max(len(rows) - MOST_ROWS, 0))
 
 
-def parameter_table(parameters: pd.DataFrame) -> Table:
+def parameter_table(parameters: pd.DataFrame) -> HtmlTable:
     """Return the settings per parameter (schema PARAMETERS)."""
     header = [(name.replace("_", " "), meaning) for name, (_, meaning) in PARAMETERS.columns.items()]
     shown = parameters.head(MOST_ROWS)
     rows = [[cell(number(value), value) for value in row] for row in shown[list(PARAMETERS.columns)].values.tolist()]
-    return Table(header, rows, len(parameters) - len(shown))
+    return HtmlTable(header, rows, len(parameters) - len(shown))
 
 
-def recipe_table(recipe: Recipe) -> Table:
+def recipe_table(recipe: Recipe) -> HtmlTable:
     """Return the recipe's values next to the defaults; a default is shown only where the recipe differs from it."""
     default = Recipe().model_dump(mode="json")
     rows = []
     for key, value in recipe.model_dump(mode="json").items():
         text = f"{_value(value)} ({power_of_two(math.log2(value))})" if key == "lr" else _value(value)
         rows.append([cell(key), cell(text), cell("same" if value == default[key] else _value(default[key]))])
-    return Table([("setting", "at base scale"), ("value", "as tuned"), ("default", "before tuning")], rows)
+    return HtmlTable([("setting", "at base scale"), ("value", "as tuned"), ("default", "before tuning")], rows)
 
 
-def environment_table(content: dict[str, Any], prefix: str = "") -> Table:
+def environment_table(content: dict[str, Any], prefix: str = "") -> HtmlTable:
     """Return nested keys and values as one flat table, with dotted keys."""
     rows: list[list[tuple[str, str]]] = []
     for key, value in content.items():
@@ -151,7 +151,7 @@ def environment_table(content: dict[str, Any], prefix: str = "") -> Table:
             rows += environment_table(value, f"{prefix}{key}.").rows
         else:
             rows.append([cell(f"{prefix}{key}"), cell(value if isinstance(value, str) else _value(value))])
-    return Table([("key", ""), ("value", "")], rows)
+    return HtmlTable([("key", ""), ("value", "")], rows)
 
 
 def _range(text: str) -> str:
@@ -173,7 +173,7 @@ def _value(value: Any) -> str:
     return number(value) if isinstance(value, float) or value is None else str(value)
 
 
-def throughput_table(trials: pd.DataFrame | None, basins: pd.DataFrame | None) -> Table | None:
+def throughput_table(trials: pd.DataFrame | None, basins: pd.DataFrame | None) -> HtmlTable | None:
     """Return the throughput of the tuning trials, and of the verification runs per parametrization and width.
 
     Rates are computed from the seconds of the individual runs, as if they had run one after the other, because the frames do
@@ -195,7 +195,7 @@ def throughput_table(trials: pd.DataFrame | None, basins: pd.DataFrame | None) -
         ("FLOP/s", "floating point operations per second while running; products only, as in the price"),
         ("seconds in all", "sum over the runs"),
     ]
-    return Table(header, known) if known else None
+    return HtmlTable(header, known) if known else None
 
 
 def _row(name: str, runs: pd.DataFrame) -> list[tuple[str, str]]:
