@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import fnmatch
+import re
 import shutil
 import subprocess
 import sys
@@ -266,6 +267,21 @@ def test_library_code_does_not_print() -> None:
 def test_no_module_is_two_concepts_long() -> None:
     assert too_long() == {}
     assert len(modules()) <= MOST
+
+
+def test_where_to_go_is_where_it_is() -> None:
+    """CONTRIBUTING's table against the tree."""
+    rows = re.findall(
+        r"^\| .* \| \[`(\S+)`\]\((\S+)\): `(\w+)` \|$", (ROOT / "CONTRIBUTING.md").read_text("utf-8"), re.M
+    )
+    assert len(rows) >= 16
+    for shown, path, name in rows:
+        assert shown == path
+        tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+        targets = [each for node in tree.body for each in getattr(node, "targets", [getattr(node, "target", None)])]
+        defined = {each.id for each in targets if isinstance(each, ast.Name)}
+        defined |= {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+        assert name in defined, f"{path} has no {name}"
 
 
 def test_planted_violations_of_the_layout_are_seen(tmp_path: Path) -> None:
