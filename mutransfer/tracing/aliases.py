@@ -1,6 +1,6 @@
-"""Which tensors stand for a parameter, where its axes lie in them, and into which pieces they are cut.
+"""Aliases of parameters: which tensors stand for a parameter, where its axes lie in them, and how they are cut into pieces.
 
-Axes are followed by strides, so views need no rules of their own. Pieces that grow differently have roles of their own.
+Axes are tracked by stride, so views need no special rules. Pieces that grow differently have different roles.
 """
 
 from __future__ import annotations
@@ -17,18 +17,21 @@ from .dataflow import storage_key, strides
 
 __all__ = ["Axis", "Cut", "Cuts", "Root", "Roots", "carried_to", "label_of", "layout_of"]
 
-Axis = tuple[tuple[int, int], ...]  # (stride, size) of every part of one axis of a parameter; empty once it is lost
+Axis = tuple[tuple[int, int], ...]  # (stride, size) of every part of one axis of a parameter; empty if it is lost
 
 
 def layout_of(tensor: torch.Tensor) -> tuple[Axis, ...]:
-    """Return the axes of a tensor in its own storage."""
+    """Return the layout of a tensor's axes in its own storage."""
     return tuple(((stride, size),) for stride, size in zip(strides(tensor), tensor.shape, strict=True))
 
 
 def carried_to(
     layout: Sequence[Axis], tensor: torch.Tensor, dims: Sequence[int | None], out: torch.Tensor
 ) -> tuple[Axis, ...]:
-    """Return the axes in the storage of ``out``, if dim i of ``tensor`` became dim ``dims[i]`` of it (None: looked up)."""
+    """Return the layout of the axes in the storage of ``out``, given that dim i of ``tensor`` became its dim ``dims[i]``.
+
+    ``dims[i]`` is None if entries of dim i were looked up; an axis that lies in such a dim is lost.
+    """
     axes = []
     for axis in layout:
         found = [(dims[dim], multiple, size) for dim, multiple, size in _parts(axis, tensor)]
@@ -40,11 +43,12 @@ def carried_to(
 def label_of(
     axis: Axis, size: int, tensor: torch.Tensor, seen: Sequence[str], groups: Mapping[int, int]
 ) -> tuple[str, int]:
-    """Return an axis's label and how many of its ``size`` entries are summed over, given a label for each dim of ``tensor``.
+    """Return an axis's label and how many of its ``size`` entries are summed over.
 
-    ``groups`` says that a dim which is summed over is so only within groups, and into how many it is divided.
+    ``seen`` holds a label for each dim of ``tensor``. ``groups`` maps a dim that is summed over only within groups to the
+    number of groups.
     """
-    if size == 1:  # no telling stride; it cannot be the one that grows either, unless nothing else says
+    if size == 1:  # the stride carries no information; if the axis grows, `settled` takes the wider model's label
         return "each", 1
     found = [
         (strides(tensor)[dim], seen[dim], part, groups.get(dim, 1))
@@ -59,7 +63,7 @@ def label_of(
 
 
 def _parts(axis: Axis, tensor: torch.Tensor) -> Iterator[tuple[int, int, int]]:
-    """Dims of a view that hold entries of the axis: (dim, steps along it for one along the axis, number of entries)."""
+    """Yield (dim, steps in it per step along the axis, number of entries) for every dim of a view that holds the axis."""
     for stride, size in axis:
         for dim, (at, length) in enumerate(zip(strides(tensor), tensor.shape, strict=True)):
             if size == 1 or length == 1 or at < 1:
@@ -72,11 +76,15 @@ def _parts(axis: Axis, tensor: torch.Tensor) -> Iterator[tuple[int, int, int]]:
 
 @dataclass(frozen=True)
 class Root:
-    """A parameter, or a tensor made of one parameter alone, entry by entry.
+    """A parameter, or a tensor computed entrywise from one parameter alone.
 
-    ``linear`` says that a factor on the parameter is a factor on the tensor; ``shift`` is what was added to the parameter
-    first, as in gains used as 1 + w. ``factor`` is the number that it was multiplied with.
-    ``sizes`` are the index and the use of the parameter that sets the sizes of a normalized weight, and carries its factors.
+    Attributes:
+        index: index of the parameter.
+        layout: where the parameter's axes lie in the tensor's storage.
+        linear: whether a factor on the parameter is a factor on the tensor.
+        shift: the number added to the parameter, as in gains used as 1 + w.
+        factor: the number that the parameter was multiplied by.
+        sizes: for a weight under weight norm, the index and the use of its magnitude parameter, which carries its factors.
     """
 
     index: int
@@ -88,19 +96,19 @@ class Root:
 
     @property
     def carrier(self) -> int:
-        """The index of the parameter that carries a factor into the tensor."""
+        """Index of the parameter that carries a factor into the tensor."""
         return self.index if self.sizes is None else self.sizes[0]
 
 
 class Roots:
-    """All tensors that stand for one of ``parameters``, by storage: views need no rules of their own."""
+    """All tensors that stand for one of ``parameters``, keyed by storage, so views need no special rules."""
 
     def __init__(self, parameters: Sequence[torch.Tensor]) -> None:
         self._shapes = [tuple(each.shape) for each in parameters]
         self._roots = {storage_key(each): Root(i, layout_of(each)) for i, each in enumerate(parameters)}
 
     def get(self, tensor: torch.Tensor) -> Root | None:
-        """Return what ``tensor`` stands for."""
+        """Return the parameter that ``tensor`` stands for, or None."""
         return self._roots.get(storage_key(tensor))
 
     def shape(self, root: Root) -> tuple[int, ...]:
@@ -108,21 +116,27 @@ class Roots:
         return self._shapes[root.index]
 
     def sized(self, tensor: torch.Tensor, by: tuple[int, int]) -> None:
-        """Let another parameter, ``by`` its index and use, carry the factors of what ``tensor`` stands for."""
+        """Make the magnitude parameter ``by`` (index and use) carry the factors of the normalized weight ``tensor``."""
         self._roots[storage_key(tensor)] = replace(self._roots[storage_key(tensor)], linear=True, sizes=by)
 
     def derive(
         self, name: str, args: Any, tensor: torch.Tensor, out: torch.Tensor, number: float | None, *, alone: bool
     ) -> Root | None:
-        """Let ``out`` stand for the parameter of ``tensor`` if the operation ``name`` works entry by entry.
+        """Register ``out`` as an alias of the parameter of ``tensor`` if the operation is entrywise; otherwise return None.
 
-        ``number`` is the constant that a product multiplies with or divides by; ``alone`` says that nothing else enters.
+        Args:
+            name: name of the operation.
+            args: its positional arguments.
+            tensor: the input that stands for a parameter.
+            out: the result.
+            number: the constant that a product multiplies or divides by, if any.
+            alone: whether ``tensor`` is the only tensor among the inputs.
         """
         root = self._roots[storage_key(tensor)]
         dims: list[int | None] = list(range(tensor.dim()))
         if name in ops.LOOKUPS:
             dims = _looked_up(name, args, tensor)
-        elif name == "repeat":  # the first of the copies
+        elif name == "repeat":  # the layout of the first copy
             dims = [out.dim() - tensor.dim() + dim for dim in range(tensor.dim())]
         elif (
             name in ops.CONTRACTIONS
@@ -147,10 +161,10 @@ class Roots:
         return made
 
     def axes(self, name: str, args: Any, tensor: torch.Tensor) -> tuple[tuple[str, ...], tuple[int, ...]]:
-        """Labels of the parameter's own axes (in, out, gather, each, unknown), found in the view that the operation met.
+        """Return a label for each axis of the parameter and the number of its entries that are summed over.
 
-        Beside each label, the number of entries that are summed over: 1 for what is not "in", and less than all where
-        only a part of the axis is.
+        Labels are in, out, gather, each and unknown, found from the view that the operation received. The number is 1 for
+        an axis that is not "in", and less than the axis's size if only a part of it is summed over.
         """
         root = self._roots[storage_key(tensor)]
         labels = ops.CONTRACTIONS.get(name)
@@ -174,12 +188,12 @@ class Roots:
 
 
 def _is_bias(name: str, args: Any, tensor: torch.Tensor) -> bool:
-    """Say whether ``tensor`` is what a fused attention adds to its logits."""
+    """Return whether ``tensor`` is the bias that a fused attention adds to its logits."""
     return name.startswith("_scaled_dot_product") and not any(each is tensor for each in args[:3])
 
 
 def _looked_up(name: str, args: Any, tensor: torch.Tensor) -> list[int | None]:
-    """Return where each dim of ``tensor`` ends up when entries of one dim are looked up; None for that dim."""
+    """Return the new position of each dim of ``tensor`` when entries of one dim are looked up; None for that dim."""
     if name != "index":
         dims: list[int | None] = list(range(tensor.dim()))
         dims[args[1]] = None
@@ -193,9 +207,13 @@ def _looked_up(name: str, args: Any, tensor: torch.Tensor) -> list[int | None]:
 
 @dataclass
 class Cut:
-    """A parameter, or results of parameters (``direct``: their uses, as bits), and all the pieces that were cut from it.
+    """A parameter, or a result of parameters, and all pieces that were cut from it.
 
-    ``pieces`` are (sizes, where each begins), dim by dim as in ``whole``.
+    Attributes:
+        whole: shape of the tensor that was cut.
+        owners: name of the parameter if the tensor stands for one; otherwise empty.
+        direct: uses (as bits) whose result the tensor is.
+        pieces: (sizes, offsets) of each piece, one entry per dim of ``whole``.
     """
 
     whole: tuple[int, ...]
@@ -204,7 +222,7 @@ class Cut:
     pieces: set[tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=set)
 
     def unevenly(self, wide: Cut) -> bool:
-        """Say whether in a wider model the pieces grow differently; more pieces of one size do not."""
+        """Return whether the pieces grow differently in a wider model; a larger number of equal pieces does not count."""
         for dim, (size, wide_size) in enumerate(zip(self.whole, wide.whole, strict=False)):
             sizes, wide_sizes = ({piece[dim] for piece, _ in each.pieces} for each in (self, wide))
             alike = {wide_size * each for each in sizes} == {size * each for each in wide_sizes}
@@ -218,13 +236,16 @@ class Cut:
 
 
 class Cuts:
-    """All that is cut in one forward pass, in the order seen: by storage and shape, whether in one step or piece by piece."""
+    """All tensors cut in one forward pass, in the order seen and keyed by storage and shape.
+
+    A tensor may be cut in one step or piece by piece.
+    """
 
     def __init__(self) -> None:
         self._found: dict[tuple[int, tuple[int, ...]], Cut] = {}
 
     def add(self, whole: torch.Tensor, pieces: Iterable[torch.Tensor], owners: frozenset[str], direct: int) -> None:
-        """Note views of ``whole``, those that are smaller and no single entries."""
+        """Record the ``pieces`` that are smaller than ``whole`` and have as many dims, which excludes single entries."""
         shape = tuple(whole.shape)
         for piece in pieces:
             if piece.dim() == whole.dim() and piece.numel() < whole.numel():
@@ -235,6 +256,6 @@ class Cuts:
                 cut.pieces.add((tuple(piece.shape), begins))
 
     def uneven(self, wider: Cuts) -> Iterator[Cut]:
-        """Return what is cut into pieces that grow differently in a wider model's forward pass."""
+        """Return the tensors that are cut into pieces that grow differently in a wider model's forward pass."""
         pairs = zip(self._found.values(), wider._found.values(), strict=False)
         return (cut for cut, wide in pairs if cut.unevenly(wide))

@@ -1,6 +1,6 @@
-"""What is known of every tensor in a traced forward pass: which parameters it depends on, and which can carry a factor into it.
+"""Data flow of a traced forward pass: which parameters every tensor depends on, and which can carry a factor into it.
 
-A piece of a tensor (a chunk, a slice) is a value of its own: a scale and a shift that one layer makes together are two values.
+A piece of a tensor (a chunk, a slice) is a separate value: a scale and a shift computed together by one layer are two values.
 """
 
 from __future__ import annotations
@@ -33,13 +33,19 @@ __all__ = [
 
 @dataclass
 class Flow:
-    """What a tensor depends on. Sets are bits: bit i is parameter i, or use i in the order seen.
+    """What a tensor depends on. Sets are stored as bits: bit i is parameter i, or use i in the order seen.
 
-    ``carries`` are the parameters that jointly carry a factor into the tensor; ``direct`` the uses whose result it still
-    is, up to functions of single entries. ``factors`` are the numbers multiplied in since each use that carries, and
-    ``residual`` those that are on no parameter's result (`factors`). ``product`` is set on the product of two activations,
-    and ``dots`` are all dot products that the tensor still is a function of, each with the number multiplied in since
-    (`dots`); after a nonlinearity (``bent``) a number is no factor of theirs.
+    Attributes:
+        depends: parameters that the tensor depends on.
+        carries: parameters that jointly carry a factor into the tensor.
+        uses: uses that the tensor depends on.
+        direct: uses whose result the tensor still is, up to entrywise functions.
+        factors: use that carries a factor → the constants multiplied in since.
+        residual: the constants multiplied in that are on no parameter's result (see `scales`).
+        product: set on the product of two activations.
+        dots: dot product that the tensor is still a function of → the constants multiplied in since (see `products`).
+        bent: whether a nonlinearity has been applied, after which a constant is no longer a factor of the dot products.
+        node: the tensor's node in the graph.
     """
 
     depends: int = 0
@@ -55,15 +61,20 @@ class Flow:
 
     @property
     def number(self) -> float:
-        """The number that the tensor has been multiplied with since the last use."""
+        """The constant that the tensor has been multiplied by since the last use."""
         return next(iter(self.factors.values()), 1.0) * self.residual
 
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """A product of two activations that may become attention: the size summed over, and its two sides.
+    """A product of two activations that may become attention.
 
-    ``nodes`` are where it was made and what it went through; ``distance`` says that it is one instead.
+    Attributes:
+        size: number of entries that are summed over.
+        left: the left side.
+        right: the right side.
+        nodes: the node that computes it and the nodes that it passes through.
+        distance: whether it is a distance between the two sides instead of a product.
     """
 
     size: int
@@ -74,13 +85,13 @@ class Scores:
 
     @property
     def sides(self) -> tuple[Flow, Flow]:
-        """Both."""
+        """The left and the right side."""
         return self.left, self.right
 
 
 @dataclass(frozen=True)
 class Sum:
-    """One sum of two activations: nodes of the result and of both sides, and what carries a factor into each side."""
+    """One sum of two activations: nodes of the result and of both sides, and the parameters that carry a factor into each."""
 
     node: int
     left: int
@@ -91,9 +102,13 @@ class Sum:
 
 @dataclass
 class ValueGraph:
-    """The order of values in a forward pass. Node 0 is everything that depends on no parameter; ``result`` is the loss.
+    """Graph of the values in a forward pass. Node 0 stands for everything that depends on no parameter.
 
-    ``pieces`` are the nodes that are a part of another: of which one, and which part.
+    Attributes:
+        parents: the parents of each node.
+        result: the node of the loss.
+        sums: the sums of two activations.
+        pieces: node that is a part of another → (the node of the whole, which part).
     """
 
     parents: list[tuple[int, ...]] = field(default_factory=lambda: [()])
@@ -108,7 +123,7 @@ class ValueGraph:
 
 
 def union(bits: Iterable[int]) -> int:
-    """Return the union of sets of bits."""
+    """Return the union of sets that are stored as bits."""
     total = 0
     for each in bits:
         total |= each
@@ -116,33 +131,33 @@ def union(bits: Iterable[int]) -> int:
 
 
 def storage_key(tensor: torch.Tensor) -> int:
-    """Return what all views of one tensor share."""
+    """Return the key of a tensor's storage, which all its views share."""
     return storage_id(tensor)
 
 
 def numeric(tensor: torch.Tensor) -> bool:
-    """Say whether a tensor holds real or complex numbers; others are indices and masks."""
+    """Return whether a tensor holds real or complex numbers; other tensors are indices and masks."""
     return tensor.is_floating_point() or tensor.is_complex()
 
 
 def strides(tensor: torch.Tensor) -> tuple[int, ...]:
-    """Return the strides in real numbers, so that a tensor and its view as complex numbers count alike."""
+    """Return the strides counted in real numbers, so that a tensor and its complex view are comparable."""
     return tuple((2 if tensor.is_complex() else 1) * each for each in tensor.stride())
 
 
-# Where it begins, and (stride, length) of each dim, the longest stride first.
+# Offset of the first entry, and (stride, length) of each dim, the longest stride first.
 Region = tuple[int, tuple[tuple[int, int], ...]]
 
 
 class Pieces:
-    """Views of a part of a value, as nodes of the graph below the value's own."""
+    """Nodes for views of a part of a value; each is a child of the value's node in the graph."""
 
     def __init__(self, graph: ValueGraph) -> None:
         self._graph = graph
         self._nodes: dict[tuple[int, Region], int] = {}
 
     def node(self, tensor: torch.Tensor, whole: int) -> int:
-        """Return the node of ``tensor``, which is stored in the value of node ``whole``: that one's, or its own."""
+        """Return the node of ``tensor``, a view of the value at node ``whole``: a new node if it is a part, else ``whole``."""
         steps = _steps(tensor)
         width = tensor.element_size() // (2 if tensor.is_complex() else 1)
         if not whole or math.prod(size for _, size in steps) * width >= tensor.untyped_storage().nbytes():
@@ -156,7 +171,7 @@ class Pieces:
 
 
 def _steps(tensor: torch.Tensor) -> tuple[tuple[int, int], ...]:
-    """Return (stride, length) of each dim, however a view cuts or merges dims."""
+    """Return (stride, length) of each dim, independent of how a view splits or merges dims."""
     found = [(step, size) for step, size in zip(strides(tensor), tensor.shape, strict=True) if size > 1 and step > 0]
     merged: list[tuple[int, int]] = []
     for step, size in sorted([*found, *([(1, 2)] if tensor.is_complex() else [])], reverse=True):
@@ -168,7 +183,7 @@ def _steps(tensor: torch.Tensor) -> tuple[tuple[int, int], ...]:
 
 
 def meet(a: Region, b: Region) -> bool:
-    """Say whether two pieces of one value have an entry in common."""
+    """Return whether two pieces of one value have an entry in common."""
     ranges: dict[int, list[int]] = {}
     for (_, steps), sign in ((a, 1), (b, 0)):
         for stride, size in steps:
@@ -178,7 +193,7 @@ def meet(a: Region, b: Region) -> bool:
 
 
 def _reached(distance: int, steps: Sequence[tuple[int, int, int]]) -> bool:
-    """Say whether ``distance`` is a sum of one multiple of each stride, within its limits."""
+    """Return whether ``distance`` is a sum of one multiple of each stride, with each multiple within its limits."""
     if not steps:
         return distance == 0
     (stride, low, high), rest = steps[0], steps[1:]
@@ -190,18 +205,26 @@ def _reached(distance: int, steps: Sequence[tuple[int, int, int]]) -> bool:
 
 @dataclass(frozen=True)
 class Use:
-    """One use of one parameter: the operation, what became of each axis, and what it met.
+    """One use of one parameter.
 
-    ``carriers`` are the parameters that jointly carry a factor into this use's other operand: multiplying all of
-    them by c multiplies that operand by c. It is where a multiplier before a shared matrix can be folded.
-    ``on_data`` says that the other operand depends on no parameter at all: this is where data enters the model.
-    ``feature`` says that the result meets another contracted parameter downstream, ``logit`` that it is first normalized
-    over its entries (softmax, topk), as a router's is, or weights other values through a sigmoid, as a gate's does.
-    ``alone`` says that it acts on a parameter, not on activations. ``shift`` is s for a gain used as s + w. ``summed`` is
-    how many entries of each axis are summed over: of an axis labelled "in", perhaps only a part (see `settled`). ``node``
-    and ``operands`` are the result's and the other operands' places in the graph. ``taken`` are the numbers (and residuals,
-    `factors`) that the result has been multiplied with where the nodes ``takers`` take it in, ``inner`` what the
-    parameter's own module multiplied in.
+    Attributes:
+        op: name of the operation.
+        axes: label of each axis of the parameter (in, out, gather, each, unknown).
+        carriers: parameters that jointly carry a factor into this use's other operand: multiplying all of them by c
+            multiplies that operand by c. A multiplier before a shared matrix can be folded into them.
+        on_data: whether the other operand depends on no parameter, so that data enters the model here.
+        node: node of the result in the graph.
+        operands: nodes of the other operands.
+        shift: s for a gain used as s + w.
+        feature: whether the result is an input of another contracted parameter downstream.
+        logit: whether the result is first normalized over its entries (softmax, topk), as a router's is, or weights other
+            values through a sigmoid, as a gate's does.
+        alone: whether the parameter acts on another parameter instead of on activations.
+        summed: number of entries of each axis that are summed over; for an axis labelled "in" this may be only a part (see
+            `settled`).
+        taken: the constants and residuals (see `scales`) that the result has been multiplied by where it is consumed.
+        takers: the nodes that consume the result.
+        inner: the constants that the parameter's own module multiplied in.
     """
 
     op: str
@@ -222,10 +245,15 @@ class Use:
 
 @dataclass(frozen=True)
 class Attention:
-    """One softmax over scaled dot products: head dim, scale, and the parameters that carry a factor into the queries.
+    """One softmax over scaled dot products.
 
-    ``others`` are the parameters that the keys and, where the operation is fused, the values depend on through them alone;
-    ``uses`` those whose results the queries are; ``keys`` carry a factor into the keys.
+    Attributes:
+        head_dim: number of entries of a query.
+        scale: the number that the dot products are multiplied by.
+        others: parameters that carry a factor into the keys or, in a fused operation, into the values.
+        queries: parameters that carry a factor into the queries.
+        uses: uses whose results the queries are.
+        keys: parameters that carry a factor into the keys.
     """
 
     head_dim: int

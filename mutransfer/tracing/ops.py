@@ -1,7 +1,7 @@
-"""What torch's operations do to a parameter's axes, which let a factor through, and which are decomposed into sums first.
+"""Tables of torch operations: labels of parameter axes, which operations preserve a factor, and which are decomposed into sums.
 
-A residual branch written as ``torch.addcmul(x, scale, y)`` is traced as ``x + scale * y``. The values are those of the
-steps, up to rounding.
+A residual branch written as ``torch.addcmul(x, scale, y)`` is traced as ``x + scale * y``. The decomposed steps are what
+runs; their values equal those of the original operation up to rounding.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ __all__ = [
     "adds",
 ]
 
-# Axes of each tensor argument, last axes last. "in" is summed over, "out" survives, "gather" is indexed.
+# Labels for the axes of each tensor argument, aligned at the last axis (for a convolution, at the first): "in" is summed
+# over, "out" survives, "gather" is indexed, "each" is combined entry by entry.
 CONTRACTIONS: dict[str, dict[int, tuple[str, ...]]] = {
     "mm": {0: ("out", "in"), 1: ("in", "out")},
     "mv": {0: ("out", "in"), 1: ("in",)},
@@ -47,7 +48,7 @@ CONTRACTIONS: dict[str, dict[int, tuple[str, ...]]] = {
 }
 TRANSPOSED_CONVOLUTION = {1: ("in", "out", "in", "in", "in"), 2: ("each",)}
 
-# The same numbers in another place, type or layout: one value, whoever looks at it.
+# Operations that copy the same numbers to another place, dtype or layout; the result counts as the same value.
 COPIES = {
     "_to_copy",
     "clone",
@@ -59,14 +60,14 @@ COPIES = {
     "native_dropout",
     "_conj",
 }
-# A new tensor that takes only a shape from its argument.
+# Operations that create a tensor and take only the shape from their argument.
 CREATIONS = {"empty_like", "zeros_like", "ones_like", "rand_like", "randn_like", "full_like", "bernoulli"}
 CREATIONS |= {"new_empty", "new_zeros", "new_ones", "new_full", "new_empty_strided"}
 LOOKUPS = {"index", "index_select", "gather"}
 WRITES = {"copy_", "index_put_", "index_add_", "index_copy_", "scatter_", "scatter_add_", "index_put", "index_add"}
 WRITES |= {"slice_scatter", "select_scatter", "scatter", "scatter_add"}
 
-# Functions of one entry: they keep the axes and stop a factor.
+# Entrywise functions of one argument: they keep the axes, but a factor on the input is not a factor on the output.
 UNARY = {"exp", "neg", "log", "sigmoid", "tanh", "softplus", "softplus_backward", "silu", "gelu", "relu", "abs", "sqrt"}
 UNARY |= {
     "rsqrt",
@@ -98,7 +99,7 @@ UNARY |= {
 }
 
 PRODUCTS = {"mul", "mul_", "div", "div_"}
-# Where one activation may say how much of another is taken.
+# Operations in which one activation may weight another.
 WEIGHTINGS = PRODUCTS | {"mm", "bmm", "baddbmm", "lerp", "addcmul", "addcmul_"}
 SUMS = {"add", "add_", "sub", "sub_"}
 ENTRYWISE = (
@@ -125,7 +126,7 @@ AFFINE_NORMS |= {
     "_native_batch_norm_legit_functional",
 }
 
-# Operations through which a factor on every tensor input comes out as the same factor.
+# Operations for which the same factor on every tensor input is that factor on the output.
 LINEAR = SUMS | COPIES | WRITES | LOOKUPS | {"neg", "expand", "cat", "stack", "mean", "sum", "cumsum", "masked_fill"}
 LINEAR |= {"view", "_unsafe_view", "reshape", "transpose", "permute", "t", "slice", "select", "unsqueeze", "squeeze"}
 LINEAR |= {
@@ -155,31 +156,31 @@ LINEAR |= {"upsample_bilinear2d", "upsample_bicubic2d", "pixel_shuffle", "masked
 
 aten = torch.ops.aten
 Call = Callable[..., Any]
-PIECES = 3  # of a stack that is summed: more are time steps or all layers' states
+PIECES = 3  # longest stack whose sum is decomposed; longer stacks hold time steps or the states of all layers
 
 
 def adds(name: str, args: Any) -> bool:
-    """Say whether an operation is a plain sum, of all entries or of some."""
+    """Return whether an operation is a plain sum, of all entries or of some."""
     if name.startswith("index_put"):
         return len(args) > 3 and bool(args[3])  # accumulate
     return name in SUMS or name.startswith(("index_add", "scatter_add"))
 
 
 class Decompositions:
-    """Says operations on activations in plain steps; it has to remember what was stacked until that is summed."""
+    """Decompose operations on activations into plain steps; stacked tensors are remembered until they are summed."""
 
     def __init__(self) -> None:
         self._stacks: list[tuple[torch.Tensor, list[torch.Tensor], int]] = []
 
     def steps(self, name: str, args: Any, kwargs: dict[str, Any], call: Call, live: Callable[[Any], bool]) -> Any:
-        """Return the operation's result by other operations, each run by ``call``, or None where it is plain itself.
+        """Return the operation's result, computed by simpler operations, or None if it needs no decomposition.
 
         Args:
-            name: of the operation.
-            args: its arguments as dispatched.
-            kwargs: likewise.
-            call: runs an aten operation under the watcher.
-            live: says of a tensor whether it is an activation that depends on a parameter.
+            name: name of the operation.
+            args: its positional arguments as dispatched.
+            kwargs: its keyword arguments as dispatched.
+            call: runs an aten operation under the tracer.
+            live: returns whether a tensor is an activation that depends on a parameter.
         """
         if "out" in kwargs or not args:
             return None
@@ -191,7 +192,9 @@ class Decompositions:
                 return out
             case "sum" | "mean" if len(args) > 1 and args[1] is not None and kwargs.get("dtype") is None:
                 return self._summed(name == "mean", call, *args)
-            case "add" if live(args[0]) and isinstance(args[1], int | float) and args[1] == 0:  # Python's own sum
+            case "add" if (
+                live(args[0]) and isinstance(args[1], int | float) and args[1] == 0
+            ):  # the start value of Python's sum()
                 return call(aten.clone.default, args[0])
             case "rsub" if live(args[0]) and live(args[1]):
                 return call(aten.sub.Tensor, args[1], args[0], **kwargs)
@@ -218,7 +221,7 @@ class Decompositions:
 
 
 def _added(name: str, args: Any, kwargs: dict[str, Any], call: Call) -> torch.Tensor | None:
-    """Return what the operation adds to its first argument, or None if that does not stay in the sum."""
+    """Return what the operation adds to its first argument, or None if it is not such a sum."""
     factor = kwargs.get("value", kwargs.get("alpha", 1))
     match name:
         case "addcmul":
