@@ -1,9 +1,10 @@
-"""By what the forward pass multiplies each use's result before another operation takes it in, and where such numbers come from.
+"""Scale propagation: the constants that the forward pass multiplies each use's result by before another operation consumes it.
 
-A number can be written on a parameter if everything that the parameter's result goes into sees it multiplied by that number. So
-it is followed per use, and noted where the result is taken in: by another matrix, a norm, a nonlinearity. What a sum or a
-norm over n entries does to a size (n, √n) is followed separately, as a ``residual``: x / ‖x‖ · √n and x.sum() / n multiply by
-nothing that grows. A number may also stand in a tensor of one entry, or of equal entries (`Scalars`).
+A constant can be folded into a parameter if every consumer of the parameter's result sees it multiplied by that constant.
+Constants are therefore tracked per use and recorded where the result is consumed: by another matrix, a norm or a nonlinearity.
+The factor by which a sum or a norm over n entries changes the size (n, √n) is tracked separately, as a ``residual``: x / ‖x‖ · √n
+and x.sum() / n multiply by nothing that grows. A constant may also be stored in a tensor with one entry or with equal entries
+(`Scalars`).
 """
 
 from __future__ import annotations
@@ -23,21 +24,21 @@ from .dataflow import Flow, Use, storage_key
 
 __all__ = ["SizePower", "ScaleTracker", "Scalars", "common", "constants", "loose", "of_buffers", "rounded"]
 
-# Where the number stands among the arguments, or the number itself.
+# Position of the fill value among the arguments.
 FILLS: dict[str, int | float] = {"full": 1, "full_like": 1, "new_full": 2, "scalar_tensor": 0, "fill": 1, "fill_": 1}
 ONES = {"ones", "ones_like", "new_ones"}
 ARITHMETIC = ops.PRODUCTS | ops.SUMS | ops.COPIES | {"sqrt", "rsqrt", "pow", "reciprocal", "neg", "exp", "log", "rsub"}
 
 
 class Scalars:
-    """Which tensors of a watched forward pass hold one number; fake tensors do not say."""
+    """Tracks which tensors of a traced forward pass hold a single number, as fake tensors do not expose their values."""
 
     def __init__(self, find: Callable[[torch.Tensor], float | None] = lambda _: None) -> None:
         self._find = find
         self._known: dict[int, float] = {}
 
     def value(self, each: Any) -> float | None:
-        """Return the number that ``each`` is, or holds in all its entries."""
+        """Return the number that ``each`` is, or that all its entries hold; None if unknown."""
         if isinstance(each, (int, float)) and not isinstance(each, bool):
             return float(each)
         if not isinstance(each, torch.Tensor) or not each.is_floating_point():
@@ -46,7 +47,7 @@ class Scalars:
         return self._known[key] if key in self._known else self._read(each)
 
     def factor(self, args: Any, depends: Callable[[torch.Tensor], bool]) -> float | None:
-        """Return the number that a product has as one of its two factors, if it does; ``depends`` says what is none."""
+        """Return the number that is one of a product's two factors, or None; tensors for which ``depends`` holds are skipped."""
         for each in args[:2]:
             if isinstance(each, torch.Tensor) and depends(each):
                 continue
@@ -55,7 +56,7 @@ class Scalars:
         return None
 
     def see(self, name: str, func: Any, args: Any, kwargs: dict[str, Any], outputs: list[torch.Tensor]) -> None:
-        """Follow an operation that makes a number of numbers."""
+        """Record the number that an operation's output holds, if it follows from those of its inputs."""
         if not outputs or not outputs[0].is_floating_point():
             return
         made = None
@@ -87,7 +88,11 @@ class Scalars:
 
 
 def of_buffers(model: torch.nn.Module, inits: InitWatcher | None) -> Callable[[torch.Tensor], float | None]:
-    """Return what reads a buffer: from its constructor's operations, or from its values where it is real."""
+    """Return a function that reads the number in a buffer, or None.
+
+    It is taken from the recorded operations of the constructor (``inits``), or from the values if there is no record and the
+    buffer is a real tensor.
+    """
     buffers = {storage_key(each): each for each in model.buffers() if each.is_floating_point() and each.numel()}
 
     def find(tensor: torch.Tensor) -> float | None:
@@ -106,7 +111,7 @@ def of_buffers(model: torch.nn.Module, inits: InitWatcher | None) -> Callable[[t
     return find
 
 
-# Functions that turn a factor c > 0 on their input into c to this power.
+# Homogeneous functions: a factor c > 0 on the input is a factor c to this power on the output.
 HOMOGENEOUS = {
     **dict.fromkeys(("abs", "relu", "relu_", "leaky_relu", "_prelu_kernel", "clamp", "clamp_min"), 1.0),
     **dict.fromkeys(("clamp_", "clamp_max", "clamp_min_", "clamp_max_"), 1.0),
@@ -116,11 +121,11 @@ HOMOGENEOUS = {
 
 
 class ScaleTracker:
-    """What every use's result has been multiplied with where it is taken in.
+    """Tracks the constants that every use's result has been multiplied by where it is consumed.
 
     Attributes:
-        taken: use → nodes that took it in → pairs of (numbers multiplied in, residual).
-        inner: use → the numbers that the module which owns the parameter multiplied in itself.
+        taken: use → nodes that consume its result → pairs of (constants multiplied in, residual).
+        inner: use → the constants that the module owning the parameter multiplied in itself.
     """
 
     def __init__(self) -> None:
@@ -130,15 +135,15 @@ class ScaleTracker:
 
     @property
     def loose(self) -> dict[str, set[float]]:
-        """Numbers that were on no parameter's result, by module."""
+        """Constants that multiply no parameter's result, by module."""
         return {module: {number for number, _ in found} for module, found in self._loose.items()}
 
     def leave(self, number: float, node: int, module: str) -> None:
-        """Note a number that is on no parameter's result at ``node``."""
+        """Record a constant that multiplies no parameter's result at ``node``."""
         self._loose[module].add((rounded(number), node))
 
     def forget(self, uses: Iterable[int], nodes: set[int]) -> None:
-        """Forget that ``nodes`` have taken in these uses, and numbers there: what becomes of them is told elsewhere."""
+        """Remove the records of ``nodes`` that consume these uses, and of constants there, as they are handled elsewhere."""
         for use in uses:
             for node in nodes:
                 self.taken[use].pop(node, None)
@@ -146,14 +151,14 @@ class ScaleTracker:
             self._loose[module] = {each for each in found if each[1] not in nodes}
 
     def take(self, flow: Flow, node: int, module: str) -> None:
-        """Note that ``node``, made in ``module``, has taken ``flow`` in."""
+        """Record that ``node``, computed in ``module``, consumes ``flow``."""
         for use, factor in flow.factors.items():
             self.taken[use][node].add((rounded(factor), rounded(flow.residual)))
         if not flow.factors and flow.product is None:
             self.leave(flow.residual, node, module)
 
     def spill(self, flows: Iterable[Flow], result: Flow, module: str) -> None:
-        """Take in the sides of a product of activations that did not become attention."""
+        """Record that ``result`` consumes the sides of products of activations that did not become attention."""
         for flow in flows:
             if flow.product is not None and flow.product is not result.product:
                 for side in flow.product.sides:
@@ -161,7 +166,7 @@ class ScaleTracker:
                 self.leave(flow.residual, result.node, module)
 
     def multiply(self, result: Flow, number: float, module: str, owner: Callable[[int], str]) -> None:
-        """Multiply ``result`` with a number."""
+        """Multiply the constants of ``result`` by ``number``."""
         for use in result.factors:
             result.factors[use] *= number
             if owner(use) == module:
@@ -172,10 +177,16 @@ class ScaleTracker:
     def follow(
         self, name: str, live: list[Flow], own: dict[int, float], result: Flow, module: str, *, count: float, power: float
     ) -> None:  # fmt: skip
-        """Hand on what ``result`` keeps of the flows that entered, and take in the rest.
+        """Pass the constants of the inputs on to ``result`` where it keeps them, and record the other inputs as consumed.
 
-        ``own`` are the uses of parameters in this operation; ``count`` is how many entries of the input become one, and
-        ``power`` the exponent of a `pow`.
+        Args:
+            name: name of the operation.
+            live: flows of the activations among its inputs.
+            own: uses of parameters in this operation, each with the number that its parameter was multiplied by.
+            result: flow of the result.
+            module: module that runs the operation.
+            count: number of input entries that are reduced to one.
+            power: exponent of a `pow` or order of a norm.
         """
         attends = name.startswith("_scaled_dot_product")
         if name in ops.CONTRACTIONS and result.product is not None:
@@ -199,7 +210,11 @@ class ScaleTracker:
             self.take(Flow(factors=own), result.node, module)
 
     def _join(self, live: list[Flow], result: Flow, module: str) -> None:
-        """A sum has one residual: what differs is part of the factors; two ways of one use that differ are both taken in."""
+        """Merge the constants of a sum's terms.
+
+        A sum has one residual, so a difference between the terms' residuals becomes part of the factors. If two terms bring
+        different constants of the same use, both are recorded as consumed.
+        """
         common = live[0].residual if live else 1.0
         for flow in live:
             for use, factor in flow.factors.items():
@@ -220,7 +235,7 @@ class ScaleTracker:
         elif name in ops.PRODUCTS and len(live) == 2:
             result.residual = residuals[0] / residuals[1] if name.startswith("div") else residuals[0] * residuals[1]
         elif name in ops.PRODUCTS:
-            # What a gain took in has been noted; a normalized value, which nothing carries, goes on through it.
+            # Constants before a gain are recorded as consumed; those of a normalized value, which no parameter carries, pass.
             result.residual = 1.0 if own and live[0].factors else residuals[0]
         elif name in ops.LINEAR or name in HOMOGENEOUS or name == "pow":
             exponent = power if name == "pow" else HOMOGENEOUS.get(name, 1.0)
@@ -229,7 +244,7 @@ class ScaleTracker:
 
 
 def rounded(number: float) -> float:
-    """Return ``number`` without the digits in which two orders of multiplying differ."""
+    """Return ``number`` without the digits that depend on the order of multiplication."""
     return float(f"{number:.9g}")
 
 
@@ -238,10 +253,12 @@ Taken = frozenset[tuple[float, float]]
 
 @dataclass(frozen=True)
 class SizePower:
-    """What the forward pass multiplies the result of one use with: a power of the size.
+    """The power of the size that the forward pass multiplies the result of one use by.
 
-    ``inside`` says that the module which owns the parameter does it; ``torn`` that not all that takes the result in sees
-    that number, so that it cannot be written on the parameter.
+    Attributes:
+        power: the exponent.
+        inside: whether the module that owns the parameter does the multiplication.
+        torn: whether the consumers of the result see different constants, so the constant cannot be folded into the parameter.
     """
 
     power: float = 0.0
@@ -250,22 +267,22 @@ class SizePower:
 
 
 def constants(seen: Sequence[Use], larger: Sequence[Use], ratio: float) -> list[SizePower]:
-    """Return the constant of every use in ``seen``; the model of ``larger`` is ``ratio`` times as large."""
+    """Return the size power of every use in ``seen``, by comparison with the uses in a model ``ratio`` times as large."""
     if len(seen) == len(larger):
         return [_compared(a.taken, b.taken, (a.inner, b.inner), ratio) for a, b in zip(seen, larger, strict=True)]
-    # As many uses as a loop has rounds: what they have in common is all that can be compared.
+    # The number of uses depends on the size, as in a loop: only what all uses share can be compared.
     both = [frozenset().union(*(use.taken for use in uses)) for uses in (seen, larger)]
     inner = [next((use.inner for use in uses), 1.0) for uses in (seen, larger)]
     return [_compared(both[0], both[1], (inner[0], inner[1]), ratio)] * len(seen)
 
 
 def common(found: Sequence[SizePower]) -> SizePower:
-    """Return what all uses have in common; otherwise nothing, as a parameter has one scale for all of them."""
+    """Return the size power that all uses share, or 0 if they differ or are torn: a parameter has one scale for all uses."""
     return found[0] if found and len(set(found)) == 1 and not found[0].torn else SizePower()
 
 
 def loose(seen: ScaleTracker, larger: ScaleTracker, ratio: float) -> list[float]:
-    """Return the powers of numbers that are on no parameter's result."""
+    """Return the size powers of the constants that multiply no parameter's result."""
     found = set()
     before, after = seen.loose, larger.loose
     for module, a in before.items():

@@ -1,8 +1,8 @@
-"""How one forward pass uses every parameter: which axis is contracted, gathered, or combined entry by entry.
+"""Trace how one forward pass uses every parameter: which axes are contracted, gathered, or combined entry by entry.
 
-A `TorchDispatchMode` sees every operation after torch has decomposed it, so `nn.Linear`, an einsum and a raw matmul look
-alike. A parameter is recognized by its storage and an axis by its stride, so views and transposes need no rules of their own;
-a tensor made from one parameter alone (a cast, a chosen expert, 1 + w) stands for that parameter.
+A `TorchDispatchMode` receives every operation after torch has decomposed it, so `nn.Linear`, an einsum and a raw matmul look
+the same. A parameter is recognized by its storage and an axis by its stride, so views and transposes need no special rules; a
+tensor made from one parameter alone (a cast, a chosen expert, 1 + w) stands for that parameter.
 """
 
 from __future__ import annotations
@@ -30,28 +30,29 @@ def carried(name: str, flows: Sequence[Flow], rooted: Sequence[bool]) -> int:
     """Return the parameters that carry a factor into the result of an operation, as bits.
 
     Args:
-        name: of the operation.
-        flows: of its inputs.
-        rooted: which of them are parameters.
+        name: name of the operation.
+        flows: flows of its inputs.
+        rooted: which of the inputs stand for parameters.
     """
-    own = [each.carries for each, is_root in zip(flows, rooted, strict=True) if is_root]
-    if name in ops.CONTRACTIONS and len(flows) > 1 and not any(rooted):  # weights and the values that they weight
+    root_carries = [each.carries for each, is_root in zip(flows, rooted, strict=True) if is_root]
+    if name in ops.CONTRACTIONS and len(flows) > 1 and not any(rooted):  # such as attention weights times values
         return _product(name, flows[-2:][::-1], [])
     if name in ops.CONTRACTIONS or name in ops.AFFINE_NORMS:
-        return union(own) if all(own) else 0  # a bias alone does not carry what a weight of fixed size makes
+        # A factor on a bias alone is not a factor on the result, if the weight's size is fixed.
+        return union(root_carries) if all(root_carries) else 0
     if name in ops.PRODUCTS and flows:
-        return _product(name, flows, own)
-    if name in ops.WRITES:  # into a blank tensor, what is written
+        return _product(name, flows, root_carries)
+    if name in ops.WRITES:  # a write into an empty tensor carries what the written values carry
         flows = [each for each in flows if each.depends]
     if name in ops.LINEAR and flows and all(each.carries for each in flows):
         return union(each.carries for each in flows)
     return 0
 
 
-def _product(name: str, flows: Sequence[Flow], own: list[int]) -> int:
-    """A product carries what one side carries, if the other side does not depend on it (as in x·sigmoid(x))."""
-    if own and not name.startswith("div"):
-        return own[0]
+def _product(name: str, flows: Sequence[Flow], root_carries: list[int]) -> int:
+    """Return what one side of a product carries, unless the other side depends on it too (as in x·sigmoid(x)); else 0."""
+    if root_carries and not name.startswith("div"):
+        return root_carries[0]
     sides = flows[:1] if name.startswith("div") else flows
     for side in sides:
         others = union(other.depends for other in flows if other is not side)
@@ -64,15 +65,17 @@ POWERS = {"pow", "linalg_vector_norm", "norm"}
 
 
 class OpTracer(TorchDispatchMode):
-    """Watch a forward pass of ``model``; ask `uses` and `constants` afterwards.
+    """Trace a forward pass of ``model``; call `finish` with the loss, then `uses`.
 
     Attributes:
+        factors: the constants that each use's result is multiplied by.
+        dots: all dot products of activations.
         attentions: every softmax over dot products of activations, fused or written out.
-        graph: the order of values.
-        sizes: name of the parameter that sets the sizes of a normalized weight → name of the weight's own.
+        graph: the graph of values.
+        sizes: name of the magnitude parameter of a weight under weight norm → name of the parameter that it scales.
         parts: parameters and results of parameters that are cut into pieces.
-        joins: from which pieces the axes of activations are joined.
-        draws: whether the pass drew from Python's or numpy's generators, so that another may go another way.
+        joins: the pieces that the axes of activations are joined from.
+        draws: whether the pass drew from Python's or numpy's generators, in which case another pass may take another path.
     """
 
     def __init__(self, model: torch.nn.Module, read: Callable[[torch.Tensor], float | None] | None = None) -> None:
@@ -81,7 +84,7 @@ class OpTracer(TorchDispatchMode):
         self._names = [name for name, _ in named]
         self._roots = Roots([each for _, each in named])
         self._flows: dict[int, Flow] = {}
-        self._kept: list[torch.Tensor] = []  # a freed storage's address would be given to the next one
+        self._kept: list[torch.Tensor] = []  # keeps storages alive: the address of a freed one would be reused
         self._seen: list[tuple[int, Use]] = []
         self._features = 0
         self._gates = Gates()
@@ -120,18 +123,18 @@ class OpTracer(TorchDispatchMode):
             hook.remove()
 
     def finish(self, loss: torch.Tensor) -> None:
-        """Say what the pass was for; values that do not lead there are not read."""
+        """End the trace at ``loss``; values that do not lead to it count as unread."""
         self.graph.result = self._flow(loss).node
         self.factors.take(self._flow(loss), self.graph.result, "")
         for scores, scale in self._flow(loss).dots.items():
             self.dots.end(scores, scale, "")
-        # Not on the way to a softmax: a bias that all layers add to their attention is no stream.
+        # Sums on the way to a softmax are left out: an attention bias that all layers share is not a residual stream.
         self.graph.sums = [each for each, dots in self._sums if not dots & {*self._attentions.attended}]
-        for scores in self._attentions.attended:  # numbers on the sides are in the attention's scale
+        for scores in self._attentions.attended:  # constants on queries and keys are part of its scale
             self.factors.forget({use for side in scores.sides for use in side.factors}, scores.nodes)
 
     def uses(self) -> dict[str, list[Use]]:
-        """Return every parameter's uses in the order seen; a tied matrix has two, an unused parameter none."""
+        """Return every parameter's uses in the order seen: two for a tied matrix, none for an unused parameter."""
         found: dict[str, list[Use]] = {name: [] for name in self._names}
         summed = self._products.contractions()
         features = self._features | union(each.others for each in summed.values())
@@ -148,15 +151,15 @@ class OpTracer(TorchDispatchMode):
         return found
 
     def used(self) -> frozenset[str]:
-        """Return the parameters that have a use."""
+        """Return the parameters that have at least one use."""
         return frozenset(self._names[index] for index, _ in self._seen)
 
     def used_by(self, bits: int) -> frozenset[str]:
-        """Return the parameters of a set of uses."""
+        """Return the names of the parameters of a set of uses (as bits)."""
         return frozenset(self._names[index] for i, (index, _) in enumerate(self._seen) if bits >> i & 1)
 
     def shared_queries(self) -> frozenset[str]:
-        """Return the parameters that make queries and whose result goes elsewhere too."""
+        """Return the parameters that produce queries and whose result is also used elsewhere."""
         uses = frozenset().union(*(each.uses for each in self.attentions))
         return frozenset(self._names[self._seen[use][0]] for use in uses if self.factors.taken[use])
 
@@ -164,40 +167,40 @@ class OpTracer(TorchDispatchMode):
         return self._names[self._seen[use][0]].rpartition(".")[0]
 
     def used_only(self, bits: int, uses: set[int], nodes: set[int]) -> bool:
-        """Say whether a set of parameters has no other ``uses``, and nothing but ``nodes`` takes these in."""
+        """Return whether all uses of a set of parameters (as bits) are in ``uses`` and are consumed by ``nodes`` only."""
         all_of = {use for use, (index, _) in enumerate(self._seen) if bits >> index & 1}
         return all_of <= uses and not any(set(self.factors.taken[use]) - nodes for use in all_of)
 
     def decode(self, bits: int) -> frozenset[str]:
-        """Return the names of a set of parameters."""
+        """Return the names of a set of parameters (as bits)."""
         return frozenset(name for i, name in enumerate(self._names) if bits >> i & 1)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
-        if (said := self._decompositions.steps(name, args, kwargs, self._call, self._live)) is not None:
-            return said
+        if (decomposed := self._decompositions.steps(name, args, kwargs, self._call, self._live)) is not None:
+            return decomposed
         out = func(*args, **kwargs)
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
         self._scalars.see(name, func, args, kwargs, outputs)
         if not inputs or not outputs or name in ops.CREATIONS:
-            self._kept += outputs  # the number that it holds is known by its storage
+            self._kept += outputs  # the constant that a tensor holds is looked up by its storage
             self.joins.made(outputs)
             return out
         known = {storage_key(each) for each in inputs}
         fresh = [each for each in outputs if storage_key(each) not in known]
         if not fresh and not name.endswith("_") and name not in ops.WRITES:
-            self._note_parts(inputs[0], outputs)  # a view is what it views
+            self._note_parts(inputs[0], outputs)  # a view shares the flow of its base
             return out
         self._kept += fresh
         self.joins.see(name, args, kwargs, inputs, (fresh or outputs)[0], self._modules[-1])
         if fresh and self._derive(name, args, inputs, fresh[0]):
             return out
-        begun = len(self._seen)
+        first_use = len(self._seen)
         flow = self._through(name, args, kwargs, inputs, outputs[0])
         others = union(self._flow(each).uses for each in inputs)
-        flow.direct |= self._products.note(name, args, inputs, (fresh or outputs)[0], self._roots, begun, others)
+        flow.direct |= self._products.note(name, args, inputs, (fresh or outputs)[0], self._roots, first_use, others)
         for each in fresh or outputs[:1]:
             self._flows[storage_key(each)] = flow
         return out
@@ -209,7 +212,10 @@ class OpTracer(TorchDispatchMode):
         return isinstance(tensor, torch.Tensor) and self._roots.get(tensor) is None and bool(self._flow(tensor).depends)
 
     def _derive(self, name: str, args: Any, inputs: list[torch.Tensor], out: torch.Tensor) -> bool:
-        """Let ``out`` stand for the one parameter that it is made of, if it is made of one by entries."""
+        """Register ``out`` as an alias of a parameter if it is computed entrywise from that parameter alone.
+
+        Returns whether it was registered.
+        """
         if name == "_weight_norm_interface":  # v keeps its axes; g multiplies the rows
             self._note_uses("weight_norm" if any(args[2:]) else "mul", args, [args[1]], 0)
             sizes, inputs = self._roots.get(args[1]), inputs[:1]
@@ -217,7 +223,7 @@ class OpTracer(TorchDispatchMode):
         if not rooted or not numeric(out):
             return False
         tensor, root = rooted[0]
-        # An index says which entries, not what they are: the experts that a router chooses are still the parameter.
+        # An index only selects entries: the experts that a router chooses still stand for the parameter.
         if union(self._flow(each).depends for each in inputs if numeric(each)) != 1 << root.index:
             return False
         number = self._number(args) if name in ops.PRODUCTS else None
@@ -232,7 +238,7 @@ class OpTracer(TorchDispatchMode):
     def _through(
         self, name: str, args: Any, kwargs: dict[str, Any], inputs: list[torch.Tensor], out: torch.Tensor
     ) -> Flow:
-        """Return what the operation's result depends on, and note on the way what it tells about its inputs."""
+        """Return the flow of the operation's result, and record how the operation uses its inputs."""
         floating = [each for each in inputs if numeric(each)]
         flows = [self._flow(each) for each in floating]
         others = [flow for each, flow in zip(floating, flows, strict=True) if self._roots.get(each) is None]
@@ -252,28 +258,28 @@ class OpTracer(TorchDispatchMode):
             result.direct = used
         elif not contracts and name not in ops.AFFINE_NORMS and name not in NORMALIZED:
             result.direct = union(each.direct for each in flows)
-        met = [(each, flow) for each, flow in zip(floating, flows, strict=True) if flow.depends]
-        met = [(each, flow) for each, flow in met if self._roots.get(each) is None]
-        self._gates.see(name, flows, result, met, self.used_by)
+        activations = [(each, flow) for each, flow in zip(floating, flows, strict=True) if flow.depends]
+        activations = [(each, flow) for each, flow in activations if self._roots.get(each) is None]
+        self._gates.see(name, flows, result, activations, self.used_by)
         if adds(name, args) and len(others) == 2 and all(each.depends for each in others):
             a, b = others
             self._sums.append((Sum(node, a.node, b.node, a.carries, b.carries), {*a.dots, *b.dots}))
         roots = [root for each in inputs if (root := self._roots.get(each)) is not None]
-        own = {root.sizes[1] if root.sizes else first + i: root.factor for i, root in enumerate(roots) if root.linear}
+        uses = {root.sizes[1] if root.sizes else first + i: root.factor for i, root in enumerate(roots) if root.linear}
         for i, root in enumerate(roots):
-            if root.sizes:  # they act where the weight that they size does
+            if root.sizes:  # magnitudes under weight norm act where the normalized weight is used
                 (index, sizes), (_, place) = self._seen[root.sizes[1]], self._seen[first + i]
                 self._seen[root.sizes[1]] = index, replace(sizes, node=place.node, operands=place.operands)
-        for use, factor in own.items():
+        for use, factor in uses.items():
             self.factors.inner[use] *= factor if self._owner(use) == self._modules[-1] else 1.0
-        by = self._follow(result, name, args, kwargs, others, own, inputs[0].numel() / max(1, out.numel()))
-        self.dots.follow(name, args, kwargs, met, result, out, by, self._modules[-1])
+        by = self._follow(result, name, args, kwargs, others, uses, inputs[0].numel() / max(1, out.numel()))
+        self.dots.follow(name, args, kwargs, activations, result, out, by, self._modules[-1])
         return result
 
     def _follow(
-        self, result: Flow, name: str, args: Any, kwargs: dict[str, Any], others: list[Flow], own: dict[int, float], count: float
+        self, result: Flow, name: str, args: Any, kwargs: dict[str, Any], others: list[Flow], uses: dict[int, float], count: float
     ) -> float:  # fmt: skip
-        """Keep track of numbers multiplied in, and return this operation's."""
+        """Update the constants multiplied in so far, and return the constant that this operation multiplies by."""
         live, module = [each for each in others if each.depends], self._modules[-1]
         if name in {"mm", "bmm", "baddbmm"} and len(live) >= 2:
             result.product = Scores(int(args[-2].shape[-1]), live[-2], live[-1])
@@ -283,12 +289,12 @@ class OpTracer(TorchDispatchMode):
         if second != 1 and self._live(args[1]):  # the second operand, and so the last
             live[-1] = replace(live[-1], factors={use: each * second for use, each in live[-1].factors.items()})
         power = self._scalars.value(args[1]) if name in POWERS and len(args) > 1 else None
-        self.factors.follow(name, live, own, result, module, count=count, power=2.0 if power is None else power)
+        self.factors.follow(name, live, uses, result, module, count=count, power=2.0 if power is None else power)
         if name not in SOFTMAX:
             self.factors.spill(live, result, module)
         scaled = name in {"addmm", "addmv", "addbmm", "baddbmm"}
         number = self._number(args) if name in ops.PRODUCTS else kwargs.get("alpha") if scaled else None
-        if name in SOFTMAX:  # of n entries that sum up to 1, each is 1/n
+        if name in SOFTMAX:  # n entries that sum to 1 are 1/n each
             result.residual = 1 / max(1, int(args[0].shape[args[1]]))
         if number is None or not result.depends:
             return 1.0
@@ -308,7 +314,7 @@ class OpTracer(TorchDispatchMode):
             axes, summed = self._roots.axes(name, args, tensor)
             alone = name in ops.CONTRACTIONS and "in" in axes and self._meets_only_parameters(inputs, tensor)
             if alone and any(tensor is each for each in args[-2:-1]):
-                # It stands where activations do: rows that go into the other, such as learned queries.
+                # The parameter takes the place of activations: its rows go into the other one, such as learned queries.
                 axes, alone = tuple({"in": "out", "out": "gather"}.get(label, label) for label in axes), False
             if "in" in axes:
                 self._features |= union(other.uses for other in others)
@@ -322,7 +328,7 @@ class OpTracer(TorchDispatchMode):
         return used
 
     def _met_by(self, name: str, args: Any, inputs: list[torch.Tensor], tensor: torch.Tensor) -> tuple[Labels, ...]:
-        """Return from which pieces the entries come that each axis of a parameter meets, as `Joins` numbers them."""
+        """Return, for each axis of a parameter, the pieces that the entries it is combined with come from, as `Joins` labels."""
         root = self._roots.get(tensor)
         if root is None or not (name in ops.CONTRACTIONS or name in {"mul", "mul_"}):
             return ()
@@ -337,14 +343,14 @@ class OpTracer(TorchDispatchMode):
         return self._used_in[name]
 
     def columns(self) -> dict[str, list[tuple[Labels, ...]]]:
-        """Return for every use of a parameter, in the order of `uses`, what each axis meets; nothing where that is unknown."""
+        """Return, by parameter and for each of its `uses` in order, the labels that each axis meets; empty if unknown."""
         found: dict[str, list[tuple[Labels, ...]]] = {name: [] for name in self._names}
         for (index, _), met in zip(self._seen, self._columns, strict=True):
             found[self._names[index]].append(met)
         return found
 
     def _made_by(self, tensor: torch.Tensor) -> frozenset[str]:
-        """Return the parameters that made a tensor, as patterns of their names."""
+        """Return the parameters that a tensor was computed from, as name patterns."""
         flow = self._flow(tensor)
         return frozenset(map(pattern_of, self.used_by(flow.direct) or self.decode(flow.depends)))
 
