@@ -1,7 +1,8 @@
-"""Dot products of activations that get longer with the width, and which parameters could carry the factor each asks for.
+"""Growing products: dot products of activations that get longer with the width, and which parameters can carry their factors.
 
-A sum over m times as many products of two activations that learn to agree is m times as large: a logit that is one needs 1/m
-in all, as a readout's does, and so do weights of values that no softmax normalizes (TP-V 2203.03466, Definition 4.1).
+A sum over m times as many products of two activations that learn to correlate is m times as large. A logit computed this way
+needs a total factor of 1/m, as a readout does, and so do weights of values that no softmax normalizes (TP-V 2203.03466,
+Definition 4.1).
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ __all__ = ["Contraction", "Heads", "at_sizes", "compared", "contractions", "in_a
 
 @dataclass(frozen=True)
 class Heads:
-    """All attention of one model against a larger one's.
+    """Comparison of all attention of one model with that of a larger one.
 
-    ``ratio`` is what the head dim grows by, and ``power`` the power of the head dim by which the model itself scales the
-    logits (−½ as usual).
+    Attributes:
+        dim: head dim of the smaller model, or None without attention.
+        ratio: the ratio that the head dim grows by.
+        power: power of the head dim by which the model itself scales the logits (usually −½).
     """
 
     dim: int | None = None
@@ -34,10 +37,11 @@ class Heads:
 
 
 def compared(seen: Sequence[Attention], larger: Sequence[Attention]) -> Heads:
-    """Compare layer by layer.
+    """Compare the attention of a model with that of a larger one, layer by layer.
 
     Raises:
-        RequestError: the sizes have other numbers of attention layers, or layers whose head dims or scales differ in growth.
+        RequestError: the two sizes have different numbers of attention layers, or the layers differ in how their head dims or
+            scales grow.
     """
     if len(seen) != len(larger):
         raise RequestError(
@@ -46,11 +50,13 @@ def compared(seen: Sequence[Attention], larger: Sequence[Attention]) -> Heads:
     pairs = list(zip(seen, larger, strict=True))
     if len({wide.head_dim / base.head_dim for base, wide in pairs}) > 1:
         dims = sorted({base.head_dim for base, _ in pairs})
-        raise RequestError(f"attention layers differ in head dim ({dims}), and only some grow: use one for all.")
+        raise RequestError(
+            f"attention layers differ in head dim ({dims}), and only some of them grow: use one head dim for all."
+        )
     powers = [math.log(b.scale / a.scale, b.head_dim / a.head_dim) for a, b in pairs if a.head_dim != b.head_dim]
     if powers and max(powers) - min(powers) > 1e-6:
         raise RequestError(
-            f"attention layers scale their logits by different powers of the head dim ({sorted(powers)}): use one."
+            f"attention layers scale their logits by different powers of the head dim ({sorted(powers)}): use one power for all."
         )
     if not pairs:
         return Heads()
@@ -59,7 +65,7 @@ def compared(seen: Sequence[Attention], larger: Sequence[Attention]) -> Heads:
 
 
 def in_attention(seen: Sequence[Attention], wider: Sequence[Attention], ratio: float) -> dict[str, float]:
-    """Return powers of the width in the scale of attention where the head dim stays, by the queries that carry it."""
+    """Return, by query parameter, the power of the width in the scale of attention whose head dim does not grow."""
     powers: dict[str, float] = defaultdict(float)
     for narrow, broad in zip(seen, wider, strict=False):
         if narrow.head_dim == broad.head_dim:  # such as 1/√hidden with a fixed head dim
@@ -68,15 +74,20 @@ def in_attention(seen: Sequence[Attention], wider: Sequence[Attention], ratio: f
     return powers
 
 
-Key = tuple[str, tuple[str, ...], tuple[str, ...]]  # the module where it ends, and what makes its sides
+Key = tuple[str, tuple[str, ...], tuple[str, ...]]  # the module that consumes it, and the parameters of its two sides
 
 
 @dataclass(frozen=True)
 class Contraction:
-    """A dot product of ``size`` entries at the base, ``ratio`` times as many in the larger model.
+    """A dot product of activations that gets longer with the width.
 
-    ``power`` is the power of the size that the model itself multiplies it with. ``carriers`` carry a factor into one side of
-    it, or into ``both``, and into nothing else than such products; there may be none.
+    Attributes:
+        key: the module that consumes it and the parameters that its two sides are made by.
+        size: number of entries at the base.
+        ratio: how many times as many entries it has in the larger model.
+        power: power of the size that the model itself multiplies it by.
+        carriers: parameters that carry a factor into one side of it, and into nothing other than such products; may be empty.
+        both: whether the carriers carry a factor into both sides.
     """
 
     key: Key
@@ -88,34 +99,38 @@ class Contraction:
 
     @property
     def sides(self) -> frozenset[str]:
-        """Return the parameters that make the two sides."""
+        """Return the parameters that the two sides are made by."""
         return frozenset(self.key[1] + self.key[2])
 
     def refusal(self, factor: float) -> str:
-        """Return why a ``factor`` cannot be written on any parameter, and the next move."""
+        """Return the error message for a ``factor`` that cannot be folded into any parameter."""
         left, right = (", ".join(each[:2]) or "the data" for each in self.key[1:])
         named = (self.key[2] or self.key[1])[0]
         pattern = f"{named.rpartition('.')[0]}.*" if "." in named else named
-        role = f"roles={{{pattern!r}: 'output'}} if what makes one side shall carry it, or its role now if nothing is missing"
+        roles = (
+            f"roles={{{pattern!r}: 'output'}} to put the factor on these parameters, or to their current role if no factor is "
+            "missing"
+        )
         return (
             f"activations made by {left} and by {right} are multiplied and summed over {self.size} entries at the base and "
-            f"{self.ratio:g} times as many here, which asks for a factor {factor:.4g} that nothing carries alone: multiply the "
-            f"sum with base width / width in the forward pass, or name {role}."
+            f"{self.ratio:g} times as many here, which needs a factor of {factor:.4g} that no parameter carries alone: multiply "
+            f"the sum by base width / width in the forward pass, or set {roles}."
         )
 
 
 def contractions(seen: OpTracer, wider: OpTracer, roles: Mapping[str, str]) -> tuple[Contraction, ...]:
-    """Return the dot products that grow and whose factor the model does not have itself, as far as no role says it.
+    """Return the growing dot products that the model does not already rescale.
 
-    What takes in their sides is forgotten in both passes: a number on a side is a number on the product.
+    Those with a parameter whose role is given are left out. Both passes drop their records of constants on the sides, as a
+    constant on a side is a constant on the product.
     """
     found = []
     for key, pairs in _paired(seen, wider):
         for base, wide in pairs:
             ratio = wide.scores.size / base.scores.size
-            for watcher, each in ((seen, base), (wider, wide)):
+            for tracer, each in ((seen, base), (wider, wide)):
                 sides = {use for side in each.scores.sides for use in side.factors}
-                watcher.factors.forget(sides, each.scores.nodes)
+                tracer.factors.forget(sides, each.scores.nodes)
             power = round(math.log(abs(wide.scale / base.scale), ratio), 4) if base.scale and wide.scale else 0.0
             made = Contraction(key, base.scores.size, ratio, power)
             if power != -1 and not any(role_given(roles, name) for name in _makers(seen, base)):
@@ -124,7 +139,7 @@ def contractions(seen: OpTracer, wider: OpTracer, roles: Mapping[str, str]) -> t
 
 
 def at_sizes(known: Sequence[Contraction], seen: OpTracer, target: OpTracer) -> tuple[Contraction, ...]:
-    """Return the ``known`` with the ratio of a target's sizes to the base's."""
+    """Return the ``known`` contractions with the ratio of the target's sizes to the base's."""
     ratios = {key: wide.scores.size / base.scores.size for key, pairs in _paired(seen, target) for base, wide in pairs}
     return tuple(replace(each, ratio=ratios.get(each.key, 1.0)) for each in known)
 
@@ -136,10 +151,10 @@ def _paired(seen: OpTracer, larger: OpTracer) -> Iterator[tuple[Key, list[tuple[
         yield key, [(a, b) for a, b in pairs if a.scores.size != b.scores.size]
 
 
-def _keyed(watcher: OpTracer) -> dict[Key, list[Ended]]:
+def _keyed(seen: OpTracer) -> dict[Key, list[Ended]]:
     found: dict[Key, list[Ended]] = defaultdict(list)
-    for each in watcher.dots.ended:
-        left, right = (tuple(sorted(_made_by(watcher, side))) for side in each.scores.sides)
+    for each in seen.dots.ended:
+        left, right = (tuple(sorted(_made_by(seen, side))) for side in each.scores.sides)
         found[each.module, left, right].append(each)
     return found
 
@@ -153,7 +168,7 @@ def _made_by(seen: OpTracer, side: Flow) -> frozenset[str]:
 
 
 def _carried(found: Sequence[tuple[Contraction, Ended]], seen: OpTracer) -> Iterator[Contraction]:
-    """Choose carriers so that each product is scaled once: the left side's where they do, as attention's queries."""
+    """Choose carriers that scale each product once: those of the left side if they fit, as with the queries of attention."""
     covered: set[int] = set()
     for i, (made, each) in enumerate(found):
         if i in covered:
@@ -175,12 +190,12 @@ def _with(side: Flow, other: Ended) -> list[Flow]:
 
 
 def _fits(group: Sequence[tuple[Contraction, Ended]], side: Flow, seen: OpTracer) -> bool:
-    """Say whether what carries a factor into ``side`` can be scaled, with one result for a ``group`` of products."""
-    mine = [flow for _, each in group for flow in _with(side, each)]
-    uses = {use for flow in mine for use in flow.factors}
+    """Return whether the parameters that carry a factor into ``side`` can be scaled to the same effect on all of ``group``."""
+    same_side = [flow for _, each in group for flow in _with(side, each)]
+    uses = {use for flow in same_side for use in flow.factors}
     nodes = {node for _, each in group for node in each.scores.nodes}
     alike = len({(made.ratio, made.power, len(_with(side, each))) for made, each in group}) == 1
     others = [flow for _, each in group for flow in each.scores.sides if flow.carries != side.carries]
-    apart = not any(flow.depends & side.carries for flow in others)
+    independent = not any(flow.depends & side.carries for flow in others)
     distances = any(each.scores.distance and (others or made.power) for made, each in group)
-    return bool(side.carries) and alike and apart and not distances and seen.used_only(side.carries, uses, nodes)
+    return bool(side.carries) and alike and independent and not distances and seen.used_only(side.carries, uses, nodes)

@@ -1,4 +1,4 @@
-"""Products and attention: matmuls, products that are summed, dot products of activations, softmaxes over them, and gates."""
+"""Products and attention: summed products of a parameter, dot products of activations, softmaxes over them, and gates."""
 
 from __future__ import annotations
 
@@ -16,7 +16,15 @@ from .dataflow import Attention, Flow, Scores, storage_key, union
 __all__ = ["Attentions", "Dots", "Ended", "Gates", "NORMALIZED", "Product", "Products", "SOFTMAX"]
 
 Live = Sequence[tuple[torch.Tensor, Flow]]
-MATMULS = {"mm": 0, "bmm": 0, "mv": 0, "dot": 0, "addmm": 1, "addmv": 1, "baddbmm": 1}  # the place of the left side
+MATMULS = {
+    "mm": 0,
+    "bmm": 0,
+    "mv": 0,
+    "dot": 0,
+    "addmm": 1,
+    "addmv": 1,
+    "baddbmm": 1,
+}  # position of the left side among the arguments
 DISTANCES = {"_cdist_forward", "_euclidean_dist", "cdist"}
 SOFTMAX = {"_softmax", "_safe_softmax"}
 LIKE = {
@@ -29,14 +37,14 @@ LIKE = {
     "clamp_min",
     "clamp_max",
     "clamp_min_",
-}  # a factor goes through
+}  # entrywise functions that preserve a factor
 PASSED = ops.LINEAR | ops.PRODUCTS | ops.UNARY | LIKE
 PASSED |= {"where", "tril", "triu", "amax", "amin", "max", "logsumexp", "rsub", "maximum", "minimum"}
 
 
 @dataclass(frozen=True)
 class Ended:
-    """A dot product where something else than a softmax takes it in, and the number that it has been multiplied with."""
+    """A dot product consumed by something other than a softmax, and the constant that it has been multiplied by."""
 
     scores: Scores
     scale: float
@@ -45,7 +53,16 @@ class Ended:
 
 @dataclass(frozen=True)
 class Pair:
-    """An entrywise product of two activations, of ``shape``; ``full`` says of which dims neither is one entry repeated."""
+    """An entrywise product of two activations.
+
+    Attributes:
+        left: the left side.
+        right: the right side.
+        shape: shape of the product.
+        full: for each dim, whether neither side is broadcast along it.
+        node: node of the product in the graph.
+        scale: the constant that the product has been multiplied by.
+    """
 
     left: Flow
     right: Flow
@@ -59,7 +76,7 @@ class Dots:
     """All dot products of activations in one forward pass.
 
     Attributes:
-        ended: those that are no attention's logits.
+        ended: those that are not logits of attention.
     """
 
     def __init__(self) -> None:
@@ -67,18 +84,18 @@ class Dots:
         self._pairs: dict[int, Pair] = {}
 
     def sides(self) -> list[Flow]:
-        """Return both sides of all of them."""
+        """Return both sides of every ended dot product."""
         return [side for each in self.ended for side in each.scores.sides]
 
     def copy(self, tensor: torch.Tensor, out: torch.Tensor) -> None:
-        """Note that ``out`` is ``tensor`` in another type or layout."""
+        """Record that ``out`` is a copy of ``tensor`` in another dtype or layout."""
         if (pair := self._pairs.get(storage_key(tensor))) and tensor.shape == out.shape:
             self._pairs[storage_key(out)] = pair
 
     def follow(
         self, name: str, args: Any, kwargs: Any, live: Live, result: Flow, out: torch.Tensor, by: float, module: str
     ) -> None:
-        """Note an operation on ``live`` activations (and perhaps parameters) that multiplied with the number ``by``."""
+        """Record an operation on ``live`` activations (and perhaps parameters) that multiplies by the constant ``by``."""
         result.bent = any(flow.bent for _, flow in live) or (name in ops.UNARY and name not in LIKE and name != "pow")
         for tensor, flow in live:
             alpha = kwargs.get("alpha", 1) if name in ops.SUMS and len(args) > 1 and tensor is args[1] else 1
@@ -99,7 +116,7 @@ class Dots:
         self._pair(name, live, result, out, by)
 
     def end(self, scores: Scores, scale: float, module: str) -> None:
-        """Note that something takes a dot product in."""
+        """Record that a dot product is consumed in ``module`` by something other than a softmax."""
         self.ended.append(Ended(scores, scale * scores.left.number * scores.right.number, module))
 
     def _make(self, name: str, args: Any, live: Live, result: Flow) -> None:
@@ -144,10 +161,14 @@ SUM_PASSED = ops.COPIES | ops.PRODUCTS | {"neg", "masked_fill", "masked_fill_"}
 
 @dataclass
 class Product:
-    """One use of a parameter (with ``shape``) in a product; ``others`` are the uses that the other factor was made by.
+    """One use of a parameter in an entrywise product.
 
-    ``axes`` are labels and counts as `label_of` gives them, once it is summed. What is ``read`` otherwise too is a gain,
-    and the sum of it a statistic.
+    Attributes:
+        use: number of the use.
+        shape: shape of the parameter.
+        others: uses (as bits) that the other factor was computed by.
+        axes: label and count of each axis as returned by `label_of`, once the product is summed.
+        read: whether the product is used other than by a sum; then the parameter is a gain and the sum a statistic.
     """
 
     use: int
@@ -159,9 +180,10 @@ class Product:
 
 @dataclass
 class Products:
-    """All products of a parameter and activations, by storage.
+    """All products of a parameter and activations, keyed by storage.
 
-    A mean is no contraction: it divides by the number of entries, which leaves the share of one as small as a gain's.
+    A mean does not count as a contraction: it divides by the number of entries, which leaves the share of each as small as a
+    gain's.
     """
 
     _all: list[Product] = field(default_factory=list)
@@ -177,12 +199,19 @@ class Products:
         begun: int,
         others: int,
     ) -> int:
-        """Note an operation whose uses of parameters are numbered from ``begun``; return the uses (as bits) that it sums over.
+        """Record an operation and return the uses (as bits) whose products it sums over.
 
-        ``others`` are the uses that its inputs were made by.
+        Args:
+            name: name of the operation.
+            args: its positional arguments.
+            inputs: its tensor inputs.
+            out: the result.
+            roots: the aliases of parameters.
+            begun: number of the operation's first use of a parameter.
+            others: uses (as bits) that its inputs were computed by.
         """
         rooted = [(each, root) for each in inputs if (root := roots.get(each)) is not None]
-        # Another parameter that is multiplied with later is the one that a sum contracts.
+        # If another parameter is multiplied in later, that is the one which a sum contracts.
         bits = self._follow(name, args, inputs, out, last=any(each.numel() > 1 for each, _ in rooted))
         if name in ("mul", "mul_"):
             for use, (tensor, root) in enumerate(rooted, begun):
@@ -192,7 +221,7 @@ class Products:
         return bits
 
     def contractions(self) -> dict[int, Product]:
-        """Return by use the products that are read by nothing but sums over one of the parameter's axes."""
+        """Return, by use, the products that are read only by sums over an axis of the parameter."""
         return {each.use: each for each in self._all if not each.read and "in" in dict(each.axes)}
 
     def _follow(self, name: str, args: Any, inputs: Sequence[torch.Tensor], out: torch.Tensor, *, last: bool) -> int:
@@ -225,8 +254,8 @@ class Attentions:
     """All attention of one forward pass.
 
     Attributes:
-        found: in the order seen.
-        attended: the dot products that a softmax took in.
+        found: the attentions in the order seen.
+        attended: the dot products that a softmax consumes.
     """
 
     def __init__(self, decode: Callable[[int], frozenset[str]]) -> None:
@@ -237,7 +266,7 @@ class Attentions:
     def see(
         self, name: str, args: Any, kwargs: Any, flow: Callable[[torch.Tensor], Flow], dots: Dots, module: str
     ) -> None:
-        """Note an operation; a distance is none of attention's products and ends among the ``dots``."""
+        """Record an operation; a distance does not count as attention and is recorded as ended in ``dots``."""
         if name.startswith("_scaled_dot_product"):
             head_dim, queries, keys = int(args[0].shape[-1]), flow(args[0]), flow(args[1])
             scale = kwargs.get("scale") or head_dim**-0.5
@@ -264,7 +293,7 @@ class Gates:
     """All gates and logits of one forward pass.
 
     Attributes:
-        logits: their uses, as bits.
+        logits: uses (as bits) whose results are gates or logits.
     """
 
     def __init__(self) -> None:
@@ -279,7 +308,7 @@ class Gates:
         live: Sequence[tuple[torch.Tensor, Flow]],
         used_by: Callable[[int], frozenset[str]],
     ) -> None:
-        """Note an operation on ``flows``, of which those of activations are ``live``; ``used_by`` names sets of uses."""
+        """Record an operation on ``flows``; ``live`` are its activations, and ``used_by`` names the parameters of uses."""
         if name in NORMALIZED:
             self.logits |= union(each.direct for each in flows)
         if name == "sigmoid":
@@ -290,21 +319,22 @@ class Gates:
     def _meet(
         self, name: str, live: Sequence[tuple[torch.Tensor, Flow]], used_by: Callable[[int], frozenset[str]]
     ) -> None:
-        """Tell of activations that meet: what weights others than its own is a gate, otherwise a nonlinearity.
+        """Mark the gates among activations that are multiplied with each other.
 
-        That is a sigmoid, or one number for many entries of the other.
+        A gate is the result of a sigmoid, or one number for many entries of the other activation. It weights an activation
+        that was made by other parameters; if both come from the same one, it is part of a nonlinearity.
         """
         for tensor, each in live:
             wide = [other for other, _ in live if name in ops.PRODUCTS and _spread(tensor, other)]
             gates = each.direct if wide else each.direct & self._sigmoids
-            own = used_by(gates)
-            if any(not own & used_by(other.direct) for _, other in live if other is not each):
+            makers = used_by(gates)
+            if any(not makers & used_by(other.direct) for _, other in live if other is not each):
                 self.logits |= gates
 
 
 def _spread(one: torch.Tensor, many: torch.Tensor) -> bool:
-    """Say whether every entry of ``one`` meets several of ``many``, and none of ``many`` several of ``one``."""
-    if not 0 < one.dim() <= many.dim():  # a sum over everything is no gate
+    """Return whether every entry of ``one`` is combined with several of ``many``, and each of ``many`` with one of ``one``."""
+    if not 0 < one.dim() <= many.dim():  # a sum over everything is not a gate
         return False
     sizes = zip(reversed(one.shape), reversed(many.shape), strict=False)
     return one.numel() < many.numel() and all(size in (1, other) for size, other in sizes)

@@ -1,4 +1,4 @@
-"""Residual branches: sums x + f(x) found in the order of values, and the parameters used on the way from x to the sum."""
+"""Residual branches: sums x + f(x) found in the graph of values, and the parameters used on the way from x to the sum."""
 
 from __future__ import annotations
 
@@ -24,9 +24,14 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Residual:
-    """A sum of a stream and a branch, as nodes: the branch was made from ``source``, mostly the stream itself.
+    """A sum of a residual stream and a branch.
 
-    ``carries`` are the parameters that carry a factor into the branch, as bits.
+    Attributes:
+        node: node of the sum.
+        stream: node of the stream.
+        source: node that the branch was computed from, usually the stream itself.
+        branch: node of the branch.
+        carries: parameters (as bits) that carry a factor into the branch.
     """
 
     node: int
@@ -37,13 +42,17 @@ class Residual:
 
 
 def residual_sums(graph: ValueGraph, above: list[int], known: Iterable[Residual] = ()) -> list[Residual]:
-    """Return the sums of which one side was made from the other, or from what the other was before.
+    """Return the sums in which one side was computed from the other, or from an earlier state of the other.
 
-    In x + f(x) + g(x) the second branch was made from what the stream was before the first. ``above`` are all `ancestors`;
-    the ``known`` are found already and left out.
+    In x + f(x) + g(x) the second branch was computed from the stream's state before the first branch was added.
+
+    Args:
+        graph: the graph of values.
+        above: the `ancestors` of every node.
+        known: residuals that were found already and are left out.
     """
     found = []
-    before = {each.node: each.stream for each in known}  # what a stream was before a branch was added to it
+    before = {each.node: each.stream for each in known}  # sum → the stream's state before the branch was added
     for each in (each for each in graph.sums if each.node not in before):
         residual = _residual(each, graph, above, before)
         if residual is not None and residual.branch != residual.stream:
@@ -53,10 +62,16 @@ def residual_sums(graph: ValueGraph, above: list[int], known: Iterable[Residual]
 
 
 def coupled(graph: ValueGraph, found: list[Residual], above: list[int], after: list[int]) -> list[Residual]:
-    """Return the other half of two streams that add to each other, a + f(b) beside b + g(a), where a and b enter apart.
+    """Return the sums missing from ``found`` in two streams that add to each other, a + f(b) and b + g(a), with separate inputs.
 
-    Neither side of that sum was made from the other. But it is on the way from b to what is added to b, and goes on beside it.
-    ``after`` are all `descendants`.
+    Neither side of a + f(b) was computed from the other. But the sum is on the way from b to the branch that is added to b,
+    and it also reaches the result without passing through b's sum.
+
+    Args:
+        graph: the graph of values.
+        found: the sums found by `residual_sums`.
+        above: the `ancestors` of every node.
+        after: the `descendants` of every node.
     """
     known = {each.node for each in found}
     return [
@@ -71,14 +86,14 @@ def coupled(graph: ValueGraph, found: list[Residual], above: list[int], after: l
 
 
 def within(node: int, other: Residual, above: list[int]) -> bool:
-    """Say whether a node is on the way from another sum's source to its branch."""
+    """Return whether a node is on the way from another sum's source to its branch."""
     return bool(
         above[other.branch] >> node & 1 and above[node] >> other.source & 1 and not above[other.source] >> node & 1
     )
 
 
 def ancestors(graph: ValueGraph, stops: frozenset[int]) -> list[int]:
-    """Return for every node the set (as bits) of nodes it was made from, itself included, not looking past ``stops``."""
+    """Return, for every node, the nodes (as bits) that it was computed from, itself included, without going beyond ``stops``."""
     above = [0]
     for node, parents in enumerate(graph.parents[1:], 1):
         bits = 1 << node
@@ -89,9 +104,9 @@ def ancestors(graph: ValueGraph, stops: frozenset[int]) -> list[int]:
 
 
 def descendants(graph: ValueGraph, read: int) -> list[int]:
-    """Return for every node the set (as bits) of nodes through which all of its ways to the result go, itself included.
+    """Return, for every node, the nodes (as bits) that all of its paths to the result pass through, itself included.
 
-    ``read`` are the nodes that lead there.
+    ``read`` is the set (as bits) of nodes that lead to the result.
     """
     after = [-1] * len(graph.parents)
     for node in range(len(graph.parents) - 1, 0, -1):
@@ -103,7 +118,7 @@ def descendants(graph: ValueGraph, read: int) -> list[int]:
 
 
 def _ways(each: Sum) -> Iterable[tuple[int, int, int]]:
-    """Every (stream, branch, what carries the branch) that a sum could be."""
+    """Return the two ways to read a sum, as (stream, branch, parameters that carry a factor into the branch)."""
     return (each.left, each.right, each.right_carries), (each.right, each.left, each.left_carries)
 
 
@@ -113,60 +128,61 @@ def _residual(each: Sum, graph: ValueGraph, above: list[int], before: dict[int, 
         if source:
             return Residual(each.node, stream, source, branch, carries)
     for stream, branch, carries in _ways(each):
-        own = _line(branch, before)
-        for earlier in _line(stream, before):
-            if earlier not in own and (source := _source(branch, earlier, graph, above, before)):
+        branch_history = _history(branch, before)
+        for earlier in _history(stream, before):
+            if earlier not in branch_history and (source := _source(branch, earlier, graph, above, before)):
                 return Residual(each.node, earlier, source, branch, carries)
     return None
 
 
 def _source(branch: int, stream: int, graph: ValueGraph, above: list[int], before: dict[int, int]) -> int:
-    """Return from what of the stream a branch was made: the stream or, if that is a piece of a value, all of it; or 0.
+    """Return the node of the stream that a branch was computed from, or 0.
 
-    A sum of two streams is no branch of either: what the one was before it took from the other came from elsewhere.
+    It is the stream or, if the stream is a piece of a value, that whole value. A sum of two streams is not a branch of either:
+    the state of one before it received the other has another origin.
     """
     if above[branch] >> stream & 1:
-        return stream if all(above[each] >> stream & 1 for each in _line(branch, before)) else 0
+        return stream if all(above[each] >> stream & 1 for each in _history(branch, before)) else 0
     whole, region = graph.pieces.get(stream, (0, None))
     if not whole or not above[branch] >> whole & 1:
         return 0
-    ways, seen = [branch], {branch}
-    while ways:
-        node = ways.pop()
+    pending, seen = [branch], {branch}
+    while pending:
+        node = pending.pop()
         if node == whole:
             return whole
         its_whole, its_region = graph.pieces.get(node, (0, None))
         if its_whole != whole or meet(its_region, region):
             more = {parent for parent in graph.parents[node] if parent >= whole} - seen
             seen |= more
-            ways += more
+            pending += more
     return 0
 
 
-def _line(node: int, before: dict[int, int]) -> list[int]:
-    """Return a stream and what it was before, the latest first."""
-    line = [node]
-    while line[-1] in before:
-        line.append(before[line[-1]])
-    return line
+def _history(node: int, before: dict[int, int]) -> list[int]:
+    """Return a stream and its earlier states, the latest first."""
+    history = [node]
+    while history[-1] in before:
+        history.append(before[history[-1]])
+    return history
 
 
-Layer = tuple[str, ...]  # the parts of a name up to its number
+Layer = tuple[str, ...]  # the parts of a parameter's name up to a layer number
 
 
 def unrecognized_branches(
     graph: ValueGraph, uses: dict[str, list[Use]], inside: frozenset[str], shapes: Mapping[str, Any]
 ) -> list[tuple[str, str]]:
-    """Return matrices of numbered layers that are on no branch, each with one that is and should be no different.
+    """Return matrices of numbered layers that are on no residual branch, each with a comparable matrix that is on one.
 
-    That is the same matrix of a layer that looks the same, or another matrix of the same layer. A rule for depth would then
-    hold for a part of the stack only.
+    The comparable matrix is the same matrix of a layer that looks the same, or another matrix of the same layer. With
+    such a matrix, a rule for depth would hold for only a part of the stack.
 
     Args:
-        graph: the order of values in a forward pass.
+        graph: the graph of values in a forward pass.
         uses: every parameter's uses in it.
         inside: parameters on branches.
-        shapes: of every parameter, at all the sizes at which two have to agree to be alike.
+        shapes: shapes of every parameter, at all the sizes at which two parameters have to agree to look the same.
     """
     read = ancestors(graph, frozenset())[graph.result] if graph.result else -1
     looks: dict[Layer, set[tuple[Layer, Any]]] = defaultdict(set)
@@ -186,7 +202,7 @@ def unrecognized_branches(
 
 
 def _numbered(name: str) -> Iterator[tuple[Layer, Layer]]:
-    """Every (layer, rest) of a name, the innermost layer first."""
+    """Yield every split of a name into (layer, rest), the innermost layer first."""
     parts = tuple(name.split("."))
     for i in range(len(parts), 0, -1):
         if parts[i - 1].isdigit():
@@ -195,22 +211,22 @@ def _numbered(name: str) -> Iterator[tuple[Layer, Layer]]:
 
 @dataclass(frozen=True)
 class Branch:
-    """One residual branch: the parameters used inside it, and what carries a factor into it (as a set of bits)."""
+    """One residual branch: the parameters used inside it, and those that carry a factor into it (as bits)."""
 
     inside: frozenset[str]
     ends: int
 
 
 def residual_branches(graph: ValueGraph, uses: dict[str, list[Use]]) -> list[Branch]:
-    """Return the residual branches of one forward pass, the outermost only.
+    """Return the outermost residual branches of one forward pass.
 
-    A branch within a branch (a gated unit written as x + …, a token shift) does not grow in number with the depth.
-    A parameter is inside a branch when it is used on the way from the stream to the sum; what feeds several branches
-    without coming from their stream (an encoder's final norm, a table of positions that all layers share) is not, unless they
-    are all of its own layer (a modulation of attention and FFN).
+    The number of branches within a branch (a gated unit written as x + …, a token shift) does not grow with the depth.
+    A parameter is inside a branch if it is used on the way from the stream to the sum. A parameter that feeds several branches
+    without coming from their stream (an encoder's final norm, a table of positions that all layers share) is not, unless all
+    of these branches belong to the parameter's own layer (a modulation of attention and FFN).
     """
     above = ancestors(graph, frozenset())
-    read = above[graph.result] if graph.result else -1  # a recurrence's last state is made and not read
+    read = above[graph.result] if graph.result else -1  # the last state of a recurrence is computed but not read
     after = descendants(graph, read)
 
     def layers(sums: Iterable[Residual]) -> list[Residual]:
@@ -218,7 +234,7 @@ def residual_branches(graph: ValueGraph, uses: dict[str, list[Use]]) -> list[Bra
 
     second = layers(coupled(graph, layers(residual_sums(graph, above)), above, after))
     found = layers(residual_sums(graph, above, second)) + second
-    # A branch in another one ends there: what goes on beside it is a second stream.
+    # An inner branch ends inside the outer one; a sum that also reaches the result another way is a second stream.
     outer = [
         each
         for each in found
@@ -241,44 +257,45 @@ def residual_branches(graph: ValueGraph, uses: dict[str, list[Use]]) -> list[Bra
         branches.append(Branch(frozenset(inside), each.carries))
     on_streams = union(near[each.stream] for each in outer if each.stream not in sums)
     branches = [
-        _with_own(branch, all_near & ~on_streams, uses, reach, branches)
+        _with_shared(branch, all_near & ~on_streams, uses, reach, branches)
         for branch, all_near in zip(branches, reach, strict=True)
     ]
     branches = [branch for branch in branches if branch.inside]
     return [branch for branch in branches if branch.ends or _repeats(branch, branches)]
 
 
-def _with_own(
+def _with_shared(
     branch: Branch, near: int, uses: dict[str, list[Use]], reach: list[int], branches: list[Branch]
 ) -> Branch:
-    """Return the branch with what feeds several branches, if all of these are of the layer whose own it is."""
+    """Return the branch with the parameters that feed several branches added, if all of these are in the parameter's layer."""
     layers = [{_layer(name) for name in each.inside} for each in branches]
-    own = {
+    shared = {
         name
         for name in uses
         if (layer := _layer(name)) and name not in branch.inside
         for node in [use.node for use in uses[name] if near >> use.node & 1]
         if all(its == {layer} for its, fed in zip(layers, reach, strict=True) if fed >> node & 1)
     }
-    return replace(branch, inside=branch.inside | own)
+    return replace(branch, inside=branch.inside | shared)
 
 
 def _layer(name: str) -> tuple[str, ...]:
-    """Return the parts of a name up to its first number, or nothing."""
+    """Return the parts of a name up to its first number, or an empty tuple."""
     parts = name.split(".")
     return next((tuple(parts[: i + 1]) for i, part in enumerate(parts) if part.isdigit()), ())
 
 
 def _home(node: int, reach: list[int]) -> int:
-    """Return the reach of the one branch that a value feeds, or 0."""
+    """Return the reach of the branch that a value feeds, or 0 if it does not feed exactly one."""
     fed = [each for each in reach if each >> node & 1]
     return fed[0] if len(fed) == 1 else 0
 
 
 def _recurs(found: Residual, graph: ValueGraph, above: list[int], uses: dict[str, list[Use]]) -> bool:
-    """Say whether this is a step of a recurrence, and no layer: the same parameters made its stream from an earlier input.
+    """Return whether this sum is a step of a recurrence instead of a layer: the same parameters are used in an earlier step.
 
-    Either it adds to its input what they made of an earlier sum with that input, or every step takes in a piece of one value.
+    Either the step adds to its input what the parameters computed from an earlier sum with that input, or every step reads a
+    piece of one value.
     """
     earlier, all_since = above[found.source], above[found.branch] & ~above[found.source]
     steps = [
@@ -298,6 +315,6 @@ def _recurs(found: Residual, graph: ValueGraph, above: list[int], uses: dict[str
 
 
 def _repeats(branch: Branch, branches: list[Branch]) -> bool:
-    """Say whether there may be more of it in a deeper model: a numbered layer's, or of parameters used again."""
+    """Return whether a deeper model may have more of this branch: it is in a numbered layer, or its parameters are reused."""
     numbered = any(part.isdigit() for name in branch.inside for part in name.split("."))
     return numbered or sum(bool(branch.inside & other.inside) for other in branches) > 1

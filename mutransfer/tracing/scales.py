@@ -235,7 +235,7 @@ class ScaleTracker:
         elif name in ops.PRODUCTS and len(live) == 2:
             result.residual = residuals[0] / residuals[1] if name.startswith("div") else residuals[0] * residuals[1]
         elif name in ops.PRODUCTS:
-            # Constants before a gain are recorded as consumed; those of a normalized value, which no parameter carries, pass.
+            # Constants before a gain are recorded as consumed; that of a normalized value, carried by no parameter, is kept.
             result.residual = 1.0 if own and live[0].factors else residuals[0]
         elif name in ops.LINEAR or name in HOMOGENEOUS or name == "pow":
             exponent = power if name == "pow" else HOMOGENEOUS.get(name, 1.0)

@@ -88,7 +88,7 @@ def test_what_no_parameter_carries_is_refused_and_an_override_says_it(last: Any)
 
 
 def test_distances_between_two_towers_are_refused_and_of_one_are_folded_on_both_sides() -> None:
-    with pytest.raises(mt.RequestError, match="multiply the sum with base width / width"):
+    with pytest.raises(mt.RequestError, match="multiply the sum by base width / width"):
         mt.plan(towers(lambda q, p: -(torch.cdist(q, p) ** 2)), WIDE)
     assert not mt.plan(towers(lambda q, p: -(torch.cdist(q, p) ** 2) / q.shape[-1]), WIDE).notes
 
