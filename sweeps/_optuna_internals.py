@@ -1,7 +1,7 @@
-"""Every private name of Optuna that this package uses, under a public one, in one place.
+"""Public wrappers around all private names of Optuna that this package uses.
 
-Optuna may rename or remove them in any release: `tests/test_internals.py` says which one broke, and pyproject.toml bounds Optuna
-by the last version that these tests have seen.
+Optuna may rename or remove them in any release: `tests/test_internals.py` shows which one broke, and pyproject.toml bounds the
+Optuna version by the last one that these tests have passed with.
 """
 
 from __future__ import annotations
@@ -26,48 +26,48 @@ __all__ = [
 
 
 def storage_of(study: Study) -> BaseStorage:
-    """Return the storage that a study is kept in."""
+    """Return the storage of a study."""
     return study._storage
 
 
 def study_id(study: Study) -> int:
-    """Return a study's number in its storage."""
+    """Return the ID of a study in its storage."""
     return study._study_id
 
 
 def trial_id(trial: FrozenTrial | Trial) -> int:
-    """Return a trial's number in its storage; ``trial.number`` is its number in the study."""
+    """Return the ID of a trial in its storage; ``trial.number`` is its number in the study."""
     return trial._trial_id
 
 
 def forget_cached_trials(study: Study) -> None:
-    """Let the sampler see the trials as they are now, as `Study.ask` does."""
+    """Clear the cached trials, as `Study.ask` does: the sampler then sees their current state."""
     study._thread_local.cached_all_trials = None
 
 
 def contains(distribution: BaseDistribution, value: Any) -> bool:
-    """Return whether a distribution can give ``value``, in its internal representation."""
+    """Return whether a distribution contains ``value``, given in its internal representation."""
     return distribution._contains(value)
 
 
 def set_preliminary_samples(sampler: GPSampler, count: int) -> None:
-    """Set at how many points a Gaussian process looks before it climbs."""
+    """Set the number of points at which a GP sampler evaluates its acquisition function before the local search."""
     sampler._n_preliminary_samples = count
 
 
 def close_database(storage: CachedStorage) -> None:
-    """End a database's sessions and connections."""
+    """Close the sessions and connections of a database."""
     backend: RDBStorage = storage._backend
     backend.remove_session()
     backend.engine.dispose()
 
 
 class StudyView:
-    """A study whose trials a sampler sees changed.
+    """View of a study that shows a sampler modified trials.
 
     Args:
-        study: whose everything else it is.
-        change: all trials → what the sampler sees.
+        study: the study; everything but its trials is passed through.
+        change: maps all trials to those that the sampler sees.
     """
 
     def __init__(self, study: Study, change: Callable[[Sequence[FrozenTrial]], list[FrozenTrial]]) -> None:
@@ -84,19 +84,19 @@ class StudyView:
 
 
 class InterruptibleJournalStorage(JournalStorage):
-    """Optuna's storage on a journal, whatever its backend, in which a Ctrl-C may arrive at any moment.
+    """Optuna's journal storage, with any backend, that tolerates a Ctrl-C at any moment.
 
-    Optuna counts a line as read before it applies it. After an interruption in between this process would go on without what
-    the line says, such as a trial's parameters; so it reads the journal anew.
+    Optuna counts a line as read before it applies it. After an interruption in between, this process would continue without
+    the content of that line, such as a trial's parameters. It therefore reads the whole journal again.
     """
 
     def _sync_with_backend(self) -> None:
         try:
             super()._sync_with_backend()
-        except Exception:  # what was asked for is refused; all lines up to there are applied
+        except Exception:  # the requested operation was rejected; all lines before it have been applied
             raise
         except BaseException:
-            # Under another name, or what was refused would be refused again as it is read.
+            # Use another worker ID: under the old one, operations that were rejected would raise again when they are read.
             self._worker_id_prefix = f"{uuid.uuid4()}-"
             self._replay_result = JournalStorageReplayResult(self._worker_id_prefix)
             raise

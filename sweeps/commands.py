@@ -1,6 +1,6 @@
-"""Training by a user's command: run with a trial's settings, its reports read from stdout, and ended with all it started.
+"""Train with a user's command: run it with a trial's settings, read its reports from stdout, and end all its processes.
 
-`train_target` starts a user's trainer, function or command, with the settings of the target run.
+`train_target` runs a user trainer, function or command, with the settings of the target run.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ __all__ = [
 
 
 class ParsedReport(NamedTuple):
-    """A loss at a step (None where it was not given), and whether it is the final one."""
+    """A reported loss with its step (None if not given), and whether it is the final loss."""
 
     step: int | None
     loss: float
@@ -56,9 +56,9 @@ class ParsedReport(NamedTuple):
 
 
 def parse_report(line: bytes) -> ParsedReport | None:
-    """Return what ``line`` tells: ``{"step": 100, "loss": 2.3}``, with ``"final": true`` for the last; None for other text.
+    """Parse a report such as ``{"step": 100, "loss": 2.3}``, with ``"final": true`` for the last; return None for other text.
 
-    A loss of null, NaN or Infinity is one that is not finite; a step is the number of optimizer steps done.
+    A loss of null, NaN or Infinity is not finite. A step is the number of optimizer steps done.
     """
     if not line.lstrip().startswith(b"{"):
         return None
@@ -84,15 +84,15 @@ def _is_step(value: Any) -> bool:
 
 
 SUPERVISOR = Path(__file__).with_name("_supervisor.py")
-LONGEST = 2**20  # bytes of a line: beyond, it is none that anybody meant to be read
-TAIL = 4096  # bytes at the end of what a command said, where the reason is
+LONGEST = 2**20  # bytes of a line: longer ones are split, as they cannot be reports
+TAIL = 4096  # bytes at the end of a command's stderr, where the reason for a failure is
 
 
 class SupervisedProcess:
-    """One run of a command in ``folder``, or the current one; its stderr goes to the file ``errors``, appended to what is there.
+    """One run of a command in ``folder`` (default: the current folder); its stderr is appended to the file ``errors``.
 
-    It lives in a session of its own: a Ctrl-C at the terminal does not reach it, and it ends when `stop` is called, or when
-    this process is gone, however that came.
+    The command runs in a new session, so a Ctrl-C at the terminal does not reach it. It ends when `stop` is called or when this
+    process ends for any reason.
     """
 
     def __init__(
@@ -117,11 +117,11 @@ class SupervisedProcess:
 
     @property
     def code(self) -> int | None:
-        """The exit code, above 128 for a signal; None while anything of the command lives."""
+        """The exit code, above 128 for a signal; None while any process of the command is alive."""
         return self._process.poll()
 
     def lines(self) -> Iterator[bytes]:
-        """Yield the lines that are there, without waiting, and at the end of stdout what follows the last line break."""
+        """Yield the lines available now, without waiting, and at the end of stdout the text after the last line break."""
         while not self._stdout.closed:
             try:
                 read = os.read(self._stdout.fileno(), 2**16)
@@ -135,45 +135,45 @@ class SupervisedProcess:
             yield from whole
 
     def stop(self) -> None:
-        """Ask the command to end; it is killed if it does not."""
+        """Ask the command to end; it is killed after the grace period."""
         assert self._process.stdin is not None
         with contextlib.suppress(OSError):
             self._process.stdin.close()
 
     def close(self) -> None:
-        """Wait until nothing of the command is left, and let go of it."""
+        """Stop the command, wait until all its processes have ended, and release its resources."""
         self.stop()
         self._process.wait()
         self._stdout.close()
 
     def last_words(self) -> str:
-        """Return the end of what it said on stderr, in one line."""
+        """Return the last lines of stderr, joined to one line."""
         with self._errors.open("rb") as file:
             file.seek(max(self._before, file.seek(0, os.SEEK_END) - TAIL))
             lines = file.read().decode(errors="replace").splitlines()
-        # Rulers and empty lines say nothing.
-        said = [" ".join(line.split()) for line in lines if any(letter.isalnum() for letter in line)]
-        return " / ".join(said[-2:])[-300:].rstrip(".")
+        # Skip separator lines and empty lines.
+        texts = [" ".join(line.split()) for line in lines if any(letter.isalnum() for letter in line)]
+        return " / ".join(texts[-2:])[-300:].rstrip(".")
 
 
-LOOK_EVERY = 0.05  # seconds between looks at commands that say nothing
+LOOK_EVERY = 0.05  # seconds between checks of commands that print nothing
 
 
 def check_command(trainer: Trainer, folder: str | None = None) -> None:
-    """Raise a RequestError if the program of ``trainer``'s command, which runs in ``folder``, is not there."""
+    """Raise a RequestError if the program of ``trainer``'s command, which runs in ``folder``, does not exist."""
     program = shlex.split(str(trainer.command))[0]
     if "{" not in program and shutil.which(os.path.join(folder or "", program) if "/" in program else program) is None:
         raise RequestError(
-            f"trainer.command begins with {program!r}, which is no program here: check its name and PATH; a script is run by "
+            f"trainer.command begins with {program!r}, which is no program here: check its name and PATH; run a script with "
             "its interpreter, as in python train.py."
         )
 
 
 class Commands:
-    """Jobs as runs of the experiment's ``trainer.command``, ``count`` at once.
+    """Executor that runs jobs with the experiment's ``trainer.command``, ``count`` at a time.
 
-    Each job has a folder below ``folder``/trials: recipe.json and plan.json (docs/own-trainer.md), out (empty when the job
-    begins; a further try finds what the last one left), stdout.log with the lines that tell no loss, and stderr.log.
+    Each job has a folder below ``folder``/trials with recipe.json and plan.json (docs/own-trainer.md), out (empty when the job
+    starts; a retry finds the files of the previous attempt), stdout.log with the lines that are not reports, and stderr.log.
     """
 
     def __init__(self, folder: Path, count: int = 1) -> None:
@@ -182,7 +182,7 @@ class Commands:
     def run(
         self, experiment: Experiment, jobs: Iterable[Job], report: Report | None = None
     ) -> Iterator[tuple[Job, Outcome]]:
-        """See `Executor.run`; whatever ends it early ends the commands at work."""
+        """See `Executor.run`; if it ends early, the running commands are ended too."""
         assert experiment.trainer is not None
         source, running = iter(jobs), dict[int, tuple[Job, CommandRun]]()
         try:
@@ -192,7 +192,7 @@ class Commands:
                     ask = None if report is None else alone(report, job)
                     attempt = TrialRun(experiment.steps, job.rungs, ask, maximize=experiment.maximize)
                     home = self._home(job)
-                    # Of another job of that name, whose checkpoint is not this one's.
+                    # Left by another job of the same name, whose checkpoint must not be used.
                     shutil.rmtree(home / "out", ignore_errors=True)
                     running[slot] = job, CommandRun(
                         experiment.trainer, _target(experiment, job), attempt, home, experiment.folder, slot=slot,
@@ -207,7 +207,7 @@ class Commands:
                         yield job, outcome
         finally:
             for _, run in running.values():
-                run.process.stop()  # all at once, before waiting for any
+                run.process.stop()  # stop all of them before waiting for any
             for _, run in running.values():
                 run.process.close()
 
@@ -217,21 +217,28 @@ class Commands:
 
 
 def command_environment(side_by_side: int = 1) -> dict[str, str]:
-    """Return a command's environment: reports are to come when they are printed, and commands to share the cores."""
+    """Return a command's environment: unbuffered output, so reports arrive at once, and a share of the cores for its threads."""
     share = max(1, len(os.sched_getaffinity(0)) // side_by_side)
     threads = {} if side_by_side == 1 else {"OMP_NUM_THREADS": str(share)}
     return {"PYTHONUNBUFFERED": "1", **threads, **os.environ}
 
 
 def look(runs: Iterable[CommandRun]) -> None:
-    """Wait until one of ``runs`` says something, or for a moment."""
+    """Wait until one of ``runs`` prints something, for at most `LOOK_EVERY` seconds."""
     select.select([end for run in runs if (end := run.process.readable) is not None], [], [], LOOK_EVERY)
 
 
 class CommandRun:
-    """A trainer's command at work on ``target``, over all its tries.
+    """Run of a trainer's command on ``target``, over all its attempts.
 
-    ``home`` holds its files, recipe.json and plan.json among them, and its folder out; ``folder`` is where it runs.
+    Args:
+        trainer: the trainer with the command.
+        target: settings of the run.
+        attempt: receives the reports.
+        home: folder of the run's files: recipe.json, plan.json, the logs and the folder out.
+        folder: working directory of the command.
+        slot: number from 0, unique among the commands that run at the same time.
+        environment: environment variables of the command.
     """
 
     def __init__(
@@ -246,7 +253,7 @@ class CommandRun:
             "recipe": target.plan.recipe.save(home / "recipe.json"),
             "plan": write_text(home / "plan.json", export(target, "pytorch")[1]),
         }
-        # Whole paths: a launcher may start the script in another folder.
+        # Absolute paths, since a launcher may start the script in another folder.
         paths = {name: str(path.absolute()) for name, path in {**files, "out": home / "out"}.items()}
         self.words = self.trainer.words({**paths, "seed": str(target.seed), "slot": str(slot)})
         self.tries = 0
@@ -262,11 +269,11 @@ class CommandRun:
         )
 
     def advance(self) -> Outcome | None:
-        """Take in what the command has said and done; return its outcome once it has ended for good."""
-        code = self.process.code  # before reading: what an ended command has said is all there
+        """Read new output and check the command; return its outcome once it has ended and is not retried, else None."""
+        code = self.process.code  # read it before the output: once the command has ended, its output is complete
         with naming_the_disk(self.home), (self.home / "stdout.log").open("ab") as log:
             for line in self.process.lines():
-                if not self._heard(line):
+                if not self._record(line):
                     log.write(line + b"\n")
         if self.trainer.timeout is not None and time.monotonic() - self.begun > self.trainer.timeout:
             self.late = True
@@ -276,8 +283,8 @@ class CommandRun:
         self.process.close()
         return self._ended(code)
 
-    def _heard(self, line: bytes) -> bool:
-        """Take in a line, and return whether it said a loss; after a stop, and after the final loss, none counts."""
+    def _record(self, line: bytes) -> bool:
+        """Return whether ``line`` is a report, and record it unless the command was stopped or its final loss is known."""
         if (found := parse_report(line)) is None:
             return False
         if self.stopping or self.final is not None:
@@ -296,12 +303,12 @@ class CommandRun:
             self.process.stop()
 
     def _ended(self, code: int) -> Outcome | None:
-        if self.final is not None:  # whatever happened while it cleaned up
+        if self.final is not None:  # errors during cleanup do not matter
             return self.attempt.outcome(self.final)
         if self.attempt.stopped or self.attempt.diverged:
             return self.attempt.outcome()
-        said = self.process.last_words()
-        where = f"{f'saying {said!r}; ' if said else ''}see {self.home}"
+        text = self.process.last_words()
+        where = f"{f'saying {text!r}; ' if text else ''}see {self.home}"
         if self.late:
             return self.attempt.outcome(
                 failed=f"the trainer's command took longer than {self.trainer.timeout:g} s ({where})"
@@ -310,7 +317,7 @@ class CommandRun:
             if (last := self.attempt.last) is None:
                 raise RequestError(
                     f"the trainer's command ended without a loss ({where}): let it print JSON lines such as "
-                    '{"step": 100, "loss": 2.3} on its stdout.'
+                    '{"step": 100, "loss": 2.3} to stdout.'
                 )
             return self.attempt.outcome(last)
         if self.tries <= self.trainer.retries:
@@ -322,7 +329,7 @@ class CommandRun:
 
 
 def _target(experiment: Experiment, job: Job) -> TargetConfig:
-    """Return the settings of a trial as `mutransfer transfer` makes the target's."""
+    """Return the settings of a trial in the format that `mutransfer transfer` writes for the target."""
     plan = plan_of(experiment, job.scale, job.parametrization, job.recipe)
     settings: dict[str, Any] = experiment.model_dump(
         include={"model", "options", "data", "sequence_length", "batch_size", "steps"}
@@ -340,23 +347,23 @@ def trainer_of(target: TargetConfig) -> Trainer | None:
 def train_target(
     target: TargetConfig, out: Path, *, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> dict[str, Any]:
-    """Train ``target`` by the trainer that its recipe was tuned with, at the target's scale.
+    """Train ``target`` with the trainer that its recipe was tuned with, at the target's scale.
 
     A function is called with the tuned recipe, the target's plan, its seed and a ``report`` whose ``steps`` are the target's. A
-    command gets recipe.json, plan.json and the folder out below ``out``; what a run before has left there stays, so that it can
-    go on from its own checkpoint.
+    command gets recipe.json, plan.json and the folder out below ``out``; files left there by an earlier run are kept, which
+    allows the command to resume from its own checkpoint.
 
     Args:
-        target: what to train.
-        out: folder of a command's files.
-        progress: called with (steps reported, steps in all).
+        target: the target to train.
+        out: folder for a command's files.
+        progress: called with (steps reported, steps in total).
 
     Returns:
-        ``loss`` (the final one; None if not finite), ``steps`` (the last that was reported, or all of a run that ended well),
-        ``tokens_per_second`` and ``checkpoint``, which are None: they are the trainer's own.
+        ``loss`` (the final loss; None if not finite), ``steps`` (the last one reported, or all steps if the run succeeded), and
+        ``tokens_per_second`` and ``checkpoint``, which are None because only the trainer knows them.
 
     Raises:
-        RequestError: there is no such trainer any more, or it failed.
+        RequestError: the trainer no longer exists, or it failed.
     """
     trainer = trainer_of(target)
     assert trainer is not None

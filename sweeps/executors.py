@@ -1,4 +1,4 @@
-"""Which executor does the jobs: the one place where that is chosen."""
+"""Choose the executor that trains an experiment's jobs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 MANNERS = ("auto", "one", "processes", "fused")
 PRECISIONS = ("float32", "bfloat16")
-MOST = 8  # processes by default: each holds a torch and the data of its own
+MOST = 8  # processes by default: each loads its own copy of torch and of the data
 
 
 @contextlib.contextmanager
@@ -34,28 +34,28 @@ def executor_for(
     experiment: Experiment, how: str = "one", at_once: int | None = None, device: str = "cpu", *,
     precision: str = "float32", checkpoints: Path | None = None, folder: Path | None = None,
 ) -> Iterator[Executor]:  # fmt: skip
-    """Yield what does the experiment's jobs; its processes end with the block.
+    """Yield an executor for the experiment's jobs; its processes end when the context exits.
 
     Args:
-        experiment: whose jobs.
-        how: "one" after the other, side by side in "processes", "fused" to one program, or "auto": whichever a short
-            measurement says is done first, with a line on stderr (`choosing.chosen`).
-        at_once: how many processes (by default one per core, at most 8) or fused trials (by default as many as pay).
-        device: where "one" and "fused" train; processes train on the CPU, and an own trainer wherever it wants.
-        precision: of fused trials' matrix products.
-        checkpoints: a folder of this process's alone, where fused trials are saved at rungs; nowhere if None.
-        folder: run folder, below which the commands of a trainer have their files; the current one if None.
+        experiment: the experiment whose jobs will run.
+        how: "one" trains them one after the other, "processes" in parallel processes, "fused" as one vectorized program;
+            "auto" picks the fastest of these by a short measurement and reports it on stderr (`autoselect.chosen`).
+        at_once: number of processes (default: one per core, at most 8) or of fused trials (default: as many as pay off).
+        device: where "one" and "fused" train; processes train on the CPU, and a user trainer chooses its own device.
+        precision: of the matrix products of fused trials.
+        checkpoints: folder used by this process only, where fused trials are saved at rungs; None disables checkpoints.
+        folder: run folder for the files of a trainer's commands; the current folder if None.
 
     Raises:
-        RequestError: an unknown manner or precision, or one that does not fit the device or the number; when it is first
-            used, a precision that the model cannot have.
+        RequestError: an unknown executor or precision, or one that does not fit the device or the number; on first use, a
+            precision that the model does not support.
     """
-    own = experiment.trainer is not None
-    _check(how, at_once, "cpu" if own else device, precision)
+    has_trainer = experiment.trainer is not None
+    _check(how, at_once, "cpu" if has_trainer else device, precision)
     with contextlib.ExitStack() as held:
         match how:
-            case _ if own:
-                yield _own(experiment, how, at_once, device, precision, folder, held)
+            case _ if has_trainer:
+                yield _for_trainer(experiment, how, at_once, device, precision, folder, held)
             case "one":
                 yield OneByOne(device)
             case "processes":
@@ -67,24 +67,24 @@ def executor_for(
 
 
 class LazyExecutor:
-    """An executor that is chosen when it is first needed: what is wrong with a request is said before anything is measured."""
+    """Executor that is chosen on first use: errors in a request are reported before anything is measured."""
 
     def __init__(self, choose: Callable[[int | None], Executor]) -> None:
         self._choose = choose
         self._missing: int | None = None
 
     def expect(self, missing: int) -> None:
-        """Say how many jobs there are to do, of an experiment that may be half done."""
+        """Set the number of remaining jobs, since part of the experiment may already be done."""
         self._missing = missing
 
     @functools.cached_property
     def chosen(self) -> Executor:
-        """The executor that does the jobs."""
+        """The executor that runs the jobs."""
         return self._choose(self._missing)
 
     @property
     def capacity(self) -> int:
-        """How many jobs it may have begun at a time."""
+        """The maximum number of jobs that run at the same time."""
         return self.chosen.capacity
 
     def run(
@@ -95,13 +95,13 @@ class LazyExecutor:
 
 
 def one_by_one(experiment: Experiment, folder: Path | None = None, device: str = "cpu") -> Executor:
-    """Return what does the experiment's jobs one after the other; see `executor_for`."""
+    """Return an executor that runs the experiment's jobs one after the other; see `executor_for`."""
     trainer = experiment.trainer
     return OneByOne(device) if trainer is None or trainer.command is None else Commands(folder or Path())
 
 
 def check_trainer(experiment: Experiment) -> None:
-    """Raise a RequestError if the experiment's own trainer, if it has one, cannot be run."""
+    """Raise a RequestError if the experiment has a user trainer that cannot be run."""
     if (trainer := experiment.trainer) is None:
         return
     if trainer.call is not None:
@@ -111,15 +111,15 @@ def check_trainer(experiment: Experiment) -> None:
         check_command(trainer, experiment.folder)
 
 
-def _own(
+def _for_trainer(
     experiment: Experiment, how: str, at_once: int | None, device: str, precision: str, folder: Path | None,
     held: contextlib.ExitStack,
 ) -> Executor:  # fmt: skip
-    """Nothing is measured: what an own trainer uses, and how much of it there is, its person knows."""
+    """Return an executor for a user trainer. Nothing is measured: only the user knows which resources the trainer needs."""
     assert experiment.trainer is not None
     if precision != "float32":
         raise RequestError(
-            f"--precision {precision} is for fused trials, and {experiment.trainer} trains: leave it out."
+            f"--precision {precision} is for fused trials, but {experiment.trainer} trains these: leave it out."
         )
     if how == "fused":
         logger.info("trials are not fused: %s trains them.", experiment.trainer)
@@ -146,7 +146,7 @@ def _check(how: str, at_once: int | None, device: str, precision: str) -> None:
     if how == "one" and (at_once or 1) > 1:
         raise RequestError(f"--at-once {at_once} needs --executor processes or fused: one by one is one at a time.")
     if how == "processes" and device != "cpu":
-        raise RequestError(f"--executor processes trains on the CPU, and the device is {device}: add --device cpu.")
+        raise RequestError(f"--executor processes trains on the CPU, but the device is {device}: add --device cpu.")
 
 
 def _planned(
@@ -164,16 +164,16 @@ def _planned(
 
     why = refusal(experiment, device=device)
     if why is not None and precision != "float32":
-        raise RequestError(f"--precision {precision} needs trials that can be fused, and {why}: leave it out.")
+        raise RequestError(f"--precision {precision} needs trials that can be fused, but {why}: leave it out.")
     if why is not None and how == "fused":
         logger.info("trials are trained one by one: %s.", why)
         return OneByOne(device)
     if precision == "bfloat16" and bfloat16_is_slow(device):
         logger.warning(
-            "warning: this CPU multiplies bfloat16 %.0f times slower than float32: --precision float32 is the faster one here.",
+            "warning: this CPU multiplies bfloat16 %.0f times slower than float32: --precision float32 is faster here.",
             bfloat16_slowdown(),
         )
-    begun = checkpoints is not None and any(checkpoints.glob("*"))  # what was fused goes on inside of its trials
+    begun = checkpoints is not None and any(checkpoints.glob("*"))  # fused trials resume from their checkpoints
     choice = chosen(
         experiment, missing or experiment.trials, device, at_once=at_once,
         precision=None if precision == "float32" else torch.bfloat16,

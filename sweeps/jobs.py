@@ -1,7 +1,7 @@
-"""One training run of a sweep, described by plain data so that any process can do it, and how many are done at once.
+"""Training runs of a sweep as plain data that any process can execute, and the `Executor` protocol that runs them.
 
-An `Executor` is the seam between deciding which runs to do and doing them: the study and the basins know nothing of
-processes, devices or vectorized.
+An `Executor` separates the choice of runs from their execution: the study and the basins do not depend on processes, devices
+or vectorization.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Job:
-    """One run: ``recipe`` at ``scale``; ``key`` is the asker's own name for it."""
+    """One training run of ``recipe`` at ``scale``; ``key`` identifies it to the caller."""
 
     key: Any
     scale: Scale
@@ -48,43 +48,43 @@ class Job:
 
 
 class Reported(NamedTuple):
-    """A job at a rung: validation ``loss`` in nats after ``step`` steps."""
+    """Report of a job at a rung: validation ``loss`` in nats after ``step`` steps."""
 
     job: Job
     step: int
     loss: float
 
 
-# Those that run side by side are reported together, so that a pruner sees all of them before it decides on any; True stops.
+# Jobs that run in parallel report together: a pruner sees all of them before it decides on any. True stops a job.
 Report = Callable[[Sequence[Reported]], Sequence[bool]]
 
 
 def alone(report: Report, job: Job) -> Callable[[int, float], bool]:
-    """Return how ``job`` reports (step, loss) by itself."""
+    """Return a function of (step, loss) that reports for ``job`` alone and returns whether to stop it."""
     return lambda step, loss: report([Reported(job, step, loss)])[0]
 
 
 class Executor(Protocol):
-    """Does jobs."""
+    """Runs jobs."""
 
     @property
     def capacity(self) -> int:
-        """How many it may have begun at a time."""
+        """The maximum number of jobs that run at the same time."""
         ...
 
     def run(
         self, experiment: Experiment, jobs: Iterable[Job], report: Report | None = None
     ) -> Iterator[tuple[Job, Outcome]]:
-        """Draw a job whenever there is room for one, and yield it with its outcome when it ends.
+        """Take a job whenever there is capacity, and yield it with its outcome when it ends.
 
-        ``jobs`` may decide what comes next by what has been yielded; it is not asked again once it has ended.
-        ``report`` at a job's rungs may stop it with True.
+        ``jobs`` may choose the next job from the outcomes yielded so far; once exhausted, it is not advanced again.
+        ``report`` is called at a job's rungs and stops it by returning True.
         """
         ...
 
 
 class OneByOne:
-    """Every job in this process, one after the other."""
+    """Executor that runs every job in this process, one after the other."""
 
     capacity = 1
 
@@ -100,7 +100,7 @@ class OneByOne:
 
 
 def loaded(experiment: Experiment) -> tuple[Family, Data | None]:
-    """Return the experiment's family and data (None if its trainer loads its own), loaded once per process."""
+    """Return the experiment's family and data (None if its trainer loads the data), loaded once per process."""
     return _loaded(_key(experiment))
 
 
@@ -108,18 +108,18 @@ def family_of(experiment: Experiment) -> tuple[Family, Data]:
     """Return the experiment's family and data, loaded once per process.
 
     Raises:
-        RequestError: it has no data of its own.
+        RequestError: the experiment names no data.
     """
     family, data = loaded(experiment)
     if data is None:
-        raise RequestError(f"data is {NO_DATA}, and only a trainer of its own trains without: name data or a trainer.")
+        raise RequestError(f"data is {NO_DATA}, which only a user trainer can train on: name data or a trainer.")
     return family, data
 
 
 def _key(experiment: Experiment) -> str:
-    """All that the family and the data depend on."""
+    """Return a key of everything that the family and the data depend on."""
     keys = {"model", "options", "roles", "data", "sequence_length", "proxy", "base", "trainer", "folder"}
-    base = Size(width=experiment.base_scale.width, depth=experiment.base_scale.depth)  # whatever the proxy is
+    base = Size(width=experiment.base_scale.width, depth=experiment.base_scale.depth)  # the same for every proxy
     folder = experiment.folder or os.getcwd()
     return (
         experiment.here()
@@ -148,9 +148,9 @@ def _target(key: str, scale: Scale, parametrization: str) -> Target:
 
 
 def cost_of(experiment: Experiment, scale: Scale) -> Flops | None:
-    """Return the cost of one training step at ``scale``; None if an own trainer chooses its batches.
+    """Return the cost of one training step at ``scale``; None if a user trainer chooses its batches.
 
-    Muon's iteration on hidden matrices is included; other optimizers work entry by entry, which is left out.
+    Muon's iteration on hidden matrices is included; the elementwise work of other optimizers is left out.
 
     Raises:
         RequestError: the model does not take the experiment's data.
@@ -162,9 +162,9 @@ def cost_of(experiment: Experiment, scale: Scale) -> Flops | None:
         cost = _step_cost(_key(experiment), scale, experiment.batch_size)
     except RequestError:
         raise
-    except Exception as error:  # of the person's own model, which has only seen its own example batch until now
+    except Exception as error:  # from the user's model, which has only run on its own example batch so far
         raise RequestError(
-            f"{experiment.model} cannot be trained on {experiment.data} ({describe(error)}): its loss is given batches "
+            f"{experiment.model} cannot be trained on {experiment.data} ({describe(error)}): its loss must accept batches "
             "(inputs, targets) of the experiment's data."
         ) from error
     if not isinstance(OPTIMIZERS[experiment.optimizer], Muon):
@@ -181,22 +181,22 @@ def _step_cost(key: str, scale: Scale, batch_size: int) -> Flops:
 
 
 def flops_of(experiment: Experiment, scale: Scale) -> float | None:
-    """Return the floating point operations of `cost_of`."""
+    """Return the total floating point operations of `cost_of`; None if unknown."""
     cost = cost_of(experiment, scale)
     return None if cost is None else cost.total
 
 
 def plan_of(experiment: Experiment, scale: Scale, parametrization: str, recipe: Recipe) -> Plan:
-    """Return the plan of a run at ``scale``; the model is observed once per process, and once at each scale."""
+    """Return the plan of a run at ``scale``; the model is traced once per process, and once at each scale."""
     family, _ = loaded(experiment)
-    there = _target(_key(experiment), scale, parametrization)
-    return plan(family, scale, parametrization, experiment.optimizer, recipe, target=there)
+    target = _target(_key(experiment), scale, parametrization)
+    return plan(family, scale, parametrization, experiment.optimizer, recipe, target=target)
 
 
 def do(experiment: Experiment, job: Job, device: str, report: Report | None, compile: bool = False) -> Outcome:
-    """Do ``job`` in this process, on ``device`` (an own trainer chooses its own); ``report`` is asked at its rungs.
+    """Run ``job`` in this process on ``device`` (a user trainer chooses its own); ``report`` is called at its rungs.
 
-    With ``compile`` the model is compiled for the first job of its kind.
+    With ``compile``, the model is compiled for the first job of its kind.
 
     Raises:
         RequestError: the model, its data or its trainer cannot be used; or the trainer is a command.
@@ -205,7 +205,7 @@ def do(experiment: Experiment, job: Job, device: str, report: Report | None, com
     ask = None if report is None else alone(report, job)
     if (trainer := experiment.trainer) is not None:
         if trainer.call is None:
-            raise RequestError("the trainer is a command, and this executor calls functions: use executor_for.")
+            raise RequestError("the trainer is a command, but this executor calls functions: use executor_for.")
         reference = experiment.here().references()["call"]
         attempt = TrialRun(experiment.steps, job.rungs, ask, maximize=experiment.maximize)
         with modules_in(experiment.folder):

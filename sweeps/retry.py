@@ -1,4 +1,4 @@
-"""A storage that retries while its server is away, and which errors of a database driver are transient."""
+"""Storage that retries while its server is unavailable, and the classification of driver errors as transient."""
 
 from __future__ import annotations
 
@@ -24,38 +24,38 @@ __all__ = ["RetryingStorage", "made_by_others", "outage"]
 
 logger = logging.getLogger(__name__)
 
-# PostgreSQL's classes 08 (connection) and 57P (shutting down, starting up), too many connections; two transactions in each
-# other's way, of which one is to be tried again.
+# PostgreSQL: classes 08 (connection) and 57P (shutting down, starting up), too many connections; conflicting transactions, one of
+# which has to be retried.
 SQL_STATES = ("08", "57P", "53300", "40001", "40P01")
-# MySQL: cannot connect, gone away, lost in the middle, shutting down, too many connections; deadlock, lock timeout.
+# MySQL: cannot connect, gone away, lost during a query, shutting down, too many connections; deadlock, lock timeout.
 MYSQL_CODES = {2002, 2003, 2006, 2013, 2055, 1053, 1040, 1213, 1205}
-# A row, a table or a type is there already, of PostgreSQL and of MySQL.
+# A row, a table or a type already exists (PostgreSQL and MySQL).
 THERE = {"23505", "42P07", "42710", 1050, 1062}
 
 
 def outage(error: BaseException) -> str | None:
-    """Return what to tell a person if ``error`` says that the server does not answer now; None if it says anything else."""
+    """Return a description of ``error`` if it means that the server is currently unavailable; None for any other error."""
     seen: BaseException | None = error
     while seen is not None:
-        if _says_away(seen):
+        if _is_outage(seen):
             return describe(getattr(seen, "orig", None) or seen)
         seen = seen.__cause__ or (None if seen.__suppress_context__ else seen.__context__)
     return None
 
 
 def made_by_others(error: BaseException) -> bool:
-    """Return whether ``error``, on opening a database, says that another worker has just made what was to be made."""
+    """Return whether ``error``, raised on opening a database, means that another worker has just created the same tables."""
     driver = getattr(error, "orig", None)
     return _state(driver) in THERE or next(iter(getattr(driver, "args", ())), None) in THERE
 
 
-def _says_away(error: BaseException) -> bool:
-    # By name: a driver that is not in use is not installed either.
+def _is_outage(error: BaseException) -> bool:
+    # Compare by name, since a driver that is not in use need not be installed.
     kinds = {f"{kind.__module__.partition('.')[0]}.{kind.__name__}" for kind in type(error).__mro__}
     if "sqlalchemy.DBAPIError" in kinds:
         return _database_is_away(error)
     if "grpc.RpcError" in kinds:
-        # UNKNOWN is how Optuna's proxy passes on that its own database is away.
+        # Optuna's proxy returns UNKNOWN if its own database is unavailable.
         code = getattr(error, "code", lambda: None)()
         return getattr(code, "name", "") in {"UNAVAILABLE", "UNKNOWN", "DEADLINE_EXCEEDED", "CANCELLED"}
     return bool(
@@ -72,7 +72,7 @@ def _database_is_away(error: BaseException) -> bool:
         return False
     state = _state(driver)
     if module in {"psycopg", "psycopg2"}:
-        return state is None or str(state).startswith(SQL_STATES)  # without one it has not got as far as a server
+        return state is None or str(state).startswith(SQL_STATES)  # without a state, it never reached a server
     code, *_ = getattr(driver, "args", ()) or (None,)
     return code in MYSQL_CODES
 
@@ -81,24 +81,24 @@ def _state(driver: BaseException | None) -> str | None:
     return getattr(driver, "sqlstate", None) or getattr(driver, "pgcode", None)
 
 
-LONGEST = 600.0  # seconds that a server may be away
-SLEEPS = (0.1, 0.3, 1.0, 2.0)  # seconds between attempts; the last one goes on
-SAY_EVERY = 15.0
-HURRY = 2.0  # seconds
+LONGEST = 600.0  # seconds for which a server may be unavailable
+SLEEPS = (0.1, 0.3, 1.0, 2.0)  # seconds between attempts; the last value repeats
+SAY_EVERY = 15.0  # seconds between log lines
+HURRY = 2.0  # seconds for which to wait after `hurry`
 
 
 class RetryingStorage(BaseStorage):
-    """An Optuna storage that waits for its server where it is gone, restarting or full of connections.
+    """Optuna storage that waits while its server is down, restarting or out of connections.
 
-    An answer may be lost after the server has done what was asked, so asking again must do no harm. Attributes, parameters
-    and reports are set to what they are already; a trial that is told twice is told once; of trials that are made twice, one
-    is nobody's, and `claims` gives it back.
+    An answer may be lost after the server has executed a request, so repeating a request must be safe. Attributes, parameters
+    and reports are set to the values they already have. A result recorded twice counts once. If a trial is created twice, no
+    worker knows one of the two, and `workers.TrialQueue` requeues it.
 
     Args:
         open_: opens the storage.
         where: its address, for messages.
-        reopen: open it again in an outage. A gRPC channel would wait up to two minutes to look again; a database's
-            connections come back by themselves, and its cache is to be kept.
+        reopen: whether to open the storage again during an outage. A gRPC channel would wait up to two minutes before it tries
+            again; a database reconnects on its own and should keep its cache.
         longest: seconds after which waiting ends with a `RequestError`.
     """
 
@@ -109,7 +109,7 @@ class RetryingStorage(BaseStorage):
         self._storage = open_()
         self._lock = threading.Lock()
         self._away_since: float | None = None
-        self._said = 0.0
+        self._last_logged = 0.0
         self._studies: set[int] = set()
 
     def _ask(self, name: str, *arguments: Any, **named: Any) -> Any:
@@ -120,7 +120,7 @@ class RetryingStorage(BaseStorage):
             try:
                 answer = getattr(storage, name)(*arguments, **named)
             except UpdateFinishedTrialError:
-                if name == "set_trial_state_values" and attempt and self._is_told(*arguments, **named):
+                if name == "set_trial_state_values" and attempt and self._already_recorded(*arguments, **named):
                     return True
                 raise
             except Exception as error:
@@ -130,50 +130,50 @@ class RetryingStorage(BaseStorage):
                 if time.monotonic() - begun > self._longest:
                     raise RequestError(
                         f"the storage {masked(self._where)} has not answered for {self._longest:.0f} s ({masked(reason)}): "
-                        "start it and run the same command again; what was finished is kept."
+                        "start it and run the same command again; finished trials are kept."
                     ) from error
-                self._say_away(reason)
+                self._log_outage(reason)
                 time.sleep(SLEEPS[min(attempt, len(SLEEPS) - 1)])
                 attempt += 1
                 self._reopen(storage)
             else:
-                self._say_back()
+                self._log_recovery()
                 return answer
 
     @property
     def storage(self) -> BaseStorage:
-        """The storage that is asked."""
+        """The underlying storage."""
         return self._storage
 
     def hurry(self) -> None:
-        """Wait no longer than a moment from now on: somebody wants to end."""
+        """Limit all further waiting to `HURRY` seconds, because the process is about to end."""
         self._longest = min(self._longest, HURRY)
 
-    def _is_told(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
-        """Whether the trial is what it was to become: then this worker itself made it so."""
+    def _already_recorded(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
+        """Return whether the trial already has the requested state and values, which this worker must then have set itself."""
         trial = self.get_trial(trial_id)
         return trial.state is state and (values is None or trial.values == list(values))
 
     def _reopen(self, failed: BaseStorage) -> None:
         with self._lock:
-            if self._reopens and self._storage is failed:  # no other thread has
+            if self._reopens and self._storage is failed:  # no other thread has reopened it
                 with contextlib.suppress(Exception):
                     self._storage = self._open()
 
-    def _say_away(self, reason: str) -> None:
+    def _log_outage(self, reason: str) -> None:
         with self._lock:
             now = time.monotonic()
             if self._away_since is None:
-                self._away_since, self._said = now, now - SAY_EVERY
-            if now - self._said >= SAY_EVERY:
-                self._said = now
+                self._away_since, self._last_logged = now, now - SAY_EVERY
+            if now - self._last_logged >= SAY_EVERY:
+                self._last_logged = now
                 waited = now - self._away_since
                 logger.warning(
                     "waiting for the storage %s (%s), %.0f of at most %.0f s …",
                     masked(self._where), masked(reason), waited, self._longest,
                 )  # fmt: skip
 
-    def _say_back(self) -> None:
+    def _log_recovery(self) -> None:
         if self._away_since is None:
             return
         with self._lock:
@@ -182,7 +182,7 @@ class RetryingStorage(BaseStorage):
                 self._away_since = None
                 logger.warning("the storage answers again, after %.0f s", waited)
 
-    # What Optuna calls; see its BaseStorage.
+    # The methods of Optuna's BaseStorage.
 
     def create_new_study(self, directions: Sequence[StudyDirection], study_name: str | None = None) -> int:
         """See BaseStorage."""
@@ -236,7 +236,7 @@ class RetryingStorage(BaseStorage):
         try:
             self._ask("set_trial_param", trial_id, param_name, param_value_internal, distribution)
         except KeyError:
-            # Optuna's proxy, restarted, knows no trial of a study whose trials nobody has read since.
+            # After a restart, Optuna's proxy knows no trial of a study until the trials of that study have been read.
             for study_id in self._studies:
                 self.get_all_trials(study_id, deepcopy=False)
             self._ask("set_trial_param", trial_id, param_name, param_value_internal, distribution)

@@ -1,8 +1,8 @@
 """Open a study's storage by its address (a database, a gRPC proxy, Redis, or one journal file) and lock folders and files.
 
-Locks are the kernel's, which releases them when a process ends or is killed. Optuna's own journal locks are files: they outlive a
-killed process, are then waited for (half a minute, or forever where the path is relative), and turn a Ctrl-C during their release
-into a FileNotFoundError. `flock` works on local disks, and on NFS and Lustre where these are mounted with locks.
+Locks are kernel locks, which are released when a process ends or is killed. Optuna's own journal locks are files: they outlive
+a killed process, which blocks others (for half a minute, or forever if the path is relative), and a Ctrl-C during their release
+turns into a FileNotFoundError. `flock` works on local disks, and on NFS and Lustre if they are mounted with locks.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ __all__ = ["Journal", "Opened", "naming_the_storage", "only_one", "only_worker",
 
 @contextlib.contextmanager
 def only_one(folder: RunFolder) -> Iterator[None]:
-    """Hold the run folder for this process: a second sweep in it would take the first one's trials for dead.
+    """Lock the run folder for this process: a second sweep in it would retry the trials that the first one is running.
 
     Raises:
-        RequestError: another process holds it.
+        RequestError: another process holds the lock.
     """
     busy = f"another process is at work in {folder.path}: wait for it or use another --out."
     with _held(folder.path / ".lock", busy):
@@ -49,13 +49,13 @@ def only_one(folder: RunFolder) -> Iterator[None]:
 
 @contextlib.contextmanager
 def only_worker(address: str) -> Iterator[None]:
-    """Hold the SQLite file of the URL ``address``: writers wait for each other there, and its locks fail on network disks.
+    """Lock the SQLite file of the URL ``address``: SQLite writers wait for each other, and its locks fail on network disks.
 
     Raises:
-        RequestError: another worker holds it, or it cannot be opened.
+        RequestError: another worker holds the lock, or the file cannot be opened.
     """
     path = urlsplit(address).path.removeprefix("/")
-    if not path:  # in memory
+    if not path:  # an in-memory database
         yield
         return
     busy = (
@@ -87,14 +87,14 @@ KNOWN = (
 )
 DATABASES = ("postgresql", "postgres", "mysql", "mariadb")
 PACKAGES = {"sqlalchemy", "psycopg", "psycopg2", "MySQLdb", "pymysql", "mysql", "grpc", "redis"}
-ANSWER_WITHIN = 10  # seconds for a connection to be made
+ANSWER_WITHIN = 10  # seconds allowed for a connection
 SAME_TABLES = (
     0.1,
     0.3,
     1.0,
     3.0,
     None,
-)  # seconds after each attempt at a new database's tables, which others make as well
+)  # seconds after each attempt to create the tables of a new database, which other workers may be creating too
 DRIVERS = {
     "psycopg2": "pip install psycopg2-binary, or write postgresql+psycopg://…",
     "psycopg": "pip install 'psycopg[binary]'",
@@ -107,13 +107,13 @@ DRIVERS = {
 
 @dataclass(frozen=True)
 class Opened:
-    """A storage that is open.
+    """An open storage.
 
     Args:
         backend: the storage.
         where: its address, for messages.
-        shared: other workers may be at work in it.
-        own: it is the run folder's journal, which holds one study.
+        shared: whether other workers may use it at the same time.
+        own: whether it is the run folder's journal, which holds one study.
     """
 
     backend: BaseStorage
@@ -123,10 +123,10 @@ class Opened:
 
 
 def own_journal(folder: RunFolder) -> Opened:
-    """Open the journal in a run folder that this process holds.
+    """Open the journal in a run folder that this process has locked.
 
     Raises:
-        RequestError: it is no journal, or cannot be read.
+        RequestError: the file is not a journal or cannot be read.
     """
     try:
         backend = InterruptibleJournalStorage(Journal(folder.journal))
@@ -137,10 +137,11 @@ def own_journal(folder: RunFolder) -> Opened:
 
 @contextlib.contextmanager
 def opened(address: str) -> Iterator[Opened]:
-    """Open the storage at ``address``; a SQLite file is held for this process, as it serves one worker at a time.
+    """Open the storage at ``address``; a SQLite file is locked for this process because it serves one worker at a time.
 
     Raises:
-        RequestError: it cannot be reached, its driver is missing, the address is none, or another worker holds the file.
+        RequestError: the storage cannot be reached, its driver is missing, the address is invalid, or another worker holds
+            the file.
     """
     shared = address.partition(":")[0].partition("+")[0].lower() != "sqlite"
     with contextlib.nullcontext() if shared else only_worker(address):
@@ -153,7 +154,7 @@ def opened(address: str) -> Iterator[Opened]:
 
 @contextlib.contextmanager
 def naming_the_storage(storage: Opened) -> Iterator[None]:
-    """Turn an error of the storage's driver that waiting does not mend (a full disk, a missing right) into a `RequestError`."""
+    """Turn a permanent error of the storage's driver (a full disk, a missing permission) into a `RequestError`."""
     try:
         yield
     except Exception as error:
@@ -161,8 +162,8 @@ def naming_the_storage(storage: Opened) -> Iterator[None]:
         if not isinstance(error, optuna.exceptions.StorageInternalError) and not kinds & PACKAGES:
             raise
         raise RequestError(
-            f"the storage {storage.where} failed ({masked(describe(_innermost(error)))}): mend that and run the same command "
-            "again; what was finished is kept."
+            f"the storage {storage.where} failed ({masked(describe(_innermost(error)))}): fix that and run the same command "
+            "again; finished trials are kept."
         ) from error
 
 
@@ -217,17 +218,17 @@ def _opener(address: str) -> Callable[[], BaseStorage]:
 
 def _database(address: str) -> BaseStorage:
     _make_tables(address)
-    # A connection that a restart has cut is noticed before it is used; a host that swallows packets is not waited for.
+    # The pre-ping detects a connection that a server restart has closed; the timeout covers a host that drops packets.
     return optuna.storages.get_storage(_tables(address, pool_pre_ping=True))
 
 
 def _make_tables(address: str) -> None:
-    """Make a new database's tables, which several workers may do at once: all but one of them try again, and find them."""
-    from sqlalchemy.pool import NullPool  # takes a while, and a journal needs none of it
+    """Create the tables of a new database. If several workers do so at once, all but one retry and find the tables."""
+    from sqlalchemy.pool import NullPool  # slow to import, and not needed for a journal
 
     for pause in SAME_TABLES:
         try:
-            # Without a pool: connections of a storage that could not be opened would stay open.
+            # Use no pool: the connections of a storage that could not be opened would stay open.
             _tables(address, poolclass=NullPool)
         except Exception as error:
             if pause is None or not made_by_others(error):
@@ -243,7 +244,7 @@ def _tables(address: str, **options: Any) -> RDBStorage:
 
 
 def _with_driver(address: str) -> str:
-    """Name psycopg where it is installed and no driver is named: SQLAlchemy's own default differs between its versions."""
+    """Return ``address`` with psycopg as the driver if it is installed and no driver is given: SQLAlchemy's default varies."""
     scheme, _, rest = address.partition("://")
     if scheme in ("postgresql", "postgres"):
         installed = importlib.util.find_spec("psycopg") is not None
@@ -265,7 +266,7 @@ def _proxy(address: str) -> BaseStorage:
 
 
 def _missing(error: ImportError) -> str:
-    """The package that a driver's import asked for; Optuna says it only in the cause of its own error."""
+    """Return the package that a driver tried to import; Optuna names it only in the cause of its own error."""
     seen: BaseException | None = error
     name = None
     while seen is not None:
@@ -275,21 +276,21 @@ def _missing(error: ImportError) -> str:
 
 
 def _innermost(error: BaseException) -> BaseException:
-    """The database driver's own error, which says more than what is wrapped around it."""
+    """Return the database driver's own error, which is more specific than the errors that wrap it."""
     if isinstance(error, optuna.exceptions.StorageInternalError) and error.__cause__ is not None:
         error = error.__cause__
     return getattr(error, "orig", None) or error
 
 
-BLOCK = 65536  # bytes looked back at a time for the last newline
-FIRST = b'{"op_code":'  # how a journal begins, Optuna's own as well
+BLOCK = 65536  # bytes per read when searching backwards for the last newline
+FIRST = b'{"op_code":'  # first bytes of a journal, including those written by Optuna itself
 
 
 class Journal(JournalFileBackend):
-    """The journal ``path``, created if there is none, cut back to its last whole line.
+    """Journal file at ``path``, created if it does not exist and truncated to its last complete line.
 
-    A process killed in a write, or a full disk, leaves half a line, which is fatal to the next reader once more follows it.
-    Nobody has been told that such a line is written, so it is cut off: here, and before every line that is added.
+    A process killed during a write, or a full disk, leaves a partial line, and readers fail once another line follows it. The
+    write of a partial line was never confirmed, so it can be cut off safely. This is done here and before every append.
 
     Raises:
         RequestError: the file holds something else, or its file system has no locks.
@@ -302,21 +303,21 @@ class Journal(JournalFileBackend):
             pass
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        """Add ``logs``, one line each, and return when they are on the disk.
+        """Append ``logs``, one line each, and return once they are on the disk.
 
         Raises:
-            RequestError: the disk is full, or cannot be written.
+            RequestError: the disk is full or cannot be written.
         """
         lines = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs).encode()
         with naming_the_disk(self._file_path), self._held() as file:
-            # What a failure leaves of a line is not taken back here: a whole one may have been read by others already.
+            # Do not undo a failed write here: others may already have read a line that was completely written.
             while lines:
                 lines = lines[os.write(file, lines) :]
             os.fsync(file)
 
     @contextlib.contextmanager
     def _held(self) -> Iterator[int]:
-        """The healed file, open at its end, for this process alone."""
+        """Yield the truncated file, open at its end and locked for this process."""
         file = os.open(self._file_path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         try:
             try:
@@ -325,18 +326,18 @@ class Journal(JournalFileBackend):
                 if error.errno not in {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS}:
                     raise
                 raise RequestError(
-                    f"the file system of {self._file_path} has no locks, without which workers would write over each other: "
+                    f"the file system of {self._file_path} has no locks, without which workers would overwrite each other: "
                     "mount it with locks, or name a --storage on a server, as postgresql://HOST/DATABASE."
                 ) from None
             begin = os.pread(file, len(FIRST), 0)
-            if not FIRST.startswith(begin):  # to be cut off as well: it may be anyone's file
+            if not FIRST.startswith(begin):  # do not truncate: it may be an unrelated file
                 raise RequestError(f"{self._file_path} is no journal of a study: name another --storage or --out.")
             whole = _end_of_last_line(file)
             if whole < os.fstat(file).st_size:
                 os.ftruncate(file, whole)
             yield file
         finally:
-            os.close(file)  # and with it the lock
+            os.close(file)  # also releases the lock
 
 
 def _end_of_last_line(file: int) -> int:

@@ -1,4 +1,4 @@
-"""Tune: Optuna suggests, an executor trains, results are recorded; the run folder always holds everything that is finished."""
+"""Tune a proxy: Optuna suggests trials, an executor trains them, and every finished result is written to the run folder."""
 
 from __future__ import annotations
 
@@ -45,11 +45,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Spent:
-    """Floating point operations and seconds of the trials that were told, and the seconds that one usually takes.
+    """Total cost of the trials with a recorded result.
 
-    Usually is the median of the complete ones: the first in each process may have compiled the model.
+    Interrupted trials have no recorded result, so their cost is unknown and not included.
 
-    A trial that was interrupted was not told, and what it cost is not known.
+    Attributes:
+        flops: floating point operations of all of these trials.
+        seconds: seconds of all of these trials.
+        usual: median seconds of the complete trials. The median is used because the first trial in each process may have
+            compiled the model.
     """
 
     flops: float = 0.0
@@ -58,7 +62,7 @@ class Spent:
 
     @classmethod
     def of(cls, trials: Iterable[FrozenTrial]) -> Self:
-        """Add up what is noted in ``trials``."""
+        """Add up the costs recorded in ``trials``."""
         finished = [trial for trial in trials if "outcome" in trial.user_attrs]
         outcomes = [trial.user_attrs["outcome"] for trial in finished]
         complete = [
@@ -71,9 +75,9 @@ class Spent:
         )
 
     def allows(self, budget: Budget, running: int, flops: float | None) -> bool:
-        """Return whether one more trial of ``flops`` fits beside ``running`` others, each as long as is usual.
+        """Return whether ``budget`` allows one more trial of ``flops`` in addition to ``running`` trials of the usual duration.
 
-        How long a trial takes is not known before one has ended; the first ones are always allowed.
+        The duration of a trial is unknown until one has completed, so the time budget always allows the first trials.
         """
         most = running + 1
         if budget.flops is not None and flops is not None and self.flops + most * flops > budget.flops:
@@ -84,13 +88,13 @@ class Spent:
 
 
 def price(experiment: Experiment, folder: RunFolder, target: Scale) -> dict[str, Any]:
-    """Return what was spent in ``folder``, in floating point operations, beside one run of the experiment at ``target``.
+    """Compare the floating point operations spent in ``folder`` with those of one run of the experiment at ``target``.
 
     Returns:
-        ``tuning_flops`` (all trials, pruned ones too), ``repeats_flops`` (the best ones with other seeds), ``verify_flops`` (all
-        runs of the basins, the control's too), ``target_flops``; ``ratio`` of tuning to target; ``uncounted``, the
-        names of operations that no figure includes. None for what is not there, or not known (own trainers). Validation
-        is not included, in any of them.
+        ``tuning_flops`` (all trials, including pruned ones), ``repeats_flops`` (the best trials with other seeds),
+        ``verify_flops`` (all runs of the basins, including the control's), ``target_flops``; ``ratio`` of tuning to target;
+        ``uncounted``, the names of operations that none of these figures include. A value is None if the runs do not exist
+        or their cost is unknown (user trainers). None of the figures include validation.
     """
     cost = cost_of(experiment, target)
     known = cost is not None
@@ -119,20 +123,20 @@ def run_trials(
     flops: float | None,
     beginning: Callable[[], None] = lambda: None,
 ) -> Iterator[Trial]:
-    """Begin trials as the executor has room, while there are any to begin; yield each after it is told.
+    """Start trials while the executor has capacity, prune at rungs, record results; yield each trial once it is recorded.
 
-    An interruption returns what is unfinished to the queue.
+    If interrupted, return the unfinished trials to the queue.
 
     Args:
-        experiment: what is tuned.
-        claims: this worker's trials.
-        dead: says which trials' workers are dead.
-        executor: trains.
-        flops: of one step; None if they are not known.
-        beginning: called when the first trial begins, after whatever the executor does before.
+        experiment: the experiment to tune.
+        claims: this worker's trial queue.
+        dead: returns the running trials whose workers missed their heartbeat.
+        executor: trains the trials.
+        flops: floating point operations of one step; None if unknown.
+        beginning: called when the first trial starts, after any preparation by the executor.
 
     Raises:
-        RequestError: too many in a row failed.
+        RequestError: too many trials in a row failed.
     """
 
     failures = Failures(executor.capacity)
@@ -166,8 +170,8 @@ def run_trials(
         try:
             state = claims.trials()[trial.number].state
             return state is not TrialState.RUNNING or trial.should_prune()
-        except UpdateFinishedTrialError:  # as halving notes a trial's rung in it
-            return True  # others retry it, as this worker missed its heartbeat: `record_result` says so
+        except UpdateFinishedTrialError:  # raised when halving records the rung in the trial
+            return True  # another worker retries it because this one missed its heartbeat; `record_result` logs that
 
     try:
         for job, outcome in executor.run(experiment, begun(), report):
@@ -178,8 +182,8 @@ def run_trials(
             if known:
                 yield trial
     except BaseException:
-        # What cannot be told now (a full disk, an interruption inside the storage) is given back when the run resumes, or
-        # by another worker.
+        # If this fails too (a full disk, an interruption inside the storage), the trials are requeued when the run resumes,
+        # or by another worker.
         with contextlib.suppress(Exception):
             if isinstance(storage := storage_of(claims.study), RetryingStorage):
                 storage.hurry()
@@ -188,21 +192,25 @@ def run_trials(
 
 
 def count_running(claims: TrialQueue) -> int:
-    """Return how many trials run, by any worker."""
+    """Return how many trials are running, over all workers."""
     return sum(trial.state is TrialState.RUNNING for trial in claims.trials())
 
 
 def affordable(experiment: Experiment, claims: TrialQueue, flops: float | None) -> bool:
-    """Return whether the budget allows one more trial, beside those that run."""
+    """Return whether the budget allows one more trial in addition to those that are running."""
     return Spent.of(claims.trials()).allows(
         experiment.budget, count_running(claims), None if flops is None else flops * experiment.steps
     )
 
 
 def record_result(study: optuna.Study, trial: Trial, outcome: Outcome, flops: float | None) -> bool:
-    """Tell the outcome; False if others took this worker for dead and the trial is not its own any more."""
+    """Record the outcome of ``trial`` in ``study``.
+
+    Returns:
+        False if this worker missed its heartbeat and another worker already retries the trial; True otherwise.
+    """
     finite = outcome.loss if math.isfinite(outcome.loss) else None
-    said = {
+    attributes = {
         "loss": finite,
         "start": outcome.start if math.isfinite(outcome.start) else None,
         "diverged": outcome.diverged,
@@ -212,7 +220,7 @@ def record_result(study: optuna.Study, trial: Trial, outcome: Outcome, flops: fl
         **({"failed": outcome.failed} if outcome.failed else {}),
     }
     try:
-        trial.set_user_attr("outcome", said)
+        trial.set_user_attr("outcome", attributes)
         if outcome.failed:
             study.tell(trial, state=TrialState.FAIL)
         elif outcome.stopped:
@@ -228,15 +236,16 @@ def record_result(study: optuna.Study, trial: Trial, outcome: Outcome, flops: fl
 
 
 def _penalty(study: optuna.Study, start: float) -> float:
-    """What a diverged trial is told as: a NaN would be a failure, which samplers ignore and `trials` does not count.
+    """Return the finite penalty recorded for a diverged trial.
 
-    Twice its start; an own trainer may not tell it, and then the worst loss of the others is doubled. A metric to be
-    maximized is as far below.
+    Optuna would treat NaN as FAIL, which samplers ignore and which does not count towards ``trials``. The penalty is twice
+    the starting loss or, if a user trainer does not report one, twice the worst loss of the other trials. For a metric to
+    maximize, it is the same distance below.
     """
     sign = -1 if study.direction is optuna.study.StudyDirection.MAXIMIZE else 1
     if not math.isfinite(start):
         outcomes = [trial.user_attrs.get("outcome", {}) for trial in study.get_trials(deepcopy=False, states=FINISHED)]
-        losses = [had["loss"] for had in outcomes if not had.get("diverged") and had.get("loss") is not None]
+        losses = [each["loss"] for each in outcomes if not each.get("diverged") and each.get("loss") is not None]
         if not losses:
             return sign * 100.0
         start = sign * max(sign * loss for loss in losses)
@@ -261,31 +270,32 @@ def tune(
     device: str = "cpu",
     progress: Callable[[int, int, str], None] = lambda done, total, text: None,
 ) -> Tuned:
-    """Bring the study in ``folder`` to ``experiment.trials`` finished trials, and write what it found.
+    """Run the study in ``folder`` until it has ``experiment.trials`` finished trials, and write the results.
 
-    The first trial is the experiment's own recipe, the one to beat. A trial that diverges is told as a finite penalty of
-    twice its starting loss, so that the sampler learns to keep away. Running it again adds only the missing trials, and
-    running it on several machines shares them.
+    The first trial is the experiment's own recipe, which serves as the baseline. A diverged trial is recorded with a finite
+    penalty of twice its starting loss, which teaches the sampler to avoid that region. Calling this again adds only the
+    missing trials, and several machines with one storage share them.
 
     Args:
-        experiment: what to tune.
-        folder: run folder; made if it does not exist.
-        storage: address of a storage (`storages.opened`), which other workers may share; by default a journal in the folder.
+        experiment: the experiment to tune.
+        folder: run folder; created if it does not exist.
+        storage: address of a storage (`storage.opened`), which other workers may share; by default a journal in the folder.
         name: study name.
-        lease: seconds without a heartbeat after which other workers retry this one's trials; the same for all of a study.
+        lease: seconds without a heartbeat after which other workers retry this worker's trials; use the same value for all
+            workers of a study.
         executor: how trials are trained; one by one in this process by default.
         device: for the default executor.
-        progress: called with (finished, total, what was found).
+        progress: called with (finished, total, text about the best result so far).
 
     Raises:
-        RequestError: another experiment or another data hash is in the folder, the disk is full, every trial diverged,
-            the budget reaches for none, or too many in a row failed.
+        RequestError: the folder holds another experiment or another data hash, the disk is full, every trial diverged, the
+            budget does not allow a single trial, or too many trials in a row failed.
     """
     begun = time.perf_counter()
     if experiment.folder is None:
         experiment = experiment.model_copy(update={"folder": os.getcwd()})
     executor = executor or one_by_one(experiment, folder.path, device)
-    # A wrong model, corpus or size is said before anything is written.
+    # Report a wrong model, corpus or size before anything is written.
     _, data = loaded(experiment)
     check_trainer(experiment)
     plan_of(experiment, experiment.proxy_scale, experiment.parametrization, experiment.recipe)
@@ -327,7 +337,7 @@ def tune(
                 idle = False
                 TRIALS.write(trials_frame(claims.trials()), folder.trials)
                 progress(min(claims.finished(), experiment.trials), experiment.trials, best_so_far(study))
-            if idle:  # what is missing is being done by other workers
+            if idle:  # other workers are running the missing trials
                 beginning()
                 time.sleep(LOOK_EVERY)
         claims.withdraw()

@@ -1,4 +1,4 @@
-"""Training by a user's Python function: imported where it runs, its reports, and its failures in one sentence each."""
+"""Train with a user's Python function: import it in the process that runs it, handle its reports, and describe its failures."""
 
 from __future__ import annotations
 
@@ -23,21 +23,22 @@ __all__ = ["TrialRun", "Failures", "Stop", "call", "load_trainer", "needed"]
 
 
 class Stop(Exception):  # noqa: N818 - as StopIteration: nothing went wrong
-    """Raised by ``report`` in an own trainer: this trial is not worth training on. Let it pass."""
+    """Raised by ``report`` in a user trainer to end a pruned or diverged trial. Trainers should not catch it."""
 
 
 class TrialRun:
-    """One run of an own trainer, over all its tries.
+    """One run of a user trainer, over all its attempts.
 
-    Losses of different trials can be compared only at the same steps: the pruner is asked at the first report at or after
-    each rung, as if it were at the rung, and no rung twice. A loss at step 0 is the start, above which a run has diverged.
+    Losses of different trials are only comparable at the same steps. The pruner is therefore called once per rung, with the
+    first report at or after the rung as if it were at the rung. A loss reported at step 0 is the starting loss; a run that ends
+    above it has diverged.
 
     Args:
         steps: length of the whole run.
-        rungs: steps at which ``ask`` is asked.
-        ask: (step, loss) → whether to stop.
-        maximize: more is better of what is reported as loss, so that below its start a run has diverged.
-        on_report: called with every step that is reported.
+        rungs: steps at which ``ask`` is called.
+        ask: maps (step, loss) to whether to stop.
+        maximize: whether higher reported values are better; a run that ends below its start has then diverged.
+        on_report: called with the step of every report.
     """
 
     def __init__(
@@ -57,19 +58,19 @@ class TrialRun:
 
     @property
     def last(self) -> float | None:
-        """The last loss that was told."""
+        """The last reported loss."""
         return None if self._last is None else self._last[1]
 
     def note(self, loss: float) -> None:
-        """Note a loss whose step was not told."""
+        """Record a loss that was reported without a step."""
         self._last = (0 if self._last is None else self._last[0]), loss
 
     def again(self) -> None:
-        """Begin another try: what the last one told no longer counts as this one's loss."""
+        """Start another attempt, discarding the loss that the previous one reported."""
         self._last = None
 
     def heard(self, step: int, loss: float) -> bool:
-        """Note a report, and return whether the run should end here: it is pruned, or has diverged."""
+        """Record a report and return whether the run should end because it is pruned or has diverged."""
         self._last = step, loss
         self._on_report(step)
         if not math.isfinite(loss):
@@ -83,7 +84,7 @@ class TrialRun:
         return self.stopped
 
     def outcome(self, loss: float | None = None, failed: str | None = None) -> Outcome:
-        """Return how the run ended: with ``loss``, ``failed``, or else where its last report was answered with a stop."""
+        """Return the outcome of the run: ``failed``, the final ``loss``, or else the last report, at which it was stopped."""
         seconds = time.perf_counter() - self._begun
         step, last = self._last or (0, math.nan)
         if failed is not None:
@@ -98,40 +99,40 @@ SIGNATURE = "(recipe, plan, seed, report)"
 
 
 def load_trainer(reference: str) -> Callable[..., Any]:
-    """Return the function that ``reference`` names; relative paths are taken from the current folder.
+    """Return the function that ``reference`` names; relative paths start at the current folder.
 
     Raises:
-        RequestError: there is none, it cannot be imported, or it does not take ``(recipe, plan, seed, report)``.
+        RequestError: the function does not exist, cannot be imported, or does not take ``(recipe, plan, seed, report)``.
     """
     where, _, name = reference.rpartition(":")
     module = import_file(Path(where), FORMS) if _is_file(where) else import_module(where, FORMS)
     if not hasattr(module, name):
-        own = [key for key, value in vars(module).items() if inspect.isfunction(value)]
-        hint = nearest(name, own) if own else f"define a function {name}{SIGNATURE} there."
+        functions = [key for key, value in vars(module).items() if inspect.isfunction(value)]
+        hint = nearest(name, functions) if functions else f"define a function {name}{SIGNATURE} there."
         raise RequestError(f"{where} has no {name!r}: {hint}")
     function = getattr(module, name)
     if not callable(function):
         raise RequestError(f"{reference} is of type {type(function).__name__}: give a function {name}{SIGNATURE}.")
     try:
         signature = inspect.signature(function)
-    except ValueError:  # something compiled, which has none
+    except ValueError:  # compiled functions may have no signature
         return function
     try:
         signature.bind(*range(4))
     except TypeError as error:
-        raise RequestError(f"{reference} is called as {name}{SIGNATURE} and takes {signature} ({error}).") from None
+        raise RequestError(f"{reference} is called as {name}{SIGNATURE} but takes {signature} ({error}).") from None
     return function
 
 
 def call(reference: str, recipe: Recipe, plan: Plan, seed: int, attempt: TrialRun) -> Outcome:
-    """Train by the function that ``reference`` names, and return how it ended.
+    """Train with the function that ``reference`` names and return the outcome.
 
-    It is called as ``train(recipe, plan, seed, report)`` and returns the final loss; ``report(step, loss)`` raises `Stop`
-    if it should not go on, and ``report.steps`` is the length of the run. Torch is seeded before, so that a trial is the
-    same wherever and after whatever it runs. An exception of its own is a failed run.
+    The function is called as ``train(recipe, plan, seed, report)`` and returns the final loss; ``report(step, loss)`` raises
+    `Stop` if the run should end, and ``report.steps`` is the length of the run. Torch is seeded before the call, which makes a
+    trial independent of the process that runs it and of earlier trials. An exception raised by the function is a failed run.
 
     Raises:
-        RequestError: it cannot be imported, or what it reports or returns is no number.
+        RequestError: the function cannot be imported, or it reports or returns something that is not a number.
     """
     function = load_trainer(reference)
     where = reference.rpartition(":")[0]
@@ -144,7 +145,7 @@ def call(reference: str, recipe: Recipe, plan: Plan, seed: int, attempt: TrialRu
     except RequestError:
         raise
     except (Exception, SystemExit) as error:
-        # Also what it raised in answer to the stop, and a loss that is not finite ends in many ways.
+        # This includes what it raised in response to `Stop`; and a loss that is not finite can end in any exception.
         if attempt.stopped or attempt.diverged:
             return attempt.outcome()
         return attempt.outcome(failed=f"{reference} raised {said(error, file)}")
@@ -152,7 +153,7 @@ def call(reference: str, recipe: Recipe, plan: Plan, seed: int, attempt: TrialRu
 
 
 class _Reporter:
-    """What a trainer is given as ``report``."""
+    """The ``report`` argument of a trainer."""
 
     def __init__(self, reference: str, attempt: TrialRun) -> None:
         self._reference, self._attempt, self.steps = reference, attempt, attempt.steps
@@ -182,10 +183,11 @@ def _loss(loss: Any, what: str) -> float:
 
 
 class Failures:
-    """Counts the failures in a row of a sweep that has ``capacity`` runs at a time.
+    """Counter of consecutive failures in a sweep that runs ``capacity`` trials at a time.
 
-    As many as run at once, and two more, may fail together of one passing cause. As long as nothing has ever finished
-    there is no reason to believe in a passing one: a script that cannot work should not be run all night.
+    One transient cause may fail all trials that run at once, so a sweep ends only after ``capacity`` + 2 failures in a row. As
+    long as no trial has ever finished, the cause is probably not transient and the limit is at most 2: a script that cannot work
+    should not run all night.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -193,33 +195,33 @@ class Failures:
         self.in_a_row = 0
 
     def note(self, number: int, outcome: Outcome, finished: int) -> None:
-        """Count trial ``number``; ``finished`` is how many the study has.
+        """Count the outcome of trial ``number``; ``finished`` is the number of finished trials in the study.
 
         Raises:
-            RequestError: enough have failed.
+            RequestError: too many trials in a row have failed.
         """
         self.in_a_row = self.in_a_row + 1 if outcome.failed else 0
         if self.in_a_row < (self.capacity + 2 if finished else min(self.capacity, 2)) or not outcome.failed:
             return
         if finished:
             raise RequestError(
-                f"{self.in_a_row} trials in a row failed, the last, trial {number}, because {outcome.failed}: mend that and run "
-                "the same command again; what was finished is kept."
+                f"{self.in_a_row} trials in a row failed, the last, trial {number}, because {outcome.failed}: fix that and run "
+                "the same command again; finished trials are kept."
             )
         raise RequestError(
-            f"trial {number} failed because {outcome.failed}, and none has finished yet: mend that and run the same command "
+            f"trial {number} failed because {outcome.failed}, and none has finished yet: fix that and run the same command "
             "again."
         )
 
 
 def needed(outcome: Outcome, what: str) -> Outcome:
-    """Return ``outcome`` of ``what``, a run that no other can stand in for.
+    """Return ``outcome`` unchanged; ``what`` describes its run, which no other run can replace.
 
     Raises:
-        RequestError: it failed.
+        RequestError: the run failed.
     """
     if outcome.failed:
         raise RequestError(
-            f"{what} failed because {outcome.failed}: mend that and run the same command again; what was finished is kept."
+            f"{what} failed because {outcome.failed}: fix that and run the same command again; finished runs are kept."
         )
     return outcome

@@ -1,12 +1,12 @@
-"""Who does which trial, so that any number of workers finish exactly as many as were asked for.
+"""Distribute trials over workers: any number of them finish exactly the requested number of trials, and none is lost.
 
-A study of N trials has N places. A trial holds one from the moment it is begun or waits to be, and a failed one none; its rank
-is the number of holders before it. Trials are numbered by the storage and failing is for ever, so a rank only falls: a
-trial that is begun when its rank is below N is among the first N for good, and no worker needs to know of any other.
+A study of N trials has N places. A running, waiting or finished trial holds a place, a failed one does not. The rank of a trial
+is the number of holders before it. The storage numbers the trials and a failed trial stays failed, so a rank can only decrease:
+a trial that starts with a rank below N remains among the first N, and workers need not know of each other.
 
-A trial that ends without an outcome (its worker died, or was interrupted) is failed, and its parameters wait as a *ticket*, a
-new trial that names the one it repeats. The ticket is made first: whoever dies in between leaves one that is not valid yet.
-Several may be made by workers who bury the same trial; the first is valid, the others are void.
+A trial that ends without an outcome (its worker died or was interrupted) is marked as failed, and its parameters are re-enqueued
+as a *retry trial*, a new trial that names the one it repeats. The retry trial is created first: if the worker dies in between, it
+is not valid yet. If several workers retry the same trial, only the first retry trial is valid.
 """
 
 from __future__ import annotations
@@ -34,24 +34,24 @@ FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 OURS = "mutransfer:"
 OWNER = "mutransfer:owner"
 REPEATS = "mutransfer:repeats"
-FIXED = "fixed_params"  # Optuna's own key of parameters that are not to be sampled
+FIXED = "fixed_params"  # Optuna's own key for parameters that are not sampled
 
 
 def valid_trials(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
-    """Return the trials that hold a place, by number; ``trials`` are all of a study."""
+    """Return the trials that hold a place, ordered by number; ``trials`` are all trials of a study."""
     valid = _valid(trials)
     return [trial for trial in trials if trial.state is not TrialState.FAIL and trial.number in valid]
 
 
 def origin(trial: FrozenTrial, trials: Sequence[FrozenTrial]) -> FrozenTrial:
-    """Return the trial that ``trial`` is done again for, however often that was; itself if it is no ticket."""
+    """Return the original trial that ``trial`` retries, possibly through several retries; itself if it is not a retry."""
     while (repeats := trial.system_attrs.get(REPEATS)) is not None:
         trial = trials[repeats]
     return trial
 
 
 def _valid(trials: Sequence[FrozenTrial]) -> set[int]:
-    """Numbers of all trials but tickets that repeat what has not failed, or what an earlier ticket repeats."""
+    """Return the numbers of all trials except retries of a trial that has not failed or that has an earlier retry."""
     failed = {trial.number for trial in trials if trial.state is TrialState.FAIL}
     repeated: set[int | None] = set()
     valid = set()
@@ -64,14 +64,14 @@ def _valid(trials: Sequence[FrozenTrial]) -> set[int]:
 
 
 class TrialQueue:
-    """The trials of one worker.
+    """Queue from which one worker takes its trials.
 
     Args:
         study: the study; its storage may be shared.
-        space: what is searched.
-        total: finished trials in all.
-        first: parameters of the very first trial, or None to sample them as well.
-        owner: name of this worker, unlike any other's.
+        space: the search space.
+        total: number of finished trials to reach, over all workers.
+        first: parameters of the first trial of the study; None to sample these too.
+        owner: unique name of this worker.
     """
 
     def __init__(
@@ -87,19 +87,19 @@ class TrialQueue:
         self.begun: dict[int, Trial] = {}
 
     def trials(self) -> list[FrozenTrial]:
-        """Return all trials of the study as they are now."""
+        """Return all trials of the study in their current state."""
         return self.study.get_trials(deepcopy=False)
 
     def finished(self) -> int:
-        """Return how many trials are finished, by any worker."""
+        """Return the number of finished trials, over all workers."""
         return sum(trial.state in FINISHED for trial in self.trials())
 
     def waiting(self) -> bool:
-        """Return whether a trial waits to be begun, by any worker."""
+        """Return whether any trial is waiting to be started."""
         return any(trial.state is TrialState.WAITING for trial in valid_trials(self.trials())[: self._total])
 
     def next(self) -> Trial | None:
-        """Begin a trial: one that waits, or a new one; None when all places are held, maybe by other workers' trials."""
+        """Start a waiting trial or a new one; return None if all places are held, possibly by other workers' trials."""
         self.give_back(self._unknown())
         while True:
             holders = valid_trials(self.trials())[: self._total]
@@ -108,14 +108,14 @@ class TrialQueue:
                 return None
             with contextlib.suppress(
                 UpdateFinishedTrialError
-            ):  # retried by another worker before it had begun: so the next one
+            ):  # another worker retried it before it started here: take the next one
                 if waiting is None and (made := self._made()) is not None:
                     return self._begin(made)
-                if waiting is not None and self._took(waiting):
+                if waiting is not None and self._take(waiting):
                     return self._begin(trial_id(waiting))
 
     def give_back(self, lost: Iterable[FrozenTrial]) -> None:
-        """Fail trials that will have no outcome; their parameters wait to be tried again, once, whoever else does this."""
+        """Mark trials without an outcome as failed and re-enqueue their parameters; only one retry counts, over all workers."""
         for number in [trial.number for trial in lost]:
             trial = self.trials()[number]
             if trial.state is not TrialState.RUNNING:
@@ -130,22 +130,22 @@ class TrialQueue:
             self._fail(trial_id(trial))
 
     def give_back_own(self) -> None:
-        """Give back all that this worker has begun and not finished."""
+        """Requeue all trials that this worker has started and not finished."""
         self.begun.clear()
         self.give_back(self._unknown())
 
     def withdraw(self) -> None:
-        """Fail the tickets that are void."""
+        """Mark the retry trials that are not valid as failed."""
         trials = self.trials()
         valid = _valid(trials)
         for trial in trials:
             if trial.state is not TrialState.WAITING or trial.number in valid:
                 continue
-            if trials[trial.system_attrs[REPEATS]].state.is_finished():  # until then it may become valid
+            if trials[trial.system_attrs[REPEATS]].state.is_finished():  # before that, it may still become valid
                 self._fail(trial_id(trial))
 
     def _made(self) -> int | None:
-        """Make a new trial; None if other workers were faster and have taken the last places."""
+        """Create a new trial and return its ID; None if other workers have taken the last places in the meantime."""
         template = create_trial(state=TrialState.RUNNING, system_attrs={OWNER: self.owner})
         made = self._storage.create_new_trial(study_id(self.study), template)
         if any(trial_id(trial) == made for trial in valid_trials(self.trials())[: self._total]):
@@ -153,7 +153,7 @@ class TrialQueue:
         self._fail(made)
         return None
 
-    def _took(self, waiting: FrozenTrial) -> bool:
+    def _take(self, waiting: FrozenTrial) -> bool:
         taken = self._storage.set_trial_state_values(trial_id(waiting), TrialState.RUNNING)
         if taken:
             self._storage.set_trial_system_attr(trial_id(waiting), OWNER, self.owner)
@@ -163,7 +163,7 @@ class TrialQueue:
         taken = self._storage.get_trial(number)
         if taken.number == 0 and self._first is not None and FIXED not in taken.system_attrs:
             self._storage.set_trial_system_attr(number, FIXED, self._first)
-        forget_cached_trials(self.study)  # as ask does: the sampler is to see what is there now
+        forget_cached_trials(self.study)  # as `Study.ask` does: the sampler must see the current trials
         trial = Trial(self.study, number)
         for name, distribution in self._space.items():
             _suggest(trial, name, distribution)
@@ -171,12 +171,12 @@ class TrialQueue:
         return trial
 
     def _unknown(self) -> list[FrozenTrial]:
-        """Trials of this worker that it does not know of: made twice, as the first answer was lost, or begun by halves."""
+        """Return running trials owned by this worker but unknown to it: created twice after a lost answer, or half started."""
         running = [trial for trial in self.trials() if trial.state is TrialState.RUNNING]
         return [t for t in running if t.system_attrs.get(OWNER) == self.owner and t.number not in self.begun]
 
     def _fail(self, number: int) -> None:
-        with contextlib.suppress(UpdateFinishedTrialError):  # somebody else has
+        with contextlib.suppress(UpdateFinishedTrialError):  # another worker already has
             self._storage.set_trial_state_values(number, TrialState.FAIL)
 
 
@@ -189,22 +189,22 @@ def _suggest(trial: Trial, name: str, distribution: BaseDistribution) -> None:
 
 
 LEASE = 60.0  # seconds without a heartbeat
-SIGN = "mutransfer:sign:"  # of a study's attribute: a worker's [count, lease]
-SIGNS = 6  # per lease
+SIGN = "mutransfer:sign:"  # prefix of the study attribute that holds a worker's heartbeat [count, lease]
+SIGNS = 6  # heartbeats per lease
 
 
 def worker_name() -> str:
-    """Return a name for this process that no other worker has, on any machine."""
+    """Return a name for this process that is unique over all workers and machines."""
     return f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
 
 
 class Heartbeats:
-    """Shows that ``owner`` lives, and watches the others, for as long as it is entered.
+    """Context manager that sends the heartbeats of ``owner`` and watches those of the other workers, in a thread.
 
     Args:
         study: the shared study.
         owner: this worker's name.
-        seconds: its lease.
+        seconds: its lease, after which other workers retry its trials if it has missed its heartbeat.
     """
 
     def __init__(self, study: optuna.Study, owner: str, seconds: float = LEASE) -> None:
@@ -213,8 +213,10 @@ class Heartbeats:
         self._count = 0
         self._watched = -float("inf")
         self._lapsed: list[FrozenTrial] = []
-        self._seen: dict[int, tuple[Any, float]] = {}  # trial number → its owner's sign, and since when it is that
-        self._owners: dict[str, tuple[Any, float]] = {}  # the same of owners that are asked for
+        self._seen: dict[
+            int, tuple[Any, float]
+        ] = {}  # trial number → its owner's heartbeat, and when that last changed
+        self._owners: dict[str, tuple[Any, float]] = {}  # owner → the same, for calls of `silent`
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._live, name="mutransfer-lease", daemon=True)
 
@@ -227,14 +229,14 @@ class Heartbeats:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._ended.set()
-        self._thread.join(timeout=1.0)  # it may be waiting for a server, and ends with the process
+        self._thread.join(timeout=1.0)  # it may be waiting for a server; it ends with the process
 
     def lapsed(self) -> list[FrozenTrial]:
-        """Return the running trials whose workers were last seen to be dead."""
+        """Return the running trials whose workers had missed their heartbeat at the last check."""
         return self._lapsed
 
     def silent(self, owner: str) -> bool:
-        """Return whether a worker has missed its heartbeat for its lease, as far as these questions have been asked."""
+        """Return whether ``owner`` sent no heartbeat for longer than its lease, judged by the calls of this method so far."""
         sign = self._storage.get_study_system_attrs(self._study_number).get(f"{SIGN}{owner}")
         now = time.monotonic()
         before, since = self._owners.get(owner, (None, now))
@@ -247,7 +249,7 @@ class Heartbeats:
                 self._show()
                 self.watch()
             except Exception:
-                # What is wrong with the storage is met, and told, by the sweep itself; a sign that is late is not.
+                # The sweep itself meets and reports errors of the storage. This worker cannot judge the others meanwhile.
                 self._lapsed = []
 
     def _show(self) -> None:
@@ -255,11 +257,11 @@ class Heartbeats:
         self._storage.set_study_system_attr(self._study_number, f"{SIGN}{self.owner}", [self._count, self.seconds])
 
     def watch(self) -> None:
-        """Look at all running trials' owners."""
+        """Check the heartbeats of the owners of all running trials."""
         attributes = self._storage.get_study_system_attrs(self._study_number)
         running = self._storage.get_all_trials(self._study_number, deepcopy=False, states=(TrialState.RUNNING,))
         now = time.monotonic()
-        if now - self._watched > self.seconds / 2:  # nothing was seen for a while
+        if now - self._watched > self.seconds / 2:  # the last check is too old to judge by
             self._seen = {}
         self._watched = now
         seen, lapsed = {}, []
@@ -270,7 +272,7 @@ class Heartbeats:
             sign = (owner, attributes.get(f"{SIGN}{owner}"))
             before, since = self._seen.get(trial.number, (None, now))
             seen[trial.number] = sign, (since if before == sign else now)
-            lease = sign[1][1] if sign[1] else self.seconds  # taken from the queue, and not yet signed
+            lease = sign[1][1] if sign[1] else self.seconds  # no heartbeat yet: the trial was just taken from the queue
             if now - seen[trial.number][1] > lease:
                 lapsed.append(trial)
         self._seen, self._lapsed = seen, lapsed

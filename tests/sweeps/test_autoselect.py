@@ -128,7 +128,7 @@ def given(how: str, **options: Any) -> None:
 
 
 def test_a_precision_that_nothing_has() -> None:
-    with pytest.raises(RequestError, match="--precision bfloat16 needs trials that can be fused, and adagrad"):
+    with pytest.raises(RequestError, match="--precision bfloat16 needs trials that can be fused, but adagrad"):
         given("auto", precision="bfloat16")
     with pytest.raises(RequestError, match="--precision bfloat16 needs --executor fused"):
         given("one", precision="bfloat16")

@@ -143,7 +143,7 @@ def test_a_failed_run_leaves_no_hole_in_a_basin(folder: RunFolder, two: Processe
             for job, _ in super().run(*args, **kwargs):
                 yield job, Outcome(0.1, 0.2, 0, False, 0.0, "it was lost")
 
-    with pytest.raises(RequestError, match=r"the run of mup at width 16 .* failed because it was lost: mend that"):
+    with pytest.raises(RequestError, match=r"the run of mup at width 16 .* failed because it was lost: fix that"):
         basins(experiment(), Recipe(), [8, 16], folder=folder, executor=Lost())
     assert not folder.basins.exists()
 

@@ -246,7 +246,7 @@ def test_an_error_that_waiting_does_not_mend_is_a_sentence(database: Postgres, t
     sentence = str(caught.value)
     assert PASSWORD not in sentence
     assert 'relation "trial_user_attributes" does not exist' in sentence
-    assert "what was finished is kept" in sentence
+    assert "finished trials are kept" in sentence
     renamed("gone", "trial_user_attributes")
     found = tune(experiment(trials=total), folder, storage=address, lease=1, executor=losses)
     assert sorted(found.trials["state"]) == ["COMPLETE"] * total + ["FAIL"]

@@ -187,7 +187,7 @@ def test_a_trainer_that_never_works_ends_the_sweep_in_a_sentence(name: str, said
     [
         ("none.py:train", ["there is no file none.py", "path/to/file.py:name or package.module:name"]),
         ("own.py:trian", ["own.py has no 'trian'", "did you mean 'train'?"]),
-        ("own.py:two", ["own.py:two is called as two(recipe, plan, seed, report) and takes (recipe, plan)"]),
+        ("own.py:two", ["own.py:two is called as two(recipe, plan, seed, report) but takes (recipe, plan)"]),
         ("own.py:number", ["own.py:number is of type int"]),
         ("broken.py:train", ["broken.py could not be imported", "OSError: no licence (line 1"]),
         ("no_such_package.train:go", ["there is no module 'no_such_package'"]),
