@@ -1,10 +1,10 @@
-"""Run one command, and end it with all that it has started, when asked or when whoever asked for it is gone.
+"""Run one command, and end it with all processes it started when the sweep asks for it or has itself ended.
 
-``python -I -S _supervisor.py GRACE COMMAND…``: a process of its own beside the command, as no other can outlive a sweep that is
-killed. It is told by the end of its stdin, which nobody needs to write for: a pipe closes with the process that held it.
-Then the command's group gets SIGTERM, and what is left after GRACE seconds SIGKILL. So does, after a second, what a command
-leaves behind when it ends by itself. Exits with the command's code, or 128 + signal as a shell does. Imports little: it is
-started with every try of a command.
+Usage: ``python -I -S _supervisor.py GRACE COMMAND…``. It is a separate process because only that can outlive a killed sweep. The
+signal to stop is the end of its stdin, which needs no writer: a pipe closes with the process that held it. The command's process
+group then gets SIGTERM, and whatever is left after GRACE seconds gets SIGKILL. Processes that a command leaves behind when it
+ends normally are ended in the same way, with SIGKILL after one second. Exits with the command's code, or 128 + signal as a shell
+does. It imports little because it is started for every attempt of a command.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ import signal
 import sys
 import time
 
-LEFT_BEHIND = 1.0  # seconds for what a command that has ended leaves behind
-STUCK = 30.0  # seconds until what not even SIGKILL ends is given up
-BETWEEN = 0.02
+LEFT_BEHIND = 1.0  # seconds before SIGKILL for the processes that an ended command has left behind
+STUCK = 30.0  # seconds after which to give up on processes that do not end even after SIGKILL
+BETWEEN = 0.02  # seconds between checks
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
 
 def main(grace: float, command: list[str]) -> int:
-    """Run ``command`` to its end, or to that of stdin."""
+    """Run ``command`` until it ends or stdin is closed, and return the exit code."""
     _adopt_orphans()
     wake, waker = os.pipe()
     os.set_blocking(waker, False)
@@ -36,7 +36,7 @@ def main(grace: float, command: list[str]) -> int:
     except OSError as error:
         print(f"cannot run {command[0]}: {os.strerror(error.errno or 0)}", file=sys.stderr)
         return 127
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the command's stdout is to end with the command
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the command's stdout must end with the command
     code, asked = None, False
     while code is None and not asked:
         ready, _, _ = select.select([0, wake], [], [])
@@ -49,13 +49,13 @@ def main(grace: float, command: list[str]) -> int:
 
 
 def _adopt_orphans() -> None:
-    """Become the parent of all processes below whose own is gone: those that left the command's group are found as well."""
-    with contextlib.suppress(OSError, AttributeError):  # Linux; elsewhere only the group is ended
+    """Become the parent of all orphaned descendants, which also finds those that have left the command's group."""
+    with contextlib.suppress(OSError, AttributeError):  # Linux only; elsewhere only the group is ended
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def _reaped(child: int) -> tuple[int | None, bool]:
-    """Bury the dead: return the child's exit code if it is among them, and whether anybody is left."""
+    """Reap ended processes; return the child's exit code if it is among them, and whether any process is left."""
     code = None
     try:
         while (found := os.waitpid(-1, os.WNOHANG))[0]:
@@ -67,7 +67,7 @@ def _reaped(child: int) -> tuple[int | None, bool]:
 
 
 def _end(child: int, grace: float) -> None:
-    """Ask the command's group to end, then make sure that nothing is left of it or below it."""
+    """Send SIGTERM to the command's group and, after ``grace`` seconds, SIGKILL to the group and all descendants."""
     if not _reaped(child)[1]:
         return
     _send(-child, signal.SIGTERM)
@@ -89,7 +89,7 @@ def _send(pid: int, number: int) -> None:
 
 
 def _below(ancestor: int) -> list[int]:
-    """All living processes below ``ancestor``, as far as the system tells."""
+    """Return the IDs of all living descendants of ``ancestor``; none where /proc does not exist."""
     parents = {}
     with contextlib.suppress(FileNotFoundError):
         for entry in os.listdir("/proc"):

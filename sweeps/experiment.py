@@ -1,4 +1,4 @@
-"""The experiment file: what is tuned, on which proxy, over which ranges."""
+"""The experiment file: the model, the proxy, the recipe and the search ranges of a sweep."""
 
 from __future__ import annotations
 
@@ -34,11 +34,14 @@ AS_COMMAND = 'as in trainer: {command: "python train.py --plan {plan}"}'
 
 
 class Trainer(Settings):
-    """An own trainer, as an experiment names it; a bare string is a ``call``.
+    """A user trainer, as given in an experiment; a plain string is a ``call``.
 
-    ``call`` is ``file.py:name`` or ``package.module:name`` (`callables`). ``command`` is a command line (`commands`) whose
-    attempts may take ``timeout`` seconds, which is tried again ``retries`` times when it fails, and which is killed
-    ``grace`` seconds after it was asked to end.
+    Attributes:
+        call: Python function as ``file.py:name`` or ``package.module:name`` (`user_trainers`).
+        command: command line (`commands`).
+        timeout: maximum seconds of each attempt of the command; None for no limit.
+        retries: number of further attempts if the command fails.
+        grace: seconds between asking the command to end and killing it.
     """
 
     call: str | None = None
@@ -73,7 +76,7 @@ class Trainer(Settings):
             fields = [field for word in words for _, *field in string.Formatter().parse(word) if field[0] is not None]
         except ValueError as error:
             raise ValueError(
-                f"the command cannot be read ({error}): quote it, and write a brace of its own as {{{{ }}}}."
+                f"the command cannot be read ({error}): quote it, and write a literal brace as {{{{ or }}}}."
             ) from None
         if not words:
             raise ValueError(f"the command is empty: write one, {AS_COMMAND}.")
@@ -81,33 +84,33 @@ class Trainer(Settings):
             if name not in PLACEHOLDERS or any(how):
                 hint = nearest(str(name), PLACEHOLDERS)
                 raise ValueError(
-                    f"the command has the placeholder {{{name}}} (a brace of its own is written {{{{ or }}}}): {hint}"
+                    f"the command has the placeholder {{{name}}} (a literal brace is written {{{{ or }}}}): {hint}"
                 )
         if not {"recipe", "plan"} & {name for name, *_ in fields}:
             raise ValueError(
-                "the command has neither {recipe} nor {plan}, so that every trial would train the same: add one."
+                "the command has neither {recipe} nor {plan}, so every trial would train the same: add one."
             )
 
     def words(self, values: Mapping[str, str]) -> list[str]:
-        """Return the command's words with ``values`` (by `PLACEHOLDERS`) put in; no shell reads them."""
+        """Return the command's words with `PLACEHOLDERS` replaced by ``values``; they are not passed through a shell."""
         assert self.command is not None
         return [word.format_map(values) for word in shlex.split(self.command)]
 
     def question(self) -> str:
-        """Return what decides the losses; how long and how often it may try does not."""
+        """Return the call or command, which determines the losses; timeout, retries and grace do not."""
         return self.call or str(self.command)
 
     def __str__(self) -> str:
-        """Return how sentences call it."""
+        """Return the name used for the trainer in messages."""
         return self.call or "the trainer's command"
 
 
 Count = Annotated[int, Field(ge=1)]
 Cost = Annotated[float, Field(gt=0)]
 NO_DATA = "none"
-# Adam's betas are searched one by one, as the distance from 1 is what matters.
+# Adam's betas are searched separately, since each one's distance from 1 is what matters.
 BETAS = ("beta1", "beta2")
-# How far a sweep goes: what may change when it is run again.
+# Keys that limit the length of a sweep and may change when it is run again.
 OPEN = ("trials", "budget", "repeats")
 
 
@@ -119,7 +122,7 @@ class Size(Settings):
 
 
 class Range(Settings):
-    """One hyperparameter's range: ``low`` to ``high`` (``log`` for factors instead of differences), or ``choices``."""
+    """Range of one hyperparameter: ``low`` to ``high`` (on a log scale if ``log``), or ``choices``."""
 
     low: float | None = None
     high: float | None = None
@@ -139,15 +142,19 @@ class Range(Settings):
         return self
 
     def ends(self) -> list[Any]:
-        """Return the values that must be allowed if all are to be."""
+        """Return the values to validate: if these are allowed, all values of the range are."""
         return list(self.choices) if self.choices is not None else [self.low, self.high]
 
 
 class Budget(Settings):
-    """What a sweep may cost besides its number of trials; no trial is begun that would go beyond, repeats apart.
+    """Cost limits of a sweep in addition to its number of trials; replicates do not count.
 
-    ``flops`` are floating point operations, ``seconds`` those of the trials themselves, added up over processes and machines;
-    the first trials, of which it is not known how long they take, are begun all the same.
+    A trial that would exceed a limit is not started. The limit on seconds does not apply to the first trials, whose duration is
+    not yet known.
+
+    Attributes:
+        flops: floating point operations.
+        seconds: seconds of the trials, added up over processes and machines.
     """
 
     flops: Cost | None = None
@@ -155,20 +162,21 @@ class Budget(Settings):
 
 
 class Repeats(Settings):
-    """The ``top`` trials are trained with ``seeds`` seeds in all, so that the best is not the luckiest."""
+    """Replicates of the ``top`` trials with ``seeds`` seeds in total, to avoid choosing a trial that only had a lucky seed."""
 
     top: Count = 4
     seeds: Annotated[int, Field(ge=2)] = 3
 
 
 class Experiment(Settings):
-    """Everything `mutransfer tune` needs, as read from YAML.
+    """All settings of `mutransfer tune`, as read from YAML.
 
-    ``proxy`` is trained; ``base`` (the proxy unless given) is where µP changes nothing and what the recipe refers to.
-    ``roles`` (name pattern → role) goes before what is observed. ``trainer`` trains instead of the built-in loop, and may
-    load its own data (``data: none``). With ``direction: maximize`` more of what the trainer reports as its loss is better.
-    ``recipe`` holds values that are not searched; ``search`` ranges for those that are. ``folder`` is what relative paths
-    lead from and where a trainer's command runs: the folder of the file, or the current one of an experiment without a file.
+    ``proxy`` is the size that is trained. ``base`` (default: the proxy) is the size at which µP changes nothing and which the
+    recipe refers to. ``roles`` (name pattern → role) override the inferred roles. ``trainer`` replaces the built-in training loop
+    and may load its own data (``data: none``). With ``direction: maximize``, higher values reported by the trainer are better.
+    ``recipe`` holds the values that are not searched, and ``search`` the ranges of those that are. ``folder`` is the base of
+    relative paths and the working directory of a trainer's command: the folder of the file, or the current folder for an
+    experiment without a file.
     """
 
     model: str = "transformer"
@@ -198,7 +206,7 @@ class Experiment(Settings):
     @model_validator(mode="before")
     @classmethod
     def _names_its_data(cls, given: Any) -> Any:
-        """Built-in models have data of their own; a person's model is never given data that nobody named."""
+        """Fill in the default data of a built-in model; a user's model must name its data."""
         if not isinstance(given, dict) or given.get("data") is not None:
             return given
         model = given.get("model", cls.model_fields["model"].default)
@@ -215,7 +223,7 @@ class Experiment(Settings):
     @model_validator(mode="before")
     @classmethod
     def _searches_known(cls, data: Any) -> Any:
-        """Look at the names before what they hold."""
+        """Check the names of searched hyperparameters before their ranges."""
         known = {*Recipe.model_fields, *BETAS} - {"betas", "decay", "decay_policy"}
         search = data.get("search") if isinstance(data, dict) else None
         for name, range_ in search.items() if isinstance(search, dict) else ():
@@ -223,7 +231,7 @@ class Experiment(Settings):
                 raise ValueError(f"search.{name} is no hyperparameter of a recipe: {nearest(str(name), known)}")
             if not isinstance(range_, dict | Range):
                 raise ValueError(
-                    f"search.{name} is {range_!r}, and a range has low and high (log: true for factors), or choices: give "
+                    f"search.{name} is {range_!r}, but a range has low and high (log: true for a log scale), or choices: give "
                     f"these, or fix the value as recipe.{name}."
                 )
         return data
@@ -237,7 +245,7 @@ class Experiment(Settings):
             raise ValueError("data none is for a trainer that loads its own: name its trainer, or other data.")
         if self.maximize and self.trainer is None:
             raise ValueError(
-                "direction maximize is for a trainer that reports a metric, and the built-in loop's loss is minimized: name "
+                "direction maximize is for a trainer that reports a metric, but the built-in loop's loss is minimized: name "
                 "a trainer, or leave direction out."
             )
         for name, range_ in self.search.items():
@@ -254,7 +262,7 @@ class Experiment(Settings):
         return self
 
     def _idle(self) -> dict[str, str]:
-        """Hyperparameters that nothing reads, with the reason: searching them would report noise as a finding."""
+        """Return the hyperparameters that have no effect, with the reason: a search over them would report noise as a result."""
         rule, others = (
             optimizer_rule(self.optimizer, self.recipe),
             ("momentum", *BETAS, "eps", "eps2", "adamw_lr_ratio"),
@@ -269,19 +277,19 @@ class Experiment(Settings):
 
     @property
     def maximize(self) -> bool:
-        """Whether more of what is reported is better."""
+        """Whether higher reported values are better."""
         return self.direction == "maximize"
 
     @property
     def rung_steps(self) -> tuple[int, ...]:
-        """The steps at which a trial reports: evenly spaced, or for halving each a factor from the next."""
+        """The steps at which a trial reports: evenly spaced, or a geometric sequence for halving and hyperband."""
         if self.pruner in ("halving", "hyperband"):
             return geometric_rungs(self.steps, self.rungs)
         return tuple(round(self.steps * k / (self.rungs + 1)) for k in range(1, self.rungs + 1))
 
     @property
     def proxy_scale(self) -> Scale:
-        """The scale that trials are trained at."""
+        """The scale at which trials are trained."""
         return Scale(self.proxy.width, self.proxy.depth)
 
     @property
@@ -291,12 +299,12 @@ class Experiment(Settings):
         return Scale(base.width, base.depth)
 
     def question(self) -> dict[str, Any]:
-        """Return all that makes its trials comparable with those of another: not how many, nor how long each may take."""
+        """Return the settings that must match for trials to be comparable: all but trials, budget, repeats and folder."""
         asked = self.model_dump(mode="json", exclude={*OPEN, "folder"})
         return asked | {"trainer": None if self.trainer is None else self.trainer.question()}
 
     def subject(self) -> dict[str, Any]:
-        """Return which model, by its whole path, is scaled by which rules: what verdicts are about, whatever the recipe."""
+        """Return the model, by its absolute path, and the rules that scale it: the subject of a verdict, for any recipe."""
         asked = self.model_dump(mode="json", include={"parametrization", "optimizer", "model", "options"})
         path = run_dir.path_of("model", self.model)
         if path is not None and self.folder is not None:
@@ -304,7 +312,7 @@ class Experiment(Settings):
         return asked
 
     def references(self) -> dict[str, str]:
-        """Return what may hold a path, by the keys of `run_dir.path_of`."""
+        """Return the settings that may contain a path, by the keys of `run_dir.path_of`."""
         call = None if self.trainer is None else self.trainer.call
         return {"model": self.model, "data": self.data, **({} if call is None else {"call": call})}
 
@@ -316,17 +324,17 @@ class Experiment(Settings):
         return self.model_copy(update=changes)
 
     def here(self) -> Experiment:
-        """Return this experiment with paths that lead from the current folder."""
+        """Return this experiment with paths relative to the current folder."""
         return self.referring(
             {key: run_dir.from_here(key, each, self.folder) for key, each in self.references().items()}
         )
 
     def places(self, record_dir: Path) -> dict[str, str]:
-        """Return where its folder and its absolute paths are, for a record in ``record_dir`` (`run_dir.recorded`)."""
+        """Return the locations of its folder and absolute paths, for a record in ``record_dir`` (`run_dir.recorded`)."""
         return {} if self.folder is None else run_dir.recorded(self.references(), self.folder, record_dir)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the experiment with every default spelled out."""
+        """Write the experiment to ``path`` as YAML, including all defaults."""
         return write_text(path, yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
 
     @classmethod
@@ -350,7 +358,7 @@ class Experiment(Settings):
             raise RequestError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
         home = RunFolder(Path(os.path.abspath(path)).parent)
         if isinstance(data, dict):
-            # In the run folder of an earlier version paths led from the current folder.
+            # In run folders of earlier versions, paths were relative to the current folder.
             if "folder" not in data and not (home.trials.exists() or home.journal.exists()):
                 data["folder"] = "."
             for change in changes or []:
@@ -363,15 +371,15 @@ class Experiment(Settings):
 
     @classmethod
     def of_run(cls, run: RunFolder) -> Experiment:
-        """Read the experiment of a run folder, which may have been moved since, with what it names or without.
+        """Read the experiment of a run folder, which may have been moved since, with or without the files it names.
 
         Raises:
-            RequestError: it cannot be read, or what it names is gone.
+            RequestError: the experiment cannot be read, or a file that it names no longer exists.
         """
         return cls.load(run.experiment)._moved(run, f"the run {run.path}")
 
     def _moved(self, run: RunFolder, what: str | None) -> Experiment:
-        """Return the experiment with what ``run`` has recorded of its places; ``what`` is for the sentence of `run_dir.found`."""
+        """Return the experiment with its paths updated from the record in ``run``; ``what`` names it in messages."""
         known = run.read_environment().get("places", {})
         if self.folder is None or not known:
             return self
@@ -379,7 +387,7 @@ class Experiment(Settings):
         return self.referring(references).model_copy(update={"folder": folder})
 
     def _with_typed(self, changes: list[str]) -> Experiment:
-        """Paths that were typed lead from the current folder."""
+        """Return the experiment with paths given on the command line taken as relative to the current folder."""
         assert self.folder is not None
         typed = {change.partition("=")[0] for change in changes}
         keys = {"model": {"model"}, "data": {"data"}, "call": {"trainer", "trainer.call"}}
@@ -398,7 +406,7 @@ class Experiment(Settings):
 
 
 def with_values(recipe: Recipe, values: dict[str, Any]) -> Recipe:
-    """Return ``recipe`` with searched values put in; beta1 and beta2 go into the pair of betas."""
+    """Return ``recipe`` with searched values filled in; beta1 and beta2 are combined into ``betas``."""
     values = dict(values)
     beta1, beta2 = recipe.betas
     betas = (values.pop("beta1", beta1), values.pop("beta2", beta2))
@@ -412,12 +420,12 @@ def _apply(data: dict[str, Any], change: str) -> None:
     *path, last = key.split(".")
     for part in path:
         if data.get(part) is None:
-            data[part] = {}  # also an empty section
+            data[part] = {}  # also replaces an empty section
         data = data[part]
         if not isinstance(data, dict):
             raise RequestError(f"--set {change!r}: {part} holds a value and no further keys.")
     try:
-        # YAML 1.1 reads 1e-3 as a string, which nobody means here.
+        # YAML 1.1 reads 1e-3 as a string, which is never intended here.
         data[last] = float(text) if _is_number(text) and not text.lstrip("+-").isdigit() else yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise RequestError(f"--set {change!r} is not valid YAML: {' '.join(str(error).split())}.") from None

@@ -1,4 +1,4 @@
-"""Jobs side by side in processes: small models do not use two cores well."""
+"""Run jobs in parallel processes: a single training of a small model does not use two cores well."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ PATIENCE = 5.0  # seconds between asking a process to end and killing it
 
 @dataclass
 class _Worker:
-    """A process, the parent's end of its pipe, and the job it is at since ``begun``."""
+    """A process, the parent's end of its pipe, and the job that it has been running since ``begun``."""
 
     process: SpawnProcess
     pipe: Connection
@@ -44,10 +44,10 @@ class _Worker:
 
 
 class Processes:
-    """Jobs side by side in ``count`` single-threaded processes on the CPU; use it as a context manager.
+    """Executor that runs jobs in ``count`` parallel single-threaded processes on the CPU; use it as a context manager.
 
-    A process that dies (out of memory, a crash inside a library) takes only its job with it, whose outcome is then
-    ``failed``; another one is started for the next.
+    If a process dies (out of memory, a crash inside a library), only its job is lost, and its outcome is ``failed``; a new
+    process is started for the next job.
     """
 
     def __init__(self, count: int, *, compile: bool = False) -> None:
@@ -75,31 +75,31 @@ class Processes:
                     self._begin(experiment, job, report is not None)
                 if not (running := self._running()):
                     return
-                # Also the processes: one that dies may leave its end of the pipe open in a child of its own.
+                # Wait for the processes too: one that dies may leave its end of the pipe open in a child process.
                 ready = set(connection.wait([end for w in running for end in (w.pipe, w.process.sentinel)]))
                 for worker in running:
                     if ready & {worker.pipe, worker.process.sentinel}:
-                        yield from self._heard(worker, report)
+                        yield from self._handle(worker, report)
         finally:
-            self._end(self._running())  # nobody waits for them any more
+            self._end(self._running())  # their outcomes are no longer needed
 
     def _running(self) -> list[_Worker]:
         return [worker for worker in self._workers if worker.job is not None]
 
     def _begin(self, experiment: Experiment, job: Job, reports: bool) -> None:
         for worker in [worker for worker in self._workers if worker.job is None]:
-            with contextlib.suppress(OSError):  # died while it had nothing to do
+            with contextlib.suppress(OSError):  # the process died while idle
                 worker.pipe.send((experiment, job, reports))
                 worker.job, worker.begun = job, time.perf_counter()
                 return
             self._end([worker])
         worker = self._started()
         worker.job, worker.begun = job, time.perf_counter()
-        with contextlib.suppress(OSError):  # died at its start: heard when it is waited for
+        with contextlib.suppress(OSError):  # the process died at its start: `run` notices when it waits for it
             worker.pipe.send((experiment, job, reports))
 
     def _started(self) -> _Worker:
-        # A forked torch may deadlock in its thread pool, so the processes start afresh.
+        # Spawn the processes: a forked torch may deadlock in its thread pool.
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         process = context.Process(target=_serve, args=(theirs, self.compile))
@@ -109,12 +109,14 @@ class Processes:
         theirs.close()
         return worker
 
-    def _heard(self, worker: _Worker, report: Report | None) -> Iterator[tuple[Job, Outcome]]:
-        """Answer one message of a worker, which may be that it is dead."""
+    def _handle(self, worker: _Worker, report: Report | None) -> Iterator[tuple[Job, Outcome]]:
+        """Handle one message of a worker, or its death, and yield its job if that has ended."""
         job = worker.job
         assert job is not None
         message: tuple[str, Any] = "died", None
-        with contextlib.suppress(EOFError, OSError, pickle.UnpicklingError):  # killed in the middle of a message
+        with contextlib.suppress(
+            EOFError, OSError, pickle.UnpicklingError
+        ):  # the process was killed while sending a message
             if worker.pipe.poll():
                 message = worker.pipe.recv()
         match message:
@@ -148,7 +150,7 @@ class Processes:
 
 
 def ending(code: int) -> str:
-    """Say how a process ended, from its exit code: negative, or above 128 as in a shell, for a signal."""
+    """Describe how a process ended by its exit code, which for a signal is negative, or above 128 as in a shell."""
     number = -code if code < 0 else code - 128
     names = {member.value: member.name for member in signal.Signals}
     if number not in names:
@@ -159,8 +161,8 @@ def ending(code: int) -> str:
 
 @contextlib.contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """Let Ctrl-C wait while processes start: they inherit the mask, so it does not reach them before `_quiet` does."""
-    resource_tracker.ensure_running()  # starting it inside would lift the mask
+    """Block Ctrl-C while processes start: they inherit the mask, so it cannot reach them before `_quiet` ignores it."""
+    resource_tracker.ensure_running()  # starting it inside the block would lift the mask
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -169,7 +171,7 @@ def _interrupts_held() -> Iterator[None]:
 
 
 def _serve(pipe: Connection, compile: bool) -> None:
-    """Do the jobs that come through ``pipe`` until it is closed: what the processes run."""
+    """Run the jobs received through ``pipe`` until it is closed; the entry point of a process."""
     _quiet()
     in_worker()
     while True:
@@ -192,7 +194,7 @@ def _ask(pipe: Connection, reported: Sequence[Reported]) -> Sequence[bool]:
 
 
 def _portable(error: Exception) -> Exception:
-    """``error`` with its traceback as a note, or its text where it cannot travel."""
+    """Return ``error`` with its traceback as a note, or its text in a RuntimeError if it cannot be pickled."""
     error.add_note("".join(traceback.format_exception(error)))
     try:
         pickle.loads(pickle.dumps(error))
@@ -202,14 +204,14 @@ def _portable(error: Exception) -> Exception:
 
 
 def _quiet() -> None:
-    """Leave Ctrl-C to the parent, end with it, and leave the other cores to the other processes."""
+    """Ignore Ctrl-C, which the parent handles, use one thread, and end when the parent ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    """A killed parent leaves its processes training for nobody."""
+    """Exit when the parent process has ended: if it was killed, this process would train for nothing."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

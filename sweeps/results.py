@@ -1,4 +1,4 @@
-"""Results of a study: its trials, the best recipe, replicates of the best few over seeds, and what to say about it."""
+"""Results of a study: its trials, the best recipe, replicates of the best trials over seeds, and warnings about them."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ from .workers import FINISHED, Heartbeats
 
 __all__ = ["LOOK_EVERY", "Replicates", "Tuned", "at_edges", "best_so_far", "means", "summary", "usable"]
 
-DONE = "mutransfer:repeat:"  # of a study's attribute: a run's row, by trial and seed
-CLAIM = "mutransfer:repeating:"  # and who does it
-LOOK_EVERY = 0.5  # seconds between looks at what other workers do
+DONE = "mutransfer:repeat:"  # prefix of the study attribute that holds a run's row, by trial and seed
+CLAIM = "mutransfer:repeating:"  # prefix of the study attribute that names the worker of a run
+LOOK_EVERY = 0.5  # seconds between checks of the other workers' progress
 
 
 class Replicates:
-    """The runs of the best trials with the seeds after the experiment's own; workers of a study share them.
+    """Replicates of the best trials, with the seeds that follow the experiment's seed; the workers of a study share them.
 
-    A claim is no lock: two workers that claim a run in the same moment both do it, and the first to end is taken.
+    A claim is not a lock: if two workers claim a run at the same moment, both train it and the first result counts.
 
     Args:
-        experiment: with ``repeats``.
-        study: where finished runs are kept, so that none is done again.
+        experiment: an experiment with ``repeats``.
+        study: stores the finished runs, so none is repeated.
         trials: complete trials that did not diverge.
-        owner: this worker.
-        leases: tells the others that are dead; None if there are no others.
+        owner: name of this worker.
+        leases: heartbeats of the other workers; None if there are no others.
     """
 
     def __init__(
@@ -62,15 +62,15 @@ class Replicates:
     def run(
         self, folder: RunFolder, executor: Executor, flops: float | None, progress: Callable[[int, int, str], None]
     ) -> pd.DataFrame:
-        """Do what is missing, wait for what others do, and return the frame `schemas.REPEATS`.
+        """Train the missing runs, wait for those of other workers, and return the frame `schemas.REPEATS`.
 
-        It is in the folder's ``repeats.csv`` after every run.
+        The frame is written to the folder's ``repeats.csv`` after every run.
 
         Args:
             folder: run folder.
-            executor: how runs are done.
-            flops: of one step; None if they are not known.
-            progress: called with (runs done, runs in all, what runs).
+            executor: trains the runs.
+            flops: floating point operations of one step; None if unknown.
+            progress: called with (runs done, runs in total, text about the current runs).
 
         Raises:
             RequestError: a run failed.
@@ -93,19 +93,21 @@ class Replicates:
         return frame
 
     def _rows(self) -> list[dict[str, Any]]:
-        """The finished runs of the trials that are the best now."""
+        """Return the rows of the finished runs of the trials that are currently the best."""
         known = self.study.user_attrs
         return [known[DONE + _name(job)] for job in self.wanted if DONE + _name(job) in known]
 
     def _claimed(self) -> Iterator[Job]:
-        """Claim what nobody does, or who does it is dead."""
+        """Claim and yield runs that have no worker, or whose worker missed its heartbeat."""
         for job in self.wanted:
             known = self.study.user_attrs
             owner = known.get(CLAIM + _name(job))
             if DONE + _name(job) in known or (owner is not None and owner != self.owner and not self._dead(owner)):
                 continue
             self.study.set_user_attr(CLAIM + _name(job), self.owner)
-            if self.study.user_attrs[CLAIM + _name(job)] == self.owner:  # or another was as fast
+            if (
+                self.study.user_attrs[CLAIM + _name(job)] == self.owner
+            ):  # otherwise another worker claimed it at the same moment
                 yield job
 
     def _dead(self, owner: str) -> bool:
@@ -113,13 +115,13 @@ class Replicates:
 
 
 def means(trials: list[FrozenTrial], repeats: pd.DataFrame, *, maximize: bool = False) -> dict[int, float]:
-    """Return the mean loss over all seeds of each trial that was repeated; infinitely bad where any of them diverged."""
-    own = {trial.number: trial.value for trial in trials}
+    """Return the mean loss over all seeds of each replicated trial; infinitely bad if any of its runs diverged."""
+    values = {trial.number: trial.value for trial in trials}
     found = {}
     for number, rows in repeats.groupby("number"):
-        losses = [own[int(number)], *rows["loss"]]
-        lost = -math.inf if maximize else math.inf
-        found[int(number)] = lost if rows["diverged"].any() else sum(losses) / len(losses)
+        losses = [values[int(number)], *rows["loss"]]
+        worst = -math.inf if maximize else math.inf
+        found[int(number)] = worst if rows["diverged"].any() else sum(losses) / len(losses)
     return found
 
 
@@ -143,12 +145,24 @@ def _row(job: Job, outcome: Outcome, flops: float | None) -> dict[str, Any]:
     }
 
 
-EDGE = 0.03  # of a range, in its own scale: closer to an end than this is "at the edge"
+EDGE = (
+    0.03  # fraction of a range (in log scale if it is logarithmic): values closer to an end than this are "at the edge"
+)
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """What a study has found so far; ``value`` is the best's loss, a mean over seeds where it was repeated."""
+    """Results of a study so far.
+
+    Attributes:
+        trials: all trials (`schemas.TRIALS`).
+        best: recipe of the best trial.
+        value: loss of the best trial; its mean over seeds if it was replicated.
+        params: searched hyperparameters of the best trial.
+        default: loss of the experiment's own recipe; None if that is not among the complete trials.
+        seconds: duration of the call.
+        warnings: sentences about failed trials, missing reports and values at the end of their range.
+    """
 
     trials: pd.DataFrame
     best: Recipe
@@ -160,7 +174,7 @@ class Tuned:
 
 
 def best_so_far(study: optuna.Study) -> str:
-    """Return the best loss in words, or nothing before there is one."""
+    """Return the best loss as text, or an empty string before there is one."""
     values = [
         trial.value
         for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
@@ -180,23 +194,23 @@ def usable(study: optuna.Study) -> list[FrozenTrial]:
 def summary(
     experiment: Experiment, study: optuna.Study, frame: pd.DataFrame, again: pd.DataFrame | None, seconds: float
 ) -> Tuned:
-    """Return what was found.
+    """Return the results of a study.
 
     Args:
-        experiment: what was tuned.
+        experiment: the experiment that was tuned.
         study: its study.
         frame: the study's trials (`trials_frame`).
-        again: `schemas.REPEATS` of the best few; the best is then the one with the best mean over seeds.
-        seconds: that it took.
+        again: replicates of the best trials (`schemas.REPEATS`); the best is then the trial with the best mean over seeds.
+        seconds: duration of the call.
 
     Raises:
-        RequestError: no trial has a loss to choose by.
+        RequestError: no trial has a usable loss.
     """
     trials = usable(study)
     if not trials:
         finished = int(frame["state"].isin([state.name for state in FINISHED]).sum())
         if not finished:
-            raise RequestError("the budget does not reach for one trial: raise it, or lower steps.")
+            raise RequestError("the budget does not allow a single trial: raise it, or lower steps.")
         raise RequestError(
             f"all {finished} trials diverged or were pruned: lower search.lr in the experiment and use another --out."
         )
@@ -213,27 +227,27 @@ def summary(
             f"the best {len(losses)} trials all diverged with another seed: lower search.lr in the experiment and use "
             "another --out."
         )
-    # Not simply the first: an interrupted trial is done again under another number.
-    own = baseline(experiment)
+    # The baseline is not always trial 0: an interrupted trial is retried under another number.
+    defaults = baseline(experiment)
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    first = next((trial.number for trial in complete if trial.params == own), None)
+    first = next((trial.number for trial in complete if trial.params == defaults), None)
     default = None if first is None else float(frame.loc[frame["number"] == first, "value"].iloc[0])
     return Tuned(
         frame, with_values(experiment.recipe, best.params), losses[best.number], best.params, default, seconds,
-        [*_failed(study), *_unheard(experiment, study), *_at_edges(experiment, best.params)],
+        [*_failed(study), *_never_pruned(experiment, study), *_at_edges(experiment, best.params)],
     )  # fmt: skip
 
 
 def _failed(study: optuna.Study) -> list[str]:
-    """Say how many trials gave no loss, and why the last did not."""
+    """Return a warning with the number of failed trials and the reason of the last failure; empty if none failed."""
     outcomes = {trial.number: trial.user_attrs.get("outcome", {}) for trial in study.get_trials(deepcopy=False)}
     failed = [number for number, outcome in outcomes.items() if outcome.get("failed")]
     many = f"{len(failed)} trials" if len(failed) > 1 else "one trial"
     return [f"{many} failed, and others were done instead; trial {n}: {outcomes[n]['failed']}." for n in failed[-1:]]
 
 
-def _unheard(experiment: Experiment, study: optuna.Study) -> list[str]:
-    """An own trainer that counts in other units, or tells nothing, is never pruned: say so."""
+def _never_pruned(experiment: Experiment, study: optuna.Study) -> list[str]:
+    """Return a warning if a user trainer reports nothing, or counts steps in other units: it can then never be pruned."""
     finished = study.get_trials(deepcopy=False, states=FINISHED)
     if experiment.trainer is None or experiment.pruner == "none" or any(t.intermediate_values for t in finished):
         return []
@@ -244,7 +258,7 @@ def _unheard(experiment: Experiment, study: optuna.Study) -> list[str]:
 
 
 def at_edges(experiment: Experiment, params: dict[str, Any]) -> list[tuple[str, Any, str]]:
-    """Return (name, value, "low" or "high") of every searched value that lies at an end of its range."""
+    """Return (name, value, "low" or "high") for every searched value at an end of its range."""
     found = []
     for name, range_ in experiment.search.items():
         if range_.low is None or range_.high is None:

@@ -1,6 +1,6 @@
 """Samplers: the automatic choice, Optuna's Gaussian process with the results of pruned trials, and independent search.
 
-Independent search tunes the learning rate first, then every other hyperparameter by itself, then the best of each together.
+Independent search tunes the learning rate first, then each other hyperparameter separately, then combines the best values.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from .workers import FIXED, REPEATS, origin, valid_trials
 
 __all__ = ["Auto", "FEW", "GaussianProcess", "Independent", "START", "foreseen", "inside", "tpe"]
 
-# Of 2048 points at which Optuna looks before it climbs, which are two thirds of the time to ask beside trials that run.
+# Preliminary samples of the acquisition function. Optuna's default, 2048, takes two thirds of the time of `ask` while trials run.
 LOOKED_AT = 512
 ROUNDING = (
-    1e-9  # of a value or its range: what two processors differ by is far below it, what a sweep tells apart far above
+    1e-9  # relative to a value or its range: far above differences between processors, far below any that matter here
 )
 
 
 class GaussianProcess(optuna.samplers.GPSampler):
-    """Expected improvement over a Gaussian process (Optuna's), beyond what is expected of trials that still run.
+    """Optuna's Gaussian process sampler (expected improvement) that also uses pruned trials and avoids running ones.
 
-    Optuna's own passes over pruned trials and those that wait, and proposes them again and again.
+    Optuna's own sampler ignores pruned and waiting trials, and proposes their points again and again.
 
     Args:
-        start: trials drawn at random before a model is made of them.
-        seed: of all that is drawn.
+        start: number of trials drawn at random before the model is fitted.
+        seed: seed of all random draws.
     """
 
     def __init__(self, start: int, seed: int) -> None:
@@ -47,7 +47,7 @@ class GaussianProcess(optuna.samplers.GPSampler):
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        """See optuna's BaseSampler; nothing, which is then drawn at random, where a trial is the very same."""
+        """See optuna's BaseSampler; return nothing if another trial has the same values, which are then drawn at random."""
         maximize = study.direction is StudyDirection.MAXIMIZE
         view: Any = StudyView(study, lambda trials: foreseen(trials, maximize=maximize))
         values = super().sample_relative(view, trial, search_space)
@@ -55,13 +55,13 @@ class GaussianProcess(optuna.samplers.GPSampler):
 
 
 def _taken(study: Study, asking: FrozenTrial) -> list[dict[str, Any]]:
-    """Parameters of all others that have not failed: at an edge of the ranges the process may come to the same ones again."""
+    """Return the parameters of all other trials that have not failed: the process may repeat a point at an edge of the ranges."""
     others = (trial for trial in study.get_trials(deepcopy=False) if trial.state is not TrialState.FAIL)
     return [{**other.system_attrs.get(FIXED, {}), **other.params} for other in others if other.number != asking.number]
 
 
 def _same(one: dict[str, Any], other: dict[str, Any], search_space: dict[str, BaseDistribution]) -> bool:
-    """Whether the parameters are equal but for rounding: the end of a range is 1 on one machine and 1 - 2^-53 on another."""
+    """Return whether the parameters are equal up to rounding: a range's end is 1 on one machine and 1 - 2^-53 on another."""
     return one.keys() == other.keys() and all(
         math.isclose(
             value, other[name], rel_tol=ROUNDING, abs_tol=0 if ranged.log else ROUNDING * (ranged.high - ranged.low)
@@ -73,11 +73,11 @@ def _same(one: dict[str, Any], other: dict[str, Any], search_space: dict[str, Ba
 
 
 def foreseen(trials: Sequence[FrozenTrial], *, maximize: bool = False) -> list[FrozenTrial]:
-    """Return the trials, the pruned ones as complete with the value that their last report lets expect.
+    """Return the trials with pruned ones marked as complete, with the final value predicted from their last report.
 
-    It is on the Theil-Sen line through what complete trials reported at that step and came to, which is all that is known of
-    how losses go on, and at most the worst of these: how bad it would have been is of no use, and a wide range of values costs
-    the process its resolution. A trial that was pruned and reported nothing is left as it is.
+    The prediction is a Theil-Sen line fitted to the complete trials, from their report at that step to their final value. It is
+    capped at the worst final value: exactly how bad a pruned trial would have been does not matter, and a wide range of values
+    reduces the resolution of the process. A pruned trial without a report is left unchanged.
     """
     complete = [trial for trial in trials if trial.state is TrialState.COMPLETE]
     values = [trial.value for trial in complete if trial.value is not None]
@@ -98,7 +98,7 @@ def foreseen(trials: Sequence[FrozenTrial], *, maximize: bool = False) -> list[F
 
 
 def _line(step: int, complete: Sequence[FrozenTrial]) -> tuple[float, float]:
-    """Return slope and intercept of final losses over those at ``step``."""
+    """Return slope and intercept of the line from the losses at ``step`` to the final losses."""
     known = [(each.intermediate_values[step], each.value) for each in complete if step in each.intermediate_values]
     there, final = np.array(known, dtype=float).reshape(-1, 2).T
     if len(np.unique(there)) < 3:
@@ -107,20 +107,20 @@ def _line(step: int, complete: Sequence[FrozenTrial]) -> tuple[float, float]:
     return (float(slope), float(rest)) if slope > 0 else (1.0, float(np.median(final - there)))
 
 
-# A Gaussian process takes 0.05 s to ask after 200 trials, 0.3 s after 800, and in the end the cube of their number.
+# Asking a Gaussian process takes 0.05 s after 200 trials, 0.3 s after 800, and eventually grows as the cube of their number.
 FEW = 250
-START = 8  # trials drawn at random before a model is made of them
+START = 8  # trials drawn at random before a model is fitted
 
 
 def tpe(seed: int) -> BaseSampler:
-    """Return Optuna's tree-structured Parzen estimator, joint over hyperparameters, which keeps away from what still runs."""
+    """Return Optuna's tree-structured Parzen estimator, multivariate, with a constant liar that avoids running trials."""
     return optuna.samplers.TPESampler(n_startup_trials=START, multivariate=True, constant_liar=True, seed=seed)
 
 
 class Auto(BaseSampler):
-    """A Gaussian process for a study's first `FEW` trials, TPE from then on.
+    """Sampler that uses a Gaussian process for a study's first `FEW` trials, and TPE from then on.
 
-    A batch that is asked for at once is where they differ most: see docs/throughput.md.
+    The two differ most for a batch of trials that is suggested at once: see docs/throughput.md.
     """
 
     def __init__(self, seed: int) -> None:
@@ -151,11 +151,11 @@ class Auto(BaseSampler):
         return self._of(trial).sample_independent(study, trial, param_name, param_distribution)
 
 
-LAST = 3  # the phase of the best of each together
+LAST = 3  # the phase that combines the best values
 
 
 class _Point(NamedTuple):
-    """A place, 0 to 1, on the line over ``name``, or the best so far without one; it depends on the phases before."""
+    """A position, 0 to 1, on the line over ``name``, or the best values so far if that is None; depends on earlier phases."""
 
     phase: int
     name: str | None = None
@@ -163,16 +163,16 @@ class _Point(NamedTuple):
 
 
 class Independent(optuna.samplers.BaseSampler):
-    """Line searches in turn (u-µP, 2407.17465, Figure 1a): as good as a joint search where couplings are weak.
+    """Sampler of successive line searches (u-µP, 2407.17465, Figure 1a): as good as a joint search if couplings are weak.
 
-    Of ``trials`` points the first is the recipe itself, the next a line over the learning rate, then a line over each other
-    hyperparameter at the best learning rate, and the last the best value of each. A line is evenly spaced in its range's own
-    scale, ends included. Further trials fill lines through the best of all.
+    The first of ``trials`` points is the recipe itself. A line over the learning rate follows, then a line over each other
+    hyperparameter at the best learning rate. The last point combines the best value of each. The points of a line are evenly
+    spaced, on a log scale for a logarithmic range, and include both ends. Further trials fill in lines through the best trial.
 
     Args:
-        space: what is searched; the line over "lr", if it is there, comes first.
-        defaults: value of each before it is known better; the middle of its range if it lies outside.
-        trials: how many points to lay out.
+        space: the search space; the line over "lr" comes first if it is searched.
+        defaults: initial value of each hyperparameter; the middle of its range is used if the value lies outside.
+        trials: number of points to plan.
     """
 
     def __init__(self, space: dict[str, BaseDistribution], defaults: dict[str, Any], trials: int) -> None:
@@ -201,13 +201,13 @@ class Independent(optuna.samplers.BaseSampler):
         )
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        """Return the whole space: see optuna's BaseSampler."""
+        """Return the whole search space; see optuna's BaseSampler."""
         return self._space
 
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        """Return the point that is ``trial``'s by its number; what is done again has its parameters already."""
+        """Return the point assigned to ``trial`` by its number; a retry already has its parameters."""
         trials = study.get_trials(deepcopy=False)
         point = self._point(_index(origin(trial, trials), trials))
         values = self._best(trials, point.phase, study.direction is optuna.study.StudyDirection.MAXIMIZE)
@@ -216,7 +216,7 @@ class Independent(optuna.samplers.BaseSampler):
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
-        """Return the default of what is not in the space."""
+        """Return the default of a hyperparameter that is not in the search space."""
         return self._defaults[param_name]
 
     def _point(self, index: int) -> _Point:
@@ -226,11 +226,11 @@ class Independent(optuna.samplers.BaseSampler):
         return _Point(LAST + 1, self._ranges[name], _between(more + 1))
 
     def _holders(self, trials: list[FrozenTrial]) -> dict[int, FrozenTrial]:
-        """Return which trial does each point, or did."""
+        """Return the trial of each point, by the point's index."""
         return {_index(origin(trial, trials), trials): trial for trial in valid_trials(trials)}
 
     def _best(self, trials: list[FrozenTrial], phase: int, maximize: bool) -> dict[str, Any]:
-        """Return the best value of each hyperparameter on the lines of the phases before; after the last, the best of all."""
+        """Return the best value of each hyperparameter on the lines of earlier phases; after the last phase, the best trial's."""
         values, point = dict[str, float](), dict(self._defaults)
         sign = -1 if maximize else 1
         for index, trial in sorted(self._holders(trials).items()):
@@ -249,7 +249,7 @@ class Independent(optuna.samplers.BaseSampler):
 
 
 def _counts(names: list[str], space: dict[str, BaseDistribution], points: int) -> dict[str, int]:
-    """Share ``points`` out: one for each choice, the ranges alike, and what is left to the first line."""
+    """Distribute ``points`` over the lines: one per choice, equally many per range, and the remainder to the first range."""
     even = max(2, points // len(names))
     choices = {name: each.choices for name, each in space.items() if isinstance(each, CategoricalDistribution)}
     counts = {name: min(even, len(each)) for name, each in choices.items()}
@@ -263,18 +263,18 @@ def _counts(names: list[str], space: dict[str, BaseDistribution], points: int) -
 
 
 def _is_own(trial: FrozenTrial) -> bool:
-    """Whether a trial has a point of its own: not what is done again, nor what a person put into the queue."""
-    given = "fixed_params" in trial.system_attrs and trial.number > 0
-    return REPEATS not in trial.system_attrs and not given
+    """Return whether a trial has a point of its own; retries and trials enqueued by a user have none."""
+    enqueued = "fixed_params" in trial.system_attrs and trial.number > 0
+    return REPEATS not in trial.system_attrs and not enqueued
 
 
 def _index(trial: FrozenTrial, trials: list[FrozenTrial]) -> int:
-    """The point's number: how many have one before. It never changes, and no worker needs to ask another."""
+    """Return the index of the trial's point: the number of earlier trials that have one, constant and equal for all workers."""
     return sum(_is_own(other) for other in trials[: trial.number])
 
 
 def _between(number: int) -> float:
-    """Return the ``number``-th of places that fill 0 to 1 evenly, from 1: 1/2, 1/4, 3/4, 1/8, … (van der Corput)."""
+    """Return term ``number`` (from 1) of the van der Corput sequence 1/2, 1/4, 3/4, 1/8, …, which fills 0 to 1 evenly."""
     place, share = 0.0, 0.5
     while number:
         number, bit = divmod(number, 2)
@@ -283,14 +283,14 @@ def _between(number: int) -> float:
 
 
 def inside(distribution: BaseDistribution, value: Any) -> bool:
-    """Return whether a distribution holds ``value``; None is in no range."""
+    """Return whether a distribution contains ``value``; no range contains None."""
     if isinstance(distribution, CategoricalDistribution):
         return value in distribution.choices
     return value is not None and contains(distribution, value)
 
 
 def _on_line(distribution: BaseDistribution, place: float) -> Any:
-    """Return the value at ``place`` of a range, 0 its low end and 1 its high end, in its own scale."""
+    """Return the value at ``place`` in a range, from 0 (low end) to 1 (high end), on a log scale if the range is logarithmic."""
     if isinstance(distribution, CategoricalDistribution):
         return distribution.choices[round(place * (len(distribution.choices) - 1))]
     assert isinstance(distribution, FloatDistribution)

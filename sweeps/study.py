@@ -1,4 +1,4 @@
-"""The Optuna study of a sweep: opened, compared with what is asked, and read out as a frame."""
+"""Open the Optuna study of a sweep, check that it belongs to the experiment, and export its trials as a frame."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ LAID_OUT = "trials at first"
 
 
 def open_study(experiment: Experiment, storage: Opened, name: str | None, owner: str) -> optuna.Study:
-    """Open or create the study in ``storage``, to be worked on by ``owner``.
+    """Open or create the study in ``storage`` for the worker ``owner``.
 
     Raises:
-        RequestError: the storage holds something else.
+        RequestError: the storage cannot be read or holds the study of another experiment.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
@@ -51,14 +51,14 @@ def open_study(experiment: Experiment, storage: Opened, name: str | None, owner:
         ) from None
     _refuse_other_study(study, experiment, storage)
     laid_out = study.user_attrs.get(LAID_OUT)
-    if laid_out is None:  # more trials later lay out more points, and leave these where they are
+    if laid_out is None:  # raising `trials` later adds points and leaves these unchanged
         study.set_user_attr(LAID_OUT, laid_out := experiment.trials)
     study.sampler = _sampler(experiment, len(trials), owner if storage.shared else "", laid_out)
     return study
 
 
 def _refuse_other_study(study: optuna.Study, experiment: Experiment, storage: Opened) -> None:
-    """One study is one question: trials of another experiment in it would count, and one could be called the best."""
+    """Raise a RequestError if the study belongs to another experiment: trials of that would count and could be the best."""
     if storage.own and len(names := optuna.get_all_study_names(storage_of(study))) > 1:
         storage_of(study).delete_study(study_id(study))
         raise RequestError(
@@ -79,7 +79,7 @@ def _refuse_other_study(study: optuna.Study, experiment: Experiment, storage: Op
     if known != asked:
         key = next(key for key in asked if known.get(key) != asked[key])
         raise RequestError(
-            f"the study {study.study_name!r} was made with {key} = {known.get(key)}, and this experiment has {asked[key]}: name "
+            f"the study {study.study_name!r} was made with {key} = {known.get(key)}, but this experiment has {asked[key]}: name "
             "another --study, or put it back."
         )
 
@@ -98,21 +98,22 @@ def distributions(experiment: Experiment) -> dict[str, BaseDistribution]:
 
 
 def baseline(experiment: Experiment) -> dict[str, Any] | None:
-    """Return the recipe's own values of what is searched, the first trial; None if they lie outside the ranges."""
-    chosen = _own_values(experiment)
+    """Return the recipe's values of the searched hyperparameters, for the first trial; None if any is outside its range."""
+    chosen = _recipe_values(experiment)
     fits = all(inside(each, chosen[name]) for name, each in distributions(experiment).items())
     return chosen if fits else None
 
 
-def _own_values(experiment: Experiment) -> dict[str, Any]:
+def _recipe_values(experiment: Experiment) -> dict[str, Any]:
     values = {**experiment.recipe.model_dump(), **dict(zip(BETAS, experiment.recipe.betas, strict=True))}
     return {name: values[name] for name in experiment.search}
 
 
 def _sampler(experiment: Experiment, trials: int, worker: str, laid_out: int) -> optuna.samplers.BaseSampler:
-    """The sampler, seeded by (seed, trials so far, worker): with the same seed two would draw the same start-up trials.
+    """Return the sampler, seeded by (seed, trials so far, worker).
 
-    Workers of one study that start together see the same trials; a worker that is alone has no name.
+    With the same seed, two workers that start together and see the same trials would draw the same start-up trials. ``worker``
+    is empty if the storage is not shared.
     """
     digest = hashlib.sha256(f"{experiment.seed}/{trials}{worker}".encode()).digest()
     seed = int.from_bytes(digest[:4], "little")
@@ -126,10 +127,10 @@ def _sampler(experiment: Experiment, trials: int, worker: str, laid_out: int) ->
         case "qmc":
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-                # Resumed, a sequence goes on by itself; two workers in one would take the same points.
+                # With one seed, a resumed sequence continues where it ended, but two workers would draw the same points.
                 return optuna.samplers.QMCSampler(scramble=True, seed=seed if worker else experiment.seed)
         case "independent":
-            return Independent(distributions(experiment), _own_values(experiment), laid_out)
+            return Independent(distributions(experiment), _recipe_values(experiment), laid_out)
         case _:
             return optuna.samplers.RandomSampler(seed=seed)
 

@@ -363,6 +363,6 @@ def _refuse_other_experiment(experiment: Experiment, folder: RunFolder) -> None:
     for key in now:
         if before[key] != now[key]:
             raise RequestError(
-                f"{folder.path} holds a study with {key} = {before[key]}, and this experiment has {now[key]}: use another "
+                f"{folder.path} holds a study with {key} = {before[key]}, but this experiment has {now[key]}: use another "
                 "--out, or put it back to go on with that study."
             )

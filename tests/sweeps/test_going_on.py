@@ -45,7 +45,7 @@ def test_a_budget_of_seconds_counts_the_trials_own(tmp_path: Path) -> None:
 
 
 def test_a_budget_for_nothing_says_so(tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match="the budget does not reach for one trial: raise it, or lower steps"):
+    with pytest.raises(RequestError, match="the budget does not allow a single trial: raise it, or lower steps"):
         tune(experiment(budget={"flops": 1.0}), RunFolder(tmp_path / "run"), executor=Planted(bowl))
 
 

@@ -90,7 +90,7 @@ def test_it_is_never_measured_nor_fused(
         assert isinstance(executor, Commands)
         assert executor.capacity == (2 if expected is Processes else 1)
     with (
-        pytest.raises(RequestError, match=r"bfloat16 is for fused trials, and own\.py:bowl trains"),
+        pytest.raises(RequestError, match=r"bfloat16 is for fused trials, but own\.py:bowl trains"),
         executor_for(own("bowl"), "auto", precision="bfloat16"),
     ):
         pass
