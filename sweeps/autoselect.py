@@ -1,4 +1,4 @@
-"""Choose an executor by short measurements (one by one, parallel processes, vectorized), and forecast the time left."""
+"""Choose an executor by short measurements (one by one, parallel processes, vectorized), and forecast the remaining time."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ __all__ = [
     "single_step",
 ]
 
-ENOUGH = 0.4  # seconds of measuring; at least three steps
-LEAST, MOST = 3, 50
+ENOUGH = 0.4  # seconds of measurement
+LEAST, MOST = 3, 50  # steps to measure
 
 
 class Timed(NamedTuple):
-    """Seconds of one step of one trial, and seconds until the first was done: to compile, above all."""
+    """Measured seconds of one step of one trial, and of the first steps, which include the time to compile."""
 
     step: float
     first: float
@@ -48,9 +48,14 @@ class Timed(NamedTuple):
 def single_step(
     experiment: Experiment, device: str, threads: int | None = None, compile: bool = False, scale: Scale | None = None
 ) -> Timed | None:
-    """Time one trial by itself, with ``threads`` on the CPU (those set if None); None if it cannot be compiled.
+    """Time the steps of a single trial; return None if it cannot be compiled.
 
-    ``scale`` is the proxy's by default.
+    Args:
+        experiment: the experiment to measure.
+        device: where to train.
+        threads: number of CPU threads; unchanged if None.
+        compile: whether to compile the model.
+        scale: size of the model; the proxy's by default.
     """
     family, data = family_of(experiment)
     plan = plan_of(experiment, scale or experiment.proxy_scale, experiment.parametrization, experiment.recipe)
@@ -64,13 +69,13 @@ def single_step(
         except Exception:
             if not compile:
                 raise
-            return None  # whatever a compiler raises, or the want of one
+            return None  # any error of the compiler, or no compiler
 
 
 def fused_step(
     experiment: Experiment, count: int, device: str, precision: torch.dtype | None = None, compile: bool = False
 ) -> Timed | None:
-    """Time ``count`` fused trials, over ``count``; None if memory does not suffice, or if they cannot be compiled."""
+    """Time a step of ``count`` fused trials, divided by ``count``; None if memory is insufficient or they cannot be compiled."""
     family, data = family_of(experiment)
     plan = plan_of(experiment, experiment.proxy_scale, experiment.parametrization, experiment.recipe)
     slots = [Slot(plan, experiment.seed) for _ in range(count)]
@@ -88,7 +93,7 @@ def fused_step(
 
 
 def _timed(step: Callable[[], None], device: str) -> Timed:
-    """The first steps allocate, choose kernels and compile; they are not counted with the others."""
+    """Time ``step``; the first two calls, which allocate, choose kernels and compile, are measured separately."""
     begun = time.perf_counter()
     for _ in range(2):
         step()
@@ -111,7 +116,7 @@ def _wait(device: str) -> None:
 
 @contextlib.contextmanager
 def limited(count: int | None) -> Iterator[None]:
-    """Compute with ``count`` threads on the CPU; None leaves them as they are."""
+    """Use ``count`` CPU threads inside the context; None leaves the number unchanged."""
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:
@@ -122,20 +127,22 @@ def limited(count: int | None) -> Iterator[None]:
 
 How = Literal["one", "processes", "fused"]
 
-# What is not measured, as it takes longer than it tells.
+# Constants that are not measured, because a measurement would take longer than it saves.
 START = 4.0  # seconds until processes have imported torch
-SPOILED = 1.1  # how much slower a process is beside others than alone
-WORTH = 0.95  # twice as many at once must take less than this per trial
-SHORT = 15.0  # seconds of work that need no plan
-LONG = 120.0  # seconds of work for which compiling is tried, which takes from ten seconds to a minute for each manner
-FAR = 2.0  # how many times slower than the best a manner may be for its compiled form to be tried
-LEARNING = 3  # batches that a study has at least, so that its sampler learns from some
+SPOILED = 1.1  # slowdown of a process that runs in parallel with others
+WORTH = 0.95  # doubling the number of fused trials must reduce the total time below this fraction
+SHORT = 15.0  # seconds of work below which no alternative is measured
+LONG = (
+    120.0  # seconds of work above which compilation is tried; it takes from ten seconds to a minute for each executor
+)
+FAR = 2.0  # an executor is also tried compiled if it is at most this many times slower than the fastest
+LEARNING = 3  # minimum number of batches in a study, so its sampler can learn from earlier ones
 LARGEST = {"cpu": 64, "cuda": 256}
 
 
 @dataclass(frozen=True)
 class Choice:
-    """How a sweep's trials are trained: ``seconds`` is the time expected for all of them, ``reason`` the numbers."""
+    """How a sweep's trials are trained: ``seconds`` is the expected time for all of them, ``reason`` the measurements."""
 
     how: How
     at_once: int
@@ -144,12 +151,12 @@ class Choice:
     reason: str
 
     def __str__(self) -> str:
-        """Return the choice and why, as one line."""
+        """Return the choice and the reason for it in one line."""
         return f"trials are trained {self.words}: {self.reason}."
 
     @property
     def words(self) -> str:
-        """The choice by itself."""
+        """The choice as text, without the reason."""
         many = {
             "one": "one by one",
             "processes": f"in {self.at_once} processes",
@@ -160,7 +167,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class _Work:
-    """What is to be done, and on what."""
+    """The trials to train, and the device and precision for them."""
 
     experiment: Experiment
     trials: int
@@ -168,7 +175,7 @@ class _Work:
     precision: torch.dtype | None
 
     def choice(self, how: How, at_once: int, compile: bool = False) -> Choice | None:
-        """Measure one manner; None if it cannot be."""
+        """Measure one executor; return None if it cannot be used."""
         work, cores = self.trials * self.experiment.steps, 1
         if how == "fused":
             found = fused_step(self.experiment, at_once, self.device, self.precision, compile)
@@ -179,7 +186,7 @@ class _Work:
         if found is None:
             return None
         step = found.step * (SPOILED / cores if how == "processes" else 1.0)
-        # The last round may leave some idle; fused and uncompiled, those that are left go on by themselves.
+        # The last round may leave slots idle, except for uncompiled fused trials, whose batch shrinks to those still running.
         filled = how == "one" or (how == "fused" and not compile)
         rounds = 1.0 if filled else math.ceil(self.trials / at_once) * at_once / self.trials
         seconds = work * step * rounds + (START if how == "processes" else 0.0) + (found.first if compile else 0.0)
@@ -192,19 +199,19 @@ def chosen(
     experiment: Experiment, trials: int, device: str = "cpu", *, at_once: int | None = None,
     precision: torch.dtype | None = None, only: How | None = None,
 ) -> Choice:  # fmt: skip
-    """Return what does ``trials`` trials of the experiment soonest.
+    """Return the fastest way to train ``trials`` trials of the experiment.
 
-    Steps are measured one by one and fused, by more and more at once as long as that pays and memory suffices. For
-    processes the time of a step on one thread is shared out over the cores. Where the best of these still takes minutes, it
-    and what comes near are compiled and measured again.
+    Steps are measured one by one and fused, with an increasing number of trials at once as long as that pays off and memory
+    suffices. For processes, the time of a step on one thread is divided by the number of cores. If the fastest of these still
+    takes minutes, it and those close to it are compiled and measured again.
 
     Args:
-        experiment: whose proxy is trained.
-        trials: how many there are to do.
-        device: where.
-        at_once: how many at a time, instead of what is best.
-        precision: of fused trials; another than None leaves no other manner.
-        only: choose the number and whether to compile for this manner.
+        experiment: the experiment whose proxy is trained.
+        trials: number of trials to train.
+        device: where to train.
+        at_once: fixed number of trials at a time; chosen if None.
+        precision: precision of fused trials; if it is not None, only fused trials are considered.
+        only: consider only this executor, and choose its number of trials and whether to compile.
 
     Raises:
         RequestError: the model cannot be trained.
@@ -253,7 +260,7 @@ def _fused(work: _Work, at_once: int | None) -> Iterator[Choice]:
     before = math.inf
     count = max(1, min(at_once, work.trials)) if at_once else min(4, most)
     while (choice := work.choice("fused", count)) is None and math.isinf(before) and count > 1:
-        count //= 2  # memory does not suffice
+        count //= 2  # not enough memory
         at_once = at_once and count
     while choice is not None:
         yield choice
@@ -263,17 +270,17 @@ def _fused(work: _Work, at_once: int | None) -> Iterator[Choice]:
         choice = work.choice("fused", count)
 
 
-UNSURE = 10.0  # seconds of work for which the forecast is believed rather than the clock
-VALIDATIONS = 2  # of a run: before its first step and after its last
-FORWARD = 1 / 3  # of a training step, whose backward pass costs twice as much
+UNSURE = 10.0  # seconds of work during which the forecast has more weight than the clock
+VALIDATIONS = 2  # validations of a run: before its first step and after its last
+FORWARD = 1 / 3  # cost of a forward pass relative to a training step: the backward pass costs twice as much
 
 
 class Forecast:
-    """Seconds that a sequence of phases takes, each expected to take so long by itself.
+    """Forecast of the time that a sequence of phases takes.
 
     Args:
-        phases: name → expected seconds, in the order in which they come.
-        clock: seconds.
+        phases: name → expected seconds, in order.
+        clock: returns the current time in seconds.
     """
 
     def __init__(self, phases: Mapping[str, float], clock: Callable[[], float] = time.perf_counter) -> None:
@@ -283,33 +290,33 @@ class Forecast:
         self._clock, self._begun = clock, clock()
 
     def begin(self, name: str) -> None:
-        """Begin a phase; the one before has ended, and those between are left out."""
+        """Begin a phase; the current phase has then ended, and the phases in between are skipped."""
         self._done += self._rest
         while self._open and (first := next(iter(self._open))) != name:
             self._open.pop(first)
         self._current, self._rest = name, self._open.pop(name)
 
     def note(self, seconds: float) -> None:
-        """Count work of the current phase that was expected to take ``seconds``."""
+        """Record work of the current phase that was expected to take ``seconds``."""
         done = min(seconds, self._rest)
         self._rest -= done
         self._done += done
 
     def left(self) -> float:
-        """Return the seconds until all phases have ended, at the pace of what has been done so far."""
+        """Return the remaining seconds of all phases, at the pace of the work done so far."""
         pace = (self._clock() - self._begun + UNSURE) / (self._done + UNSURE)
-        if not self._done:  # nothing is known of the pace yet
+        if not self._done:  # the pace is not known yet
             return max(0.0, self._rest + sum(self._open.values()) - (self._clock() - self._begun))
         return pace * (self._rest + sum(self._open.values()))
 
 
 class TimedExecutor:
-    """Another executor, whose finished runs a forecast is told of.
+    """Executor that wraps another one and records its finished runs in a forecast.
 
     Args:
-        inner: does the runs.
-        forecast: of phases in which the runs are done.
-        seconds: of a whole run at each scale, by itself.
+        inner: the executor that trains the runs.
+        forecast: forecast of the phases that the runs belong to.
+        seconds: expected seconds of a whole run at each scale, when it runs alone.
     """
 
     def __init__(self, inner: Executor, forecast: Forecast, seconds: Mapping[Scale, float]) -> None:
@@ -331,7 +338,7 @@ class TimedExecutor:
 
 
 def run_seconds(experiment: Experiment, scale: Scale, device: str = "cpu", threads: int | None = None) -> float:
-    """Return the seconds that one run of ``experiment`` takes at ``scale``, from a few of its steps.
+    """Return the expected seconds of one run of ``experiment`` at ``scale``, measured from a few of its steps.
 
     Raises:
         RequestError: the model cannot be trained.

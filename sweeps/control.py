@@ -1,8 +1,8 @@
-"""The control of a transfer: another parametrization, tuned at the width where the two are compared, with as many trials.
+"""The control of a transfer: another parametrization, tuned with as many trials at the width where the two are compared.
 
-µTransfer claims that a recipe tuned on a small proxy is as good as one tuned on the wide model. What it is compared with
-must therefore be tuned on the wide model, over everything that the proxy was tuned over: a control that keeps values that
-were tuned for another parametrization loses for that reason alone.
+µTransfer claims that a recipe tuned on a small proxy is as good as one tuned on the wide model. The control must therefore be
+tuned on the wide model, over all hyperparameters that the proxy was tuned over: a control that keeps values tuned for another
+parametrization loses for that reason alone.
 """
 
 from __future__ import annotations
@@ -34,24 +34,24 @@ __all__ = [
 ]  # fmt: skip
 
 SHORT = {"mup": "µP", "sp": "SP"}
-SEEDS = "seeds.csv"  # in the control's folder: its best recipe over seeds
-LR_WITHOUT_A_RANGE = 4.0  # a factor to either side of a learning rate that the experiment does not search
+SEEDS = "seeds.csv"  # file in the control's folder: runs of its best recipe over seeds
+LR_WITHOUT_A_RANGE = 4.0  # if the experiment does not search the learning rate: factor of the range to either side
 
 
 @dataclass(frozen=True)
 class Control:
-    """A parametrization tuned at ``width``, and its best recipe's losses over seeds.
+    """A parametrization tuned at ``width``, and the losses of its best recipe over seeds.
 
     Args:
-        parametrization: name of the table in force.
-        width: where it was tuned and trained.
-        trials: finished trials of its study.
-        searched: the hyperparameters that were searched.
-        recipe: its best one.
-        params: the searched values of that.
-        runs: that recipe over seeds (`schemas.BASINS`).
-        flops: floating point operations of its trials and of ``runs``; None if they are not known.
-        edges: the searched values that lie at an end of their range, in words.
+        parametrization: name of the parametrization.
+        width: width at which it was tuned and trained.
+        trials: number of finished trials of its study.
+        searched: names of the searched hyperparameters.
+        recipe: the best recipe.
+        params: the searched values of the best recipe.
+        runs: runs of the best recipe over seeds (`schemas.BASINS`).
+        flops: floating point operations of its trials and of ``runs``; None if unknown.
+        edges: texts that name the searched values at an end of their range.
     """
 
     parametrization: str
@@ -66,16 +66,16 @@ class Control:
 
 
 def control_folder(folder: RunFolder, parametrization: str, width: int) -> RunFolder:
-    """Return the run folder of a control inside of ``folder``: one study per folder, so one for each width."""
+    """Return the run folder of a control inside ``folder``; each width has its own, since a folder holds one study."""
     return RunFolder(folder.path / f"control-{parametrization}-{width}")
 
 
 def control_experiment(experiment: Experiment, parametrization: str, width: int, trials: int) -> Experiment:
-    """Return ``experiment`` as the control's: tuned at ``width`` instead of the proxy, over the same hyperparameters.
+    """Return the control's experiment: ``experiment`` tuned at ``width`` instead of the proxy's, over the same hyperparameters.
 
-    Its learning rate's range is extended by the ratio of ``width`` to the base width, downwards for a wider model: under
-    Adam the best learning rate of the standard parametrization falls as 1/width (TP-V 2203.03466, Figure 1). The other
-    ranges, the sampler and the pruner are the experiment's own.
+    The range of the learning rate is extended by the ratio of ``width`` to the base width, downwards for a wider model: under
+    Adam, the best learning rate of the standard parametrization falls as 1/width (TP-V 2203.03466, Figure 1). The other ranges,
+    the sampler and the pruner are unchanged.
     """
     ratio = width / experiment.base_scale.width
     search = {name: range_.model_dump(mode="json") for name, range_ in experiment.search.items()}
@@ -95,7 +95,7 @@ def control_experiment(experiment: Experiment, parametrization: str, width: int,
 
 
 def _extended(range_: Range | None, lr: float, ratio: float) -> Range:
-    """Return the learning rate's range with its lower end divided by ``ratio``, or its upper end by one below 1."""
+    """Return the learning rate's range with its lower end divided by ``ratio``, or its upper end if ``ratio`` is below 1."""
     if range_ is None:
         range_ = Range(low=lr / LR_WITHOUT_A_RANGE, high=lr * LR_WITHOUT_A_RANGE, log=True)
     if range_.choices is not None:
@@ -106,14 +106,14 @@ def _extended(range_: Range | None, lr: float, ratio: float) -> Range:
 
 
 def finished_trials(experiment: Experiment, folder: RunFolder) -> int:
-    """Return how many finished trials the study in ``folder`` has; those that the experiment asks for before it is tuned."""
+    """Return the number of finished trials of the study in ``folder``, or ``experiment.trials`` if it is not tuned yet."""
     if not folder.trials.exists():
         return experiment.trials
     return max(1, int(TRIALS.read(folder.trials)["state"].isin(["COMPLETE", "PRUNED"]).sum()))
 
 
 def announcement(experiment: Experiment, parametrization: str, width: int, trials: int, seeds: int) -> str:
-    """Return in one line what the control's search will cost at most, before it is begun.
+    """Return a one-line announcement of the control's search with its maximum cost.
 
     Raises:
         RequestError: ``parametrization`` is not known, or the model cannot have ``width``.
@@ -143,25 +143,25 @@ def tune_control(
 ) -> Control:
     """Tune ``parametrization`` at ``width`` with ``trials`` trials, and train its best recipe with ``seeds`` seeds.
 
-    Its study is in a run folder of its own inside of ``folder`` (`control_folder`), where an interrupted search goes on.
+    Its study has a separate run folder inside ``folder`` (`control_folder`), where an interrupted search can be resumed.
 
     Args:
-        experiment: the one that the proxy was tuned with.
-        folder: its run folder.
-        parametrization: of the control.
-        width: where the two are compared.
-        executor: how runs are done.
-        trials: finished trials in all.
-        seeds: the same ones as those of the runs it is compared with: 0, 1, …
-        device: noted in the folder.
-        progress: called with (runs done, runs in all, what was found).
+        experiment: the experiment that the proxy was tuned with.
+        folder: run folder of that experiment.
+        parametrization: parametrization of the control.
+        width: width at which the two are compared.
+        executor: trains the runs.
+        trials: number of finished trials to reach.
+        seeds: number of seeds; they are 0, 1, … as in the runs that the control is compared with.
+        device: device recorded in the folder.
+        progress: called with (runs done, runs in total, text about the best result so far).
 
     Raises:
-        RequestError: as `tune`; or a run failed.
+        RequestError: as for `tune`, or a run failed.
     """
     given = control_experiment(experiment, parametrization, width, trials)
     inside = control_folder(folder, parametrization, width)
-    if isinstance(executor, Commands):  # its trials have folders, whose names are the trials' numbers
+    if isinstance(executor, Commands):  # it names the folders of trials by their numbers, which start again here
         executor = Commands(inside.path, executor.capacity)
     total = trials + seeds
     found = tune(
@@ -185,7 +185,7 @@ def _over_seeds(
     seeds: int,
     progress: Callable[[int], None],
 ) -> pd.DataFrame:
-    """Train ``recipe`` with every seed that the folder does not hold for it yet."""
+    """Train ``recipe`` with every seed whose run is not yet in the folder, and return the runs of all seeds."""
     question = {"recipe": recipe.model_dump(mode="json")}
     before = read_json(inside.environment, "the run's environment") if inside.environment.exists() else {}
     rows: dict[int, dict[str, Any]] = {}
@@ -224,29 +224,29 @@ def comparison(
     *,
     maximize: bool = False,
 ) -> list[dict[str, Any]]:
-    """Return the losses at the widest width side by side, the recipe from the proxy first.
+    """Compare the losses at the widest width; the first row is the recipe from the proxy.
 
-    A row has a ``label``, ``log2_lr``, the mean ``loss`` over seeds with its 95% interval ``low`` to ``high`` (Student's t),
-    and ``difference`` with its own: its loss minus the first row's, paired by seed, as a seed's weights and order of data
-    are the same in both. A row of which any run diverged has no loss.
+    A row has a ``label``, ``log2_lr``, the mean ``loss`` over seeds with its 95% confidence interval ``low`` to ``high``
+    (Student's t), and ``difference`` with its interval: the row's loss minus the first row's, paired by seed, since the initial
+    weights and the order of the data of a seed are the same in both. The loss of a row is NaN if any of its runs diverged.
 
     Args:
-        basins: runs (`schemas.BASINS`).
-        parametrizations: ours, and the control's if there is one.
-        recipe: the one from the proxy.
-        proxy: the width where it was tuned.
-        control: the control as tuned at the widest width; None if its learning rate alone was searched.
+        basins: the runs (`schemas.BASINS`).
+        parametrizations: the experiment's parametrization, and the control's if there is one.
+        recipe: the recipe tuned on the proxy.
+        proxy: the width at which it was tuned.
+        control: the control tuned at the widest width; None if only its learning rate was searched.
         maximize: whether higher is better.
     """
     width, transferred = int(basins["width"].max()), math.log2(recipe.lr)
     rows: list[tuple[str, float, pd.Series]] = []
     for name in parametrizations:
         runs = basins[(basins["parametrization"] == name) & (basins["width"] == width)]
-        own = _best_log2_lr(runs, -1 if maximize else 1)
+        best = _best_log2_lr(runs, -1 if maximize else 1)
         others = "" if name == parametrizations[0] else f", other values as {short(parametrizations[0])}'s"
         rows += [
             (f"{short(name)}, recipe from width {proxy}", transferred, _losses(runs, transferred)),
-            (f"{short(name)}, learning rate alone tuned at width {width}{others}", own, _losses(runs, own)),
+            (f"{short(name)}, learning rate alone tuned at width {width}{others}", best, _losses(runs, best)),
         ]
     if control is not None:
         rows.append((_tuned(control), math.log2(control.recipe.lr), _losses(control.runs)))
@@ -262,39 +262,41 @@ def conclusion(
     rows: Sequence[dict[str, Any]], parametrizations: Sequence[str], trials: int, control: Control | None,
     tuning: float | None, *, maximize: bool = False,
 ) -> str:  # fmt: skip
-    """Return what was compared with what, how it came out, and what it cost, in sentences.
+    """Return a summary of the comparison, its result and its cost as text.
 
-    Of the control's rows the best one is compared: a search of both values finds no worse a recipe than one
-    over the learning rate alone, except by chance.
+    The best of the control's rows is used: except by chance, a search over all hyperparameters finds a recipe that is at least as
+    good as one found by a search over the learning rate alone.
 
     Args:
-        rows: of `comparison`, with a control.
-        parametrizations: ours and the control's.
-        trials: finished trials on the proxy.
+        rows: rows of `comparison`, including the control's.
+        parametrizations: the experiment's parametrization and the control's.
+        trials: number of finished trials on the proxy.
         control: as for `comparison`.
-        tuning: floating point operations of the proxy's trials; None if they are not known.
+        tuning: floating point operations of the proxy's trials; None if unknown.
         maximize: whether higher is better.
     """
     ours, us, them = rows[0], *map(short, parametrizations)
     sign = -1 if maximize else 1
     theirs = min(reversed(rows[2:]), key=lambda row: math.inf if math.isnan(row["loss"]) else sign * row["loss"])
-    said = [f"{theirs['label']}: {_loss(theirs)}; {ours['label']} ({_count(trials, 'trial')} there): {_loss(ours)}."]
+    sentences = [
+        f"{theirs['label']}: {_loss(theirs)}; {ours['label']} ({_count(trials, 'trial')} there): {_loss(ours)}."
+    ]
     if not math.isnan(theirs["difference"]):
-        said.append(_difference(theirs, ours["loss"], them))
+        sentences.append(_difference(theirs, ours["loss"], them))
     if control is None:
-        said.append(
+        sentences.append(
             f"This {them} keeps the other values that were tuned for {us}, which need not be its own best ones."
         )
     elif control.flops is not None:
         times = f", {control.flops / tuning:.3g} times the proxy's" if tuning else ""
-        said.append(f"The search of {them} cost {control.flops:.2e} FLOPs{times}.")
+        sentences.append(f"The search of {them} cost {control.flops:.2e} FLOPs{times}.")
     if control is not None and control.edges:
-        said.append(f"{them} may do better still: {'; '.join(control.edges)}.")
-    return " ".join(said)
+        sentences.append(f"{them} may do better still: {'; '.join(control.edges)}.")
+    return " ".join(sentences)
 
 
 def _difference(theirs: dict[str, Any], loss: float, them: str) -> str:
-    """Say by how much ``theirs`` differs from ``loss``, ours, with an interval of the same sign convention."""
+    """Return a sentence on how much ``theirs`` differs from our ``loss``, with value and interval given the same sign."""
     sign = 1 if theirs["difference"] >= 0 else -1
     value, *ends = (sign * theirs[key] for key in ("difference", "difference_low", "difference_high"))
     low, high = sorted(ends)
@@ -332,20 +334,20 @@ def _loss(row: dict[str, Any]) -> str:
 
 
 def _best_log2_lr(runs: pd.DataFrame, sign: int) -> float:
-    """Return the grid point of the lowest mean of ``sign`` times the loss; a diverged run's is infinite."""
+    """Return the grid point with the lowest mean of ``sign`` times the loss; diverged runs count as infinite."""
     losses = (sign * runs["loss"]).where(~runs["diverged"], math.inf)
     return float(losses.groupby(runs["log2_lr"]).mean().idxmin())
 
 
 def _losses(runs: pd.DataFrame, log2_lr: float | None = None) -> pd.Series:
-    """Return the losses by seed, of one learning rate if it is given; NaN where a run diverged."""
+    """Return the losses by seed, at one learning rate if it is given; NaN if a run diverged."""
     if log2_lr is not None:
         runs = runs[np.isclose(runs["log2_lr"], log2_lr)]
     return runs["loss"].where(~runs["diverged"]).set_axis(runs["seed"]).astype(float)
 
 
 def _interval(name: str, values: pd.Series) -> dict[str, float]:
-    """Return the mean with its 95% interval; NaN if a value is missing, no interval for fewer than two."""
+    """Return the mean with its 95% confidence interval; NaN if a value is missing, no interval for fewer than two values."""
     low, high = ("low", "high") if name == "loss" else (f"{name}_low", f"{name}_high")
     if values.empty or values.isna().any():
         return dict.fromkeys((name, low, high), math.nan)

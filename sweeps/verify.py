@@ -25,10 +25,12 @@ from .user_trainers import needed
 
 __all__ = ["basins", "grid", "regret_limit_of", "loss_unit"]
 
-REACH = 2  # grid points on each side of the best one, so that a parabola has shoulders
-LIMIT = 14  # grid points per width at most: beyond, the loss does not depend on the learning rate
-FINEST = 1 / 8  # octaves to which a cliff beside the best point is resolved: what a cell hides is a part of a drift
-PARTS = 64  # of a step, to which grid points are whole
+REACH = 2  # grid points on each side of the best one, so a parabola can be fitted
+LIMIT = 14  # maximum number of grid points per width: if more are needed, the loss does not depend on the learning rate
+FINEST = (
+    1 / 8
+)  # octaves to which a cliff next to the best point is resolved: the drift's interval includes the whole cell
+PARTS = 64  # grid points are multiples of 1/64 of a step
 
 Done = dict[tuple[str, int, int, float], dict[str, Any]]  # (parametrization, width, seed, grid point in steps) → row
 
@@ -47,32 +49,35 @@ def basins(
 ) -> pd.DataFrame:
     """Train over a grid of learning rates at every width and return the frame `schemas.BASINS`.
 
-    The grid has a point every ``step`` octaves and starts around the recipe's own learning rate, another parametrization's
-    around that at which no matrix gets a higher one than under the experiment's own; each width's is extended
-    towards its best point until that has two points on both sides. Where the loss diverges or jumps right beside the best
-    point, the cell between the two is halved until it is at most 1/8 octave. Every finished run is written to the folder's
-    ``basins.csv`` at once, and runs found there are not done again. Where two parametrizations have the same plan, as at the
-    base's scale, the run is done once and stands for both, in the other's rows at no cost.
+    The grid has a point every ``step`` octaves and is centered on the recipe's learning rate. For another parametrization, it is
+    laid around the learning rate at which no matrix gets a higher one than under the experiment's parametrization. The grid of
+    each width is extended towards its best point until that has two points on both sides. If the loss diverges or jumps right
+    next to the best point, the cell between the two is halved until it is at most 1/8 octave.
+
+    Every finished run is written to the folder's ``basins.csv`` at once, and runs found there are not repeated. If two
+    parametrizations have the same plan, as at the base scale, the run is done once and counts for both, at no cost in the rows of
+    the second.
 
     Args:
         experiment: the proxy's experiment: model, data, steps.
         recipe: all other hyperparameters, and the center of the grid.
-        widths: at least two.
+        widths: at least two widths.
         folder: run folder.
-        executor: how runs are done.
+        executor: trains the runs.
         parametrizations: "mup", and "sp" as a control.
-        seeds: repeats of every run; the same ones for all.
+        seeds: number of seeds of every run; the same seeds everywhere.
         step: octaves between grid points.
-        progress: called with (runs done, runs known to be needed, what runs, operations left over those done by this call).
+        progress: called with (runs done, runs known to be needed, text about the current runs, operations left divided by
+            those done in this call).
 
     Raises:
-        RequestError: fewer than two widths, one that the model cannot have, another data hash than the folder's, or a run
-            that failed.
+        RequestError: there are fewer than two widths, the model does not support one of them, the folder has another data hash,
+            or a run failed.
     """
     widths = sorted(set(widths))
     if len(widths) < 2:
-        raise RequestError(f"a drift needs at least two widths, and {widths} is {len(widths)}: see --widths.")
-    # What is wrong is said before anything is written.
+        raise RequestError(f"a drift needs at least two widths, but {widths} is {len(widths)}: see --widths.")
+    # Report wrong requests before anything is written.
     alike = {width: _alike(experiment, _scale(experiment, width), parametrizations, recipe) for width in widths}
     flops = {width: flops_of(experiment, _scale(experiment, width)) for width in widths}
     middle = {
@@ -83,7 +88,9 @@ def basins(
     _, data = loaded(experiment)
     folder.note_environment(data_sha256=data and data.sha256)
     done = _known(folder, recipe, step)
-    behind = 0.0  # operations of a step, over the runs of this call; the widest come first and take by far the longest
+    behind = (
+        0.0  # operations of one step, summed over the finished runs of this call: wide runs come first and take longest
+    )
     while True:
         wanted = [
             Job(
@@ -96,27 +103,27 @@ def basins(
         ]
         for name, width, seed, k in (job.key for job in wanted if job.key not in done):
             if (same := done.get((alike[width][name], width, seed, k))) is not None:
-                spent = dict.fromkeys(("flops", "seconds"), 0.0)  # by the run that this one equals
+                spent = dict.fromkeys(("flops", "seconds"), 0.0)  # counted in the identical run
                 done[name, width, seed, k] = {**same, "parametrization": name} | spent
         missing = [job for job in wanted if job.key not in done]
         waiting = {job.key for job in missing}
         count = len(wanted) - len(missing)
         if missing:
-            folder.verify.unlink(missing_ok=True)  # its verdict is about other runs than those that are being done
+            folder.verify.unlink(missing_ok=True)  # its verdict does not cover the new runs
             _note(folder, experiment, recipe, len(wanted), widths, parametrizations, seeds, step)
         missing = [
             job
             for job in missing
-            if (job.key == (own := (alike[job.key[1]][job.key[0]], *job.key[1:]))) or own not in waiting
+            if (job.key == (same_key := (alike[job.key[1]][job.key[0]], *job.key[1:]))) or same_key not in waiting
         ]
         ahead = sum(flops[job.scale.width] or 1.0 for job in missing)
         progress(count, len(wanted), "", ahead / behind if behind else None)
         if not waiting:
             break
-        # The longest first, so that none is left running alone at the end.
+        # Longest runs first, so none is left running alone at the end.
         for job, outcome in executor.run(experiment, sorted(missing, key=lambda job: -job.scale.width)):
             name, width, seed, k = job.key
-            # A grid with a hole gives no optimum.
+            # A grid with a missing point gives no optimum.
             needed(outcome, f"the run of {name} at width {width} with lr {job.recipe.lr:.3g} and seed {seed}")
             done[job.key] = {
                 "parametrization": name, "width": width, "depth": job.scale.depth, "seed": seed, "log2_lr": center + k * step,
@@ -137,7 +144,7 @@ def _note(
     folder: RunFolder, experiment: Experiment, recipe: Recipe, planned: int, widths: Sequence[int],
     parametrizations: Sequence[str], seeds: int, step: float, *, ended: bool = False,
 ) -> None:  # fmt: skip
-    """Note how many runs of which question are planned: of an interrupted verification the folder tells what is missing."""
+    """Record the planned runs and the question they answer, so the folder shows what an interrupted verification is missing."""
     arguments = {"--widths": ",".join(map(str, widths)), "--seeds": seeds, "--step": step}
     if controls := [name for name in parametrizations if name != experiment.parametrization]:
         arguments["--control"] = controls[0]
@@ -151,12 +158,12 @@ def _note(
 
 
 def _alike(experiment: Experiment, scale: Scale, parametrizations: Sequence[str], recipe: Recipe) -> dict[str, str]:
-    """Return for every parametrization the first one whose plan at ``scale`` is the same, as all are at the base's scale."""
+    """Map each parametrization to the first one with the same plan at ``scale``; at the base scale, all plans are the same."""
     plans = {name: plan_of(experiment, scale, name, recipe) for name in parametrizations}
-    if experiment.trainer is not None:  # which may read the parametrization's name
+    if experiment.trainer is not None:  # a user trainer may read the parametrization's name
         return {name: name for name in plans}
     return {
-        name: next(first for first, other in plans.items() if other.rows == own.rows) for name, own in plans.items()
+        name: next(first for first, other in plans.items() if other.rows == plan.rows) for name, plan in plans.items()
     }
 
 
@@ -165,7 +172,7 @@ def _scale(experiment: Experiment, width: int) -> Scale:
 
 
 def _known(folder: RunFolder, recipe: Recipe, step: float) -> Done:
-    """Runs of an earlier call with the same recipe; those of another recipe answer another question."""
+    """Return the runs of an earlier call with the same recipe and step; set those of another recipe or step aside."""
     question = {"recipe": recipe.model_dump(mode="json"), "step": step}
     before = read_json(folder.environment, "the run's environment") if folder.environment.exists() else {}
     if before.get("basins") != question or not folder.basins.exists():
@@ -183,13 +190,15 @@ def _known(folder: RunFolder, recipe: Recipe, step: float) -> Done:
 
 
 def _middle(experiment: Experiment, scale: Scale, name: str, recipe: Recipe, step: float) -> int:
-    """Return the grid point around which a grid is first laid: 0 for the experiment's own parametrization.
+    """Return the grid point around which a grid is first laid; 0 for the experiment's own parametrization.
 
-    Another one is likely to have its best where no matrix gets a higher learning rate than under the experiment's own.
+    Another parametrization is likely to be best where no matrix gets a higher learning rate than under the experiment's own.
     """
-    own = {row.name: row.lr for row in plan_of(experiment, scale, experiment.parametrization, recipe).rows}
+    reference = {row.name: row.lr for row in plan_of(experiment, scale, experiment.parametrization, recipe).rows}
     ratios = [
-        own[row.name] / row.lr for row in plan_of(experiment, scale, name, recipe).rows if row.lr and own[row.name]
+        reference[row.name] / row.lr
+        for row in plan_of(experiment, scale, name, recipe).rows
+        if row.lr and reference[row.name]
     ]
     return round(math.log2(min(ratios, default=1.0)) / step)
 
@@ -199,7 +208,7 @@ def grid(
 ) -> list[float]:
     """Return the grid points that this width needs, in steps from the center, given the runs in ``done``.
 
-    It is first laid around ``middle``; 0, the transferred learning rate, is always among them.
+    The grid is first laid around ``middle`` and always includes 0, the transferred learning rate.
     """
     known: dict[float, dict[int, dict[str, Any]]] = {}
     for (parametrization, w, seed, k), row in done.items():
@@ -215,29 +224,29 @@ def grid(
 
 
 def _further(points: list[float], known: dict[float, dict[int, dict[str, Any]]], step: float, sign: int) -> set[float]:
-    """Grid points that the losses at ``points`` ask for."""
+    """Return the grid points that are needed given the losses at ``points``."""
     losses = [[_known_loss(known[k][seed], sign) for k in points] for seed in sorted(known[points[0]])]
     at = bracket(step * np.array(points), np.array(losses))
     best = points[at.best]
     low, high = math.floor(best) - REACH, math.ceil(best) + REACH
     wanted: set[float] = set()
-    # Beyond a cliff there is nothing to look for.
+    # Do not extend the grid beyond a cliff.
     if len(points) < LIMIT:
         wanted |= set(range(low, math.floor(best) + 1)) if not at.cliff_low else set()
         wanted |= set(range(math.ceil(best), high + 1)) if not at.cliff_high else set()
-    for cliff, last, lost in ((at.cliff_low, at.first, at.first - 1), (at.cliff_high, at.last, at.last + 1)):
-        if cliff and abs(points[lost] - points[last]) * step > FINEST:
-            wanted.add((points[lost] + points[last]) / 2)
+    for cliff, last, beyond in ((at.cliff_low, at.first, at.first - 1), (at.cliff_high, at.last, at.last + 1)):
+        if cliff and abs(points[beyond] - points[last]) * step > FINEST:
+            wanted.add((points[beyond] + points[last]) / 2)
     return wanted
 
 
 def _known_loss(row: dict[str, Any], sign: int) -> float:
-    lost = row["diverged"] or row["loss"] is None or not math.isfinite(row["loss"])
-    return math.inf if lost else sign * row["loss"]
+    diverged = row["diverged"] or row["loss"] is None or not math.isfinite(row["loss"])
+    return math.inf if diverged else sign * row["loss"]
 
 
 def loss_unit(experiment: Experiment) -> str:
-    """Return the unit of the experiment's losses: "nats", or that it is a loss of the person's own."""
+    """Return the unit of the experiment's losses: "nats", or a phrase for a user's own loss or metric."""
     if experiment.trainer is None:
         family, _ = loaded(experiment)
         if experiment.model.startswith("hf:") or family.loss is cross_entropy:
@@ -246,9 +255,9 @@ def loss_unit(experiment: Experiment) -> str:
 
 
 def regret_limit_of(experiment: Experiment, basins: pd.DataFrame, given: float | None = None) -> float:
-    """Return what the transferred learning rate may cost: ``given``, 0.02 nats, or 2% of the size of another loss.
+    """Return the regret limit of the transferred learning rate: ``given``, 0.02 nats, or 2% of the size of another loss.
 
-    The size is that of the smallest width's best mean loss, negative or not.
+    The size is the absolute value of the best mean loss at the smallest width.
     """
     if given is not None:
         return given
