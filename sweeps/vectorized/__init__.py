@@ -1,1 +1,1 @@
-"""Fused sweeps: trials of equal shape as one program, because their hyperparameters change no shape."""
+"""Vectorized sweeps: train trials of equal shape as one program, since their hyperparameters do not change any shapes."""

@@ -1,4 +1,4 @@
-"""K trainings of equal shape side by side: each is what `proxies.training.Training` would be by itself."""
+"""K vectorized trainings of equal shape, each equivalent to a separate `proxies.training.Training`."""
 
 from __future__ import annotations
 
@@ -36,14 +36,22 @@ __all__ = ["Slot", "Snapshot", "VectorizedTraining"]
 
 Snapshot = dict[str, Any]
 
-# How far a compiled first step may be from the other: bfloat16, as in Muon, is rounded in other places.
+# Tolerance between a compiled and an uncompiled first step; with bfloat16, as in Muon, values are rounded at other places.
 FINE, ROUGH = 1e-3, 5e-2
-BATCHES = 256  # kept: trials of one seed see the same batches, a little apart
+BATCHES = 256  # cached batches: trials with the same seed use the same batches a few steps apart
 
 
 @dataclass
 class Slot:
-    """One training: ``marks`` are the steps at which it is looked at; it goes no further once it is not ``finite``."""
+    """State of one training.
+
+    Attributes:
+        plan: plan of the model and its optimizer.
+        seed: seed of the initial weights and the batches.
+        marks: steps at which the loss is checked, in addition to the regular checks.
+        step: number of steps done.
+        finite: whether the loss was finite at the last check; the training does not advance once it is not.
+    """
 
     plan: Plan
     seed: int
@@ -53,21 +61,21 @@ class Slot:
 
 
 class VectorizedTraining:
-    """Trainings that can be advanced together, validated, taken out, put in and compacted.
+    """Trainings that advance together; single ones can be validated, saved, added and removed.
 
     Args:
         family: the model at any size and its loss.
-        slots: one training each, all at one scale and under one optimizer.
+        slots: one per training, all with the same scale and optimizer.
         data: training and validation batches.
-        steps: length of every run, which the schedules are laid over.
+        steps: length of every run, which the schedules cover.
         batch_size: examples per step and training.
         device: where to train.
-        precision: of matrix products, under `torch.autocast`; the tensors' own if None.
-        clips: whether any training, also one that begins later, may clip its gradients.
-        compile: compile the step, and validation of all; once for this number of trainings. Fewer go on uncompiled, and so
-            do all, with a warning that says why, where it cannot be compiled.
-        known: programs compiled before for the same family, scale, data and number; those of this training are added.
-        snapshots: of trainings that go on, one for each slot.
+        precision: precision of matrix products under `torch.autocast`; that of the tensors if None.
+        clips: whether any training, including those added later, may clip its gradients.
+        compile: compile the step and the validation of all trainings, for this number of trainings. With fewer trainings, or if
+            compilation fails (with a warning that gives the reason), they continue uncompiled.
+        known: programs already compiled for the same family, scale, data and number of trainings; new ones are added to it.
+        snapshots: snapshots of trainings to continue, one for each slot, or None for new trainings.
 
     Raises:
         RequestError: the model or its loss raised.
@@ -109,7 +117,7 @@ class VectorizedTraining:
 
     @torch.no_grad()
     def begin(self, index: int, slot: Slot, snapshot: Snapshot | None = None) -> None:
-        """Begin a training in a slot, over whatever was there, or go on with one that `snapshot` took out."""
+        """Start a training in a slot, or continue one from its ``snapshot``, replacing the slot's previous content."""
         if snapshot is None:
             model = self.family.build(slot.plan.scale).to(self.device)
             slot.plan.attach(model)
@@ -118,7 +126,7 @@ class VectorizedTraining:
             tree_map(lambda stack: stack[index].zero_(), self.now.states)
         else:
             everything = (self.now.trained, self.stack.resting, self.now.buffers, self.now.states)
-            tree_map(lambda stack, own: stack[index].copy_(own), everything, tuple(snapshot["tensors"]))
+            tree_map(lambda stack, saved: stack[index].copy_(saved), everything, tuple(snapshot["tensors"]))
             slot.step = snapshot["step"]
         for row in slot.plan.rows:
             for key, value in numbers_of(slot.plan, row).items():
@@ -131,16 +139,16 @@ class VectorizedTraining:
         self.slots[index] = slot
 
     def snapshot(self, index: int) -> Snapshot:
-        """Return all of one training but its plan and seed, on the CPU, so that it can go on elsewhere."""
+        """Return the state of one training except its plan and seed, on the CPU; `begin` continues from it."""
         everything = (self.now.trained, self.stack.resting, self.now.buffers, self.now.states)
         tensors = tree_map(lambda stack: stack[index].to("cpu", copy=True), everything)
         return {"step": self.slots[index].step, "tensors": list(tensors)}
 
     def keep(self, indices: Sequence[int]) -> None:
-        """Go on with some of the trainings only, in this order."""
+        """Keep only the trainings at ``indices``, in this order."""
         chosen = torch.tensor(list(indices), device=self.device)
         everything = (self.now, self.stack.resting, self.settings, self.limit)
-        # All or nothing, as memory may not suffice.
+        # Assign all at once: if memory runs out, nothing has changed.
         self.now, self.stack.resting, self.settings, self.limit = tree_map(lambda each: each[chosen], everything)
         self.stack.trained, self.stack.buffers = self.now.trained, self.now.buffers
         if len(indices) != len(self.slots):
@@ -149,14 +157,14 @@ class VectorizedTraining:
         self.slots = [self.slots[index] for index in indices]
 
     def advance(self, count: int) -> None:
-        """Train ``count`` steps, then note where a loss was not finite when its own training would have looked."""
+        """Train ``count`` steps, then mark the trainings whose loss was not finite at a step where `Training` checks it."""
         self.stack.model.train()
         begun = [slot.step for slot in self.slots]
         losses: list[Tensor] = []
         try:
             for step in range(count):
                 losses.append(self._stepped(begun, step))
-        finally:  # also of a step that fails, for want of memory
+        finally:  # also after a step that failed, such as for lack of memory
             if losses:
                 self._note(begun, torch.stack(losses, 1).tolist())
 
@@ -170,11 +178,11 @@ class VectorizedTraining:
             replayed = graphed(self.step, inputs, self._tolerance)
             self.step, self._graphs = replayed or self.step, replayed is not None
         losses, self.now = self.step(*inputs)
-        self.stack.trained, self.stack.buffers = self.now.trained, self.now.buffers  # frees those before
+        self.stack.trained, self.stack.buffers = self.now.trained, self.now.buffers  # frees the previous tensors
         return losses
 
     def _note(self, begun: list[int], histories: list[list[float]]) -> None:
-        """Advance the slots by their losses, and end those at which their own training would have ended."""
+        """Advance the slots by the steps done, and mark those as not finite whose separate training would have ended."""
         for slot, before, history in zip(self.slots, begun, histories, strict=True):
             for step, loss in enumerate(history, before + 1):
                 if not slot.finite or step > self.steps:
@@ -185,7 +193,7 @@ class VectorizedTraining:
 
     @torch.no_grad()
     def validate(self, indices: Sequence[int]) -> list[float]:
-        """Return the mean losses of some trainings over the held-out batches, in nats."""
+        """Return the mean losses of the trainings at ``indices`` over the held-out batches, in nats; NaN if not finite."""
         self.stack.model.eval()
         chosen = torch.tensor(list(indices), device=self.device)
         whole = len(chosen) == len(self.slots)
@@ -193,7 +201,7 @@ class VectorizedTraining:
         tensors, buffers = pick({**self.stack.resting, **self.now.trained}), pick(self.now.buffers)
         sizes = [len(targets) for _, targets in self._held_out]
         judge: Step = self._judge
-        # Not for the very start: trials that then end at different times would pay for a program that is not used again.
+        # Do not compile for validation at the start: trials that end at different times would never use the program again.
         known = "validation" in self._known or self.slots[0].step > 0
         if whole and self.compiles and known and len(set(sizes)) == 1:
             example = self._for_each(self._held_out[0], len(chosen))
@@ -207,14 +215,14 @@ class VectorizedTraining:
 
     @property
     def compiles(self) -> bool:
-        """Whether the step is compiled, or will be before the next one: for this number of trainings."""
+        """Whether the step is compiled for this number of trainings, or will be before the next step."""
         return self._compile
 
     def _use(self, program: TrainingStep) -> None:
         self.step = self._uncompiled = program
 
     def _compiled(self, name: str, step: Step, inputs: tuple[Any, ...]) -> Step:
-        """Return the compiled step, or the step itself where it cannot be compiled."""
+        """Return the compiled step, or ``step`` itself if it cannot be compiled."""
         if name not in self._known:
             self._known[name] = compiled(step, inputs, self._tolerance)
         return self._known[name] or step
@@ -223,7 +231,7 @@ class VectorizedTraining:
         return losses_of(self.stack, tensors, buffers, batch, self.precision)[0], Moving({}, {}, {})
 
     def _for_each(self, batch: Any, count: int) -> Any:
-        """One batch for all: as every model's own, as what a program reads of a shared one would be compiled in."""
+        """Expand one batch to a separate one per model: values read from a shared batch would be compiled in as constants."""
         return tree_map(lambda each: each.expand(count, *each.shape), batch)
 
     def _clock(self, begun: list[int], step: int) -> Clock:
@@ -233,7 +241,7 @@ class VectorizedTraining:
         return Clock(both[0], both[1])
 
     def _batches(self, begun: list[int], step: int) -> Any:
-        """Every training's own batch, side by side; one that has ended repeats its last."""
+        """Return the stacked batches of all trainings; a training that has ended repeats its last batch."""
         at = [min(each + step, self.steps - 1) for each in begun]
         batches = [self._batch(k, slot.seed) for k, slot in zip(at, self.slots, strict=True)]
         return self._to_device(tree_map(lambda *each: torch.stack(each), *batches))

@@ -1,4 +1,4 @@
-"""A whole training step as one compiled program: traced to tensor operations, what is constant computed once, then Inductor."""
+"""Compile a whole training step: trace it to tensor operations, fold constants, and compile the result with Inductor."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ from .step import Moving
 __all__ = ["CapturedGraph", "Graphed", "Step", "compiled", "distance", "graphed"]
 
 Step = Callable[..., Any]
-LARGEST = 2**22  # entries of a constant that is kept
+LARGEST = 2**22  # maximum number of entries of a folded constant
 
 
 def compiled(step: Step, example: tuple[Any, ...], tolerance: float = 1e-3) -> Step | None:
-    """Return a step compiled for inputs like ``example``, or None with a warning that says why it cannot be.
+    """Compile a step for inputs like ``example``; return None, with a warning that gives the reason, if that fails.
 
     Args:
-        step: takes pytrees of tensors and returns (losses, `Moving`), changes nothing in place, and computes the same
-            operations whatever the values.
-        example: its arguments. The step is traced on them, and done once both ways to be compared.
-        tolerance: how far the compiled step may be from the other, in norm, relative to losses, parameters, buffers and
-            states. What a compiler reorders is far below this, a wrong operation far above.
+        step: takes pytrees of tensors and returns (losses, `Moving`), changes nothing in place, and performs the same
+            operations for all values.
+        example: arguments of the step. The step is traced on them, and its compiled and uncompiled results are compared once.
+        tolerance: maximum distance between the two results, in norm, relative to losses, parameters, buffers and states.
+            Differences from reordered operations are far below it, those from wrong operations far above.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's own about itself
+            warnings.simplefilter("ignore")  # torch's warnings about its own code
             program, expected = _compile(step, example)
             far = distance(program(*example), expected)
         if not far < tolerance:
             raise ArithmeticError(f"its first step is {far:.1g} away from the uncompiled one")
-    except Exception as error:  # whatever a compiler raises; without one, the same step runs
+    except Exception as error:  # any error of the compiler, or no compiler: the uncompiled step is used
         warnings.warn(f"fused trials run uncompiled ({describe(error)}).", RuntimeWarning, stacklevel=2)
         return None
     return program
@@ -54,7 +54,8 @@ def _compile(step: Step, example: tuple[Any, ...]) -> tuple[Step, Any]:
         out_spec.append(found)
         return out
 
-    # Under vmap only what all models share can be read as a number, such as whether positions are consecutive: a constant.
+    # Under vmap, only values shared by all models can be read as numbers (such as whether positions are consecutive), so they are
+    # constants.
     graph = make_fx(flattened, _error_on_data_dependent_ops=False)(*flat)
     fold_constants(graph)
     expected = tree_unflatten(graph(*flat), out_spec[0])
@@ -67,7 +68,7 @@ def _compile(step: Step, example: tuple[Any, ...]) -> tuple[Step, Any]:
 
 
 def distance(found: tuple[Tensor, Moving], expected: tuple[Tensor, Moving]) -> float:
-    """The largest distance of any part, in norm: single entries may differ, where Adam makes a step of rounding."""
+    """Return the largest relative distance of any part, in norm; entries may differ where Adam amplifies rounding to a step."""
 
     def parts(losses: Tensor, moving: Moving) -> list[list[Tensor]]:
         states = [[state[i] for state in moving.states.values() if len(state) > i] for i in range(2)]
@@ -85,10 +86,10 @@ def distance(found: tuple[Tensor, Moving], expected: tuple[Tensor, Moving]) -> f
 
 @torch.no_grad()
 def fold_constants(graph: fx.GraphModule) -> None:
-    """Compute once, in place, what depends on no input: rotary tables, masks.
+    """Replace, in place, values that depend on no input, such as rotary tables and masks, by constants.
 
-    It saves work in every step, and the compiled program then has the very numbers of the uncompiled one: Inductor's own
-    float32 cosine is another.
+    This saves work in every step, and the compiled program then uses the same values as the uncompiled one: Inductor's float32
+    cosine differs from torch's.
     """
     known: dict[fx.Node, Any] = {}
     nodes = graph.graph
@@ -111,7 +112,7 @@ def fold_constants(graph: fx.GraphModule) -> None:
 
 
 def _pure(node: fx.Node) -> bool:
-    """Draws are made anew every time, and what is written to is no constant."""
+    """Return whether a node can be a constant: it draws no random numbers, and it neither writes nor is written to."""
     target = node.target
     if not isinstance(target, OpOverload):
         return False
@@ -123,23 +124,23 @@ def _writes(node: fx.Node) -> bool:
     return is_mutable(node.target)
 
 
-WARMUPS = 3  # libraries choose kernels and allocate workspaces in the first calls, which cannot be captured
+WARMUPS = 3  # in the first calls, libraries choose kernels and allocate workspaces, which cannot be captured
 
 
 class CapturedGraph(Protocol):
-    """What records operations once and does them again, on the same memory."""
+    """Protocol of an object that records operations once and replays them on the same memory."""
 
     def record(self, operations: Callable[[], None]) -> None:
-        """Record ``operations``, which may be done a few times."""
+        """Record ``operations``, which may be called several times."""
         ...
 
     def replay(self) -> None:
-        """Do again what was recorded."""
+        """Replay the recorded operations."""
         ...
 
 
 class CudaGraph:
-    """`torch.cuda.CUDAGraph`, warmed up on a stream of its own as torch asks."""
+    """`torch.cuda.CUDAGraph`, warmed up on a side stream as torch requires."""
 
     def __init__(self) -> None:
         self._graph = torch.cuda.CUDAGraph()
@@ -161,22 +162,24 @@ class CudaGraph:
 
 
 class Graphed:
-    """A step on memory of its own: what it is given is copied there where it has changed, and its state is advanced there.
+    """A captured step with static memory: changed inputs are copied there, and the state is advanced in place.
 
-    The state it returns is that memory, so that nothing of it is copied as long as it is given back; who keeps it longer
-    than to the next call, keeps a copy.
+    The returned state is that memory, so nothing is copied if it is passed to the next call. Clone it to keep it beyond the next
+    call.
 
     Args:
         step: takes (`Moving`, ...) and returns (losses, `Moving`), pytrees of tensors; changes nothing in place.
-        example: its arguments.
-        graph: what records it.
+        example: arguments of the step.
+        graph: records and replays the step.
     """
 
     def __init__(self, step: Step, example: tuple[Any, ...], graph: CapturedGraph) -> None:
         flat, self._spec = tree_flatten(example)
         self._memory: list[Tensor] = [each.detach().clone() for each in flat]
         self._seen: list[tuple[int, int]] = [(-1, -1)] * len(flat)
-        self._held: list[Tensor | None] = [None] * len(flat)  # or another tensor could get the id in `_seen`
+        self._held: list[Tensor | None] = [None] * len(
+            flat
+        )  # keeps inputs alive: another tensor could otherwise get an id in `_seen`
         self._states = len(tree_flatten(example[0])[0])
         inputs = tree_unflatten(self._memory, self._spec)
         self._now, self._losses = inputs[0], torch.empty(0)
@@ -206,12 +209,12 @@ class Graphed:
 
 
 def graphed(step: Step, example: tuple[Any, ...], tolerance: float) -> Step | None:
-    """Return ``step`` replayed from a CUDA graph, or None with a warning that says why it cannot be.
+    """Capture ``step`` as a CUDA graph; return None, with a warning that gives the reason, if that fails.
 
     Args:
-        step: as `Graphed` takes it.
-        example: its arguments, on a GPU; done once both ways to be compared.
-        tolerance: how far the replayed step may be from the other (`compiling.distance`).
+        step: as for `Graphed`.
+        example: arguments of the step, on a GPU; the replayed and the launched results are compared once.
+        tolerance: maximum distance between the two results (`compile.distance`).
     """
     try:
         replayed = Graphed(step, example, CudaGraph())

@@ -1,8 +1,8 @@
-"""The executor that trains many jobs as one program: each is compared at its own rungs, and a finished one frees its slot.
+"""Executor that trains many jobs as one program: each job is pruned at its own rungs, and a finished job frees its slot.
 
-Trials in the middle of their run are saved, so that a killed sweep resumes inside them: one file per batch, named by its own
-hash, replaces the one before. A trial is found again by everything its course depends on and not by its number, as the study asks
-for a killed trial's values again under another one.
+Running trials are saved, so a killed sweep can resume in the middle of them: one file per batch, named by its hash, replaces the
+previous one. A saved trial is identified by everything that its course of training depends on, not by its number, since the
+study retries a killed trial under another number.
 """
 
 from __future__ import annotations
@@ -38,12 +38,22 @@ __all__ = ["SlotBatch", "Checkpoints", "Fused", "Precision", "Running", "course_
 
 logger = logging.getLogger(__name__)
 
-LONGEST = 25  # steps between looks, so that trials that are lost are soon replaced
+LONGEST = 25  # maximum number of steps between checks, so diverged trials are soon replaced
 
 
 @dataclass
 class Running:
-    """A job in progress: ``start`` is its loss before the first step, ``seconds`` its share of the time."""
+    """A running job.
+
+    Attributes:
+        job: the job.
+        course: hash that identifies its course of training (`course_of`).
+        slot: its state in the `VectorizedTraining`.
+        snapshot: its tensors while it is in no slot.
+        start: validation loss before the first step.
+        reported: (step, loss) of each report so far.
+        seconds: its share of the training time.
+    """
 
     job: Job
     course: str
@@ -54,7 +64,7 @@ class Running:
     seconds: float = 0.0
 
     def outcome(self, loss: float, stopped: bool) -> Outcome:
-        """Return how it ended."""
+        """Return the outcome of the job that ends with ``loss``."""
         assert self.start is not None
         return Outcome(loss, self.start, self.slot.step, stopped, self.seconds)
 
@@ -63,7 +73,7 @@ class Running:
         return {**snapshot, "start": self.start, "told": list(self.reported), "seconds": self.seconds}
 
     def resume(self, entry: dict[str, Any]) -> None:
-        """Go on from an entry when it is put in a slot."""
+        """Set the state from an entry; training continues once the job is put in a slot."""
         self.snapshot = {"step": entry["step"], "tensors": entry["tensors"]}
         self.slot.step = entry["step"]
         self.start, self.reported, self.seconds = (
@@ -74,12 +84,12 @@ class Running:
 
 
 class SlotBatch:
-    """Jobs in a `VectorizedTraining`, one in each slot; a slot without a job waits for one.
+    """Jobs in the slots of a `VectorizedTraining`; free slots can be filled with further jobs.
 
     Args:
-        make: a training of some jobs.
-        jobs: those to begin with, in the order of their slots.
-        report: asked at rungs, of all that are at one; True stops a job.
+        make: returns a training of the given jobs.
+        jobs: initial jobs, in the order of their slots.
+        report: called with all jobs that are at a rung; stops a job by returning True for it.
     """
 
     def __init__(
@@ -91,40 +101,44 @@ class SlotBatch:
 
     @property
     def live(self) -> list[Running]:
-        """The jobs that run."""
+        """The running jobs."""
         return [each for each in self.running if each is not None]
 
     @property
     def free(self) -> list[int]:
-        """The slots that wait."""
+        """The indices of the free slots."""
         return [index for index, each in enumerate(self.running) if each is None]
 
     def put(self, index: int, running: Running) -> None:
-        """Begin, or go on with, a job in a free slot."""
+        """Start or continue a job in a free slot."""
         self.training.begin(index, running.slot, running.snapshot)
         running.snapshot = None
         self.running[index] = running
 
     def compact(self) -> None:
-        """Give up free slots, if what is left is then faster: a compiled step is of one size, so it must lose half."""
+        """Remove free slots if that is faster: for a compiled step, which has a fixed size, only if at least half are free."""
         kept = [index for index, each in enumerate(self.running) if each is not None]
         if len(kept) < len(self.running) and (not self.training.compiles or 2 * len(kept) <= len(self.running)):
             self.training.keep(kept)
             self.running = [self.running[index] for index in kept]
 
     def entries(self) -> dict[str, dict[str, Any]]:
-        """Return the jobs that run as plain data, by their courses."""
+        """Return the running jobs as plain data, by their courses."""
         return {each.course: each.entry(self.training.snapshot(index)) for index, each in self._places()}
 
     def taken_out(self) -> list[Running]:
-        """Return the jobs that run, each with all that it needs to go on elsewhere, or to begin again."""
+        """Return the running jobs, each with a snapshot to continue from, or without one if it has not done a step yet."""
         for index, each in self._places():
             if each.slot.step > 0:
                 each.snapshot = self.training.snapshot(index)
         return self.live
 
     def go(self) -> tuple[list[tuple[Job, Outcome]], bool]:
-        """Train up to the next rung or end of any job; return those that have ended, and whether there was a rung."""
+        """Train up to the next rung or end of any job, for at most `LONGEST` steps.
+
+        Returns:
+            The jobs that have ended, with their outcomes, and whether any job was validated at a rung or at its end.
+        """
         self._start()
         steps = self.training.steps
         ahead = min(min(mark for mark in (*r.slot.marks, steps) if mark > r.slot.step) - r.slot.step for r in self.live)
@@ -145,7 +159,7 @@ class SlotBatch:
                 self.running[index].start = loss  # type: ignore[union-attr]
 
     def _judged(self, losses: dict[int, float]) -> list[tuple[Job, Outcome]]:
-        """Take out what has ended, as `proxies.training.train` does at a rung and at the end; all at a rung report together."""
+        """Remove and return the jobs that have ended, as `proxies.training.train` does; all jobs at a rung report together."""
         at_rung = {
             index: Reported(running.job, running.slot.step, losses[index])
             for index, running in self._places()
@@ -172,7 +186,7 @@ class SlotBatch:
 
 
 class _Shared:
-    """Counts the time inside of it towards all jobs alike."""
+    """Context manager that divides the time spent inside equally among ``jobs``."""
 
     def __init__(self, jobs: list[Running]) -> None:
         self.jobs = jobs
@@ -186,24 +200,24 @@ class _Shared:
 
 
 Precision = Literal["float32", "bfloat16"]
-# Of an experiment, what its training step does not depend on.
+# Keys of an experiment that its compiled training step does not depend on.
 NOT_COMPILED = {
     "trials", "search", "recipe", "steps", "seed", "sampler", "pruner", "rungs", "budget", "repeats",
 }  # fmt: skip
 
 
 class Fused:
-    """``count`` jobs as one program, in this process.
+    """Executor that trains ``count`` jobs as one program in this process.
 
-    Jobs of another scale than those that run wait until these have ended. What cannot be fused is done one by one, with a
-    line on stderr that says why; where memory does not suffice, half as many go on.
+    Jobs of another scale wait until the running jobs have ended. Jobs that cannot be fused are trained one by one, and a line on
+    stderr gives the reason. If memory is insufficient, training continues with half as many jobs at a time.
 
     Args:
-        count: how many at a time.
+        count: number of jobs at a time.
         device: where to train.
-        precision: of matrix products; bfloat16 is `torch.autocast`, weights and optimizer states stay float32.
+        precision: precision of matrix products; bfloat16 uses `torch.autocast`, with weights and optimizer states in float32.
         compile: compile the training step, which takes from ten seconds to a minute for each scale.
-        checkpoints: where running trials are saved at rungs; nowhere if None.
+        checkpoints: where running trials are saved at rungs; None disables checkpoints.
     """
 
     def __init__(
@@ -232,7 +246,7 @@ class Fused:
     def _together(
         self, experiment: Experiment, scale: Scale, source: _Source, report: Report | None
     ) -> Iterator[tuple[Job, Outcome]]:
-        """Do jobs of one scale until the next is of another, or there are none."""
+        """Train jobs of one scale until the next job has another scale or there is none."""
         waiting: list[Running] = []
         batch: SlotBatch | None = None
         clips = experiment.recipe.clip is not None or "clip" in experiment.search
@@ -274,7 +288,7 @@ class Fused:
         return running
 
     def _replayed(self, running: Running, report: Report | None) -> Outcome | None:
-        """Tell a trial that goes on after a kill what it reported before; it may be stopped there now."""
+        """Repeat the earlier reports of a resumed trial; return its outcome if it is now stopped at one of them."""
         for step, loss in running.reported if report is not None else []:
             assert report is not None
             if alone(report, running.job)(step, loss):
@@ -290,7 +304,7 @@ class Fused:
             family, [each.slot for each in jobs], data, steps=experiment.steps, batch_size=experiment.batch_size,
             device=self.device, precision=torch.bfloat16 if self.precision == "bfloat16" else None,
             clips=clips or any(each.job.recipe.clip is not None for each in jobs),
-            # A program is of one size: it pays where all slots are filled again and again.
+            # A program has a fixed size: compiling pays off only if all slots are refilled again and again.
             compile=self.compile and len(jobs) == self.capacity, known=known, snapshots=[each.snapshot for each in jobs],
         )  # fmt: skip
         for each in jobs:
@@ -298,7 +312,7 @@ class Fused:
         return training
 
     def _halved(self, batch: SlotBatch | None, waiting: list[Running], error: Exception) -> list[Running]:
-        """Take all out that can go on, and make room for half as many."""
+        """Halve the capacity after running out of memory, and return all jobs that have to continue or start."""
         running = batch.taken_out() if batch is not None else []
         at_once = len(running) or min(len(waiting), self.capacity)
         if at_once <= 1:
@@ -316,20 +330,20 @@ class Fused:
 
 
 class _Source:
-    """Jobs as they are asked for, with one look ahead."""
+    """Iterator over jobs that can look one job ahead."""
 
     def __init__(self, jobs: Iterator[Job]) -> None:
         self._jobs = jobs
         self._ahead: Job | None = None
 
     def scale(self) -> Scale | None:
-        """Return the next job's scale, or None if there is no next one."""
+        """Return the scale of the next job, or None if there is none."""
         if self._ahead is None:
             self._ahead = next(self._jobs, None)
         return None if self._ahead is None else self._ahead.scale
 
     def several_of(self, scale: Scale, count: int) -> Iterator[Job]:
-        """Hand out at most ``count`` jobs, as long as they are of ``scale``."""
+        """Yield at most ``count`` jobs while the next one has the scale ``scale``."""
         while count > 0 and self.scale() == scale:
             assert self._ahead is not None
             job, self._ahead = self._ahead, None
@@ -337,20 +351,20 @@ class _Source:
             yield job
 
     def all_of(self, scale: Scale) -> Iterator[Job]:
-        """Hand out jobs one by one, as long as they are of ``scale``."""
+        """Yield jobs while the next one has the scale ``scale``."""
         return self.several_of(scale, sys.maxsize)
 
 
 SUFFIX = ".trials"
-SHARE = 0.02  # of the time between two writes that a write may take: rungs that come faster are passed over
+SHARE = 0.02  # maximum fraction of time spent on writing; rungs that come too soon after a write are not saved
 
 
 class Checkpoints:
-    """The files in ``folder``, which is this process's alone.
+    """Checkpoint files of running trials in ``folder``, which only this process may use.
 
     Args:
-        folder: made when the first file is written.
-        share: of the time, how much writing may take; 1 to write whenever asked.
+        folder: created when the first file is written.
+        share: maximum fraction of time spent on writing; 1 to write at every rung.
     """
 
     def __init__(self, folder: Path, share: float = SHARE) -> None:
@@ -360,20 +374,20 @@ class Checkpoints:
         self._written, self._cost = 0.0, 0.0
 
     def take(self, course: str) -> Any | None:
-        """Return what was saved of a trial, once, or None."""
+        """Return and remove the saved entry of a trial; None if there is none."""
         if self._entries is None:
             self._entries = self._read()
         return self._entries.pop(course, None)
 
     def due(self) -> bool:
-        """Say whether enough time has passed to write again."""
+        """Return whether enough time has passed since the last write."""
         return time.monotonic() - self._written >= self._cost / self.share - self._cost
 
     def save(self, entries: Mapping[str, Any]) -> None:
-        """Write the trials that run, by their courses, in place of those before.
+        """Write the running trials, by their courses, and remove the previous file.
 
         Raises:
-            RequestError: the disk is full or cannot be written; the file before stays.
+            RequestError: the disk is full or cannot be written; the previous file is kept.
         """
         begun = time.monotonic()
         file = io.BytesIO()
@@ -388,7 +402,7 @@ class Checkpoints:
         self._cost = self._written - begun
 
     def clear(self) -> None:
-        """Remove all files: every trial has ended."""
+        """Remove all files, once every trial has ended."""
         self._entries, self._own = {}, None
         for path in self.folder.glob(f"*{SUFFIX}"):
             path.unlink(missing_ok=True)
@@ -396,7 +410,7 @@ class Checkpoints:
             self.folder.rmdir()
 
     def _read(self) -> dict[str, Any]:
-        """What is in the files that are whole; where a trial is in two, the one that is further."""
+        """Return the entries of all intact files and delete damaged ones; for a trial in two files, keep the later step."""
         found: dict[str, Any] = {}
         for path in sorted(self.folder.glob(f"*{SUFFIX}")):
             content = path.read_bytes()
@@ -410,7 +424,7 @@ class Checkpoints:
 
 
 def course_of(experiment: Experiment, plan: Plan, seed: int, data_sha256: str, precision: str) -> str:
-    """Return a hash of all that a trial's course depends on, the code of the person's own model apart."""
+    """Return a hash of everything that a trial's course of training depends on, except the code of a user's model."""
     facts = {
         "plan": plan.as_dict(),
         "seed": seed,

@@ -1,9 +1,8 @@
 """One training step of K models of equal shape as a function of tensors: forward, backward, clipping and update.
 
-The tensors of the K models are stacked and one of them lends its structure; attention takes the models as part of the batch, so
-that the usual kernel computes all of them. Optimizer steps are torch's own arithmetic, operation by operation, so a vectorized
-step equals a separate one. They return new tensors: Inductor's fusion for CPUs failed on programs that write in place
-(docs/log.md).
+The tensors of the K models are stacked, and one model provides the structure. Attention folds the models into the batch, which
+lets the usual kernel compute all of them. Optimizer steps repeat torch's arithmetic operation by operation, so a vectorized step
+equals a separate one. They return new tensors: Inductor's fusion for CPUs failed on programs that write in place (docs/log.md).
 
 Shapes: parameters, gradients and states are [K, ...], settings [K, 1, ...] in float64, clocks [K].
 """
@@ -52,9 +51,13 @@ State = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class Kind:
-    """Which update a parameter follows; ``adjust`` is Muon's factor, by the name that torch gives it, ``iteration`` its dtype.
+    """Optimizer update of a parameter.
 
-    ``columns`` are those with a gauge of their own, which counts in clipping.
+    Attributes:
+        name: "adam", "sgd" or "muon".
+        adjust: Muon's lr adjustment, by the name that torch gives it.
+        iteration: dtype of Muon's iteration.
+        columns: column blocks with separate gauges, which count in clipping.
     """
 
     name: str
@@ -65,7 +68,7 @@ class Kind:
 
 @dataclass(frozen=True)
 class Clock:
-    """Where each model is: what multiplies its learning rates in this step, and the step's number from 1; [K] in float64."""
+    """Each model's learning rate multiplier for this step and the step's number from 1; both are [K] in float64."""
 
     multiplier: Tensor
     step: Tensor
@@ -83,7 +86,7 @@ def kind_of(plan: Plan, row: ParameterPlan, device: str) -> Kind:
 
 
 def numbers_of(plan: Plan, row: ParameterPlan) -> dict[str, float]:
-    """Return the settings of one parameter as numbers, with its gauge, which counts in clipping."""
+    """Return the optimizer settings of one parameter as numbers, including its gauge, which counts in clipping."""
     settings = plan.settings_of(row)
     betas = settings.get("betas", (0.0, 0.0))
     return {
@@ -105,7 +108,7 @@ def blank_state(kind: Kind, parameter: Tensor) -> State:
 def stepped(
     kind: Kind, parameter: Tensor, gradient: Tensor, state: State, settings: OptimSettings, clock: Clock
 ) -> tuple[Tensor, State]:
-    """Return parameters and state after one step."""
+    """Return the parameter and its optimizer state after one step."""
     multiplier, step = (each.view(-1, *[1] * (parameter.dim() - 1)) for each in (clock.multiplier, clock.step))
     lr = settings["lr"] * multiplier
     match kind.name:
@@ -118,7 +121,7 @@ def stepped(
 
 
 def _adam(p: Tensor, g: Tensor, state: State, settings: OptimSettings, lr: Tensor, t: Tensor) -> tuple[Tensor, State]:
-    """AdamW; `Adam` is the same here, as its rule takes no weight decay (`torch.optim.adam._single_tensor_adam`)."""
+    """AdamW; `Adam` is the same here, since its rule has no weight decay (`torch.optim.adam._single_tensor_adam`)."""
     beta1, beta2 = settings["beta1"], settings["beta2"]
     keep = (1 - lr * settings["weight_decay"]).to(p.dtype)
     size = (lr / (1 - beta1**t)).to(p.dtype)
@@ -129,7 +132,7 @@ def _adam(p: Tensor, g: Tensor, state: State, settings: OptimSettings, lr: Tenso
 
 
 def _sgd(p: Tensor, g: Tensor, state: State, settings: OptimSettings, lr: Tensor) -> tuple[Tensor, State]:
-    """SGD with momentum; a buffer of zeros makes the first step that of torch (`torch.optim.sgd._single_tensor_sgd`)."""
+    """SGD with momentum; a zero buffer gives the same first step as torch (`torch.optim.sgd._single_tensor_sgd`)."""
     g = g + settings["weight_decay"].to(p.dtype) * p
     buffer = state[0] * settings["momentum"].to(p.dtype) + g
     return p - lr.to(p.dtype) * buffer, (buffer,)
@@ -145,9 +148,9 @@ def _muon(p: Tensor, g: Tensor, state: State, settings: OptimSettings, lr: Tenso
 
 
 class FoldedAttention(TorchFunctionMode):
-    """While active, `scaled_dot_product_attention` under one `torch.vmap` folds the mapped axis into the batch.
+    """Mode in which `scaled_dot_product_attention` under one `torch.vmap` folds the mapped axis into the batch.
 
-    Gradients are to be taken outside of the vmap, of the sum of its losses.
+    Take gradients outside of the vmap, of the sum of its losses.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -160,31 +163,31 @@ def _attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
     is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
 ) -> Any:  # fmt: skip
-    """The arguments as torch's function takes them, by position or by name."""
+    """Accept the arguments of torch's function, by position or by name."""
     options = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
     return _Folded.apply(query, key, value, attn_mask, options)
 
 
 class _Folded(torch.autograd.Function):
-    """A function of autograd for the sake of its rule for vmap, which is made of differentiable parts."""
+    """An autograd function that exists only for its vmap rule, which consists of differentiable operations."""
 
     @staticmethod
     def forward(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]) -> Tensor:
-        """Nothing is mapped: it was computed from what all models share."""
+        """Compute attention without vmap, for inputs that all models share."""
         return F.scaled_dot_product_attention(query, key, value, mask, **options)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        """Nothing is saved: what all models share has no gradient."""
+        """Save nothing, since inputs that all models share have no gradient."""
 
     @staticmethod
     def vmap(
         info: Any, in_dims: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]
     ) -> tuple[Tensor, int]:
-        """Fold, attend, unfold."""
+        """Fold the models into the batch, compute attention, and unfold the result."""
         K = info.batch_size
         q, k, v = (_first(each, dim, K) for each, dim in zip((query, key, value), in_dims[:3], strict=True))
-        if q.dim() < 5:  # no batch axis, and the heads may be grouped: the models alone are the batch
+        if q.dim() < 5:  # no batch axis, and the heads may be grouped: use the models as the batch
             if mask is not None and in_dims[3] is not None:
                 mask = _ranked(_first(mask, in_dims[3], K), q.dim())
             return F.scaled_dot_product_attention(q, k, v, mask, **options), 0
@@ -198,12 +201,12 @@ class _Folded(torch.autograd.Function):
 
 
 def _first(tensor: Tensor, dim: int | None, K: int) -> Tensor:
-    """The tensor with the models as its first axis."""
+    """Return the tensor with the models as its first axis."""
     return tensor.expand(K, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
 
 
 def _ranked(mask: Tensor, rank: int) -> Tensor:
-    """The mask with axes of 1 after the models', as broadcasting would put them before each model's own."""
+    """Return the mask with axes of size 1 after the models' axis, where broadcasting adds them for each model alone."""
     return mask.reshape(mask.shape[0], *[1] * (rank - mask.dim()), *mask.shape[1:])
 
 
@@ -211,58 +214,60 @@ Tensors = dict[str, Tensor]
 
 
 class _Loss(nn.Module):
-    """The loss as a module's output, so that `functional_call` can put other tensors under the model."""
+    """Module that returns the loss, which allows `functional_call` to replace the tensors of the model."""
 
     def __init__(self, family: Family, model: nn.Module) -> None:
         super().__init__()
         self.family, self.model = family, model
 
     def forward(self, batch: Any) -> Tensor:
-        return self.family.loss(self.model, batch)  # mapped, a loss does not tell whether it has a gradient
+        return self.family.loss(
+            self.model, batch
+        )  # not `loss_on`: under vmap, a loss does not show whether it has a gradient
 
 
 class Stack:
-    """Tensors ``[K, ...]`` by name, of models that have the same names and shapes.
+    """Stacked tensors ``[K, ...]`` by name, of models with the same names and shapes.
 
     Attributes:
         trained: parameters with a gradient.
-        resting: parameters that the loss does not use or that want no gradient: an optimizer leaves them alone.
-        buffers: those that a pass in training changes, such as running averages; all others are the first model's.
+        resting: parameters that the loss does not use or that require no gradient; the optimizer does not change them.
+        buffers: buffers that a training pass changes, such as running averages; all others are those of ``model``.
 
     Args:
-        family: the loss.
-        model: lends its structure, and may be used for nothing else.
-        size: K.
-        trained: names, from `moving_parts`.
-        moving: names of buffers, from `moving_parts`.
+        family: provides the loss.
+        model: provides the structure; it must not be used for anything else.
+        size: number of models, K.
+        trained: names of the trained parameters, from `moving_parts`.
+        moving: names of the changing buffers, from `moving_parts`.
     """
 
     def __init__(self, family: Family, model: nn.Module, size: int, trained: set[str], moving: set[str]) -> None:
         self.size, self.model, self.program = size, model, _Loss(family, model)
-        own, held = dict(model.named_parameters()), dict(model.named_buffers())
-        self.trained = {name: _room(each, size) for name, each in own.items() if name in trained}
-        self.resting = {name: _room(each, size) for name, each in own.items() if name not in trained}
-        self.buffers = {name: _room(held[name], size) for name in held if name in moving}
+        parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+        self.trained = {name: _empty(each, size) for name, each in parameters.items() if name in trained}
+        self.resting = {name: _empty(each, size) for name, each in parameters.items() if name not in trained}
+        self.buffers = {name: _empty(buffers[name], size) for name in buffers if name in moving}
 
     @torch.no_grad()
     def put(self, slot: int, model: nn.Module) -> None:
-        """Copy ``model`` to one slot."""
+        """Copy the tensors of ``model`` to one slot."""
         source = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         for name, stack in self.tensors():
             stack[slot].copy_(source[name])
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Go through all stacks."""
+        """Yield the name and the stacked tensor of all parameters and buffers."""
         for part in (self.trained, self.resting, self.buffers):
             yield from part.items()
 
     def loss(self, tensors: Tensors, batch: Any) -> Tensor:
-        """Return the loss of one model with these tensors; a buffer among them is changed in place by training."""
+        """Return the loss of one model with these tensors; in training mode, buffers among them are changed in place."""
         return functional_call(self.program, {f"model.{name}": each for name, each in tensors.items()}, (batch,))
 
 
 def moving_parts(family: Family, model: nn.Module, batch: Any) -> tuple[set[str], set[str]]:
-    """Return the names of the parameters that have a gradient, and of the buffers that a pass in training changes.
+    """Return the names of the parameters that have a gradient, and of the buffers that a training pass changes.
 
     Raises:
         RequestError: the model or its loss raised.
@@ -274,7 +279,7 @@ def moving_parts(family: Family, model: nn.Module, batch: Any) -> tuple[set[str]
     with torch.random.fork_rng(devices):
         loss = family.loss_on(model, batch, "a batch (inputs, targets) of the data")
         gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-    # By value: a kernel that updates running averages does not always count as a change of the tensor.
+    # Compare values: an update of running averages by a kernel is not always counted as a change of the tensor.
     moving = {name for name, each in model.named_buffers() if not torch.equal(each, before[name])}
     with torch.no_grad():
         for name, each in model.named_buffers():
@@ -282,7 +287,7 @@ def moving_parts(family: Family, model: nn.Module, batch: Any) -> tuple[set[str]
     return {name for name, each in zip(parameters, gradients, strict=True) if each is not None}, moving
 
 
-def _room(tensor: Tensor, size: int) -> Tensor:
+def _empty(tensor: Tensor, size: int) -> Tensor:
     return tensor.detach().new_empty((size, *tensor.shape))
 
 
@@ -291,7 +296,7 @@ Precision = torch.dtype | None
 
 @dataclass(frozen=True)
 class Moving:
-    """All that a step changes: parameters, buffers that training changes, and the optimizer's state."""
+    """Tensors that a step changes: parameters, buffers such as running averages, and the optimizer's state."""
 
     trained: Tensors
     buffers: Tensors
@@ -302,13 +307,13 @@ register_dataclass(Moving)
 
 
 class TrainingStep:
-    """The step of one stack's shape.
+    """Training step for stacks of one shape.
 
     Args:
-        stack: the models; only its structure is kept.
-        kinds: each trained parameter's update.
+        stack: the models; only the structure is used.
+        kinds: optimizer update of each trained parameter.
         clips: whether any model clips its gradients.
-        precision: of matrix products, under `torch.autocast`; the tensors' own if None.
+        precision: precision of matrix products under `torch.autocast`; that of the tensors if None.
     """
 
     def __init__(self, stack: Stack, kinds: dict[str, Kind], clips: bool, precision: Precision) -> None:
@@ -317,21 +322,21 @@ class TrainingStep:
     def __call__(
         self, now: Moving, resting: Tensors, settings: dict[str, OptimSettings], limit: Tensor, clock: Clock, batch: Any
     ) -> tuple[Tensor, Moving]:
-        """Return the losses ``[K]`` before the step, and what it makes of ``now``.
+        """Return the losses ``[K]`` before the step, and the state after it.
 
         Args:
-            now: as it stands; not changed.
+            now: current state; not changed.
             resting: the stack's parameters that are not trained.
-            settings: of each trained parameter, [K, 1, ...] each.
-            limit: the largest norm of the gradient, infinite for a model that does not clip; [K] in float64.
-            clock: where each model is.
-            batch: every model's own, [K, N, ...].
+            settings: optimizer settings of each trained parameter, each [K, 1, ...].
+            limit: maximum norm of the gradient, infinite for a model that does not clip; [K] in float64.
+            clock: lr multiplier and step number of each model.
+            batch: a separate batch for each model, [K, N, ...].
         """
         leaves = {name: each.detach().requires_grad_() for name, each in now.trained.items()}
         losses, buffers = losses_of(self.stack, {**resting, **leaves}, now.buffers, batch, self.precision)
-        # A mean inside of each model and a sum over them: what is not finite stays where it is.
+        # Losses are means within each model, summed over the models: a value that is not finite stays within its model.
         found = torch.autograd.grad(losses.sum(), list(leaves.values()))
-        # As the weights lie in memory: a layer's gradient comes transposed, and what is made of it would be as well.
+        # Use the memory layout of the weights: a layer's gradient is transposed, and tensors computed from it would be too.
         gradients = {name: each.contiguous() for name, each in zip(leaves, found, strict=True)}
         with torch.no_grad():
             if self.clips:
@@ -350,7 +355,7 @@ class TrainingStep:
 def losses_of(
     stack: Stack, tensors: Tensors, buffers: Tensors, batch: Any, precision: Precision
 ) -> tuple[Tensor, Tensors]:
-    """Return the losses ``[K]`` of a stack with these tensors on each model's own batch, and its buffers afterwards."""
+    """Return the losses ``[K]`` of a stack with these tensors, each model on its own batch, and the buffers afterwards."""
 
     def one(tensors: Tensors, buffers: Tensors, batch: Any) -> tuple[Tensor, Tensors]:
         buffers = {name: each.clone() for name, each in buffers.items()}
@@ -358,13 +363,13 @@ def losses_of(
 
     run = torch.vmap(one, randomness="different")
     with FoldedAttention(), _casting(tensors, precision), warnings.catch_warnings():
-        # An operation without a rule runs model by model: slower, and as right.
+        # An operation without a vmap rule runs model by model: slower, but correct.
         warnings.filterwarnings("ignore", "There is a performance drop")
         return run(tensors, buffers, batch)
 
 
 def clipped(gradients: Tensors, kinds: dict[str, Kind], settings: dict[str, OptimSettings], limit: Tensor) -> Tensors:
-    """Return gradients ``[K, ...]`` of which each model's norm is at most its ``limit`` (`Plan.clip_grad_norm_`)."""
+    """Return gradients ``[K, ...]``, clipped so each model's norm is at most its ``limit`` (`Plan.clip_grad_norm_`)."""
     norms = [
         torch.linalg.vector_norm(piece.flatten(1), dim=1) * more * settings[name]["gauge"].flatten().to(each.dtype)
         for name, each in gradients.items()
@@ -372,7 +377,7 @@ def clipped(gradients: Tensors, kinds: dict[str, Kind], settings: dict[str, Opti
     ]
     total = torch.linalg.vector_norm(torch.stack([each.to(norms[0].dtype) for each in norms]), dim=0)
     scale = torch.clamp(limit.to(total.dtype) / (total + 1e-6), max=1.0)
-    scale = torch.where(limit.isfinite(), scale, 1.0)  # who does not clip keeps even what is not finite
+    scale = torch.where(limit.isfinite(), scale, 1.0)  # without clipping, keep even gradients that are not finite
     return {name: each * scale.to(each.dtype).view(-1, *[1] * (each.dim() - 1)) for name, each in gradients.items()}
 
 
@@ -382,6 +387,6 @@ def _casting(tensors: Tensors, precision: Precision) -> Iterator[None]:
         yield
         return
     device = next(iter(tensors.values())).device.type
-    # Casts are not kept between passes: the cache would hold those of weights that have been replaced.
+    # Disable the cache of casts: it would keep casts of weights that have been replaced.
     with torch.autocast(device, precision, cache_enabled=False):
         yield

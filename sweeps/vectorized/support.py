@@ -1,4 +1,4 @@
-"""Whether an experiment's trials can be vectorized, found by trying: two together must equal two apart; and out of memory."""
+"""Check whether trials can be vectorized, by comparing two fused trials with two separate ones; recognize a lack of memory."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ __all__ = ["NOT_FOR_ONE", "is_out_of_memory", "refusal"]
 
 NOT_FOR_ONE = "there is not enough memory for one trial: lower batch_size or the proxy's width in the experiment."
 
-# What CPU allocators say in a plain RuntimeError.
+# Messages of CPU allocators in a plain RuntimeError.
 SAID = ("can't allocate memory", "not enough memory", "Cannot allocate memory", "std::bad_alloc")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Say whether ``error``, or what caused it, is that there was no memory left."""
+    """Return whether ``error`` or one of its causes is an out-of-memory error."""
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, (torch.OutOfMemoryError, MemoryError)):
@@ -39,15 +39,17 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 STEPS = 3
 EXAMPLES = 8
-TOLERANCE = 1e-3  # of the loss after three steps: rounding is far below, trials that mix are far above
+TOLERANCE = (
+    1e-3  # relative, of the loss after three steps: rounding is far below this, interaction between trials far above
+)
 SEEDS = (0, 1)
 
 
 def refusal(experiment: Experiment, scale: Scale | None = None, device: str = "cpu") -> str | None:
-    """Say why trials of ``experiment`` at ``scale`` (the proxy's by default) cannot be fused, or None if they can.
+    """Return why trials of ``experiment`` at ``scale`` (default: the proxy's) cannot be fused, or None if they can.
 
     Raises:
-        RequestError: they cannot be trained at all.
+        RequestError: the trials cannot be trained at all.
     """
     if experiment.trainer is not None:
         return f"{experiment.trainer} trains them, one at a time"
@@ -68,11 +70,11 @@ def _tried(key: str, scale: Scale, device: str) -> str | None:
             return "there is no memory for two of them at once"
         return f"the model does not run under torch.vmap ({describe(error)})"
     for alone, joint in zip(apart, together, strict=True):
-        lost = not math.isfinite(alone) and not math.isfinite(joint)
-        if not lost and not abs(alone - joint) <= TOLERANCE * abs(alone):
+        both_diverged = not math.isfinite(alone) and not math.isfinite(joint)
+        if not both_diverged and not abs(alone - joint) <= TOLERANCE * abs(alone):
             if _apart(experiment, plan, device, 1) != apart:
-                return None  # random, as with dropout: nothing to compare
-            return f"beside another trial the model's loss after {STEPS} steps is {joint:.6g} instead of {alone:.6g}"
+                return None  # the loss is random, as with dropout: it cannot be compared
+            return f"next to another trial, the model's loss after {STEPS} steps is {joint:.6g} instead of {alone:.6g}"
     return None
 
 

@@ -190,7 +190,7 @@ def test_a_model_that_changes_beside_others_is_refused(tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text(COUNTING, encoding="utf-8")
     reason = refusal(experiment(model=f"{tmp_path}/own.py:build"))
     assert reason is not None
-    assert "beside another trial the model's loss after 3 steps is" in reason
+    assert "next to another trial, the model's loss after 3 steps is" in reason
 
 
 def test_what_an_own_trainer_trains_is_not_fused() -> None:
