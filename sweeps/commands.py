@@ -164,7 +164,7 @@ def check_command(trainer: Trainer, folder: str | None = None) -> None:
     program = shlex.split(str(trainer.command))[0]
     if "{" not in program and shutil.which(os.path.join(folder or "", program) if "/" in program else program) is None:
         raise RequestError(
-            f"trainer.command begins with {program!r}, which is no program here: check its name and PATH; run a script with "
+            f"trainer.command begins with {program!r}, which was not found: check its name and PATH; run a script with "
             "its interpreter, as in python train.py."
         )
 

@@ -116,7 +116,7 @@ def announcement(experiment: Experiment, parametrization: str, width: int, trial
     """Return a one-line announcement of the control's search with its maximum cost.
 
     Raises:
-        RequestError: ``parametrization`` is not known, or the model cannot have ``width``.
+        RequestError: ``parametrization`` is unknown, or the model does not support ``width``.
     """
     given = control_experiment(experiment, parametrization, width, trials)
     plan_of(given, given.proxy_scale, parametrization, given.recipe)

@@ -62,9 +62,13 @@ class Trainer(Settings):
         if self.call is not None:
             where, _, name = self.call.rpartition(":")
             if not where or not name.isidentifier():
-                raise ValueError(f"{self.call!r} names no function: {AS_CALL}; a command is written {AS_COMMAND}.")
+                raise ValueError(
+                    f"{self.call!r} does not name a function: {AS_CALL}; a command is written {AS_COMMAND}."
+                )
             if self.timeout is not None or self.retries:
-                raise ValueError("timeout and retries are a command's: a function in this process cannot be ended.")
+                raise ValueError(
+                    "timeout and retries only apply to a command: a function in this process cannot be ended."
+                )
         else:
             self._check_command()
         return self
@@ -215,9 +219,8 @@ class Experiment(Settings):
         if given.get("trainer") is not None:
             return {**given, "data": NO_DATA}
         raise ValueError(
-            f"{model} is a model of your own, with a batch and a loss of its own, and nothing says what it trains on: name data "
-            "(digits, bytes, markov, text:PATH or bin:PATH), or as trainer a function that makes its batches "
-            "(docs/own-trainer.md)."
+            f"{model} is a model of your own, and the experiment does not say what it trains on: name data (digits, bytes, "
+            "markov, text:PATH or bin:PATH), or a trainer, a function that makes its batches (docs/own-trainer.md)."
         )
 
     @model_validator(mode="before")
@@ -228,7 +231,7 @@ class Experiment(Settings):
         search = data.get("search") if isinstance(data, dict) else None
         for name, range_ in search.items() if isinstance(search, dict) else ():
             if name not in known:
-                raise ValueError(f"search.{name} is no hyperparameter of a recipe: {nearest(str(name), known)}")
+                raise ValueError(f"search.{name} is not a hyperparameter of a recipe: {nearest(str(name), known)}")
             if not isinstance(range_, dict | Range):
                 raise ValueError(
                     f"search.{name} is {range_!r}, but a range has low and high (log: true for a log scale), or choices: give "
@@ -250,7 +253,7 @@ class Experiment(Settings):
             )
         for name, range_ in self.search.items():
             if name in (idle := self._idle()):
-                raise ValueError(f"search.{name} changes nothing here ({idle[name]}): take it out.")
+                raise ValueError(f"search.{name} has no effect here ({idle[name]}): take it out.")
             for value in range_.ends():
                 optimizer_rule(self.optimizer, with_values(self.recipe, {name: value}))
         if self.sampler == "independent" and self.trials < (least := 2 + 2 * len(self.search)):
@@ -342,7 +345,7 @@ class Experiment(Settings):
         """Read an experiment file, with ``changes`` like ``recipe.lr=0.01`` applied before it is validated.
 
         Raises:
-            RequestError: no such file, no YAML, an unknown key or a value out of range.
+            RequestError: the file does not exist or is not valid YAML, or it has an unknown key or a value out of range.
         """
         try:
             data = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}

@@ -153,7 +153,7 @@ def cost_of(experiment: Experiment, scale: Scale) -> Flops | None:
     Muon's iteration on hidden matrices is included; the elementwise work of other optimizers is left out.
 
     Raises:
-        RequestError: the model does not take the experiment's data.
+        RequestError: the model does not accept the experiment's data.
     """
     if experiment.trainer is not None:
         return None

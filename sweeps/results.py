@@ -243,7 +243,7 @@ def _failed(study: optuna.Study) -> list[str]:
     outcomes = {trial.number: trial.user_attrs.get("outcome", {}) for trial in study.get_trials(deepcopy=False)}
     failed = [number for number, outcome in outcomes.items() if outcome.get("failed")]
     many = f"{len(failed)} trials" if len(failed) > 1 else "one trial"
-    return [f"{many} failed, and others were done instead; trial {n}: {outcomes[n]['failed']}." for n in failed[-1:]]
+    return [f"{many} failed, and others were run instead; trial {n}: {outcomes[n]['failed']}." for n in failed[-1:]]
 
 
 def _never_pruned(experiment: Experiment, study: optuna.Study) -> list[str]:
@@ -252,7 +252,7 @@ def _never_pruned(experiment: Experiment, study: optuna.Study) -> list[str]:
     if experiment.trainer is None or experiment.pruner == "none" or any(t.intermediate_values for t in finished):
         return []
     return [
-        f"no trial reported a loss at or after step {experiment.rung_steps[0]}, the first rung of a run of steps: "
+        f"no trial reported a loss at or after step {experiment.rung_steps[0]}, the first rung with steps: "
         f"{experiment.steps}, so none could be pruned: report while training, count as steps does, or set pruner: none."
     ]
 

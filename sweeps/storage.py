@@ -59,8 +59,8 @@ def only_worker(address: str) -> Iterator[None]:
         yield
         return
     busy = (
-        f"another worker is at work in {address}, and SQLite serves one at a time: name a --storage for many, as journal:FILE "
-        "or postgresql://HOST/DATABASE."
+        f"another worker is at work in {address}, but SQLite serves one at a time: use a --storage for several workers, "
+        "such as journal:FILE or postgresql://HOST/DATABASE."
     )
     try:
         held = contextlib.ExitStack()
@@ -188,7 +188,7 @@ def _reached(address: str) -> BaseStorage:
             raise RequestError(
                 f"the storage {masked(address)} needs the Python package {missing}: {DRIVERS.get(missing, 'install it')}."
             ) from None
-        except Exception as error:  # whatever its driver raises
+        except Exception as error:  # any error of its driver
             if isinstance(error, OSError) and error.filename is not None:
                 reason, move = os.strerror(error.errno or 0), "check its folder and its address"
             else:
@@ -213,7 +213,7 @@ def _opener(address: str) -> Callable[[], BaseStorage]:
         )
     if kind == "grpc" and server:
         return lambda: RetryingStorage(lambda: _proxy(address), address, reopen=True)
-    raise RequestError(f"the storage {masked(address)!r} is of no known kind: write {KNOWN}.")
+    raise RequestError(f"the storage {masked(address)!r} is of an unknown kind: write {KNOWN}.")
 
 
 def _database(address: str) -> BaseStorage:
@@ -293,7 +293,7 @@ class Journal(JournalFileBackend):
     write of a partial line was never confirmed, so it can be cut off safely. This is done here and before every append.
 
     Raises:
-        RequestError: the file holds something else, or its file system has no locks.
+        RequestError: the file is not a journal, or its file system has no locks.
         OSError: the file cannot be written.
     """
 
@@ -327,11 +327,11 @@ class Journal(JournalFileBackend):
                     raise
                 raise RequestError(
                     f"the file system of {self._file_path} has no locks, without which workers would overwrite each other: "
-                    "mount it with locks, or name a --storage on a server, as postgresql://HOST/DATABASE."
+                    "mount it with locks, or name a --storage on a server, such as postgresql://HOST/DATABASE."
                 ) from None
             begin = os.pread(file, len(FIRST), 0)
             if not FIRST.startswith(begin):  # do not truncate: it may be an unrelated file
-                raise RequestError(f"{self._file_path} is no journal of a study: name another --storage or --out.")
+                raise RequestError(f"{self._file_path} is not a study journal: name another --storage or --out.")
             whole = _end_of_last_line(file)
             if whole < os.fstat(file).st_size:
                 os.ftruncate(file, whole)

@@ -331,7 +331,7 @@ def tune(
             affordable(experiment, claims, flops) or count_running(claims)
         ):
             idle = True
-            # The time left is told from when the first trial begins: before it, an executor may measure and compile for minutes.
+            # Report progress from the start of the first trial: before that, an executor may measure and compile for minutes.
             beginning = functools.partial(progress, finished, experiment.trials, best_so_far(study))
             for _ in run_trials(experiment, claims, dead, executor, flops, beginning):
                 idle = False

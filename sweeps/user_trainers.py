@@ -179,7 +179,7 @@ def _loss(loss: Any, what: str) -> float:
         if not isinstance(loss, (bool, str)):
             return float(loss.detach() if isinstance(loss, torch.Tensor) else loss)
     shown = "None" if loss is None else f"{type(loss).__name__} {loss!s:.60}".replace("\n", " ")
-    raise RequestError(f"{what} {shown}: give the loss, one number ({math.nan} where it is none).")
+    raise RequestError(f"{what} {shown}: give the loss, one number ({math.nan} if there is none).")
 
 
 class Failures:

@@ -318,7 +318,7 @@ class Fused:
         if at_once <= 1:
             raise RequestError(NOT_FOR_ONE) from error
         self.capacity = at_once // 2
-        logger.info(f"out of memory with {at_once} trials at once: going on with {self.capacity}.")
+        logger.info(f"out of memory with {at_once} trials at once: continuing with {self.capacity}.")
         if self.device != "cpu":
             torch.cuda.empty_cache()
         return [*running, *waiting]

@@ -154,7 +154,10 @@ WRONG = [
         ("tune", "experiment.yaml", "--out", "new", "--storage", "postgresql://ann:s3cret@127.0.0.1:1/x"),
         ["cannot open the storage postgresql://ann:***@127.0.0.1:1/x", "refused", "check that it runs"],
     ),
-    (("tune", "experiment.yaml", "--out", "new", "--storage", "journal:experiment.yaml"), ["experiment.yaml is no journal"]),
+    (
+        ("tune", "experiment.yaml", "--out", "new", "--storage", "journal:experiment.yaml"),
+        ["experiment.yaml is not a study journal"],
+    ),
     (("tune", "experiment.yaml", "--out", "new", "--lease", "0"), ["--lease", "greater than or equal to 1"]),
     (("tune", "experiment.yaml", "--executor", "process"), ["--executor 'process'", "did you mean 'processes'?"]),
     (("tune", "experiment.yaml", "--executor", "one", "--at-once", "4"), ["--at-once 4 needs --executor processes or fused"]),

@@ -171,11 +171,11 @@ def test_patience_is_no_other_study(folder: RunFolder) -> None:
 def test_a_program_that_is_not_there_is_said_before_anything_is_written(folder: RunFolder) -> None:
     before = contents(folder.path.parent)
     given = experiment(model="models.py:build", data="none", trainer={"command": "torchrnu train.py {plan}"})
-    assert "'torchrnu', which is no program here" in refusal(given, folder)
+    assert "'torchrnu', which was not found" in refusal(given, folder)
     assert {name for name in contents(folder.path.parent) if "__pycache__" not in name} == set(before)
     Path("train.py").touch()
     given = experiment(model="models.py:build", data="none", trainer={"command": "./train.py {plan}"})
-    assert "'./train.py', which is no program here" in refusal(given, folder)
+    assert "'./train.py', which was not found" in refusal(given, folder)
 
 
 def test_widths_are_compared_with_a_command(folder: RunFolder) -> None:

@@ -53,7 +53,7 @@ def test_a_reader_who_had_seen_half_a_line_reads_the_whole_one_that_takes_its_pl
 
 def test_what_is_no_journal_is_refused_and_left_as_it_is(path: Path) -> None:
     path.write_bytes(b"notes, without a newline")
-    with pytest.raises(RequestError, match="is no journal"):
+    with pytest.raises(RequestError, match="is not a study journal"):
         Journal(path)
     assert path.read_bytes() == b"notes, without a newline"
 

@@ -172,6 +172,6 @@ def test_a_loss_that_is_no_number_before_training_ends_the_sweep_in_words(folder
     ],
 )
 def test_a_search_that_changes_nothing_is_refused(search: dict[str, Any], changes: dict[str, Any]) -> None:
-    with pytest.raises(RequestError, match="changes nothing"):
+    with pytest.raises(RequestError, match="has no effect"):
         experiment(search=search, **changes)
     experiment(search={"cooldown": {"low": 0.1, "high": 0.5}, "schedule": {"choices": ["wsd", "cosine"]}})

@@ -105,7 +105,7 @@ def test_a_process_that_dies_takes_one_trial_with_it(folder: RunFolder, two: Pro
     assert lost.user_attrs["outcome"]["failed"].startswith("its process was killed by SIGKILL (often")
     assert not found.trials["diverged"].any()
     (warning,) = found.warnings
-    assert warning.startswith("one trial failed, and others were done instead; trial 2: its process was killed")
+    assert warning.startswith("one trial failed, and others were run instead; trial 2: its process was killed")
 
 
 def test_processes_that_always_die_stop_the_sweep_in_a_sentence(folder: RunFolder) -> None:

@@ -54,7 +54,7 @@ def refusal(address: str) -> str:
         ("mysql+pymysql://ann:s3cret@127.0.0.1/x", ["needs the Python package pymysql: pip install pymysql"]),
         ("grpc://head-node", ["has no host and port: write grpc://HOST:PORT"]),
         ("mongodb://ann:s3cret@h/x", ["mongodb://ann:***@h/x", "postgresql://", "journal:FILE"]),
-        ("postgres", ["'postgres' is of no known kind"]),
+        ("postgres", ["'postgres' is of an unknown kind"]),
         ("journal:none/at/all.journal", ["none/at/all.journal", "No such file"]),
         ("sqlite:///none/at/all.db", ["sqlite:///none/at/all.db", "No such file"]),
     ],

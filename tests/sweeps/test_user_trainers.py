@@ -216,11 +216,11 @@ def test_a_study_from_before_there_were_trainers_goes_on(folder: RunFolder) -> N
 
 # trainer, other changes → what the sentence must say
 WRONG = [
-    ("train.py", {}, ["'train.py' names no function", "file.py:name"]),
-    ("torchrun train.py --recipe {recipe}", {}, ["names no function", "trainer: {command:"]),
+    ("train.py", {}, ["'train.py' does not name a function", "file.py:name"]),
+    ("torchrun train.py --recipe {recipe}", {}, ["does not name a function", "trainer: {command:"]),
     ({"call": "a.py:b", "command": "c {plan}"}, {}, ["trainer", "either call", "or command"]),
     ({}, {}, ["either call"]),
-    ({"call": "a.py:b", "timeout": 3}, {}, ["timeout and retries are a command's"]),
+    ({"call": "a.py:b", "timeout": 3}, {}, ["timeout and retries only apply to a command"]),
     ({"comand": "c {plan}"}, {}, ["'trainer.comand'", "did you mean 'command'?"]),
     ({"command": "train --recipe {recpie}"}, {}, ["placeholder {recpie}", "did you mean 'recipe'?"]),
     ({"command": "train {plan.scale}"}, {}, ["placeholder {plan.scale}"]),

@@ -49,7 +49,7 @@ def test_out_of_memory_halves_and_goes_on() -> None:
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     lines = [line for line in done.stderr.splitlines() if "out of memory" in line]
-    assert lines[0] == "out of memory with 12 trials at once: going on with 6."
+    assert lines[0] == "out of memory with 12 trials at once: continuing with 6."
     assert result["capacity"] < 12
     assert len(lines) == {6: 1, 3: 2, 1: 3}[result["capacity"]]
     assert result["ended"] == 12
@@ -68,8 +68,8 @@ def test_no_memory_for_a_single_trial_is_a_sentence() -> None:
     done = limited(100, 4, proxy={"width": 256, "depth": 3}, batch_size=40_000)
     assert done.returncode == 1
     assert "RequestError: there is not enough memory for one trial: lower batch_size" in done.stderr
-    assert "out of memory with 4 trials at once: going on with 2." in done.stderr
-    assert "out of memory with 2 trials at once: going on with 1." in done.stderr
+    assert "out of memory with 4 trials at once: continuing with 2." in done.stderr
+    assert "out of memory with 2 trials at once: continuing with 1." in done.stderr
 
 
 def test_what_counts_as_out_of_memory() -> None:
