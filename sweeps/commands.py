@@ -63,12 +63,12 @@ def parse_report(line: bytes) -> ParsedReport | None:
     if not line.lstrip().startswith(b"{"):
         return None
     try:
-        given = json.loads(line)
+        report = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(given, dict) or "loss" not in given:
+    if not isinstance(report, dict) or "loss" not in report:
         return None
-    loss, step, final = given["loss"], given.get("step"), given.get("final", False)
+    loss, step, final = report["loss"], report.get("step"), report.get("final", False)
     loss = math.nan if loss is None else loss
     if not _is_number(loss) or not isinstance(final, bool) or not (step is None or _is_step(step)):
         return None
@@ -340,8 +340,8 @@ def _target(experiment: Experiment, job: Job) -> TargetConfig:
 
 def trainer_of(target: TargetConfig) -> Trainer | None:
     """Return the trainer that the target's recipe was tuned with; None for mutransfer's own loop."""
-    given = target.provenance.get("trainer")
-    return None if given is None else Trainer.read(given, "the target's trainer")
+    settings = target.provenance.get("trainer")
+    return None if settings is None else Trainer.read(settings, "the target's trainer")
 
 
 def train_target(

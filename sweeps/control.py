@@ -118,10 +118,10 @@ def announcement(experiment: Experiment, parametrization: str, width: int, trial
     Raises:
         RequestError: ``parametrization`` is unknown, or the model does not support ``width``.
     """
-    given = control_experiment(experiment, parametrization, width, trials)
-    plan_of(given, given.proxy_scale, parametrization, given.recipe)
-    each = flops_of(given, given.proxy_scale)
-    cost = "" if each is None else f", at most {(trials + seeds) * given.steps * each:.2e} FLOPs"
+    variant = control_experiment(experiment, parametrization, width, trials)
+    plan_of(variant, variant.proxy_scale, parametrization, variant.recipe)
+    each = flops_of(variant, variant.proxy_scale)
+    cost = "" if each is None else f", at most {(trials + seeds) * variant.steps * each:.2e} FLOPs"
     return (
         f"control: {parametrization} is tuned at width {width} as well, with {_count(trials, 'trial')} and "
         f"{_count(seeds, 'seed')}{cost}; --control-trials 0 searches its learning rate alone, with the other values of "
@@ -159,26 +159,26 @@ def tune_control(
     Raises:
         RequestError: as for `tune`, or a run failed.
     """
-    given = control_experiment(experiment, parametrization, width, trials)
+    variant = control_experiment(experiment, parametrization, width, trials)
     inside = control_folder(folder, parametrization, width)
     if isinstance(executor, Commands):  # it names the folders of trials by their numbers, which start again here
         executor = Commands(inside.path, executor.capacity)
     total = trials + seeds
     found = tune(
-        given, inside, executor=executor, device=device, progress=lambda done, _, text: progress(done, total, text)
+        variant, inside, executor=executor, device=device, progress=lambda done, _, text: progress(done, total, text)
     )
-    runs = _over_seeds(given, found.best, inside, executor, seeds, lambda done: progress(trials + done, total, ""))
+    runs = _over_seeds(variant, found.best, inside, executor, seeds, lambda done: progress(trials + done, total, ""))
     spent = [found.trials["flops"].sum(min_count=1), runs["flops"].sum(min_count=1)]
     finished = int(found.trials["state"].isin(["COMPLETE", "PRUNED"]).sum())
     return Control(
-        parametrization, width, finished, tuple(given.search), found.best, found.params, runs,
+        parametrization, width, finished, tuple(variant.search), found.best, found.params, runs,
         None if pd.isna(spent).any() else float(sum(spent)),
-        tuple(f"{name} {value:.3g} at the {end} end of its range" for name, value, end in at_edges(given, found.params)),
+        tuple(f"{name} {value:.3g} at the {end} end of its range" for name, value, end in at_edges(variant, found.params)),
     )  # fmt: skip
 
 
 def _over_seeds(
-    given: Experiment,
+    variant: Experiment,
     recipe: Recipe,
     inside: RunFolder,
     executor: Executor,
@@ -195,17 +195,17 @@ def _over_seeds(
     else:
         path.unlink(missing_ok=True)
         inside.note_environment(control=question)
-    flops = flops_of(given, given.proxy_scale)
+    flops = flops_of(variant, variant.proxy_scale)
     missing = [
-        Job(("seed", seed), given.proxy_scale, given.parametrization, recipe, seed)
+        Job(("seed", seed), variant.proxy_scale, variant.parametrization, recipe, seed)
         for seed in range(seeds)
         if seed not in rows
     ]
     progress(seeds - len(missing))
-    for job, outcome in executor.run(given, missing):
-        needed(outcome, f"the best recipe of {given.parametrization} at width {job.scale.width} with seed {job.seed}")
+    for job, outcome in executor.run(variant, missing):
+        needed(outcome, f"the best recipe of {variant.parametrization} at width {job.scale.width} with seed {job.seed}")
         rows[job.seed] = {
-            "parametrization": given.parametrization, "width": job.scale.width, "depth": job.scale.depth, "seed": job.seed,
+            "parametrization": variant.parametrization, "width": job.scale.width, "depth": job.scale.depth, "seed": job.seed,
             "log2_lr": math.log2(recipe.lr), "loss": outcome.loss if math.isfinite(outcome.loss) else None,
             "diverged": outcome.diverged, "flops": None if flops is None else flops * outcome.steps,
             "seconds": outcome.seconds,

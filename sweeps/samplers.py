@@ -100,11 +100,11 @@ def foreseen(trials: Sequence[FrozenTrial], *, maximize: bool = False) -> list[F
 def _line(step: int, complete: Sequence[FrozenTrial]) -> tuple[float, float]:
     """Return slope and intercept of the line from the losses at ``step`` to the final losses."""
     known = [(each.intermediate_values[step], each.value) for each in complete if step in each.intermediate_values]
-    there, final = np.array(known, dtype=float).reshape(-1, 2).T
-    if len(np.unique(there)) < 3:
-        return 1.0, float(np.median(final - there)) if len(there) else 0.0
-    slope, rest, *_ = stats.theilslopes(final, there)
-    return (float(slope), float(rest)) if slope > 0 else (1.0, float(np.median(final - there)))
+    at_step, final = np.array(known, dtype=float).reshape(-1, 2).T
+    if len(np.unique(at_step)) < 3:
+        return 1.0, float(np.median(final - at_step)) if len(at_step) else 0.0
+    slope, rest, *_ = stats.theilslopes(final, at_step)
+    return (float(slope), float(rest)) if slope > 0 else (1.0, float(np.median(final - at_step)))
 
 
 # Asking a Gaussian process takes 0.05 s after 200 trials, 0.3 s after 800, and eventually grows as the cube of their number.

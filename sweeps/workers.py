@@ -1,4 +1,4 @@
-"""Distribute trials over workers: any number of them finish exactly the requested number of trials, and none is lost.
+"""Distribute trials over workers: any number of workers finish exactly the requested number of trials.
 
 A study of N trials has N places. A running, waiting or finished trial holds a place, a failed one does not. The rank of a trial
 is the number of holders before it. The storage numbers the trials and a failed trial stays failed, so a rank can only decrease:

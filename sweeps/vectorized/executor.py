@@ -370,7 +370,7 @@ class Checkpoints:
     def __init__(self, folder: Path, share: float = SHARE) -> None:
         self.folder, self.share = folder, share
         self._entries: dict[str, Any] | None = None
-        self._own: Path | None = None
+        self._current: Path | None = None
         self._written, self._cost = 0.0, 0.0
 
     def take(self, course: str) -> Any | None:
@@ -395,15 +395,15 @@ class Checkpoints:
         content = file.getvalue()
         path = self.folder / (hashlib.sha256(content).hexdigest() + SUFFIX)
         write_bytes(path, content)
-        if self._own not in (None, path):
-            self._own.unlink(missing_ok=True)
-        self._own = path
+        if self._current not in (None, path):
+            self._current.unlink(missing_ok=True)
+        self._current = path
         self._written = time.monotonic()
         self._cost = self._written - begun
 
     def clear(self) -> None:
         """Remove all files, once every trial has ended."""
-        self._entries, self._own = {}, None
+        self._entries, self._current = {}, None
         for path in self.folder.glob(f"*{SUFFIX}"):
             path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
