@@ -161,7 +161,7 @@ class Adafactor(OptimizerRule):
 
 
 @dataclass(frozen=True)
-class AdamWBesideMuon(OptimizerRule):
+class AdamWWithMuon(OptimizerRule):
     """AdamW for the parameters that Muon does not update, with a separate learning rate."""
 
     def base(self, recipe: Recipe) -> tuple[float, float]:
@@ -176,7 +176,7 @@ def betas(recipe: Recipe) -> dict[str, Any]:
     return {"betas": recipe.betas}
 
 
-ADAMW = AdamWBesideMuon("adamw", "AdamW", "adam", "adam", True, betas)
+ADAMW = AdamWWithMuon("adamw", "AdamW", "adam", "adam", True, betas)
 
 
 @dataclass(frozen=True)

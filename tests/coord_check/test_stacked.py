@@ -94,23 +94,23 @@ def test_stacked_seeds_are_separate_seeds(
         "__init__",
         lambda self, f, models, *a: sizes.append(len(models)) or init(self, f, models, *a),
     )
-    stacked = record(family, **options)
+    together = record(family, **options)
     assert sizes == [3, 3]  # one lane for all seeds of a width
     apart = separately(family, **options)
     assert sizes == [3, 3, 1, 1, 1, 1, 1, 1]
     key = ["module", "statistic", "step", "seed", "width"]
-    stacked, apart = (each.sort_values(key).reset_index(drop=True) for each in (stacked, apart))
-    pd.testing.assert_frame_equal(stacked, apart, rtol=1e-10)
+    together, apart = (each.sort_values(key).reset_index(drop=True) for each in (together, apart))
+    pd.testing.assert_frame_equal(together, apart, rtol=1e-10)
 
 
 @pytest.mark.parametrize("optimizer", ENTRYWISE)
 def test_every_entrywise_optimizer_steps_stacks_as_it_does_models(optimizer: str, float64: None) -> None:
     family = double(families.mlp(width=8, depth=2))
     options: dict[str, Any] = {"widths": [8, 16], "optimizer": optimizer, "seeds": range(2), "steps": 3}
-    stacked, apart = record(family, **options), separately(family, **options)
+    together, apart = record(family, **options), separately(family, **options)
     key = ["module", "statistic", "step", "seed", "width"]
-    stacked, apart = (each.sort_values(key).reset_index(drop=True) for each in (stacked, apart))
-    pd.testing.assert_frame_equal(stacked, apart, rtol=1e-10)
+    together, apart = (each.sort_values(key).reset_index(drop=True) for each in (together, apart))
+    pd.testing.assert_frame_equal(together, apart, rtol=1e-10)
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adafactor"])
