@@ -311,11 +311,12 @@ def pattern(modules: list[str]) -> str:
 
 
 def _possible(found: Signature, signature: Signature) -> bool:
-    """Say whether the rates that the first steps show are the signature's, and no size starts right that it says is wrong."""
-    gaps = {key: abs(value - signature[key]) > OFF for key, value in found.items() if key[0] in ("weight", "step")}
-    return not any(
-        gap and (statistic == "step" or abs(found[statistic, role]) < OFF) for (statistic, role), gap in gaps.items()
-    )
+    """Return whether a signature has the rates that the first steps show, and blames no initial size that is right."""
+    for (statistic, role), value in found.items():
+        blamed = statistic == "step" or (statistic == "weight" and abs(value) < OFF)
+        if blamed and abs(value - signature[statistic, role]) > OFF:
+            return False
+    return True
 
 
 def _distance(found: Signature, signature: Signature) -> float:

@@ -80,16 +80,13 @@ class Watched:
     calls: Counter[str] = field(default_factory=Counter)
     random: set[str] = field(default_factory=set)
 
-    def called(self, parameter: str) -> list[str]:
-        """Return the names under which a parameter's updates are recorded; a tied one has one per called module that owns it."""
-        return list(
-            dict.fromkeys(
-                called
-                for unit in self.units.values()
-                for local, (called, _) in unit.updates.items()
-                if unit.owners[local] == parameter
-            )
-        )
+    def recorded_names(self) -> dict[str, list[str]]:
+        """Return, for each parameter, the names its updates are recorded under; a tied one has one per called module."""
+        found: dict[str, dict[str, None]] = {}
+        for unit in self.units.values():
+            for local, (name, _) in unit.updates.items():
+                found.setdefault(unit.owners[local], {})[name] = None
+        return {owner: [*names] for owner, names in found.items()}
 
 
 @dataclass(frozen=True)

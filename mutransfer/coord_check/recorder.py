@@ -193,10 +193,10 @@ class Recorder:
             self._add_row(self._watched.shown[name], role, statistic, value / folded)
         for name, value in sizes_of_weights(self.parameters, self.known, False):
             self._add_row(name, self.known[name].role, "weight", value)
-        moved = self._known_first if first else {}
+        moved, names = (self._known_first if first else {}), self._watched.recorded_names()
         for name, value in sizes_of_steps(self.parameters, moved, self._pulls, self._shrunk, self.known, False):
-            for called in self._watched.called(name):
-                self._add_row(called, self.known[name].role, "step", value)
+            for recorded in names.get(name, ()):
+                self._add_row(recorded, self.known[name].role, "step", value)
         self._start = self._start or seen
 
     def _add_row(self, name: str, role: str, statistic: str, value: torch.Tensor | float) -> None:

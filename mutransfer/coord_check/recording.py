@@ -284,6 +284,7 @@ def _measure(stack: StackedModels, setup: Setup, watched: Watched, steps: int, p
     owners = planned_names(stack.parameters, setup.known)
     planned_parameters = {owners[name]: each for name, each in stack.parameters.items()}
     moved: Tensors = {}
+    names = watched.recorded_names()
     updates = {name: (module, role) for module, unit in watched.units.items() for name, role in unit.updates.values()}
     if updates:
         wanted = {name for unit in watched.units.values() for name in unit.first.values()}
@@ -309,8 +310,8 @@ def _measure(stack: StackedModels, setup: Setup, watched: Watched, steps: int, p
                 yield name, setup.known[name].role, "weight", step, value
         if step in (1, steps):
             for name, value in sizes_of_steps(planned_parameters, moved, pulls, shrunk, setup.known, stacked):
-                for called in watched.called(name):
-                    yield called, setup.known[name].role, "step", step, value
+                for recorded in names.get(name, ()):
+                    yield recorded, setup.known[name].role, "step", step, value
         if parameters and step == 0:
             for name, taken in decays(planned_parameters, setup.known, stack.optimizer):
                 yield name, setup.known[name].role, "decay", step, torch.full((stack.size,), taken)
