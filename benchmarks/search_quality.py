@@ -20,9 +20,9 @@ from scipy import stats
 
 from mutransfer.run_dir import RunFolder
 from mutransfer.sweeps.experiment import Budget, Experiment, Range, Size
-from mutransfer.sweeps.jobs import Executor, OneByOne, family_of, flops_of
+from mutransfer.sweeps.jobs import Executor, SequentialExecutor, family_of, flops_of
 from mutransfer.sweeps.tune import tune
-from mutransfer.sweeps.vectorized.executor import Fused
+from mutransfer.sweeps.vectorized.executor import VectorizedExecutor
 
 NO_WORSE = 0.01  # of the loss above the floor: the margin of "no worse"
 
@@ -72,7 +72,7 @@ def main() -> None:
     given = parser.parse_args()
     if given.quick:
         given.seeds, given.trials, given.steps, given.count = 2, 8, 10, 4
-    fused, plain = Fused(given.count, compile=given.compile), OneByOne()
+    fused, plain = VectorizedExecutor(given.count, compile=given.compile), SequentialExecutor()
     _, data = family_of(experiment(0, given.trials, given.steps))
     assert data.floor is not None
     rows = []

@@ -25,7 +25,7 @@ from mutransfer.run_dir import RunFolder
 from mutransfer.sweeps.experiment import Budget, Experiment, with_values
 from mutransfer.sweeps.jobs import Executor, Job, Report, Reported, family_of, flops_of
 from mutransfer.sweeps.tune import tune
-from mutransfer.sweeps.vectorized.executor import Fused
+from mutransfer.sweeps.vectorized.executor import VectorizedExecutor
 
 STEPS, TRIALS = 100, 48
 POINTS = {"lr": 28, "init_scale": 11, "alpha_output": 11}
@@ -58,7 +58,7 @@ def tabulated(seed: int, file: Path) -> np.ndarray:
             losses[(*job.key, rungs.index(step))] = loss
         return [False] * len(reported)
 
-    for done, (job, outcome) in enumerate(Fused(64).run(asked, jobs(), report), 1):
+    for done, (job, outcome) in enumerate(VectorizedExecutor(64).run(asked, jobs(), report), 1):
         losses[(*job.key, -1)] = 2 * outcome.start if outcome.diverged else outcome.loss
         if done % 320 == 0:
             print(f"seed {seed}: {done} of {losses[..., 0].size} recipes", file=sys.stderr, flush=True)

@@ -23,9 +23,9 @@ from mutransfer.proxies.training import Training, train
 from mutransfer.recipe import Recipe
 from mutransfer.sweeps.executors import LazyExecutor, executor_for
 from mutransfer.sweeps.experiment import Experiment, Size
-from mutransfer.sweeps.jobs import Executor, Job, OneByOne, family_of, plan_of
-from mutransfer.sweeps.processes import Processes
-from mutransfer.sweeps.vectorized.executor import Fused
+from mutransfer.sweeps.jobs import Executor, Job, SequentialExecutor, family_of, plan_of
+from mutransfer.sweeps.processes import ProcessExecutor
+from mutransfer.sweeps.vectorized.executor import VectorizedExecutor
 
 ROUNDS = 5
 TRIALS = 1000  # of the sweep that the planner plans for: long enough for what is done once not to matter
@@ -103,14 +103,14 @@ def measure(
     torch.compiler.reset()  # of the widths before: a function is compiled for eight cases at most
     few = max(4, min(counts)) if not quick else 2
     ways = {
-        "eager": Way("one by one", OneByOne(device), few),
+        "eager": Way("one by one", SequentialExecutor(device), few),
         "compiled": Way("compiled, one by one", Compiled(device), few),
     }
     if device == "cuda":
         ways["graphs"] = Way("CUDA graphs, one by one", Compiled(device, "reduce-overhead"), few)
     for count in counts:
-        ways[f"fused {count}"] = Way(f"fused, K = {count}", Fused(count, device, compile=not quick), count)
-    with Processes(2) as two:
+        ways[f"fused {count}"] = Way(f"fused, K = {count}", VectorizedExecutor(count, device, compile=not quick), count)
+    with ProcessExecutor(2) as two:
         if device == "cpu":
             ways["processes"] = Way("two processes", two, few)
         with executor_for(asked, "auto", device=device) as planned:

@@ -29,7 +29,7 @@ from mutransfer.scale import Scale
 
 from .data.base import Batch, Data
 from .hf_config import Fields, Whole, flat, infer, resized
-from .importing import said
+from .importing import describe_exception
 
 __all__ = ["Sized", "load_transformers", "task_for"]
 
@@ -248,7 +248,8 @@ class Sized:
             return self.make(changes, self.fields.depth)
         except Exception as error:
             raise RequestError(
-                f"{self.reference} could not be built at width {scale.width}, depth {scale.depth}: it raised {said(error)}."
+                f"{self.reference} could not be built at width {scale.width}, depth {scale.depth}: it raised "
+                f"{describe_exception(error)}."
             ) from error
 
 
@@ -342,7 +343,9 @@ def _transformers() -> Any:
         module.logging.set_verbosity_error()
         importlib.import_module("transformers.models.auto.modeling_auto")
     except Exception as error:
-        raise RequestError(f"transformers cannot be imported ({said(error)}): see `mutransfer doctor`.") from error
+        raise RequestError(
+            f"transformers cannot be imported ({describe_exception(error)}): see `mutransfer doctor`."
+        ) from error
     return module
 
 
@@ -391,7 +394,7 @@ def _config(reference: str, config_class: Any, raw: dict[str, Any], options: dic
         raise
     except Exception as error:
         raise RequestError(
-            f"{reference} is not a valid {raw['model_type']!r} config: it raised {said(error)}."
+            f"{reference} is not a valid {raw['model_type']!r} config: it raised {describe_exception(error)}."
         ) from error
     kept = {key: options[key] for key in ("attn_implementation", "experts_implementation") if key in options}
     return _deterministic(config) | kept

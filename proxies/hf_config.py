@@ -21,7 +21,7 @@ import torch
 from mutransfer.errors import RequestError, nearest
 from mutransfer.scale import Scale
 
-from .importing import said
+from .importing import describe_exception
 
 __all__ = ["Fields", "Whole", "flat", "infer", "resized", "describe_changes"]
 
@@ -279,13 +279,15 @@ def infer(values: dict[str, Any], alias: dict[str, str], build: Build, width: li
     try:
         probe = Probe(build, whole, deep)
     except Exception as error:
-        raise RequestError(f"the config's model cannot be built at its own size: it raised {said(error)}.") from error
+        raise RequestError(
+            f"the config's model cannot be built at its own size: it raised {describe_exception(error)}."
+        ) from error
     try:
         wider = probe.doubled(wide)
     except Exception as error:
         raise RequestError(
-            f"with {', '.join(wide)} doubled the model cannot be built ({said(error)}): name the fields that grow with "
-            "--width-field."
+            f"with {', '.join(wide)} doubled the model cannot be built ({describe_exception(error)}): name the fields that grow "
+            "with --width-field."
         ) from error
     if width and wider.shapes == probe.base.shapes:
         raise RequestError(

@@ -19,7 +19,7 @@ from mutransfer.errors import RequestError, assertion
 from mutransfer.printing import shown_once
 from mutransfer.scale import Scale
 
-__all__ = ["FORMS", "guarded", "helpers_of", "import_file", "import_module", "modules_in", "said"]
+__all__ = ["FORMS", "guarded", "helpers_of", "import_file", "import_module", "modules_in", "describe_exception"]
 
 FORMS = "a built-in (mlp, resnet, transformer), path/to/file.py:name, package.module:name or hf:config.json"
 
@@ -48,7 +48,8 @@ def guarded(
             raise
         except (Exception, SystemExit) as error:
             raise RequestError(
-                f"{model} could not be built at width {scale.width}, depth {scale.depth}: it raised {said(error, file)}."
+                f"{model} could not be built at width {scale.width}, depth {scale.depth}: it raised "
+                f"{describe_exception(error, file)}."
             ) from error
         if not isinstance(built, torch.nn.Module):
             raise RequestError(
@@ -90,7 +91,9 @@ def import_file(path: Path, forms: str = FORMS) -> ModuleType:
         del sys.modules[name]
         if isinstance(error, ImportError) and "relative import" in str(error):
             raise RequestError(_relative(path, file, error)) from error
-        raise RequestError(f"{path} could not be imported: it raised {said(error, str(file))}.") from error
+        raise RequestError(
+            f"{path} could not be imported: it raised {describe_exception(error, str(file))}."
+        ) from error
     _loaded[file] = stamp, module
     return module
 
@@ -105,7 +108,7 @@ def _relative(path: Path, file: Path, error: ImportError) -> str:
     )
     return (
         f"{path} uses relative imports (from . import), which do not work in a file given by its path: it raised "
-        f"{said(error, str(file))}. Write {module}:name instead, and run the command in {folders[-1].parent}."
+        f"{describe_exception(error, str(file))}. Write {module}:name instead, and run the command in {folders[-1].parent}."
     )
 
 
@@ -137,12 +140,12 @@ def import_module(name: str, forms: str = FORMS) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name and f"{name}.".startswith(f"{error.name}."):
             raise RequestError(f"there is no module {error.name!r}: give {forms}.") from None
-        raise RequestError(f"{name} could not be imported: it raised {said(error)}.") from error
+        raise RequestError(f"{name} could not be imported: it raised {describe_exception(error)}.") from error
     except (Exception, SystemExit) as error:
-        raise RequestError(f"{name} could not be imported: it raised {said(error)}.") from error
+        raise RequestError(f"{name} could not be imported: it raised {describe_exception(error)}.") from error
 
 
-def said(error: BaseException, file: str | None = None) -> str:
+def describe_exception(error: BaseException, file: str | None = None) -> str:
     """Return a description of an exception as "Type: message (line n of file)".
 
     The line is the last one of the traceback in ``file``. If there is none, it is the line of a SyntaxError, or else the last

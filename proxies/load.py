@@ -21,7 +21,7 @@ from mutransfer.tracing.roles import check_roles, with_roles
 from mutransfer.tracing.run import build, on_fake_tensors
 
 from .data.base import Data
-from .importing import FORMS, guarded, import_file, import_module, said
+from .importing import FORMS, describe_exception, guarded, import_file, import_module
 
 __all__ = ["BUILTIN", "DEFAULT_DATA", "builtin", "load_family"]
 
@@ -175,7 +175,9 @@ def _from_function(
         try:
             batch = batch()
         except Exception as error:
-            raise RequestError(f"batch() next to {model} raised {said(error, module.__file__)}.") from error
+            raise RequestError(
+                f"batch() next to {model} raised {describe_exception(error, module.__file__)}."
+            ) from error
     if batch is None:
         if data is None:
             raise RequestError(

@@ -289,7 +289,7 @@ class CommandRun:
             return False
         if self.stopping or self.final is not None:
             return True
-        if found.step is not None and self.attempt.heard(found.step, found.loss) and not found.final:
+        if found.step is not None and self.attempt.on_report(found.step, found.loss) and not found.final:
             self._stop()
         elif found.step is None:
             self.attempt.note(found.loss)

@@ -16,8 +16,8 @@ from mutransfer.proxies.training import Outcome
 
 from .commands import Commands, check_command
 from .experiment import Experiment
-from .jobs import Executor, Job, OneByOne, Report
-from .processes import Processes
+from .jobs import Executor, Job, Report, SequentialExecutor
+from .processes import ProcessExecutor
 from .user_trainers import load_trainer
 
 __all__ = ["MANNERS", "PRECISIONS", "LazyExecutor", "check_trainer", "executor_for", "one_by_one"]
@@ -57,9 +57,9 @@ def executor_for(
             case _ if has_trainer:
                 yield _for_trainer(experiment, how, at_once, device, precision, folder, held)
             case "one":
-                yield OneByOne(device)
+                yield SequentialExecutor(device)
             case "processes":
-                yield held.enter_context(Processes(at_once or _cores()))
+                yield held.enter_context(ProcessExecutor(at_once or _cores()))
             case _:
                 yield LazyExecutor(
                     lambda missing: _planned(experiment, missing, how, at_once, device, precision, checkpoints, held)
@@ -97,7 +97,7 @@ class LazyExecutor:
 def one_by_one(experiment: Experiment, folder: Path | None = None, device: str = "cpu") -> Executor:
     """Return an executor that runs the experiment's jobs one after the other; see `executor_for`."""
     trainer = experiment.trainer
-    return OneByOne(device) if trainer is None or trainer.command is None else Commands(folder or Path())
+    return SequentialExecutor(device) if trainer is None or trainer.command is None else Commands(folder or Path())
 
 
 def check_trainer(experiment: Experiment) -> None:
@@ -127,7 +127,7 @@ def _for_trainer(
     count = at_once or (_cores() if how == "processes" else 1)
     if experiment.trainer.command is not None:
         return Commands(folder or Path(), count)
-    return held.enter_context(Processes(count)) if how == "processes" or count > 1 else OneByOne(device)
+    return held.enter_context(ProcessExecutor(count)) if how == "processes" or count > 1 else SequentialExecutor(device)
 
 
 def _cores() -> int:
@@ -159,7 +159,7 @@ def _planned(
     from mutransfer.precision import bfloat16_is_slow, bfloat16_slowdown
 
     from .autoselect import chosen
-    from .vectorized.executor import Checkpoints, Fused
+    from .vectorized.executor import Checkpoints, VectorizedExecutor
     from .vectorized.support import refusal
 
     why = refusal(experiment, device=device)
@@ -167,7 +167,7 @@ def _planned(
         raise RequestError(f"--precision {precision} needs trials that can be fused, but {why}: leave it out.")
     if why is not None and how == "fused":
         logger.info("trials are trained one by one: %s.", why)
-        return OneByOne(device)
+        return SequentialExecutor(device)
     if precision == "bfloat16" and bfloat16_is_slow(device):
         logger.warning(
             "warning: this CPU multiplies bfloat16 %.0f times slower than float32: --precision float32 is faster here.",
@@ -182,10 +182,12 @@ def _planned(
     logger.info("%s", choice)
     match choice.how:
         case "one":
-            return OneByOne(device, compile=choice.compile)
+            return SequentialExecutor(device, compile=choice.compile)
         case "processes":
-            return held.enter_context(Processes(choice.at_once, compile=choice.compile))
+            return held.enter_context(ProcessExecutor(choice.at_once, compile=choice.compile))
         case _:
             narrow: Any = precision
             kept = None if checkpoints is None else Checkpoints(checkpoints)
-            return Fused(choice.at_once, device, precision=narrow, compile=choice.compile, checkpoints=kept)
+            return VectorizedExecutor(
+                choice.at_once, device, precision=narrow, compile=choice.compile, checkpoints=kept
+            )

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 from mutransfer.errors import RequestError, describe
 from mutransfer.family import Family
 from mutransfer.optimizers.rules import OPTIMIZERS, Muon
-from mutransfer.planning.build import Target, plan, target_of
+from mutransfer.planning.build import ObservedModel, observed_model, plan
 from mutransfer.planning.plan import Plan
 from mutransfer.price import Flops, optimizer_flops, step_cost
 from mutransfer.proxies.data import Data, load_data
@@ -30,7 +30,7 @@ from .experiment import NO_DATA, Experiment, Size
 from .user_trainers import TrialRun, call
 
 __all__ = [
-    "Executor", "Job", "OneByOne", "Report", "Reported", "alone", "cost_of", "do", "family_of", "flops_of", "loaded",
+    "Executor", "Job", "SequentialExecutor", "Report", "Reported", "alone", "cost_of", "do", "family_of", "flops_of", "loaded",
     "plan_of",
 ]  # fmt: skip
 
@@ -83,7 +83,7 @@ class Executor(Protocol):
         ...
 
 
-class OneByOne:
+class SequentialExecutor:
     """Executor that runs every job in this process, one after the other."""
 
     capacity = 1
@@ -143,8 +143,8 @@ def _observed(key: str) -> Any:
 
 
 @functools.lru_cache(maxsize=64)
-def _target(key: str, scale: Scale, parametrization: str) -> Target:
-    return target_of(_loaded(key)[0], scale, parametrization, _observed(key))
+def _observed_model(key: str, scale: Scale, parametrization: str) -> ObservedModel:
+    return observed_model(_loaded(key)[0], scale, parametrization, _observed(key))
 
 
 def cost_of(experiment: Experiment, scale: Scale) -> Flops | None:
@@ -189,7 +189,7 @@ def flops_of(experiment: Experiment, scale: Scale) -> float | None:
 def plan_of(experiment: Experiment, scale: Scale, parametrization: str, recipe: Recipe) -> Plan:
     """Return the plan of a run at ``scale``; the model is traced once per process, and once at each scale."""
     family, _ = loaded(experiment)
-    target = _target(_key(experiment), scale, parametrization)
+    target = _observed_model(_key(experiment), scale, parametrization)
     return plan(family, scale, parametrization, experiment.optimizer, recipe, target=target)
 
 

@@ -28,7 +28,7 @@ from mutransfer.proxies.training import Outcome
 from .experiment import Experiment
 from .jobs import Job, Report, Reported, do
 
-__all__ = ["Processes", "ending"]
+__all__ = ["ProcessExecutor", "ending"]
 
 PATIENCE = 5.0  # seconds between asking a process to end and killing it
 
@@ -43,7 +43,7 @@ class _Worker:
     begun: float = 0.0
 
 
-class Processes:
+class ProcessExecutor:
     """Executor that runs jobs in ``count`` parallel single-threaded processes on the CPU; use it as a context manager.
 
     If a process dies (out of memory, a crash inside a library), only its job is lost, and its outcome is ``failed``; a new
@@ -55,7 +55,7 @@ class Processes:
         self._workers: list[_Worker] = []
         self._open = False
 
-    def __enter__(self) -> Processes:
+    def __enter__(self) -> ProcessExecutor:
         self._open = True
         return self
 

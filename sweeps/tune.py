@@ -144,7 +144,7 @@ def run_trials(
     def begun() -> Iterator[Job]:
         first = True
         while True:
-            claims.give_back(dead())
+            claims.requeue(dead())
             sampler = claims.study.sampler
             if isinstance(sampler, Independent) and not claims.waiting() and sampler.waits(claims.study):
                 return
@@ -187,7 +187,7 @@ def run_trials(
         with contextlib.suppress(Exception):
             if isinstance(storage := storage_of(claims.study), RetryingStorage):
                 storage.hurry()
-            claims.give_back_own()
+            claims.requeue_own()
         raise
 
 
@@ -323,7 +323,7 @@ def tune(
         claims = TrialQueue(study, distributions(experiment), experiment.trials, baseline(experiment), owner)
         leases = held.enter_context(Heartbeats(study, owner, lease)) if store.shared else None
         if leases is None:
-            claims.give_back(trial for trial in claims.trials() if trial.state is TrialState.RUNNING)
+            claims.requeue(trial for trial in claims.trials() if trial.state is TrialState.RUNNING)
         dead = list if leases is None else leases.lapsed
         if isinstance(executor, LazyExecutor):
             executor.expect(max(1, experiment.trials - claims.finished()))

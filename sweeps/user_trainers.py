@@ -15,7 +15,7 @@ import torch
 
 from mutransfer.errors import RequestError, nearest
 from mutransfer.planning.plan import Plan
-from mutransfer.proxies.importing import helpers_of, import_file, import_module, said
+from mutransfer.proxies.importing import describe_exception, helpers_of, import_file, import_module
 from mutransfer.proxies.training import Outcome
 from mutransfer.recipe import Recipe
 
@@ -69,7 +69,7 @@ class TrialRun:
         """Start another attempt, discarding the loss that the previous one reported."""
         self._last = None
 
-    def heard(self, step: int, loss: float) -> bool:
+    def on_report(self, step: int, loss: float) -> bool:
         """Record a report and return whether the run should end because it is pruned or has diverged."""
         self._last = step, loss
         self._on_report(step)
@@ -148,7 +148,7 @@ def call(reference: str, recipe: Recipe, plan: Plan, seed: int, attempt: TrialRu
         # This includes what it raised in response to `Stop`; and a loss that is not finite can end in any exception.
         if attempt.stopped or attempt.diverged:
             return attempt.outcome()
-        return attempt.outcome(failed=f"{reference} raised {said(error, file)}")
+        return attempt.outcome(failed=f"{reference} raised {describe_exception(error, file)}")
     return attempt.outcome(_loss(loss, f"{reference} returned"))
 
 
@@ -159,7 +159,7 @@ class _Reporter:
         self._reference, self._attempt, self.steps = reference, attempt, attempt.steps
 
     def __call__(self, step: int, loss: float) -> None:
-        if self._attempt.heard(_step(step, self._reference), _loss(loss, f"{self._reference} reported")):
+        if self._attempt.on_report(_step(step, self._reference), _loss(loss, f"{self._reference} reported")):
             raise Stop
 
 

@@ -100,7 +100,7 @@ class TrialQueue:
 
     def next(self) -> Trial | None:
         """Start a waiting trial or a new one; return None if all places are held, possibly by other workers' trials."""
-        self.give_back(self._unknown())
+        self.requeue(self._unknown())
         while True:
             holders = valid_trials(self.trials())[: self._total]
             waiting = next((trial for trial in holders if trial.state is TrialState.WAITING), None)
@@ -114,7 +114,7 @@ class TrialQueue:
                 if waiting is not None and self._take(waiting):
                     return self._begin(trial_id(waiting))
 
-    def give_back(self, lost: Iterable[FrozenTrial]) -> None:
+    def requeue(self, lost: Iterable[FrozenTrial]) -> None:
         """Mark trials without an outcome as failed and re-enqueue their parameters; only one retry counts, over all workers."""
         for number in [trial.number for trial in lost]:
             trial = self.trials()[number]
@@ -129,10 +129,10 @@ class TrialQueue:
                 self.study.add_trial(create_trial(state=TrialState.WAITING, system_attrs=kept))
             self._fail(trial_id(trial))
 
-    def give_back_own(self) -> None:
+    def requeue_own(self) -> None:
         """Requeue all trials that this worker has started and not finished."""
         self.begun.clear()
-        self.give_back(self._unknown())
+        self.requeue(self._unknown())
 
     def withdraw(self) -> None:
         """Mark the retry trials that are not valid as failed."""

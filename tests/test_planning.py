@@ -10,7 +10,7 @@ from torch import nn
 
 import mutransfer as mt
 from mutransfer.errors import RequestError
-from mutransfer.planning.build import plan, target_of
+from mutransfer.planning.build import observed_model, plan
 from mutransfer.recipe import Recipe
 from mutransfer.scale import Scale
 
@@ -263,7 +263,7 @@ def test_a_model_of_other_parameters_at_the_target_is_refused() -> None:
 def test_a_target_looked_at_once_gives_the_same_plans() -> None:
     family = families.mlp(width=16)
     scale = family.base.with_(width=64)
-    there = target_of(family, scale, "completep")
+    there = observed_model(family, scale, "completep")
     for recipe in (Recipe(lr=0.1), Recipe(lr=0.01, init_scale=2.0, alpha_output=0.5, weight_decay=0.1)):
         assert plan(family, scale, "completep", recipe=recipe, target=there) == plan(
             family, scale, "completep", recipe=recipe

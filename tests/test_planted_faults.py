@@ -23,7 +23,7 @@ from mutransfer.coord_check import record
 from mutransfer.coord_check.verdicts import Verdict, verdict
 from mutransfer.planning import builder
 from mutransfer.planning.audit import audit, live
-from mutransfer.planning.builder import Draft
+from mutransfer.planning.builder import PlanBuilder
 from mutransfer.planning.plan import ParameterPlan, Plan
 from mutransfer.scale import Scale
 from mutransfer.tracing.observe import observe
@@ -160,7 +160,7 @@ class Rooted(nn.Module):
 def test_the_check_names_a_forward_constant_left_in(monkeypatch: pytest.MonkeyPatch) -> None:
     family = mt.Family(lambda s: Rooted(s.width), families.token_batch(), families.loss, Scale(128, 1), "rooted")
     assert checked(family).status == "pass"
-    monkeypatch.setattr(builder, "_fold_constants", lambda draft: None)
+    monkeypatch.setattr(builder, "_fold_constants", lambda builder: None)
     found = checked(family)
     assert found.status == "fail"
     slopes = found.slopes.set_index(["module", "statistic", "step"])["slope"]
@@ -176,7 +176,7 @@ def test_the_check_over_depths_names_a_missing_residual_multiplier(monkeypatch: 
         return verdict(record(family, [], "completep", depths=[2, 4, 8, 16], seeds=range(6), steps=2))
 
     assert over_depths().status == "pass"
-    monkeypatch.setattr(builder, "_fold_branches", lambda draft: None)
+    monkeypatch.setattr(builder, "_fold_branches", lambda builder: None)
     names_and_cause(over_depths(), "blocks.last", "residual branches are not scaled with the depth")
 
 
@@ -245,12 +245,12 @@ def test_mup_tells_that_fan_in_and_fan_out_are_swapped(optimizer: str) -> None:
 def test_mup_tells_one_global_width_ratio_under_grouped_queries(monkeypatch: pytest.MonkeyPatch) -> None:
     ours, theirs = against_mup(grouped(), "sgd", lambda seen: seen)
     assert ours == pytest.approx(theirs, rel=1e-9)
-    right = Draft.multipliers
+    right = PlanBuilder.multipliers
 
-    def one_ratio(self: Draft, name: str) -> tuple[float, float]:
+    def one_ratio(self: PlanBuilder, name: str) -> tuple[float, float]:
         return tuple(self.wider if m != 1 else 1.0 for m in right(self, name))  # type: ignore[return-value]
 
-    monkeypatch.setattr(Draft, "multipliers", one_ratio)
+    monkeypatch.setattr(PlanBuilder, "multipliers", one_ratio)
     ours, theirs = against_mup(grouped(), "sgd", lambda seen: seen)
     assert ours != pytest.approx(theirs, rel=1e-4)
 
@@ -266,7 +266,7 @@ def test_the_explicit_model_tells_an_attention_left_at_one_over_root_d(
     family, plan, model, twin = folds.both(case, optimizer)
     explicit = folds.losses(twin, folds.explicit_optimizer(optimizer, case, plan, twin), family)
     assert folds.losses(model, plan.make_optimizer(model), family) == pytest.approx(explicit, rel=1e-10)
-    monkeypatch.setattr(builder, "_fold_attention", lambda draft: None)
+    monkeypatch.setattr(builder, "_fold_attention", lambda builder: None)
     family, plan, model, _ = folds.both(case, optimizer)
     assert folds.losses(model, plan.make_optimizer(model), family) != pytest.approx(explicit, rel=1e-4)
 
@@ -329,12 +329,12 @@ def branch_losses() -> tuple[list[float], list[float]]:
 def test_the_explicit_model_tells_a_fold_without_its_bias(monkeypatch: pytest.MonkeyPatch) -> None:
     folded, explicit = branch_losses()
     assert folded == pytest.approx(explicit, rel=1e-10)
-    right = Draft.fold
+    right = PlanBuilder.fold
 
-    def weights_only(self: Draft, names: Any, size: float = 1.0, alpha: float = 1.0) -> None:
+    def weights_only(self: PlanBuilder, names: Any, size: float = 1.0, alpha: float = 1.0) -> None:
         right(self, [name for name in names if not name.endswith("bias")], size, alpha)
 
-    monkeypatch.setattr(Draft, "fold", weights_only)
+    monkeypatch.setattr(PlanBuilder, "fold", weights_only)
     folded, explicit = branch_losses()
     assert folded != pytest.approx(explicit, rel=1e-4)
 

@@ -68,11 +68,11 @@ def demo(
     from ..sweeps.autoselect import Forecast, TimedExecutor, limited, run_seconds
     from ..sweeps.executors import executor_for
     from ..sweeps.experiment import Experiment
-    from ..sweeps.jobs import OneByOne, family_of
+    from ..sweeps.jobs import SequentialExecutor, family_of
     from ..sweeps.tune import tune
     from .check import begin, judge, summary
     from .console import Progress
-    from .transfer import target_of
+    from .transfer import observed_model
     from .verify import text_of, verify_run
 
     start = time.perf_counter()
@@ -86,7 +86,7 @@ def demo(
         forecast = Forecast(_phases(experiment, seconds, executor.capacity))
         forecast.begin("tuning")
         with Progress(f"tuning the proxy, width {WIDTHS[0]}", forecast.left) as progress:
-            sequential = TimedExecutor(OneByOne(where), forecast, seconds)
+            sequential = TimedExecutor(SequentialExecutor(where), forecast, seconds)
             found = tune(experiment, folder, executor=sequential, device=where, progress=progress)
         gain = f" (default recipe: {found.default:.3f})" if found.default is not None else ""
         say(f"best recipe: lr {found.best.lr:.4g}, loss {found.value:.3f}{gain}")
@@ -110,7 +110,7 @@ def demo(
     COORDINATES.write(pd.concat([frame, control_frame], ignore_index=True), folder.coordinates)
     write_json(folder.check, summary(checked, "mup", control, "sp") | {"modules": None})
     folder.note_progress("check", **folder.progress("check") | {"ended": True})
-    target_of(folder, WIDTHS[-1]).save(folder.target)
+    observed_model(folder, WIDTHS[-1]).save(folder.target)
     report = write_report(folder.path)
     verdict = "pass" if verified["verdict"] == checked.status == "pass" else "fail"
     took = time.perf_counter() - start

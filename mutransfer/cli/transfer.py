@@ -44,7 +44,7 @@ def transfer(
     from ..run_dir import RunFolder
 
     home = out.parent if out is not None and to is None else run
-    target = target_of(RunFolder(run).existing(), width, depth, batch_size, tokens, seed, written_to=home)
+    target = observed_model(RunFolder(run).existing(), width, depth, batch_size, tokens, seed, written_to=home)
     exported = export(target, to) if to is not None else None
     written = []
     if exported is not None:
@@ -65,7 +65,7 @@ def transfer(
     return 0
 
 
-def target_of(
+def observed_model(
     folder: RunFolder,
     width: int,
     depth: int | None = None,

@@ -1,6 +1,6 @@
 """Infer a parameter's initialization by running its constructor's operations on distributions instead of numbers.
 
-`InitWatcher` runs under `FakeTensorMode`, so a model of any size is built without memory. A parameter whose entries are
+`InitTracer` runs under `FakeTensorMode`, so a model of any size is built without memory. A parameter whose entries are
 independent draws becomes a distribution; any other is stored as a program that can be run again.
 """
 
@@ -18,14 +18,14 @@ from ..errors import RequestError
 from .init import Init, Part, Program, UnreplayableError
 from .record import TRUNCATED, Constant, OperationRecorder, Step, Window, apart, box, steps_to
 
-__all__ = ["Folding", "InitWatcher", "arguments", "one_number"]
+__all__ = ["DistributionPropagation", "InitTracer", "arguments", "one_number"]
 
 PIECES = 64  # with more parts, a parameter is recorded as a program
 COPIES = frozenset(["copy_", "clone", "_to_copy", "lift_fresh", "detach", "lift"])
 
 
 @dataclass
-class Folding:
+class DistributionPropagation:
     """Runs recorded steps on distributions; ``layers`` maps each storage to its (window, distribution) writes, latest last."""
 
     layers: dict[int, list[tuple[Window, Init]]] = field(default_factory=dict)
@@ -223,7 +223,7 @@ def _meet(a: tuple[tuple[int, int, int], ...], b: tuple[tuple[int, int, int], ..
 SMALL = 1 << 20  # bytes up to which a table is computed at once, as it may be a constant
 
 
-class InitWatcher(OperationRecorder):
+class InitTracer(OperationRecorder):
     """Records a constructor; `find` then returns how one of its tensors was initialized."""
 
     def find(self, tensor: torch.Tensor) -> Init | str:
@@ -235,7 +235,7 @@ class InitWatcher(OperationRecorder):
             return "torch.empty, never filled"
         steps = steps_to(window.version)
         try:
-            return Folding().result(steps, window) or _recorded(Program.of(window, steps))
+            return DistributionPropagation().result(steps, window) or _recorded(Program.of(window, steps))
         except UnreplayableError as reason:
             return str(reason)
 

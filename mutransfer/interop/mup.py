@@ -32,7 +32,7 @@ from ..param_names import planned_names
 from ..parametrizations.spec import Factors
 from ..parametrizations.tables import table
 from ..planning.build import finished
-from ..planning.builder import Draft
+from ..planning.builder import PlanBuilder
 from ..planning.plan import Plan
 from ..recipe import Recipe
 from ..scale import Scale
@@ -206,8 +206,8 @@ def plan_annotated(
     rules, rule = table("mup"), optimizer_rule(optimizer, recipe)
     inits = {name: spec.init for name, spec in specs.items()}
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    draft = Draft(rules, rule, recipe, seen, Scale(width), Scale(base), shapes, {name: name for name in shapes})
-    folded = finished(draft, optimizer, inits)
+    builder = PlanBuilder(rules, rule, recipe, seen, Scale(width), Scale(base), shapes, {name: name for name in shapes})
+    folded = finished(builder, optimizer, inits)
     kind, rows, notes = rule.fold, [], list(folded.notes)
     for row in folded.rows:
         if row.role == "output":

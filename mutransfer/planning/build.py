@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import RequestError
 from ..family import Family
-from ..initialization import Init, InitWatcher
+from ..initialization import Init, InitTracer
 from ..optimizers.rules import optimizer_rule
 from ..parametrizations.spec import Factors
 from ..parametrizations.tables import table
@@ -19,15 +19,15 @@ from ..scale import Scale
 from ..tracing.observe import at_target, observe, shapes_of, with_depth_constants
 from ..tracing.run import build, on_fake_tensors
 from ..tracing.specs import Observation, fits, kinds, match_layers
-from .builder import Draft, fold_all
+from .builder import PlanBuilder, fold_all
 from .laws import Ratios, averaged, law
 from .plan import ParameterPlan, Plan
 
-__all__ = ["Target", "apply_law", "finished", "plan", "target_of"]
+__all__ = ["ObservedModel", "apply_law", "finished", "plan", "observed_model"]
 
 
 @dataclass(frozen=True)
-class Target:
+class ObservedModel:
     """What a plan needs to know about the model at one scale, independent of the recipe.
 
     Args:
@@ -47,9 +47,9 @@ class Target:
     origin: dict[str, str]
 
 
-def target_of(
+def observed_model(
     family: Family, scale: Scale, parametrization: str = "mup", observation: Observation | None = None
-) -> Target:
+) -> ObservedModel:
     """Observe ``family`` at ``scale``, built on fake tensors, and return what plans under ``parametrization`` need.
 
     Raises:
@@ -59,7 +59,7 @@ def target_of(
     if scale.depth != family.base.depth and table(parametrization).depth is not None:
         seen = with_depth_constants(family, seen)
     seen = at_target(family, seen, scale)
-    with on_fake_tensors(), InitWatcher() as watcher:
+    with on_fake_tensors(), InitTracer() as watcher:
         model = build(family, scale)
     shapes, inits = shapes_of(model), watcher.named(model)
     if scale.depth == family.base.depth and shapes.keys() != seen.specs.keys():
@@ -70,7 +70,7 @@ def target_of(
     base_axes = {name: len(spec.shape) for name, spec in seen.specs.items()}
     axes = {name: len(shape) for name, shape in shapes.items()}
     origin = match_layers(axes, base_axes, fits(shapes, seen.specs), kinds(seen.specs))
-    return Target(scale, parametrization, seen, shapes, inits, origin)
+    return ObservedModel(scale, parametrization, seen, shapes, inits, origin)
 
 
 def plan(
@@ -81,7 +81,7 @@ def plan(
     recipe: Recipe | str | os.PathLike[str] | None = None,
     *,
     observation: Observation | None = None,
-    target: Target | None = None,
+    target: ObservedModel | None = None,
     densities: Mapping[str, float] | None = None,
 ) -> Plan:
     """Return the settings of every parameter of ``family`` at ``scale``; models are built on fake tensors, so any size works.
@@ -93,7 +93,7 @@ def plan(
         optimizer: lower-case name of an optimizer, one of `optimizers.OPTIMIZERS`.
         recipe: hyperparameters at base scale, or the path of a saved recipe; None uses torch-like defaults.
         observation: the result of `observe` for this family, to avoid repeating it.
-        target: the result of `target_of` for this family, scale and parametrization, to avoid repeating that as well.
+        target: the result of `observed_model` for this family, scale and parametrization, to avoid repeating that as well.
         densities: name pattern → m_ρ, the density of these hidden layers in the target divided by that in the base (SµPar
             2405.15743).
 
@@ -104,38 +104,38 @@ def plan(
     if recipe is None or not isinstance(recipe, Recipe):
         recipe = Recipe() if recipe is None else Recipe.load(recipe)
     rules, rule = table(parametrization), optimizer_rule(optimizer, recipe)
-    observed = target or target_of(family, scale, parametrization, observation)
+    observed = target or observed_model(family, scale, parametrization, observation)
     if (observed.scale, observed.parametrization) != (scale, parametrization):
         raise RequestError(
             f"the target was observed at {observed.scale} for {observed.parametrization}, but the plan is for {scale} under "
-            f"{parametrization}: call target_of with these."
+            f"{parametrization}: call observed_model with these."
         )
-    draft = Draft(
+    builder = PlanBuilder(
         rules, rule, recipe, observed.seen, scale, family.base, observed.shapes, observed.origin, densities or {}
     )
-    planned = finished(draft, optimizer, observed.inits)
+    planned = finished(builder, optimizer, observed.inits)
     base = sum(math.prod(spec.shape) for spec in observed.seen.specs.values())
     grown = sum(map(math.prod, observed.shapes.values())) / base
     return apply_law(planned, scale, family.base, grown)
 
 
-def finished(draft: Draft, optimizer: str, inits: dict[str, Init]) -> Plan:
-    """Fold all multipliers of ``draft`` and return its plan; ``inits`` are the target's own, as its constructor set them."""
-    fold_all(draft)
-    if draft.wider < 1:
-        draft.notes.append(
-            f"the target's width {draft.scale.width} is smaller than the base's {draft.base.width}, so factors invert."
+def finished(builder: PlanBuilder, optimizer: str, inits: dict[str, Init]) -> Plan:
+    """Fold all multipliers of ``builder`` and return its plan; ``inits`` are the target's own, as its constructor set them."""
+    fold_all(builder)
+    if builder.wider < 1:
+        builder.notes.append(
+            f"the target's width {builder.scale.width} is smaller than the base's {builder.base.width}, so factors invert."
         )
-    rows = tuple(_row(draft, name, inits[name]) for name in draft.shapes)
-    draft.notes += _constants(draft, rows)
-    return Plan(draft.scale, draft.base, draft.rules.name, optimizer, draft.recipe, rows, tuple(draft.notes))
+    rows = tuple(_row(builder, name, inits[name]) for name in builder.shapes)
+    builder.notes += _constants(builder, rows)
+    return Plan(builder.scale, builder.base, builder.rules.name, optimizer, builder.recipe, rows, tuple(builder.notes))
 
 
-def _constants(draft: Draft, rows: tuple[ParameterPlan, ...]) -> list[str]:
+def _constants(builder: PlanBuilder, rows: tuple[ParameterPlan, ...]) -> list[str]:
     """Return notes that name constants whose value changes, since the table shows a standard deviation of 0 either way."""
     changed: dict[tuple[float, float], list[str]] = {}
     for row in rows:
-        base = draft.spec(row.name).init
+        base = builder.spec(row.name).init
         if row.init.kind == base.kind == "constant" and row.init.a != base.a:
             changed.setdefault((base.a, row.init.a), []).append(row.name)
     return [
@@ -145,25 +145,25 @@ def _constants(draft: Draft, rows: tuple[ParameterPlan, ...]) -> list[str]:
     ]
 
 
-def _row(draft: Draft, name: str, target: Init) -> ParameterPlan:
-    spec, recipe, rule = draft.spec(name), draft.recipe, draft.rule.of(draft.spec(name))
-    size, total = draft.size[name], draft.size[name] * draft.alpha[name]
-    m_in, m_out = draft.multipliers(name)
+def _row(builder: PlanBuilder, name: str, target: Init) -> ParameterPlan:
+    spec, recipe, rule = builder.spec(name), builder.recipe, builder.rule.of(builder.spec(name))
+    size, total = builder.size[name], builder.size[name] * builder.alpha[name]
+    m_in, m_out = builder.multipliers(name)
     is_matrix = len(spec.shape) > 1
     factor = total.init * (recipe.init_scale if is_matrix else 1.0)
     try:
         # Table factors apply to random weights; a constant (a gain of 1, a bias of 0) is only scaled by the gauge.
         init = spec.init.carried(target, factor, total.gauge, matrix=bool({"in", "gather"} & {*spec.axes}))
     except RequestError as error:
-        raise RequestError(f"{name} {list(draft.shapes[name])} {error}") from None
-    apart, columns = draft.apart.get(name, (1.0, ()))
+        raise RequestError(f"{name} {list(builder.shapes[name])} {error}") from None
+    apart, columns = builder.apart.get(name, (1.0, ()))
     if columns and init.kind != "constant":
         if init.parts or init.program:
             raise RequestError(
-                f"{name} {list(draft.shapes[name])} has both growing and fixed columns, and is initialized in pieces or by "
+                f"{name} {list(builder.shapes[name])} has both growing and fixed columns, and is initialized in pieces or by "
                 "recorded operations: draw it from one distribution, or split the layer in two."
             )
-        init = init.with_columns([(each.axis, each.begin, each.end) for each in columns], draft.shapes[name], apart)
+        init = init.with_columns([(each.axis, each.begin, each.end) for each in columns], builder.shapes[name], apart)
     if spec.shift:  # a gain used as s + w: the factor applies to s + w, not to w
         init = init.shifted((total.gauge - 1) * spec.shift)
     # The factor applies to s + w: decay of w would pull s + w back to the unscaled s.
@@ -176,7 +176,7 @@ def _row(draft: Draft, name: str, target: Init) -> ParameterPlan:
     }
     return ParameterPlan(
         name=name,
-        shape=draft.shapes[name],
+        shape=builder.shapes[name],
         role=spec.role,
         m_in=m_in,
         m_out=m_out,

@@ -23,13 +23,13 @@ from ..scale import Scale
 from ..tracing.specs import Observation, ParamSpec
 from .plan import ColumnBlock
 
-__all__ = ["Draft", "fold_all"]
+__all__ = ["PlanBuilder", "fold_all"]
 
 DECAY_POLICIES = {"independent": -1.0, "coupled": 0.0, "sqrt": -0.5}  # power of the lr factor
 
 
 @dataclass
-class Draft:
+class PlanBuilder:
     """A plan under construction: the target's parameters and the factors computed so far.
 
     Args:
@@ -272,68 +272,68 @@ def _aspect(spec: ParamSpec, shape: tuple[int, ...]) -> float:
     return capped(shape) / capped(spec.shape)
 
 
-def fold_all(draft: Draft) -> None:
+def fold_all(builder: PlanBuilder) -> None:
     """Fold every multiplier that the table, the recipe and the model's own forward pass require into parameters.
 
     Raises:
         RequestError: no parameter can absorb a multiplier, or the one that could is also used elsewhere.
     """
-    _fold_constants(draft)
-    _fold_ends(draft)
-    _fold_sizes(draft)
-    _fold_ties(draft)
-    _fold_attention(draft)
-    _fold_dots(draft)
-    _fold_branches(draft)
+    _fold_constants(builder)
+    _fold_ends(builder)
+    _fold_sizes(builder)
+    _fold_ties(builder)
+    _fold_attention(builder)
+    _fold_dots(builder)
+    _fold_branches(builder)
 
 
-def _fold_constants(draft: Draft) -> None:
+def _fold_constants(builder: PlanBuilder) -> None:
     """Divide out multipliers in the model's own forward pass that grow with the width (such as √width on embeddings)."""
-    if not draft.rules.divides_out:
+    if not builder.rules.divides_out:
         return
-    for name, spec in draft.seen.specs.items():
-        c = draft.wider**-spec.constant
-        draft.fold([name], size=c)
+    for name, spec in builder.seen.specs.items():
+        c = builder.wider**-spec.constant
+        builder.fold([name], size=c)
         if c != 1:
-            draft.notes.append(
+            builder.notes.append(
                 f"the forward pass multiplies {name} by width^{spec.constant:g}: divided out of its settings ({c:.4g})."
             )
 
 
-def _fold_ends(draft: Draft) -> None:
+def _fold_ends(builder: PlanBuilder) -> None:
     """Fold alpha_input and alpha_output into the input and readout matrices, or into the g of weight-normalized ones."""
-    sized = {spec.sizes: name for name, spec in draft.seen.specs.items() if spec.sizes}
-    for name, spec in draft.seen.specs.items():
+    sized = {spec.sizes: name for name, spec in builder.seen.specs.items() if spec.sizes}
+    for name, spec in builder.seen.specs.items():
         if spec.role == "output":
-            draft.fold([sized.get(name, name)], alpha=draft.recipe.alpha_output)
+            builder.fold([sized.get(name, name)], alpha=builder.recipe.alpha_output)
         elif spec.role in ("input", "finite") and spec.on_data and len(spec.shape) > 1 and not spec.sizes:
-            draft.fold([sized.get(name, name)], alpha=draft.recipe.alpha_input)
+            builder.fold([sized.get(name, name)], alpha=builder.recipe.alpha_input)
 
 
-def _fold_sizes(draft: Draft) -> None:
+def _fold_sizes(builder: PlanBuilder) -> None:
     """Give the rows of a weight-normalized matrix the norm that the table would give those of the plain matrix.
 
     The g of a row is its norm. A row of n entries with standard deviation s has norm s·√n: fan-in initialization keeps it
     constant, a readout's initialization does not.
     """
-    for name, spec in draft.seen.specs.items():
+    for name, spec in builder.seen.specs.items():
         if not spec.sizes:
             continue
-        target = next(each for each, origin in draft.origin.items() if origin == spec.sizes)
-        m_in, m_out = draft.multipliers(target)
-        draft.fold([name], size=draft.rules.rows[draft.spec(target).role].init(m_in, m_out) * m_in**0.5)
+        target = next(each for each, origin in builder.origin.items() if origin == spec.sizes)
+        m_in, m_out = builder.multipliers(target)
+        builder.fold([name], size=builder.rules.rows[builder.spec(target).role].init(m_in, m_out) * m_in**0.5)
 
 
-def _fold_ties(draft: Draft) -> None:
+def _fold_ties(builder: PlanBuilder) -> None:
     """Fold the readout's multiplier of a matrix that is also the embedding into the final norm."""
-    for name, spec in draft.seen.specs.items():
+    for name, spec in builder.seen.specs.items():
         if not spec.tied:
             continue
-        target = next(each for each, origin in draft.origin.items() if origin == name)
+        target = next(each for each, origin in builder.origin.items() if origin == name)
         # Factors folded into the matrix as an embedding (a constant, alpha_input) also act in the readout: divide them out.
-        m = draft.multipliers(target)[1]
-        size = draft.rules.readout(m, 1.0) / draft.size[target].gauge * draft.wider**-spec.readout_constant
-        alpha = draft.recipe.alpha_output / draft.alpha[target].gauge
+        m = builder.multipliers(target)[1]
+        size = builder.rules.readout(m, 1.0) / builder.size[target].gauge * builder.wider**-spec.readout_constant
+        alpha = builder.recipe.alpha_output / builder.alpha[target].gauge
         if size == 1 and alpha == 1:
             continue
         if not spec.carriers:
@@ -341,10 +341,12 @@ def _fold_ties(draft: Draft) -> None:
                 f"the readout is tied to {name}, but no parameter before it can absorb its factor {size * alpha:g}: give "
                 "the model a final norm with a gain, or untie the readout."
             )
-        _refuse_other_use(draft.seen, spec, name)
-        draft.fold(spec.carriers, size=size, alpha=alpha)
+        _refuse_other_use(builder.seen, spec, name)
+        builder.fold(spec.carriers, size=size, alpha=alpha)
         if size != 1:
-            draft.notes.append(f"tied readout: its factor {size:g} is folded into {', '.join(sorted(spec.carriers))}.")
+            builder.notes.append(
+                f"tied readout: its factor {size:g} is folded into {', '.join(sorted(spec.carriers))}."
+            )
 
 
 def _refuse_other_use(seen: Observation, tied: ParamSpec, readout: str) -> None:
@@ -358,18 +360,18 @@ def _refuse_other_use(seen: Observation, tied: ParamSpec, readout: str) -> None:
         )
 
 
-def _fold_attention(draft: Draft) -> None:
+def _fold_attention(builder: PlanBuilder) -> None:
     """Turn the model's own scaling of attention into α·√d₀/d by scaling the queries, where the head dim d grows.
 
     TP-V 2203.03466, Definition 4.1. The factor is relative to 1/√d; a model that already divides by d needs none.
     """
-    seen, alpha = draft.seen, draft.recipe.alpha_attention
+    seen, alpha = builder.seen, builder.recipe.alpha_attention
     if seen.heads.dim is None:
         if alpha != 1:
             raise RequestError(f"alpha_attention is {alpha:g}, but no attention was found in the model: leave it at 1.")
         return
     m_h = seen.heads.ratio
-    c = draft.rules.attention(m_h, 1.0) ** (2 * (1 + seen.heads.power))  # the table is relative to 1/√d
+    c = builder.rules.attention(m_h, 1.0) ** (2 * (1 + seen.heads.power))  # the table is relative to 1/√d
     if c == 1 and alpha == 1:
         return
     if seen.shared_queries:
@@ -382,43 +384,43 @@ def _fold_attention(draft: Draft) -> None:
         raise RequestError(
             "attention needs a factor on the queries, but no parameter can absorb it: use a query projection."
         )
-    draft.fold(seen.queries, size=c, alpha=alpha)
+    builder.fold(seen.queries, size=c, alpha=alpha)
     if c != 1:
-        draft.notes.append(f"head dim grows {m_h:g}x: 1/d attention is folded into the queries ({c:.4g}).")
+        builder.notes.append(f"head dim grows {m_h:g}x: 1/d attention is folded into the queries ({c:.4g}).")
 
 
-def _fold_dots(draft: Draft) -> None:
+def _fold_dots(builder: PlanBuilder) -> None:
     """Scale every other dot product of activations whose length grew m times by 1/m, as for attention's logits."""
-    for each in draft.seen.dots:
-        c = draft.rules.attention(each.ratio, 1.0) ** (2 * (1 + each.power))
+    for each in builder.seen.dots:
+        c = builder.rules.attention(each.ratio, 1.0) ** (2 * (1 + each.power))
         if c == 1:
             continue
-        if not each.carriers or any(draft.seen.specs[name].mixed for name in each.carriers):
+        if not each.carriers or any(builder.seen.specs[name].mixed for name in each.carriers):
             raise RequestError(each.refusal(c))
-        draft.fold(each.carriers, size=c**0.5 if each.both else c)
-        draft.notes.append(
+        builder.fold(each.carriers, size=c**0.5 if each.both else c)
+        builder.notes.append(
             f"the result of {', '.join(sorted(each.carriers))} is multiplied by other activations and summed over "
             f"{each.ratio:g} times as many entries: a factor {c:.4g} is folded into {'both sides' if each.both else 'it'}."
         )
 
 
-def _fold_branches(draft: Draft) -> None:
+def _fold_branches(builder: PlanBuilder) -> None:
     """Fold the multiplier of residual branches, m_L^-α times the recipe's own, into the parameters that end each branch."""
-    power = draft.rules.depth
-    alpha = draft.recipe.alpha_residual
-    ends = sorted(name for name, spec in draft.seen.specs.items() if spec.ends_branch)
-    if power is None and draft.deeper != 1:
-        draft.notes.append(draft.rules.without_depth(draft.base.depth, draft.scale.depth))
+    power = builder.rules.depth
+    alpha = builder.recipe.alpha_residual
+    ends = sorted(name for name, spec in builder.seen.specs.items() if spec.ends_branch)
+    if power is None and builder.deeper != 1:
+        builder.notes.append(builder.rules.without_depth(builder.base.depth, builder.scale.depth))
     if power is not None:
-        _fold_depth_constants(draft)
+        _fold_depth_constants(builder)
 
     def size(name: str) -> float:
-        return 1.0 if power is None else draft.repeated(name) ** float(power.branch)
+        return 1.0 if power is None else builder.repeated(name) ** float(power.branch)
 
-    asked = 1.0 if power is None else draft.deeper ** float(power.branch)
+    asked = 1.0 if power is None else builder.deeper ** float(power.branch)
     if asked == 1 and alpha == 1:
         return
-    open_branches = [name for name in draft.seen.open_branches if size(name) != 1 or alpha != 1]
+    open_branches = [name for name in builder.seen.open_branches if size(name) != 1 or alpha != 1]
     if not ends or open_branches:
         found = (
             f"no parameter can absorb it in the branch of {open_branches[0]}"
@@ -430,24 +432,24 @@ def _fold_branches(draft: Draft) -> None:
         )
     for name in ends:
         if size(name) != 1 or alpha != 1:
-            _refuse_way_out(draft.seen.specs[name])
-            draft.fold([name], size=size(name), alpha=alpha)
+            _refuse_way_out(builder.seen.specs[name])
+            builder.fold([name], size=size(name), alpha=alpha)
     if once := [name for name in ends if asked != 1 and size(name) == 1]:
-        draft.notes.append(
+        builder.notes.append(
             f"{', '.join(once[:3])}{f' and {len(once) - 3} more' if once[3:] else ''}: the residual branch is not repeated with "
             "depth, so its scale is unchanged."
         )
 
 
-def _fold_depth_constants(draft: Draft) -> None:
+def _fold_depth_constants(builder: PlanBuilder) -> None:
     """Divide out multipliers in the model's forward pass that change with depth; the table decides how branches shrink."""
-    powers = {name: spec.depth_constant for name, spec in draft.seen.specs.items() if spec.depth_constant}
+    powers = {name: spec.depth_constant for name, spec in builder.seen.specs.items() if spec.depth_constant}
     for power in sorted(set(powers.values())):
         names = [name for name, each in powers.items() if each == power]
-        c = draft.deeper**-power
-        draft.fold(names, size=c)
+        c = builder.deeper**-power
+        builder.fold(names, size=c)
         if c != 1:
-            draft.notes.append(
+            builder.notes.append(
                 f"the forward pass multiplies {names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''} by "
                 f"depth^{power:g}: divided out of their settings ({c:.4g})."
             )

@@ -21,7 +21,7 @@ from .. import run_dir
 from .._torch_internals import FakeTensorMode, tree_map_only
 from ..errors import RequestError, nearest
 from ..family import Family
-from ..initialization import InitWatcher
+from ..initialization import InitTracer
 from ..io import read_json, write_json
 from ..optimizers.rules import optimizer_rule
 from ..param_names import pattern_of
@@ -439,7 +439,7 @@ def regularizers(family: Family) -> dict[str, float]:
     are replaced by ``*``. The model is built and run on fake tensors, with only the first layers of a deep base.
     """
     scale = family.base.with_(depth=min(family.base.depth, LAYERS))
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode, InitWatcher(), torch.random.fork_rng(devices=[]):
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, InitTracer(), torch.random.fork_rng(devices=[]):
         try:
             model = build(family, scale)
         except RequestError:  # some models have a minimum depth

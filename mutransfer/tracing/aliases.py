@@ -15,7 +15,7 @@ import torch
 from . import ops as ops
 from .dataflow import storage_key, strides
 
-__all__ = ["Axis", "Cut", "Cuts", "Root", "Roots", "carried_to", "label_of", "layout_of"]
+__all__ = ["Axis", "Cut", "Cuts", "Alias", "Aliases", "carried_to", "label_of", "layout_of"]
 
 Axis = tuple[tuple[int, int], ...]  # (stride, size) of every part of one axis of a parameter; empty if it is lost
 
@@ -75,7 +75,7 @@ def _parts(axis: Axis, tensor: torch.Tensor) -> Iterator[tuple[int, int, int]]:
 
 
 @dataclass(frozen=True)
-class Root:
+class Alias:
     """A parameter, or a tensor computed entrywise from one parameter alone.
 
     Attributes:
@@ -100,28 +100,28 @@ class Root:
         return self.index if self.sizes is None else self.sizes[0]
 
 
-class Roots:
+class Aliases:
     """All tensors that stand for one of ``parameters``, keyed by storage, so views need no special rules."""
 
     def __init__(self, parameters: Sequence[torch.Tensor]) -> None:
         self._shapes = [tuple(each.shape) for each in parameters]
-        self._roots = {storage_key(each): Root(i, layout_of(each)) for i, each in enumerate(parameters)}
+        self._aliases = {storage_key(each): Alias(i, layout_of(each)) for i, each in enumerate(parameters)}
 
-    def get(self, tensor: torch.Tensor) -> Root | None:
+    def get(self, tensor: torch.Tensor) -> Alias | None:
         """Return the parameter that ``tensor`` stands for, or None."""
-        return self._roots.get(storage_key(tensor))
+        return self._aliases.get(storage_key(tensor))
 
-    def shape(self, root: Root) -> tuple[int, ...]:
+    def shape(self, alias: Alias) -> tuple[int, ...]:
         """Return the shape of the parameter itself."""
-        return self._shapes[root.index]
+        return self._shapes[alias.index]
 
     def sized(self, tensor: torch.Tensor, by: tuple[int, int]) -> None:
         """Make the magnitude parameter ``by`` (index and use) carry the factors of the normalized weight ``tensor``."""
-        self._roots[storage_key(tensor)] = replace(self._roots[storage_key(tensor)], linear=True, sizes=by)
+        self._aliases[storage_key(tensor)] = replace(self._aliases[storage_key(tensor)], linear=True, sizes=by)
 
     def derive(
         self, name: str, args: Any, tensor: torch.Tensor, out: torch.Tensor, number: float | None, *, alone: bool
-    ) -> Root | None:
+    ) -> Alias | None:
         """Register ``out`` as an alias of the parameter of ``tensor`` if the operation is entrywise; otherwise return None.
 
         Args:
@@ -132,7 +132,7 @@ class Roots:
             number: the constant that a product multiplies or divides by, if any.
             alone: whether ``tensor`` is the only tensor among the inputs.
         """
-        root = self._roots[storage_key(tensor)]
+        alias = self._aliases[storage_key(tensor)]
         dims: list[int | None] = list(range(tensor.dim()))
         if name in ops.LOOKUPS:
             dims = _looked_up(name, args, tensor)
@@ -145,7 +145,7 @@ class Roots:
             or not (name in ops.ENTRYWISE or name in ops.COPIES or name.startswith("_weight_norm"))
         ):
             return None
-        linear, shift, factor = root.linear, root.shift, root.factor
+        linear, shift, factor = alias.linear, alias.shift, alias.factor
         if name in ops.SUMS and alone:
             numbers = [each for each in args if isinstance(each, (int, float)) and not isinstance(each, bool)]
             shift += (numbers[0] if name.startswith("add") else -numbers[0]) if numbers else 0.0
@@ -156,8 +156,8 @@ class Roots:
             shift, factor = shift * by, factor * by
         elif not ((name in ops.COPIES and alone) or name in ops.LOOKUPS or name == "repeat"):
             linear = False
-        layout = carried_to(root.layout, tensor, dims, out)
-        made = self._roots[storage_key(out)] = Root(root.index, layout, linear, shift, factor)
+        layout = carried_to(alias.layout, tensor, dims, out)
+        made = self._aliases[storage_key(out)] = Alias(alias.index, layout, linear, shift, factor)
         return made
 
     def axes(self, name: str, args: Any, tensor: torch.Tensor) -> tuple[tuple[str, ...], tuple[int, ...]]:
@@ -166,7 +166,7 @@ class Roots:
         Labels are in, out, gather, each and unknown, found from the view that the operation received. The number is 1 for
         an axis that is not "in", and less than the axis's size if only a part of it is summed over.
         """
-        root = self._roots[storage_key(tensor)]
+        alias = self._aliases[storage_key(tensor)]
         labels = ops.CONTRACTIONS.get(name)
         if name == "convolution" and args[6]:
             labels = ops.TRANSPOSED_CONVOLUTION
@@ -182,7 +182,7 @@ class Roots:
         groups = {0: args[8]} if name == "convolution" and args[6] and args[8] > 1 else {}
         found = [
             label_of(axis, size, tensor, seen, groups)
-            for axis, size in zip(root.layout, self._shapes[root.index], strict=True)
+            for axis, size in zip(alias.layout, self._shapes[alias.index], strict=True)
         ]
         return tuple(label for label, _ in found), tuple(summed for _, summed in found)
 

@@ -16,7 +16,7 @@ import torch
 from .._torch_internals import ConvNd
 from ..errors import RequestError
 from ..family import Family
-from ..initialization import Init, InitWatcher
+from ..initialization import Init, InitTracer
 from ..param_names import pattern_of
 from ..scale import Scale
 from .columns import Columns, Joins, Labels, mixed_columns
@@ -155,7 +155,7 @@ def at_target(family: Family, seen: Observation, scale: Scale) -> Observation:
 
 def _watched(family: Family, scale: Scale, seed: int) -> OpTracer:
     with on_fake_tensors():
-        with InitWatcher() as inits:
+        with InitTracer() as inits:
             model = build(family, scale)
         return forward(family, model, scale, inits, seed)
 
@@ -228,7 +228,7 @@ def observe(family: Family) -> Observation:
     """
     family = family.printing_once()
     if family.base.depth > LAYERS:
-        with on_fake_tensors(), InitWatcher() as inits:
+        with on_fake_tensors(), InitTracer() as inits:
             model = build(family, family.base)
         try:
             seen = _watch(family.with_base(family.base.with_(depth=LAYERS)))
@@ -240,11 +240,11 @@ def observe(family: Family) -> Observation:
 
 def _watch(family: Family) -> Observation:
     wider_base = family.base.with_(width=WIDER * family.base.width)
-    inits = InitWatcher()
+    inits = InitTracer()
     with on_fake_tensors():
         with inits:
             model = build(family, family.base)
-        with InitWatcher() as wider_inits:
+        with InitTracer() as wider_inits:
             wider = build(family, wider_base)
         shapes, wide = shapes_of(model), shapes_of(wider)
         if wide.keys() != shapes.keys():
@@ -331,7 +331,7 @@ def _merged(found: Sequence[Observation], skipped: Mapping[str, int], passes: in
 
 
 def _observed(
-    family: Family, model: torch.nn.Module, inits: InitWatcher, shapes: Mapping[str, tuple[int, ...]],
+    family: Family, model: torch.nn.Module, inits: InitTracer, shapes: Mapping[str, tuple[int, ...]],
     wide: Mapping[str, tuple[int, ...]], seen: OpTracer, seen_wider: OpTracer, elsewhere: frozenset[str],
 ) -> Observation:  # fmt: skip
     """Compare one forward pass with a wider model's; parameters that are used only ``elsewhere`` are left out."""

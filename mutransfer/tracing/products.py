@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from . import ops as ops
-from .aliases import Axis, Roots, carried_to, label_of
+from .aliases import Aliases, Axis, carried_to, label_of
 from .dataflow import Attention, Flow, Scores, storage_key, union
 
 __all__ = ["Attentions", "Dots", "Ended", "Gates", "NORMALIZED", "Product", "Products", "SOFTMAX"]
@@ -195,7 +195,7 @@ class Products:
         args: Any,
         inputs: Sequence[torch.Tensor],
         out: torch.Tensor,
-        roots: Roots,
+        aliases: Aliases,
         begun: int,
         others: int,
     ) -> int:
@@ -206,18 +206,18 @@ class Products:
             args: its positional arguments.
             inputs: its tensor inputs.
             out: the result.
-            roots: the aliases of parameters.
+            aliases: the aliases of parameters.
             begun: number of the operation's first use of a parameter.
             others: uses (as bits) that its inputs were computed by.
         """
-        rooted = [(each, root) for each in inputs if (root := roots.get(each)) is not None]
+        with_alias = [(each, alias) for each in inputs if (alias := aliases.get(each)) is not None]
         # If another parameter is multiplied in later, that is the one which a sum contracts.
-        bits = self._follow(name, args, inputs, out, last=any(each.numel() > 1 for each, _ in rooted))
+        bits = self._follow(name, args, inputs, out, last=any(each.numel() > 1 for each, _ in with_alias))
         if name in ("mul", "mul_"):
-            for use, (tensor, root) in enumerate(rooted, begun):
-                product = Product(use, roots.shape(root), others)
+            for use, (tensor, alias) in enumerate(with_alias, begun):
+                product = Product(use, aliases.shape(alias), others)
                 self._all.append(product)
-                self._put(product, root.layout, tensor, out)
+                self._put(product, alias.layout, tensor, out)
         return bits
 
     def contractions(self) -> dict[int, Product]:

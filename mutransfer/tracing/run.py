@@ -31,7 +31,7 @@ from .._torch_internals import (
 )
 from ..errors import RequestError, describe
 from ..family import Family, is_lazy, unwrapped
-from ..initialization import InitWatcher
+from ..initialization import InitTracer
 from ..scale import Scale
 from .scales import of_buffers
 from .tracer import OpTracer
@@ -290,7 +290,7 @@ def build(family: Family, scale: Scale) -> torch.nn.Module:
     return model
 
 
-def forward(family: Family, model: torch.nn.Module, scale: Scale, inits: InitWatcher, seed: int = 0) -> OpTracer:
+def forward(family: Family, model: torch.nn.Module, scale: Scale, inits: InitTracer, seed: int = 0) -> OpTracer:
     """Trace a forward pass of a model built on fake tensors under ``inits``; run it for real if it reads values and is small.
 
     ``seed`` seeds the random number generators.
@@ -342,7 +342,7 @@ def _does_not_run(family: Family, error: Exception, how: str) -> RequestError:
     )
 
 
-def _watched(family: Family, model: torch.nn.Module, batch: object, inits: InitWatcher | None, seed: int) -> OpTracer:
+def _watched(family: Family, model: torch.nn.Module, batch: object, inits: InitTracer | None, seed: int) -> OpTracer:
     watcher = OpTracer(model, of_buffers(model, inits))
     seeded(seed)
     before = drawn_from()

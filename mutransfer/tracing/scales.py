@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from .._torch_internals import disable_current_modes, tree_leaves, tree_map_only
-from ..initialization import Init, InitWatcher
+from ..initialization import Init, InitTracer
 from . import ops as ops
 from .dataflow import Flow, Use, storage_key
 
@@ -87,7 +87,7 @@ class Scalars:
         return self._find(each) if known is None or known.is_meta else float(known)
 
 
-def of_buffers(model: torch.nn.Module, inits: InitWatcher | None) -> Callable[[torch.Tensor], float | None]:
+def of_buffers(model: torch.nn.Module, inits: InitTracer | None) -> Callable[[torch.Tensor], float | None]:
     """Return a function that reads the number in a buffer, or None.
 
     It is taken from the recorded operations of the constructor (``inits``), or from the values if there is no record and the

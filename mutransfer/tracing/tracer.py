@@ -16,7 +16,7 @@ import torch
 from .._torch_internals import TorchDispatchMode, tree_leaves
 from ..param_names import pattern_of
 from . import ops as ops
-from .aliases import Cuts, Roots
+from .aliases import Aliases, Cuts
 from .columns import Joins, Labels
 from .dataflow import Flow, Pieces, Scores, Sum, Use, ValueGraph, numeric, storage_key, union
 from .ops import Decompositions, adds
@@ -26,16 +26,16 @@ from .scales import Scalars, ScaleTracker
 __all__ = ["OpTracer", "carried"]
 
 
-def carried(name: str, flows: Sequence[Flow], rooted: Sequence[bool]) -> int:
+def carried(name: str, flows: Sequence[Flow], with_alias: Sequence[bool]) -> int:
     """Return the parameters that carry a factor into the result of an operation, as bits.
 
     Args:
         name: name of the operation.
         flows: flows of its inputs.
-        rooted: which of the inputs stand for parameters.
+        with_alias: which of the inputs stand for parameters.
     """
-    root_carries = [each.carries for each, is_root in zip(flows, rooted, strict=True) if is_root]
-    if name in ops.CONTRACTIONS and len(flows) > 1 and not any(rooted):  # such as attention weights times values
+    root_carries = [each.carries for each, is_root in zip(flows, with_alias, strict=True) if is_root]
+    if name in ops.CONTRACTIONS and len(flows) > 1 and not any(with_alias):  # such as attention weights times values
         return _product(name, flows[-2:][::-1], [])
     if name in ops.CONTRACTIONS or name in ops.AFFINE_NORMS:
         # A factor on a bias alone is not a factor on the result, if the weight's size is fixed.
@@ -82,7 +82,7 @@ class OpTracer(TorchDispatchMode):
         super().__init__()
         named = [(name, each) for name, each in model.named_parameters() if each.requires_grad]
         self._names = [name for name, _ in named]
-        self._roots = Roots([each for _, each in named])
+        self._aliases = Aliases([each for _, each in named])
         self._flows: dict[int, Flow] = {}
         self._kept: list[torch.Tensor] = []  # keeps storages alive: the address of a freed one would be reused
         self._seen: list[tuple[int, Use]] = []
@@ -200,7 +200,7 @@ class OpTracer(TorchDispatchMode):
         first_use = len(self._seen)
         flow = self._through(name, args, kwargs, inputs, outputs[0])
         others = union(self._flow(each).uses for each in inputs)
-        flow.direct |= self._products.note(name, args, inputs, (fresh or outputs)[0], self._roots, first_use, others)
+        flow.direct |= self._products.note(name, args, inputs, (fresh or outputs)[0], self._aliases, first_use, others)
         for each in fresh or outputs[:1]:
             self._flows[storage_key(each)] = flow
         return out
@@ -209,7 +209,9 @@ class OpTracer(TorchDispatchMode):
         return self.__torch_dispatch__(func, (), args, kwargs)
 
     def _live(self, tensor: Any) -> bool:
-        return isinstance(tensor, torch.Tensor) and self._roots.get(tensor) is None and bool(self._flow(tensor).depends)
+        return (
+            isinstance(tensor, torch.Tensor) and self._aliases.get(tensor) is None and bool(self._flow(tensor).depends)
+        )
 
     def _derive(self, name: str, args: Any, inputs: list[torch.Tensor], out: torch.Tensor) -> bool:
         """Register ``out`` as an alias of a parameter if it is computed entrywise from that parameter alone.
@@ -218,18 +220,18 @@ class OpTracer(TorchDispatchMode):
         """
         if name == "_weight_norm_interface":  # v keeps its axes; g multiplies the rows
             self._note_uses("weight_norm" if any(args[2:]) else "mul", args, [args[1]], 0)
-            sizes, inputs = self._roots.get(args[1]), inputs[:1]
-        rooted = [(each, root) for each in inputs if (root := self._roots.get(each)) is not None]
-        if not rooted or not numeric(out):
+            sizes, inputs = self._aliases.get(args[1]), inputs[:1]
+        with_alias = [(each, alias) for each in inputs if (alias := self._aliases.get(each)) is not None]
+        if not with_alias or not numeric(out):
             return False
-        tensor, root = rooted[0]
+        tensor, alias = with_alias[0]
         # An index only selects entries: the experts that a router chooses still stand for the parameter.
-        if union(self._flow(each).depends for each in inputs if numeric(each)) != 1 << root.index:
+        if union(self._flow(each).depends for each in inputs if numeric(each)) != 1 << alias.index:
             return False
         number = self._number(args) if name in ops.PRODUCTS else None
-        made = self._roots.derive(name, args, tensor, out, number, alone=len(inputs) == 1)
+        made = self._aliases.derive(name, args, tensor, out, number, alone=len(inputs) == 1)
         if made is not None and name == "_weight_norm_interface" and sizes is not None:
-            self._roots.sized(out, (sizes.index, len(self._seen) - 1))
+            self._aliases.sized(out, (sizes.index, len(self._seen) - 1))
             self.sizes[self._names[sizes.index]] = self._names[made.index]
         if made is not None and number is not None and not made.linear:
             self.factors.leave(number, 0, self._modules[-1])
@@ -241,7 +243,7 @@ class OpTracer(TorchDispatchMode):
         """Return the flow of the operation's result, and record how the operation uses its inputs."""
         floating = [each for each in inputs if numeric(each)]
         flows = [self._flow(each) for each in floating]
-        others = [flow for each, flow in zip(floating, flows, strict=True) if self._roots.get(each) is None]
+        others = [flow for each, flow in zip(floating, flows, strict=True) if self._aliases.get(each) is None]
         contracts = name in ops.CONTRACTIONS
         live = [flow for flow in flows if flow.depends]
         if name in ops.COPIES and len(others) == 1:
@@ -252,24 +254,28 @@ class OpTracer(TorchDispatchMode):
         used = self._note_uses(name, args, inputs, node)
         self._attentions.see(name, args, kwargs, self._flow, self.dots, self._modules[-1])
         result = Flow(union(each.depends for each in flows), uses=union(each.uses for each in flows) | used, node=node)
-        rooted = [self._roots.get(each) is not None for each in floating]
-        result.carries = carried(name, flows, rooted)
+        with_alias = [self._aliases.get(each) is not None for each in floating]
+        result.carries = carried(name, flows, with_alias)
         if used and contracts:
             result.direct = used
         elif not contracts and name not in ops.AFFINE_NORMS and name not in NORMALIZED:
             result.direct = union(each.direct for each in flows)
         activations = [(each, flow) for each, flow in zip(floating, flows, strict=True) if flow.depends]
-        activations = [(each, flow) for each, flow in activations if self._roots.get(each) is None]
+        activations = [(each, flow) for each, flow in activations if self._aliases.get(each) is None]
         self._gates.see(name, flows, result, activations, self.used_by)
         if adds(name, args) and len(others) == 2 and all(each.depends for each in others):
             a, b = others
             self._sums.append((Sum(node, a.node, b.node, a.carries, b.carries), {*a.dots, *b.dots}))
-        roots = [root for each in inputs if (root := self._roots.get(each)) is not None]
-        uses = {root.sizes[1] if root.sizes else first + i: root.factor for i, root in enumerate(roots) if root.linear}
-        for i, root in enumerate(roots):
-            if root.sizes:  # magnitudes under weight norm act where the normalized weight is used
-                (index, sizes), (_, place) = self._seen[root.sizes[1]], self._seen[first + i]
-                self._seen[root.sizes[1]] = index, replace(sizes, node=place.node, operands=place.operands)
+        aliases = [alias for each in inputs if (alias := self._aliases.get(each)) is not None]
+        uses = {
+            alias.sizes[1] if alias.sizes else first + i: alias.factor
+            for i, alias in enumerate(aliases)
+            if alias.linear
+        }
+        for i, alias in enumerate(aliases):
+            if alias.sizes:  # magnitudes under weight norm act where the normalized weight is used
+                (index, sizes), (_, place) = self._seen[alias.sizes[1]], self._seen[first + i]
+                self._seen[alias.sizes[1]] = index, replace(sizes, node=place.node, operands=place.operands)
         for use, factor in uses.items():
             self.factors.inner[use] *= factor if self._owner(use) == self._modules[-1] else 1.0
         by = self._follow(result, name, args, kwargs, others, uses, inputs[0].numel() / max(1, out.numel()))
@@ -303,15 +309,15 @@ class OpTracer(TorchDispatchMode):
         return by
 
     def _note_uses(self, name: str, args: Any, inputs: list[torch.Tensor], node: int) -> int:
-        others = [self._flow(other) for other in inputs if self._roots.get(other) is None]
+        others = [self._flow(other) for other in inputs if self._aliases.get(other) is None]
         carried = union(flow.carries for flow in others)
         operands = tuple(flow.node for flow in others if flow.node)
         used = 0
         for tensor in inputs:
-            root = self._roots.get(tensor)
-            if root is None:
+            alias = self._aliases.get(tensor)
+            if alias is None:
                 continue
-            axes, summed = self._roots.axes(name, args, tensor)
+            axes, summed = self._aliases.axes(name, args, tensor)
             alone = name in ops.CONTRACTIONS and "in" in axes and self._meets_only_parameters(inputs, tensor)
             if alone and any(tensor is each for each in args[-2:-1]):
                 # The parameter takes the place of activations: its rows go into the other one, such as learned queries.
@@ -320,22 +326,22 @@ class OpTracer(TorchDispatchMode):
                 self._features |= union(other.uses for other in others)
             on_data = not any(other.depends for other in others)
             used |= 1 << len(self._seen)
-            shift = root.shift if root.linear else 0.0
+            shift = alias.shift if alias.linear else 0.0
             use = Use(name, axes, self.decode(carried), on_data, node, operands, shift, alone=alone, summed=summed)
-            self._seen.append((root.index, use))
-            self._used_in[self._names[root.index]].add(self._modules[-1])
+            self._seen.append((alias.index, use))
+            self._used_in[self._names[alias.index]].add(self._modules[-1])
             self._columns.append(self._met_by(name, args, inputs, tensor))
         return used
 
     def _met_by(self, name: str, args: Any, inputs: list[torch.Tensor], tensor: torch.Tensor) -> tuple[Labels, ...]:
         """Return, for each axis of a parameter, the pieces that the entries it is combined with come from, as `Joins` labels."""
-        root = self._roots.get(tensor)
-        if root is None or not (name in ops.CONTRACTIONS or name in {"mul", "mul_"}):
+        alias = self._aliases.get(tensor)
+        if alias is None or not (name in ops.CONTRACTIONS or name in {"mul", "mul_"}):
             return ()
         found = self.joins.met(name, args, inputs, tensor)
-        kind = frozenset().union(*(self._made_by(each) for each in inputs if self._roots.get(each) is None))
-        site = self._names[root.index], "use", frozenset({kind})
-        axes = zip(root.layout, self._roots.shape(root), strict=True)
+        kind = frozenset().union(*(self._made_by(each) for each in inputs if self._aliases.get(each) is None))
+        site = self._names[alias.index], "use", frozenset({kind})
+        axes = zip(alias.layout, self._aliases.shape(alias), strict=True)
         return tuple(self.joins.along(axis, size, tensor, found, site, kind) for axis, size in axes)
 
     def used_in(self, name: str) -> set[str]:
@@ -356,20 +362,20 @@ class OpTracer(TorchDispatchMode):
 
     def _meets_only_parameters(self, inputs: list[torch.Tensor], tensor: torch.Tensor) -> bool:
         met = [each for each in inputs if each is not tensor and numeric(each) and each.dim() > 1]
-        return bool(met) and all(self._roots.get(each) is not None for each in met)
+        return bool(met) and all(self._aliases.get(each) is not None for each in met)
 
     def _note_parts(self, whole: torch.Tensor, pieces: list[torch.Tensor]) -> None:
-        root, direct = self._roots.get(whole), self._flow(whole).direct
-        if root is not None or direct:
-            self.parts.add(whole, pieces, self.decode(1 << root.index if root else 0), direct)
+        alias, direct = self._aliases.get(whole), self._flow(whole).direct
+        if alias is not None or direct:
+            self.parts.add(whole, pieces, self.decode(1 << alias.index if alias else 0), direct)
 
     def _number(self, args: Any) -> float | None:
         return self._scalars.factor(args, lambda each: bool(self._flow(each).depends))
 
     def _flow(self, tensor: torch.Tensor) -> Flow:
-        root = self._roots.get(tensor)
-        if root is not None:
-            return Flow(1 << root.index, 1 << root.carrier if root.linear else 0)
+        alias = self._aliases.get(tensor)
+        if alias is not None:
+            return Flow(1 << alias.index, 1 << alias.carrier if alias.linear else 0)
         flow = self._flows.get(storage_key(tensor)) or Flow()
         node = self._pieces.node(tensor, flow.node)
         return flow if node == flow.node else replace(flow, node=node)

@@ -29,12 +29,12 @@ from mutransfer.proxies.training import Outcome
 from mutransfer.scale import Scale
 
 from ..experiment import Experiment
-from ..jobs import Job, OneByOne, Report, Reported, alone, family_of, plan_of
+from ..jobs import Job, Report, Reported, SequentialExecutor, alone, family_of, plan_of
 from .batch_training import Slot, Snapshot, VectorizedTraining
 from .compile import Step
 from .support import NOT_FOR_ONE, is_out_of_memory, refusal
 
-__all__ = ["SlotBatch", "Checkpoints", "Fused", "Precision", "Running", "course_of"]
+__all__ = ["SlotBatch", "Checkpoints", "VectorizedExecutor", "Precision", "Running", "course_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class Running:
 
     def entry(self, snapshot: Snapshot) -> dict[str, Any]:
         """Return what `resume` needs, as plain data."""
-        return {**snapshot, "start": self.start, "told": list(self.reported), "seconds": self.seconds}
+        return {**snapshot, "start": self.start, "reported": list(self.reported), "seconds": self.seconds}
 
     def resume(self, entry: dict[str, Any]) -> None:
         """Set the state from an entry; training continues once the job is put in a slot."""
@@ -78,7 +78,7 @@ class Running:
         self.slot.step = entry["step"]
         self.start, self.reported, self.seconds = (
             entry["start"],
-            [tuple(pair) for pair in entry["told"]],
+            [tuple(pair) for pair in entry["reported"]],
             entry["seconds"],
         )
 
@@ -206,7 +206,7 @@ NOT_COMPILED = {
 }  # fmt: skip
 
 
-class Fused:
+class VectorizedExecutor:
     """Executor that trains ``count`` jobs as one program in this process.
 
     Jobs of another scale wait until the running jobs have ended. Jobs that cannot be fused are trained one by one, and a line on
@@ -239,7 +239,7 @@ class Fused:
                 yield from self._together(experiment, scale, source, report)
             else:
                 logger.info(f"trials at width {scale.width} run one by one: {reason}.")
-                yield from OneByOne(self.device).run(experiment, source.all_of(scale), report)
+                yield from SequentialExecutor(self.device).run(experiment, source.all_of(scale), report)
         if self.checkpoints is not None:
             self.checkpoints.clear()
 

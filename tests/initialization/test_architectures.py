@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mutransfer.initialization import InitWatcher, draw_
+from mutransfer.initialization import InitTracer, draw_
 
 from .watched import saved
 
@@ -65,7 +65,7 @@ def test_every_parameter_of_a_real_architecture(name: str) -> None:
     transformers = pytest.importorskip("transformers")
     config, fields = (MODELS | MORE)[name]
     config = getattr(transformers, config)(**fields)
-    with FakeTensorMode(allow_non_fake_inputs=True), InitWatcher() as watcher:
+    with FakeTensorMode(allow_non_fake_inputs=True), InitTracer() as watcher:
         fake = getattr(transformers, name)(config)
     inits = watcher.named(fake)
     own, other = getattr(transformers, name)(config), getattr(transformers, name)(config)

@@ -9,14 +9,14 @@ from collections.abc import Callable
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mutransfer.initialization import Init, InitWatcher, draw_
+from mutransfer.initialization import Init, InitTracer, draw_
 
 N = 64
 
 
 def seen(build: Callable[[], torch.Tensor]) -> Init | str:
     """What the watcher says of a tensor that ``build`` makes."""
-    with FakeTensorMode(allow_non_fake_inputs=True), InitWatcher() as watcher:
+    with FakeTensorMode(allow_non_fake_inputs=True), InitTracer() as watcher:
         tensor = build()
     return watcher.find(tensor)
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mutransfer.cli.check import begin
-from mutransfer.cli.transfer import target_of
+from mutransfer.cli.transfer import observed_model
 from mutransfer.cli.verify import verify_run
 from mutransfer.io import read_json, write_json
 from mutransfer.proxies.training import Outcome
@@ -124,7 +124,7 @@ def test_an_earlier_verdict_does_not_stand_beside_an_unfinished_one(folder: RunF
 
 def test_a_verdict_on_another_recipe_is_not_shown(folder: RunFolder) -> None:
     verify(folder)
-    target = target_of(folder, 32)
+    target = observed_model(folder, 32)
     target.save(folder.target)
     assert "Expected loss of one run at width 32" in page(folder)
     RECIPE.with_(lr=2**-5).save(folder.best)
@@ -141,7 +141,7 @@ def test_a_verdict_on_another_recipe_is_not_shown(folder: RunFolder) -> None:
 
 
 def test_a_verification_later_than_the_target_takes_its_warning_back(folder: RunFolder) -> None:
-    target_of(folder, 32).save(folder.target)
+    observed_model(folder, 32).save(folder.target)
     assert any("never verified" in text for text in read_json(folder.target, "a target")["warnings"])
     verify(folder)
     assert "never verified" not in page(folder)

@@ -18,7 +18,7 @@ from mutransfer.proxies.training import Outcome
 from mutransfer.recipe import Recipe
 from mutransfer.run_dir import RunFolder
 from mutransfer.sweeps.experiment import Experiment
-from mutransfer.sweeps.jobs import Job, OneByOne, Report, alone
+from mutransfer.sweeps.jobs import Job, Report, SequentialExecutor, alone
 
 SMALL: dict[str, Any] = {
     "model": "mlp",
@@ -42,7 +42,7 @@ class Counting:
     """Another executor, with the jobs it was given."""
 
     def __init__(self, inner: Any = None) -> None:
-        self.inner = inner or OneByOne()
+        self.inner = inner or SequentialExecutor()
         self.capacity = self.inner.capacity
         self.jobs: list[Job] = []
 
@@ -77,7 +77,7 @@ class Failing:
     capacity = 1
 
     def __init__(self, at: int, error: BaseException, inner: Any = None) -> None:
-        self.at, self.error, self.inner, self.done = at, error, inner or OneByOne(), 0
+        self.at, self.error, self.inner, self.done = at, error, inner or SequentialExecutor(), 0
 
     def run(
         self, experiment: Experiment, jobs: Iterable[Job], report: Report | None = None

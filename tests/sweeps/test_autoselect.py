@@ -16,9 +16,9 @@ from mutransfer.errors import RequestError
 from mutransfer.sweeps import autoselect
 from mutransfer.sweeps.autoselect import Timed, chosen
 from mutransfer.sweeps.executors import LazyExecutor, executor_for
-from mutransfer.sweeps.jobs import Job, OneByOne
-from mutransfer.sweeps.processes import Processes
-from mutransfer.sweeps.vectorized.executor import Fused
+from mutransfer.sweeps.jobs import Job, SequentialExecutor
+from mutransfer.sweeps.processes import ProcessExecutor
+from mutransfer.sweeps.vectorized.executor import VectorizedExecutor
 
 from .small import experiment
 
@@ -96,7 +96,7 @@ def test_a_short_sweep_is_not_measured_for_long() -> None:
 def test_real_measurements(capsys: pytest.CaptureFixture[str]) -> None:
     with executor_for(experiment(trials=12), "fused") as executor:
         assert isinstance(executor, LazyExecutor)
-        assert isinstance(executor.chosen, Fused)
+        assert isinstance(executor.chosen, VectorizedExecutor)
         assert executor.capacity == 4
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("trials are trained 4 at a time, fused: a step of one trial takes ")
@@ -105,7 +105,7 @@ def test_real_measurements(capsys: pytest.CaptureFixture[str]) -> None:
 def test_auto_says_what_it_chose(capsys: pytest.CaptureFixture[str]) -> None:
     with executor_for(experiment(), "auto") as executor:
         assert isinstance(executor, LazyExecutor)
-        assert isinstance(executor.chosen, OneByOne)
+        assert isinstance(executor.chosen, SequentialExecutor)
     assert capsys.readouterr().err.startswith("trials are trained one by one: a step of one trial takes ")
 
 
@@ -114,11 +114,11 @@ def test_what_is_not_fused_says_why(plant: Plant, capsys: pytest.CaptureFixture[
     asked = experiment(optimizer="adagrad", trials=40)
     with executor_for(asked, "auto") as executor:
         assert isinstance(executor, LazyExecutor)
-        assert isinstance(executor.chosen, Processes)
+        assert isinstance(executor.chosen, ProcessExecutor)
     assert "; they cannot be fused, as adagrad has no update of many trials at once" in capsys.readouterr().err
     with executor_for(asked, "fused") as executor:
         assert isinstance(executor, LazyExecutor)
-        assert isinstance(executor.chosen, OneByOne)
+        assert isinstance(executor.chosen, SequentialExecutor)
     assert capsys.readouterr().err.startswith("trials are trained one by one: adagrad has no update")
 
 
@@ -137,7 +137,7 @@ def test_a_precision_that_nothing_has() -> None:
 def test_checkpoints_are_where_they_are_told(tmp_path: Path) -> None:
     with executor_for(experiment(trials=12), "fused", 2, checkpoints=tmp_path) as executor:
         assert isinstance(executor, LazyExecutor)
-        assert isinstance(executor.chosen, Fused)
+        assert isinstance(executor.chosen, VectorizedExecutor)
         assert executor.chosen.checkpoints is not None
         assert executor.chosen.checkpoints.folder == tmp_path
 
@@ -167,8 +167,8 @@ def test_what_cannot_be_compiled_is_no_choice(tmp_path: Path) -> None:
 def test_compiled_models_train_the_same() -> None:
     given = experiment()
     job = Job(0, given.proxy_scale, "mup", given.recipe, 0)
-    ((_, apart),) = OneByOne().run(given, [job])
-    ((_, compiled),) = OneByOne(compile=True).run(given, [job])
+    ((_, apart),) = SequentialExecutor().run(given, [job])
+    ((_, compiled),) = SequentialExecutor(compile=True).run(given, [job])
     assert compiled.loss == pytest.approx(apart.loss, rel=1e-5)
 
 
@@ -178,9 +178,9 @@ def test_what_is_left_to_do_is_planned_and_what_was_fused_goes_on(tmp_path: Path
     with executor_for(asked, "auto") as executor:
         assert isinstance(executor, LazyExecutor)
         executor.expect(2)
-        assert isinstance(executor.chosen, OneByOne)
+        assert isinstance(executor.chosen, SequentialExecutor)
     (tmp_path / "some.trials").touch()
     with executor_for(asked, "auto", checkpoints=tmp_path) as executor:
         assert isinstance(executor, LazyExecutor)
         executor.expect(2)
-        assert isinstance(executor.chosen, Fused)
+        assert isinstance(executor.chosen, VectorizedExecutor)

@@ -17,7 +17,7 @@ from mutransfer.errors import RequestError
 from mutransfer.run_dir import RunFolder
 from mutransfer.schemas import REPEATS, TRIALS
 from mutransfer.sweeps.jobs import Job
-from mutransfer.sweeps.processes import Processes
+from mutransfer.sweeps.processes import ProcessExecutor
 from mutransfer.sweeps.results import CLAIM
 from mutransfer.sweeps.tune import Tuned, tune
 
@@ -157,7 +157,7 @@ def test_halving_saves_most_of_the_steps(tmp_path: Path, pruner: str) -> None:
 def test_an_independent_search_of_a_real_model(tmp_path: Path) -> None:
     search = {"lr": {"low": 2**-9, "high": 2**-3, "log": True}, "init_scale": {"low": 0.25, "high": 4, "log": True}}
     given = experiment(trials=11, sampler="independent", search=search)
-    with Processes(2) as two:
+    with ProcessExecutor(2) as two:
         found = tune(given, RunFolder(tmp_path / "run"), executor=two)
     trials = found.trials.sort_values("number")
     assert trials["lr"].nunique() == len(trials["lr"][:6])  # the recipe's own, and the line's five

@@ -85,7 +85,7 @@ def test_workers_that_die_and_begin_together_do_every_point_once() -> None:
         if (worker.waiting() or not sampler.waits(shared)) and worker.next() is not None and turn % 2:
             continue  # begins another before it ends this one
         if turn % 7 == 0:
-            worker.give_back_own()
+            worker.requeue_own()
         for number, trial in list(worker.begun.items()):
             shared.tell(trial, loss(trial.params))
             del worker.begun[number]

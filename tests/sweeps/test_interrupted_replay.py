@@ -56,7 +56,7 @@ def test_the_parameters_that_it_met_are_tried_again(
         interrupted("set_trial_param", patched)
         with pytest.raises(KeyboardInterrupt):
             claims.next()
-    claims.give_back_own()
+    claims.requeue_own()
     *_, lost, again = claims.trials()
     assert [lost.state.name, again.state.name] == ["FAIL", "WAITING"]
     assert lost.params.keys() == {"lr"}

@@ -15,8 +15,8 @@ from mutransfer.proxies.training import Outcome
 from mutransfer.recipe import Recipe
 from mutransfer.run_dir import RunFolder
 from mutransfer.sweeps.experiment import Experiment
-from mutransfer.sweeps.jobs import Job, OneByOne, Report, alone
-from mutransfer.sweeps.processes import Processes, ending
+from mutransfer.sweeps.jobs import Job, Report, SequentialExecutor, alone
+from mutransfer.sweeps.processes import ProcessExecutor, ending
 from mutransfer.sweeps.tune import tune
 from mutransfer.sweeps.verify import basins
 
@@ -29,9 +29,9 @@ def folder(tmp_path: Path) -> RunFolder:
 
 
 @pytest.fixture(scope="module")
-def two() -> Iterator[Processes]:
+def two() -> Iterator[ProcessExecutor]:
     """Started once: torch takes seconds to import."""
-    with Processes(2) as made:
+    with ProcessExecutor(2) as made:
         yield made
 
 
@@ -47,7 +47,7 @@ def jobs(count: int, given: Experiment) -> list[Job]:
     ]
 
 
-def test_reports_reach_the_parent_and_agree_with_one_by_one(two: Processes) -> None:
+def test_reports_reach_the_parent_and_agree_with_one_by_one(two: ProcessExecutor) -> None:
     def heard_by(executor: Any) -> tuple[dict[int, list[tuple[int, float]]], dict[int, Outcome]]:
         heard: dict[int, list[tuple[int, float]]] = {}
 
@@ -61,7 +61,7 @@ def test_reports_reach_the_parent_and_agree_with_one_by_one(two: Processes) -> N
 
     parent = os.getpid()
     heard, outcomes = heard_by(two)
-    expected, one_by_one = heard_by(OneByOne())
+    expected, one_by_one = heard_by(SequentialExecutor())
     assert {key: [step for step, _ in told] for key, told in heard.items()} == {key: [3, 5] for key in range(4)}
     for key in range(4):
         assert dict(heard[key]) == pytest.approx(dict(expected[key]))
@@ -70,7 +70,7 @@ def test_reports_reach_the_parent_and_agree_with_one_by_one(two: Processes) -> N
         assert outcomes[key].steps == (5 if key == 2 else 8)
 
 
-def test_trials_in_processes_are_pruned(folder: RunFolder, two: Processes) -> None:
+def test_trials_in_processes_are_pruned(folder: RunFolder, two: ProcessExecutor) -> None:
     """From 2^2 on, a learning rate cannot keep up with the recipe's own."""
     search = {"lr": {"low": 2**-9, "high": 2.0**6, "log": True}}
     found = tune(experiment(pruner="median", sampler="random", search=search, trials=14), folder, executor=two)
@@ -83,7 +83,7 @@ def test_trials_in_processes_are_pruned(folder: RunFolder, two: Processes) -> No
 class Killing:
     """Kills the process of the job ``key`` at its first report, as the system does when memory runs out."""
 
-    def __init__(self, inner: Processes, keys: Callable[[int], bool]) -> None:
+    def __init__(self, inner: ProcessExecutor, keys: Callable[[int], bool]) -> None:
         self.inner, self.capacity, self.keys = inner, inner.capacity, keys
 
     def run(self, experiment: Experiment, jobs: Any, report: Report | None = None) -> Iterator[tuple[Job, Outcome]]:
@@ -97,7 +97,7 @@ class Killing:
         yield from self.inner.run(experiment, jobs, each(deadly))
 
 
-def test_a_process_that_dies_takes_one_trial_with_it(folder: RunFolder, two: Processes) -> None:
+def test_a_process_that_dies_takes_one_trial_with_it(folder: RunFolder, two: ProcessExecutor) -> None:
     found = tune(experiment(trials=5), folder, executor=Killing(two, lambda key: key == 2))
     assert sorted(found.trials["state"]) == ["COMPLETE"] * 5 + ["FAIL"]
     lost = journal(folder).trials[2]
@@ -110,7 +110,7 @@ def test_a_process_that_dies_takes_one_trial_with_it(folder: RunFolder, two: Pro
 
 def test_processes_that_always_die_stop_the_sweep_in_a_sentence(folder: RunFolder) -> None:
     before = children()
-    with Processes(1) as one:
+    with ProcessExecutor(1) as one:
         with pytest.raises(RequestError, match=r"^trial 0 failed because its process was killed by SIGKILL .*\.$"):
             tune(experiment(), folder, executor=Killing(one, lambda key: True))
         assert children() == before
@@ -121,7 +121,7 @@ def test_processes_that_always_die_stop_the_sweep_in_a_sentence(folder: RunFolde
 
 
 def test_failures_in_a_row_stop_the_sweep_and_lose_nothing(folder: RunFolder) -> None:
-    class Lost(OneByOne):
+    class Lost(SequentialExecutor):
         def run(self, *args: Any, **kwargs: Any) -> Iterator[tuple[Job, Outcome]]:
             for job, outcome in super().run(*args, **kwargs):
                 yield job, outcome if job.key in (0, 2) else Outcome(0.1, 0.2, 0, False, 0.0, "it was lost")
@@ -135,10 +135,10 @@ def test_failures_in_a_row_stop_the_sweep_and_lose_nothing(folder: RunFolder) ->
     assert tune(experiment(), folder).value > 1  # no failed trial's 0.1 is the best
 
 
-def test_a_failed_run_leaves_no_hole_in_a_basin(folder: RunFolder, two: Processes) -> None:
+def test_a_failed_run_leaves_no_hole_in_a_basin(folder: RunFolder, two: ProcessExecutor) -> None:
     tune(experiment(trials=1), folder)
 
-    class Lost(OneByOne):
+    class Lost(SequentialExecutor):
         def run(self, *args: Any, **kwargs: Any) -> Iterator[tuple[Job, Outcome]]:
             for job, _ in super().run(*args, **kwargs):
                 yield job, Outcome(0.1, 0.2, 0, False, 0.0, "it was lost")
@@ -150,7 +150,7 @@ def test_a_failed_run_leaves_no_hole_in_a_basin(folder: RunFolder, two: Processe
 
 @pytest.mark.parametrize("error", [RequestError("no."), KeyboardInterrupt()])
 def test_whatever_ends_the_sweep_ends_the_processes_at_work(
-    error: BaseException, folder: RunFolder, two: Processes
+    error: BaseException, folder: RunFolder, two: ProcessExecutor
 ) -> None:
     long = {"steps": 100_000, "rungs": 32}
     given = experiment(**long)
@@ -164,7 +164,7 @@ def test_whatever_ends_the_sweep_ends_the_processes_at_work(
     assert [job.key for job, _ in two.run(experiment(), jobs(1, experiment()))] == [0]  # and others can follow
 
 
-def test_a_bug_in_a_process_shows_where_it_is(two: Processes) -> None:
+def test_a_bug_in_a_process_shows_where_it_is(two: ProcessExecutor) -> None:
     given = experiment()
     job = Job(0, given.proxy_scale, "mup", 3, 0)  # type: ignore[arg-type]
     with pytest.raises(TypeError) as caught:
@@ -172,7 +172,7 @@ def test_a_bug_in_a_process_shows_where_it_is(two: Processes) -> None:
     assert "in _serve" in caught.value.__notes__[0]
 
 
-def test_an_interruption_gives_back_what_processes_had_begun(folder: RunFolder, two: Processes) -> None:
+def test_an_interruption_gives_back_what_processes_had_begun(folder: RunFolder, two: ProcessExecutor) -> None:
     with pytest.raises(KeyboardInterrupt):
         tune(experiment(), folder, executor=Failing(1, KeyboardInterrupt(), two))
     assert len(tune(experiment(), folder, executor=two).trials) >= 4

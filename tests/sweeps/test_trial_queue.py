@@ -114,10 +114,10 @@ def test_a_trial_buried_by_two_at_once_is_repeated_once(path: Path) -> None:
     def meanwhile() -> None:
         if not met:
             met.append("once")
-            other.give_back(all_running(other))
+            other.requeue(all_running(other))
 
     one = worker(path, "one", total=1, before=meanwhile)
-    one.give_back(all_running(one))
+    one.requeue(all_running(one))
     assert [trial.state.name for trial in one.trials()] == ["FAIL", "WAITING", "WAITING"]
     assert [trial.number for trial in valid_trials(one.trials())] == [1]
     again = one.next()
@@ -131,7 +131,7 @@ def test_a_trial_buried_by_two_at_once_is_repeated_once(path: Path) -> None:
 def test_a_worker_that_was_alive_all_the_same_ends_with_its_trial_done_once(path: Path) -> None:
     slow, other = worker(path, "slow", total=1), worker(path, "other", total=1)
     slow.next()
-    other.give_back(all_running(other))
+    other.requeue(all_running(other))
     other.next()
     with pytest.raises((ValueError, optuna.exceptions.UpdateFinishedTrialError)):
         slow.study.tell(slow.begun[0], 1.0)
@@ -151,7 +151,7 @@ def test_a_ticket_whose_trial_ended_well_is_void(path: Path) -> None:
     owner.next()
     burier = worker(path, "burier", total=1, before=killed)
     with pytest.raises(Killed):
-        burier.give_back(all_running(burier))
+        burier.requeue(all_running(burier))
     assert [trial.state.name for trial in owner.trials()] == ["RUNNING", "WAITING"]
     assert worker(path, "third", total=1).next() is None
     tell(owner, 0)
@@ -173,7 +173,7 @@ def test_tickets_keep_the_sampler_s_notes_and_not_the_owner(path: Path) -> None:
     assert trial is not None
     one.study._storage.set_trial_system_attr(trial._trial_id, "mutransfer:point", 7)
     one.study._storage.set_trial_system_attr(trial._trial_id, "completed_rung_0", 1.0)
-    one.give_back_own()
+    one.requeue_own()
     ticket = one.trials()[1]
     assert ticket.system_attrs == {"mutransfer:point": 7, "mutransfer:repeats": 0, "fixed_params": FIRST}
 
@@ -217,7 +217,7 @@ def test_whatever_the_order_and_whoever_is_killed(seed: int, path: Path) -> None
                 del one.begun[number]
             elif rng.random() < 0.3:
                 owner = "mutransfer:owner"
-                one.give_back([t for t in all_running(one) if t.system_attrs.get(owner) in dead | {None}])
+                one.requeue([t for t in all_running(one) if t.system_attrs.get(owner) in dead | {None}])
             else:
                 one.next()
         except Killed:
@@ -225,5 +225,5 @@ def test_whatever_the_order_and_whoever_is_killed(seed: int, path: Path) -> None
             alive.remove(one)
         assert one.finished() <= total
     last = worker(path, "last", total)
-    last.give_back(all_running(last))
+    last.requeue(all_running(last))
     assert_exact(last, total)

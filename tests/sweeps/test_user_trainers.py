@@ -14,8 +14,8 @@ from mutransfer.run_dir import RunFolder
 from mutransfer.sweeps.commands import Commands
 from mutransfer.sweeps.executors import executor_for
 from mutransfer.sweeps.experiment import Experiment
-from mutransfer.sweeps.jobs import Job, OneByOne
-from mutransfer.sweeps.processes import Processes
+from mutransfer.sweeps.jobs import Job, SequentialExecutor
+from mutransfer.sweeps.processes import ProcessExecutor
 from mutransfer.sweeps.tune import tune
 from mutransfer.sweeps.user_trainers import TrialRun
 from mutransfer.sweeps.verify import basins
@@ -62,7 +62,7 @@ def test_it_trains_by_the_plan_and_everywhere_alike(folder: RunFolder) -> None:
     assert "data_sha256" not in noted
 
     job = Job(0, given.proxy_scale, "mup", found.best, 0)
-    ((_, alone),) = OneByOne().run(given, [job])
+    ((_, alone),) = SequentialExecutor().run(given, [job])
     with executor_for(given, "processes", 1) as executor:
         ((_, beside),) = executor.run(given, [job])
     assert alone.loss == beside.loss == found.value
@@ -71,11 +71,11 @@ def test_it_trains_by_the_plan_and_everywhere_alike(folder: RunFolder) -> None:
 @pytest.mark.parametrize(
     ("how", "at_once", "expected"),
     [
-        ("auto", None, OneByOne),
-        ("one", None, OneByOne),
-        ("auto", 2, Processes),
-        ("processes", 2, Processes),
-        ("fused", 2, OneByOne),
+        ("auto", None, SequentialExecutor),
+        ("one", None, SequentialExecutor),
+        ("auto", 2, ProcessExecutor),
+        ("processes", 2, ProcessExecutor),
+        ("fused", 2, SequentialExecutor),
     ],
 )
 def test_it_is_never_measured_nor_fused(
@@ -88,7 +88,7 @@ def test_it_is_never_measured_nor_fused(
     command = experiment(model="models.py:build", data="none", trainer={"command": "c {plan}"})
     with executor_for(command, how, at_once, "cuda") as executor:
         assert isinstance(executor, Commands)
-        assert executor.capacity == (2 if expected is Processes else 1)
+        assert executor.capacity == (2 if expected is ProcessExecutor else 1)
     with (
         pytest.raises(RequestError, match=r"bfloat16 is for fused trials, but own\.py:bowl trains"),
         executor_for(own("bowl"), "auto", precision="bfloat16"),
@@ -98,7 +98,7 @@ def test_it_is_never_measured_nor_fused(
 
 def test_widths_are_compared_with_it(folder: RunFolder) -> None:
     given = own("train")
-    frame = basins(given, given.recipe, [8, 16], folder=folder.make(), executor=OneByOne(), seeds=1)
+    frame = basins(given, given.recipe, [8, 16], folder=folder.make(), executor=SequentialExecutor(), seeds=1)
     assert frame["loss"].notna().all()
     assert frame["flops"].isna().all()
     assert frame["loss"].nunique() == len(frame)
@@ -115,7 +115,7 @@ def test_it_is_pruned(name: str, folder: RunFolder) -> None:
 
 
 def test_it_is_pruned_in_processes(folder: RunFolder) -> None:
-    with within(60), Processes(2) as executor:
+    with within(60), ProcessExecutor(2) as executor:
         found = tune(own("bowl", pruner="half", sampler="random", trials=12), folder, executor=executor)
     assert states(found).count("PRUNED") >= 1
     assert len(found.trials) == 12
@@ -270,10 +270,10 @@ def test_rungs_are_asked_once_and_in_order() -> None:
         return step == 30
 
     attempt = TrialRun(50, (10, 20, 30, 40), ask)
-    assert [attempt.heard(step, step / 10) for step in (0, 9, 11, 19, 29, 29)] == [False] * 6
+    assert [attempt.on_report(step, step / 10) for step in (0, 9, 11, 19, 29, 29)] == [False] * 6
     attempt.again()
     assert attempt.last is None
-    assert [attempt.heard(step, step / 10) for step in (1, 15, 33)] == [False, False, True]
+    assert [attempt.on_report(step, step / 10) for step in (1, 15, 33)] == [False, False, True]
     assert asked == [(10, 1.1), (20, 2.9), (30, 3.3)]
     outcome = attempt.outcome()
     assert (outcome.loss, outcome.start, outcome.steps, outcome.stopped) == (3.3, 0.0, 33, True)

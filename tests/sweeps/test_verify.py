@@ -15,8 +15,8 @@ from mutransfer.errors import RequestError
 from mutransfer.recipe import Recipe
 from mutransfer.run_dir import RunFolder
 from mutransfer.schemas import BASINS
-from mutransfer.sweeps.jobs import Job, OneByOne
-from mutransfer.sweeps.processes import Processes
+from mutransfer.sweeps.jobs import Job, SequentialExecutor
+from mutransfer.sweeps.processes import ProcessExecutor
 from mutransfer.sweeps.verify import LIMIT, REACH, basins
 
 from .small import Counting, Failing, Planted, children, contents, experiment, octaves
@@ -71,7 +71,7 @@ def test_another_parametrizations_grid_is_laid_where_its_best_is_likely(folder: 
 
 def test_runs_of_equal_plans_are_done_once(folder: RunFolder) -> None:
     """At the base's width no parametrization scales anything: what is trained there is the same model."""
-    counting = Counting(OneByOne())
+    counting = Counting(SequentialExecutor())
     frame = measure(folder, counting, parametrizations=("mup", "sp"))
     done = {(job.parametrization, job.scale.width) for job in counting.jobs}
     assert done == {("mup", 8), ("mup", 16), ("sp", 16)}
@@ -80,7 +80,7 @@ def test_runs_of_equal_plans_are_done_once(folder: RunFolder) -> None:
     assert mup.set_index(key)["loss"].sort_index().equals(sp.set_index(key)["loss"].sort_index())
     assert (mup["flops"] > 0).all()
     assert (sp["flops"] == 0).all()
-    alone = measure(RunFolder(folder.path.with_name("alone")).make(), OneByOne(), parametrizations=("sp",))
+    alone = measure(RunFolder(folder.path.with_name("alone")).make(), SequentialExecutor(), parametrizations=("sp",))
     by_itself = alone[alone["width"].eq(8)].set_index(key)["loss"]
     assert sp.set_index(key)["loss"].sort_index().equals(by_itself.sort_index())
     again = Counting()
@@ -200,9 +200,9 @@ def test_processes_and_one_by_one_train_the_same(tmp_path: Path) -> None:
         for width in (8, 16)
         for seed in (0, 1)
     ]
-    alone = {job.key: outcome for job, outcome in OneByOne().run(given, jobs)}
+    alone = {job.key: outcome for job, outcome in SequentialExecutor().run(given, jobs)}
     before = children()
-    with Processes(2) as executor:
+    with ProcessExecutor(2) as executor:
         beside = {job.key: outcome for job, outcome in executor.run(given, jobs)}
         with pytest.raises(RequestError, match="unknown parametrization"):
             list(executor.run(given, [Job("wrong", given.proxy_scale, "nup", RECIPE, 0)]))
@@ -235,7 +235,7 @@ def test_what_cannot_be_measured_is_said_before_anything_is_written(
     before = contents(folder.path)
     settings = {"widths": (8, 16), **options}
     with pytest.raises(RequestError, match=said):
-        basins(experiment(**change), RECIPE.with_(lr=0.5), folder=folder, executor=OneByOne(), **settings)
+        basins(experiment(**change), RECIPE.with_(lr=0.5), folder=folder, executor=SequentialExecutor(), **settings)
     assert contents(folder.path) == before
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import mutransfer as mt
-from mutransfer.cli.transfer import target_of
+from mutransfer.cli.transfer import observed_model
 from mutransfer.errors import RequestError
 from mutransfer.io import write_json
 from mutransfer.planning.target import TargetConfig
@@ -146,7 +146,7 @@ def test_roles_travel_from_the_experiment_to_every_run_and_the_target(tmp_path: 
         assert {row.name: row.role for row in planned.rows}["readout.weight"] == expected
     folder = RunFolder(tmp_path)
     write_json(folder.best, json.loads(asked.recipe.model_dump_json()))
-    target = TargetConfig.load(target_of(folder, 32).save(tmp_path / "target.json"))
+    target = TargetConfig.load(observed_model(folder, 32).save(tmp_path / "target.json"))
     assert {row.name: row.role for row in target.plan.rows}["readout.weight"] == "bottleneck"
     assert target.provenance["roles"] == roles
     assert SMALL["model"] == "mlp"

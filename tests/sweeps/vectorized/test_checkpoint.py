@@ -18,7 +18,7 @@ from mutransfer.sweeps.experiment import Experiment
 from mutransfer.sweeps.jobs import Job, Reported
 from mutransfer.sweeps.tune import tune
 from mutransfer.sweeps.vectorized.batch_training import VectorizedTraining
-from mutransfer.sweeps.vectorized.executor import Checkpoints, Fused
+from mutransfer.sweeps.vectorized.executor import Checkpoints, VectorizedExecutor
 from mutransfer.sweeps.vectorized.support import refusal
 
 from ..small import experiment, journal
@@ -50,17 +50,17 @@ def interrupted(asked: Experiment, folder: Path, at: tuple[int, int]) -> None:
         return [False] * len(reported)
 
     with pytest.raises(KeyboardInterrupt):
-        for _ in Fused(4, checkpoints=Checkpoints(folder, share=1)).run(asked, jobs(asked), report):
+        for _ in VectorizedExecutor(4, checkpoints=Checkpoints(folder, share=1)).run(asked, jobs(asked), report):
             pass
 
 
 def test_an_interrupted_batch_goes_on_inside_of_its_trials(tmp_path: Path, trained: list[int]) -> None:
     asked = experiment(steps=9)
-    whole, told = done(Fused(4), asked, jobs(asked))
+    whole, told = done(VectorizedExecutor(4), asked, jobs(asked))
     interrupted(asked, tmp_path, at=(2, 6))
     assert len(files(tmp_path)) == 1  # of the rung at 3
     trained.clear()
-    resumed, told_again = done(Fused(4, checkpoints=Checkpoints(tmp_path, share=1)), asked, jobs(asked))
+    resumed, told_again = done(VectorizedExecutor(4, checkpoints=Checkpoints(tmp_path, share=1)), asked, jobs(asked))
     assert trained[:2] == [3, 3]  # from 3 to 6 to 9: not from the beginning
     for key, outcome in whole.items():
         assert (resumed[key].loss, resumed[key].start, resumed[key].steps) == pytest.approx(
@@ -73,7 +73,7 @@ def test_an_interrupted_batch_goes_on_inside_of_its_trials(tmp_path: Path, train
 def test_a_trial_may_be_stopped_where_it_goes_on(tmp_path: Path) -> None:
     asked = experiment(steps=9)
     interrupted(asked, tmp_path, at=(2, 6))
-    outcomes, _ = done(Fused(4, checkpoints=Checkpoints(tmp_path)), asked, jobs(asked, 4), worst=0.0)
+    outcomes, _ = done(VectorizedExecutor(4, checkpoints=Checkpoints(tmp_path)), asked, jobs(asked, 4), worst=0.0)
     assert {(each.steps, each.stopped) for each in outcomes.values()} == {(3, True)}
 
 
@@ -87,12 +87,12 @@ def test_another_recipe_seed_or_length_is_another_trial(tmp_path: Path, trained:
         trained.clear()
         copy = Checkpoints(tmp_path)
         copy.clear = lambda: None  # type: ignore[method-assign]
-        done(Fused(4, checkpoints=copy), asked, other)
+        done(VectorizedExecutor(4, checkpoints=copy), asked, other)
         assert sum(trained) == 9
     longer = experiment(steps=10)
     assert refusal(longer) is None  # tries three steps
     trained.clear()
-    done(Fused(4, checkpoints=Checkpoints(tmp_path)), longer, jobs(longer, 1))
+    done(VectorizedExecutor(4, checkpoints=Checkpoints(tmp_path)), longer, jobs(longer, 1))
     assert sum(trained) == 10
 
 
@@ -102,7 +102,7 @@ def test_a_torn_file_is_passed_over(tmp_path: Path, trained: list[int]) -> None:
     (file,) = files(tmp_path)
     file.write_bytes(file.read_bytes()[:-100])
     trained.clear()
-    done(Fused(4, checkpoints=Checkpoints(tmp_path)), asked, jobs(asked, 4))
+    done(VectorizedExecutor(4, checkpoints=Checkpoints(tmp_path)), asked, jobs(asked, 4))
     assert trained[0] == 3
     assert sum(trained) == 9
 
@@ -114,7 +114,7 @@ def test_each_write_replaces_the_one_before(tmp_path: Path) -> None:
         seen.append(len(files(tmp_path)))
         return [False] * len(reported)
 
-    list(Fused(3, checkpoints=Checkpoints(tmp_path, share=1)).run(asked, jobs(asked), report))
+    list(VectorizedExecutor(3, checkpoints=Checkpoints(tmp_path, share=1)).run(asked, jobs(asked), report))
     assert max(seen) == 1
 
 
@@ -122,7 +122,7 @@ def test_a_disk_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     asked = experiment(steps=9)
     with pytest.raises(RequestError, match="cannot write"):
-        done(Fused(3, checkpoints=Checkpoints(tmp_path / "file")), asked, jobs(asked))
+        done(VectorizedExecutor(3, checkpoints=Checkpoints(tmp_path / "file")), asked, jobs(asked))
 
 
 KILLED = """
@@ -131,11 +131,12 @@ from pathlib import Path
 from mutransfer.run_dir import RunFolder
 from mutransfer.sweeps.experiment import Experiment
 from mutransfer.sweeps.vectorized.executor import Checkpoints
-from mutransfer.sweeps.vectorized.executor import Fused
+from mutransfer.sweeps.vectorized.executor import VectorizedExecutor
 from mutransfer.sweeps.tune import tune
 torch.set_num_threads(1)
 out = Path(sys.argv[1])
-tune(Experiment.load(sys.argv[2]), RunFolder(out), executor=Fused(4, checkpoints=Checkpoints(out / "checkpoints", share=1)))
+executor = VectorizedExecutor(4, checkpoints=Checkpoints(out / "checkpoints", share=1))
+tune(Experiment.load(sys.argv[2]), RunFolder(out), executor=executor)
 """
 
 
@@ -162,7 +163,7 @@ def test_a_killed_sweep_goes_on_inside_of_its_trials(tmp_path: Path, trained: li
         process.wait()
     (file,) = files(out / "checkpoints")
     begun = [trial.params for trial in journal(RunFolder(out)).trials]
-    found = tune(asked, RunFolder(out), executor=Fused(4, checkpoints=Checkpoints(out / "checkpoints")))
+    found = tune(asked, RunFolder(out), executor=VectorizedExecutor(4, checkpoints=Checkpoints(out / "checkpoints")))
     assert sum(trained) < 2400
     study = journal(RunFolder(out))
     finished = [trial for trial in study.trials if trial.state.name == "COMPLETE"]

@@ -15,9 +15,9 @@ from mutransfer.recipe import Recipe
 from mutransfer.run_dir import RunFolder
 from mutransfer.scale import Scale
 from mutransfer.sweeps.experiment import Experiment, with_values
-from mutransfer.sweeps.jobs import Executor, Job, OneByOne
+from mutransfer.sweeps.jobs import Executor, Job, SequentialExecutor
 from mutransfer.sweeps.tune import tune
-from mutransfer.sweeps.vectorized.executor import Fused
+from mutransfer.sweeps.vectorized.executor import VectorizedExecutor
 from mutransfer.sweeps.vectorized.support import refusal
 
 from ..small import each, experiment
@@ -61,8 +61,8 @@ def same(ours: dict[Any, Outcome], theirs: dict[Any, Outcome], rel: float = 1e-4
 @pytest.mark.parametrize("count", [1, 2, 4, 16])
 def test_as_one_by_one(count: int) -> None:
     asked = experiment(steps=25)
-    ours, told = done(Fused(count), asked, jobs(asked))
-    theirs, told_apart = done(OneByOne(), asked, jobs(asked))
+    ours, told = done(VectorizedExecutor(count), asked, jobs(asked))
+    theirs, told_apart = done(SequentialExecutor(), asked, jobs(asked))
     same(ours, theirs)
     assert sorted(each[:2] for each in told) == [each[:2] for each in told_apart]
     assert any(math.isnan(each.loss) for each in theirs.values())
@@ -71,9 +71,9 @@ def test_as_one_by_one(count: int) -> None:
 
 def test_stopped_jobs_make_room_for_the_next() -> None:
     asked = experiment(steps=8)
-    _, told = done(OneByOne(), asked, jobs(asked))
+    _, told = done(SequentialExecutor(), asked, jobs(asked))
     worst = sorted(loss for _, _, loss in told)[len(told) // 2]
-    theirs, _ = done(OneByOne(), asked, jobs(asked), worst)
+    theirs, _ = done(SequentialExecutor(), asked, jobs(asked), worst)
     assert 2 <= sum(each.stopped for each in theirs.values()) < len(theirs)
     drawn: list[int] = []
 
@@ -84,7 +84,7 @@ def test_stopped_jobs_make_room_for_the_next() -> None:
 
     ended: list[int] = []
     ours = {}
-    for job, outcome in Fused(3).run(asked, watched(), each(lambda job, step, loss: loss > worst)):
+    for job, outcome in VectorizedExecutor(3).run(asked, watched(), each(lambda job, step, loss: loss > worst)):
         # One look ahead, to see which scale is next.
         assert len(drawn) - len(ended) <= 4
         ended.append(job.key)
@@ -95,7 +95,7 @@ def test_stopped_jobs_make_room_for_the_next() -> None:
 
 def test_reports_come_in_the_order_of_the_jobs() -> None:
     asked = experiment()
-    _, told = done(Fused(16), asked, jobs(asked))
+    _, told = done(VectorizedExecutor(16), asked, jobs(asked))
     assert [key for key, step, _ in told if step == 3] == [k for k in range(9) if (k, 3) in {each[:2] for each in told}]
 
 
@@ -107,28 +107,32 @@ def test_widths_one_after_the_other_and_parametrizations_together() -> None:
         for name in ("mup", "sp")
         for lr in (2**-6, 2**-4)
     ]
-    same(done(Fused(3), asked, todo)[0], done(OneByOne(), asked, todo)[0])
+    same(done(VectorizedExecutor(3), asked, todo)[0], done(SequentialExecutor(), asked, todo)[0])
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "muon"])
 def test_other_optimizers(optimizer: str) -> None:
     asked = experiment(optimizer=optimizer)
-    same(done(Fused(4), asked, jobs(asked, 4))[0], done(OneByOne(), asked, jobs(asked, 4))[0], rel=2e-2)
+    same(
+        done(VectorizedExecutor(4), asked, jobs(asked, 4))[0],
+        done(SequentialExecutor(), asked, jobs(asked, 4))[0],
+        rel=2e-2,
+    )
 
 
 def test_a_whole_study(tmp_path: Path) -> None:
     asked = experiment(pruner="median", trials=14, rungs=3)
-    found = tune(asked, RunFolder(tmp_path), executor=Fused(4))
+    found = tune(asked, RunFolder(tmp_path), executor=VectorizedExecutor(4))
     assert (found.trials["state"].isin(["COMPLETE", "PRUNED"])).sum() == 14
     best = found.trials.loc[found.trials["value"].idxmin()]
-    again = done(OneByOne(), asked, [Job(0, asked.proxy_scale, "mup", found.best, asked.seed)])[0][0]
+    again = done(SequentialExecutor(), asked, [Job(0, asked.proxy_scale, "mup", found.best, asked.seed)])[0][0]
     assert best["value"] == pytest.approx(again.loss, rel=1e-4)
 
 
 def test_time_is_shared() -> None:
     asked = experiment()
     begun = time.perf_counter()
-    outcomes, _ = done(Fused(16), asked, jobs(asked))
+    outcomes, _ = done(VectorizedExecutor(16), asked, jobs(asked))
     spent = time.perf_counter() - begun
     assert 0 < sum(each.seconds for each in outcomes.values()) < spent
 
@@ -137,7 +141,7 @@ def test_what_cannot_be_fused_runs_one_by_one_and_says_why(tmp_path: Path, capsy
     (tmp_path / "own.py").write_text(BRANCHING, encoding="utf-8")
     asked = experiment(model=f"{tmp_path}/own.py:build")
     assert "torch.vmap" in str(refusal(asked))
-    same(done(Fused(3), asked, jobs(asked, 3))[0], done(OneByOne(), asked, jobs(asked, 3))[0])
+    same(done(VectorizedExecutor(3), asked, jobs(asked, 3))[0], done(SequentialExecutor(), asked, jobs(asked, 3))[0])
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("trials at width 8 run one by one: the model does not run under torch.vmap (")
 
@@ -208,15 +212,15 @@ def test_dropout_is_fused_though_it_cannot_be_compared(tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text(text, encoding="utf-8")
     asked = experiment(model=f"{tmp_path}/own.py:build")
     assert refusal(asked) is None
-    outcomes, _ = done(Fused(3), asked, jobs(asked, 3))
+    outcomes, _ = done(VectorizedExecutor(3), asked, jobs(asked, 3))
     assert all(math.isfinite(each.loss) for each in outcomes.values())
 
 
 def test_bfloat16_is_near(capsys: pytest.CaptureFixture[str]) -> None:
     asked = experiment()
     ours, theirs = (
-        done(Fused(4, precision="bfloat16"), asked, jobs(asked, 4))[0],
-        done(OneByOne(), asked, jobs(asked, 4))[0],
+        done(VectorizedExecutor(4, precision="bfloat16"), asked, jobs(asked, 4))[0],
+        done(SequentialExecutor(), asked, jobs(asked, 4))[0],
     )
     same(ours, theirs, rel=3e-2)
     assert any(ours[key].loss != theirs[key].loss for key in ours)
@@ -233,7 +237,7 @@ def test_trials_at_one_rung_are_reported_together() -> None:
 
     asked = experiment(steps=6)
     todo = [Job(k, asked.proxy_scale, "mup", Recipe(lr=2.0 ** -(4 + k), warmup=0.0), 0, (3,)) for k in range(6)]
-    outcomes = {job.key: outcome for job, outcome in Fused(6).run(asked, todo, halved)}
+    outcomes = {job.key: outcome for job, outcome in VectorizedExecutor(6).run(asked, todo, halved)}
     assert heard == [[3] * 6]
     assert sum(outcome.stopped for outcome in outcomes.values()) == 4
     assert max(o.loss for o in outcomes.values() if not o.stopped) < min(o.loss for o in outcomes.values() if o.stopped)
@@ -242,8 +246,8 @@ def test_trials_at_one_rung_are_reported_together() -> None:
 @pytest.mark.slow
 def test_compiled_once_for_all_batches_and_studies() -> None:
     asked = experiment(steps=12)
-    fused = Fused(3, compile=True)
-    theirs = done(OneByOne(), asked, jobs(asked))[0]
+    fused = VectorizedExecutor(3, compile=True)
+    theirs = done(SequentialExecutor(), asked, jobs(asked))[0]
     same(done(fused, asked, jobs(asked))[0], theirs)
     (programs,) = fused._known.values()
     before = dict(programs)

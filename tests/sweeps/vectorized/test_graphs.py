@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from mutransfer.sweeps.jobs import OneByOne
+from mutransfer.sweeps.jobs import SequentialExecutor
 from mutransfer.sweeps.vectorized import batch_training
 from mutransfer.sweeps.vectorized.compile import Graphed
-from mutransfer.sweeps.vectorized.executor import Fused
+from mutransfer.sweeps.vectorized.executor import VectorizedExecutor
 
 from ..small import experiment
 from .test_executor import done, jobs, same
@@ -57,9 +57,9 @@ def replayed(monkeypatch: pytest.MonkeyPatch) -> list[Graphed]:
 def test_replayed_trainings_are_the_same(replayed: list[Graphed], model: str, optimizer: str) -> None:
     """Also those that begin later in a slot that was freed, with other settings, and those that diverge."""
     asked = experiment(model=model, optimizer=optimizer, steps=12, proxy={"width": 8, "depth": 2}, batch_size=8)
-    theirs, _ = done(OneByOne(), asked, jobs(asked))
+    theirs, _ = done(SequentialExecutor(), asked, jobs(asked))
     replayed.clear()
-    ours, _ = done(Fused(3), asked, jobs(asked))
+    ours, _ = done(VectorizedExecutor(3), asked, jobs(asked))
     same(ours, theirs, rel=1e-3)
     assert replayed
 
