@@ -16,13 +16,12 @@ from typing import Any
 import torch
 from torch.func import functional_call
 
-from .._torch_internals import tree_flatten, tree_leaves, tree_unflatten
+from .._torch_internals import storage_id, tree_flatten, tree_leaves, tree_unflatten
 from ..optimizers.rules import OPTIMIZERS
 from ..param_names import plain_name, planned_names
 from ..parametrizations.spec import FOLDS
 from ..parametrizations.tables import TABLES, table
 from ..planning.plan import Plan, as_entered
-from ..tracing.dataflow import storage_key
 
 __all__ = [
     "Owned",
@@ -262,7 +261,7 @@ def _correct_role(roles: dict[str, str], logits: Tensors, name: str, arguments: 
     if leaves and not leaves[0].is_floating_point() and roles.get(name) == "output" and name:
         roles[name] = "input"  # a matrix shared by embedding and readout is used as the embedding here
     # A module that passes on a readout's output unchanged is a readout too.
-    if any(storage_key(output) == storage_key(each) for each in logits.values()):
+    if any(storage_id(output) == storage_id(each) for each in logits.values()):
         roles[name] = "output"
     if roles.setdefault(name, "stream") == "output":
         logits[name] = output

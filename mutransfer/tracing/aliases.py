@@ -6,28 +6,27 @@ Axes are tracked by stride, so views need no special rules. Pieces that grow dif
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
-
 from . import ops as ops
-from .dataflow import storage_key, strides
+from .ops import Decompositions, Operation, Value
 
-__all__ = ["Axis", "Cut", "Cuts", "Alias", "Aliases", "carried_to", "label_of", "layout_of"]
+__all__ = ["Alias", "Aliases", "Axis", "Cut", "carried_to", "cuts", "label_of", "uneven", "union"]
 
 Axis = tuple[tuple[int, int], ...]  # (stride, size) of every part of one axis of a parameter; empty if it is lost
 
 
-def layout_of(tensor: torch.Tensor) -> tuple[Axis, ...]:
-    """Return the layout of a tensor's axes in its own storage."""
-    return tuple(((stride, size),) for stride, size in zip(strides(tensor), tensor.shape, strict=True))
+def union(bits: Iterable[int]) -> int:
+    """Return the union of sets that are stored as bits."""
+    total = 0
+    for each in bits:
+        total |= each
+    return total
 
 
-def carried_to(
-    layout: Sequence[Axis], tensor: torch.Tensor, dims: Sequence[int | None], out: torch.Tensor
-) -> tuple[Axis, ...]:
+def carried_to(layout: Sequence[Axis], tensor: Value, dims: Sequence[int | None], out: Value) -> tuple[Axis, ...]:
     """Return the layout of the axes in the storage of ``out``, given that dim i of ``tensor`` became its dim ``dims[i]``.
 
     ``dims[i]`` is None if entries of dim i were looked up; an axis that lies in such a dim is lost.
@@ -35,14 +34,12 @@ def carried_to(
     axes = []
     for axis in layout:
         found = [(dims[dim], multiple, size) for dim, multiple, size in _parts(axis, tensor)]
-        moved = [(strides(out)[to] * multiple, size) for to, multiple, size in found if to is not None]
+        moved = [(out.strides[to] * multiple, size) for to, multiple, size in found if to is not None]
         axes.append(tuple(moved) if len(moved) == len(found) else ())
     return tuple(axes)
 
 
-def label_of(
-    axis: Axis, size: int, tensor: torch.Tensor, seen: Sequence[str], groups: Mapping[int, int]
-) -> tuple[str, int]:
+def label_of(axis: Axis, size: int, tensor: Value, seen: Sequence[str], groups: Mapping[int, int]) -> tuple[str, int]:
     """Return an axis's label and how many of its ``size`` entries are summed over.
 
     ``seen`` holds a label for each dim of ``tensor``. ``groups`` maps a dim that is summed over only within groups to the
@@ -51,7 +48,7 @@ def label_of(
     if size == 1:  # the stride carries no information; if the axis grows, `settled` takes the wider model's label
         return "each", 1
     found = [
-        (strides(tensor)[dim], seen[dim], part, groups.get(dim, 1))
+        (tensor.strides[dim], seen[dim], part, groups.get(dim, 1))
         for dim, _, part in _parts(axis, tensor)
         if dim < len(seen)
     ]
@@ -62,10 +59,10 @@ def label_of(
     return (min(found)[1], 1) if found else ("unknown", 1)
 
 
-def _parts(axis: Axis, tensor: torch.Tensor) -> Iterator[tuple[int, int, int]]:
+def _parts(axis: Axis, tensor: Value) -> Iterator[tuple[int, int, int]]:
     """Yield (dim, steps in it per step along the axis, number of entries) for every dim of a view that holds the axis."""
     for stride, size in axis:
-        for dim, (at, length) in enumerate(zip(strides(tensor), tensor.shape, strict=True)):
+        for dim, (at, length) in enumerate(zip(tensor.strides, tensor.shape, strict=True)):
             if size == 1 or length == 1 or at < 1:
                 continue
             if stride <= at < stride * size and at % stride == 0:
@@ -84,7 +81,8 @@ class Alias:
         linear: whether a factor on the parameter is a factor on the tensor.
         shift: the number added to the parameter, as in gains used as 1 + w.
         factor: the number that the parameter was multiplied by.
-        sizes: for a weight under weight norm, the index and the use of its magnitude parameter, which carries its factors.
+        magnitude: for a weight under weight norm, the index of its magnitude parameter, which carries its factors.
+        normalized: for such a weight, the version of the normalized weight.
     """
 
     index: int
@@ -92,81 +90,111 @@ class Alias:
     linear: bool = True
     shift: float = 0.0
     factor: float = 1.0
-    sizes: tuple[int, int] | None = None
+    magnitude: int | None = None
+    normalized: int = 0
 
     @property
     def carrier(self) -> int:
         """Index of the parameter that carries a factor into the tensor."""
-        return self.index if self.sizes is None else self.sizes[0]
+        return self.index if self.magnitude is None else self.magnitude
 
 
 class Aliases:
-    """All tensors that stand for one of ``parameters``, keyed by storage, so views need no special rules."""
+    """Which values stand for one of ``parameters``, and which parameters (as bits) every value depends on.
 
-    def __init__(self, parameters: Sequence[torch.Tensor]) -> None:
-        self._shapes = [tuple(each.shape) for each in parameters]
-        self._aliases = {storage_key(each): Alias(i, layout_of(each)) for i, each in enumerate(parameters)}
+    Aliases are keyed by storage, so views need no special rules.
 
-    def get(self, tensor: torch.Tensor) -> Alias | None:
-        """Return the parameter that ``tensor`` stands for, or None."""
-        return self._aliases.get(storage_key(tensor))
+    Attributes:
+        operations: the operations of the pass; those on activations are decomposed.
+        magnitudes: index of the magnitude parameter of a weight under weight norm → index of the parameter that it scales.
+    """
+
+    def __init__(self, parameters: Sequence[Value], recorded: Iterable[Operation]) -> None:
+        self._shapes = [each.shape for each in parameters]
+        self._aliases = {
+            each.storage: Alias(
+                i, tuple(((stride, size),) for stride, size in zip(each.strides, each.shape, strict=True))
+            )
+            for i, each in enumerate(parameters)
+        }
+        self._depends: dict[int, int] = {}
+        self.magnitudes: dict[int, int] = {}
+        decompositions = Decompositions()
+        self.operations = [self._followed(step) for op in recorded for step in decompositions.steps(op, self.live)]
+
+    def get(self, value: Value) -> Alias | None:
+        """Return the parameter that ``value`` stands for, or None."""
+        return self._aliases.get(value.storage)
 
     def shape(self, alias: Alias) -> tuple[int, ...]:
         """Return the shape of the parameter itself."""
         return self._shapes[alias.index]
 
-    def sized(self, tensor: torch.Tensor, by: tuple[int, int]) -> None:
-        """Make the magnitude parameter ``by`` (index and use) carry the factors of the normalized weight ``tensor``."""
-        self._aliases[storage_key(tensor)] = replace(self._aliases[storage_key(tensor)], linear=True, sizes=by)
+    def depends(self, value: Value) -> int:
+        """Return the parameters (as bits) that ``value`` depends on."""
+        alias = self.get(value)
+        return self._depends.get(value.version, 0) if alias is None else 1 << alias.index
 
-    def derive(
-        self, name: str, args: Any, tensor: torch.Tensor, out: torch.Tensor, number: float | None, *, alone: bool
-    ) -> Alias | None:
-        """Register ``out`` as an alias of the parameter of ``tensor`` if the operation is entrywise; otherwise return None.
+    def live(self, value: Any) -> bool:
+        """Return whether ``value`` is an activation that depends on a parameter."""
+        return isinstance(value, Value) and self.get(value) is None and bool(self.depends(value))
 
-        Args:
-            name: name of the operation.
-            args: its positional arguments.
-            tensor: the input that stands for a parameter.
-            out: the result.
-            number: the constant that a product multiplies or divides by, if any.
-            alone: whether ``tensor`` is the only tensor among the inputs.
-        """
-        alias = self._aliases[storage_key(tensor)]
-        dims: list[int | None] = list(range(tensor.dim()))
-        if name in ops.LOOKUPS:
-            dims = _looked_up(name, args, tensor)
-        elif name == "repeat":  # the layout of the first copy
-            dims = [out.dim() - tensor.dim() + dim for dim in range(tensor.dim())]
-        elif (
-            name in ops.CONTRACTIONS
-            or name in ops.AFFINE_NORMS
-            or out.shape != tensor.shape
-            or not (name in ops.ENTRYWISE or name in ops.COPIES or name.startswith("_weight_norm"))
-        ):
-            return None
-        linear, shift, factor = alias.linear, alias.shift, alias.factor
-        if name in ops.SUMS and alone:
-            numbers = [each for each in args if isinstance(each, (int, float)) and not isinstance(each, bool)]
-            shift += (numbers[0] if name.startswith("add") else -numbers[0]) if numbers else 0.0
-            linear = linear and bool(numbers)
-        elif number is not None:
-            linear = linear and (not name.startswith("div") or args[0] is tensor)
-            by = 1 / number if name.startswith("div") and number else number
-            shift, factor = shift * by, factor * by
-        elif not ((name in ops.COPIES and alone) or name in ops.LOOKUPS or name == "repeat"):
-            linear = False
-        layout = carried_to(alias.layout, tensor, dims, out)
-        made = self._aliases[storage_key(out)] = Alias(alias.index, layout, linear, shift, factor)
-        return made
+    def activations(self, op: Operation) -> list[Value]:
+        """Return the numeric inputs of an operation that stand for no parameter."""
+        return [each for each in op.inputs if each.numeric and self.get(each) is None]
 
-    def axes(self, name: str, args: Any, tensor: torch.Tensor) -> tuple[tuple[str, ...], tuple[int, ...]]:
-        """Return a label for each axis of the parameter and the number of its entries that are summed over.
+    def number(self, op: Operation) -> float | None:
+        """Return the number that is one of a product's two factors, or None."""
+        for each, number in zip(op.args[:2], op.numbers, strict=False):
+            if number is not None and not (isinstance(each, Value) and self.depends(each)):
+                return number
+        return None
+
+    def copied(self, op: Operation) -> Value | None:
+        """Return the activation that an operation copies to another place, dtype or layout, or None."""
+        activations = self.activations(op) if op.name in ops.COPIES else []
+        return activations[0] if len(activations) == 1 else None
+
+    def _followed(self, op: Operation) -> Operation:
+        if op.view or op.created:
+            return op
+        if op.fresh and self._derive(op):
+            return replace(op, derived=True)
+        depends = union(self.depends(each) for each in op.inputs if each.numeric)
+        for each in op.outputs:
+            self._depends[each.version] = depends
+        return op
+
+    def _derive(self, op: Operation) -> bool:
+        """Register the result as an alias of a parameter if it is computed entrywise from that parameter alone."""
+        inputs = op.inputs
+        normalized = op.name == "_weight_norm_interface"
+        if normalized:  # v keeps its axes; g multiplies the rows
+            inputs = inputs[:1]
+        with_alias = [(each, alias) for each in inputs if (alias := self.get(each)) is not None]
+        if not with_alias or not op.out.numeric:
+            return False
+        value, alias = with_alias[0]
+        # An index only selects entries: the experts that a router chooses still stand for the parameter.
+        if union(self.depends(each) for each in inputs if each.numeric) != 1 << alias.index:
+            return False
+        number = self.number(op) if op.name in ops.PRODUCTS else None
+        made = _derived(alias, op, value, number, alone=len(inputs) == 1)
+        if made is None:
+            return False
+        if normalized and (magnitude := self.get(op.args[1])) is not None:
+            made = replace(made, linear=True, magnitude=magnitude.index, normalized=op.out.version)
+            self.magnitudes[magnitude.index] = made.index
+        self._aliases[op.out.storage] = made
+        return True
+
+    def axes(self, op: Operation, tensor: Value) -> tuple[tuple[str, ...], tuple[int, ...]]:
+        """Return a label for each axis of the parameter of ``tensor`` and the number of its entries that are summed over.
 
         Labels are in, out, gather, each and unknown, found from the view that the operation received. The number is 1 for
         an axis that is not "in", and less than the axis's size if only a part of it is summed over.
         """
-        alias = self._aliases[storage_key(tensor)]
+        name, args, alias = op.name, op.args, self._aliases[tensor.storage]
         labels = ops.CONTRACTIONS.get(name)
         if name == "convolution" and args[6]:
             labels = ops.TRANSPOSED_CONVOLUTION
@@ -187,12 +215,49 @@ class Aliases:
         return tuple(label for label, _ in found), tuple(summed for _, summed in found)
 
 
-def _is_bias(name: str, args: Any, tensor: torch.Tensor) -> bool:
+def _derived(alias: Alias, op: Operation, value: Value, number: float | None, *, alone: bool) -> Alias | None:
+    """Return the alias that the result of an operation is, or None if the operation is not entrywise.
+
+    Args:
+        alias: the parameter that ``value`` stands for.
+        op: the operation.
+        value: the input that stands for a parameter.
+        number: the constant that a product multiplies or divides by, if any.
+        alone: whether ``value`` is the only tensor among the inputs.
+    """
+    name, args, out = op.name, op.args, op.out
+    dims: list[int | None] = list(range(value.dim()))
+    if name in ops.LOOKUPS:
+        dims = _looked_up(name, args, value)
+    elif name == "repeat":  # the layout of the first copy
+        dims = [out.dim() - value.dim() + dim for dim in range(value.dim())]
+    elif (
+        name in ops.CONTRACTIONS
+        or name in ops.AFFINE_NORMS
+        or out.shape != value.shape
+        or not (name in ops.ENTRYWISE or name in ops.COPIES or name.startswith("_weight_norm"))
+    ):
+        return None
+    linear, shift, factor = alias.linear, alias.shift, alias.factor
+    if name in ops.SUMS and alone:
+        numbers = [each for each in args if isinstance(each, (int, float)) and not isinstance(each, bool)]
+        shift += (numbers[0] if name.startswith("add") else -numbers[0]) if numbers else 0.0
+        linear = linear and bool(numbers)
+    elif number is not None:
+        linear = linear and (not name.startswith("div") or args[0] is value)
+        by = 1 / number if name.startswith("div") and number else number
+        shift, factor = shift * by, factor * by
+    elif not ((name in ops.COPIES and alone) or name in ops.LOOKUPS or name == "repeat"):
+        linear = False
+    return Alias(alias.index, carried_to(alias.layout, value, dims, out), linear, shift, factor)
+
+
+def _is_bias(name: str, args: Any, tensor: Value) -> bool:
     """Return whether ``tensor`` is the bias that a fused attention adds to its logits."""
     return name.startswith("_scaled_dot_product") and not any(each is tensor for each in args[:3])
 
 
-def _looked_up(name: str, args: Any, tensor: torch.Tensor) -> list[int | None]:
+def _looked_up(name: str, args: Any, tensor: Value) -> list[int | None]:
     """Return the new position of each dim of ``tensor`` when entries of one dim are looked up; None for that dim."""
     if name != "index":
         dims: list[int | None] = list(range(tensor.dim()))
@@ -211,13 +276,13 @@ class Cut:
 
     Attributes:
         whole: shape of the tensor that was cut.
-        owners: name of the parameter if the tensor stands for one; otherwise empty.
+        index: index of the parameter if the tensor stands for one; otherwise None.
         direct: uses (as bits) whose result the tensor is.
         pieces: (sizes, offsets) of each piece, one entry per dim of ``whole``.
     """
 
     whole: tuple[int, ...]
-    owners: frozenset[str]
+    index: int | None
     direct: int
     pieces: set[tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=set)
 
@@ -235,27 +300,31 @@ class Cut:
         return sum({begin[dim]: size[dim] for size, begin in self.pieces}.values()) == self.whole[dim]
 
 
-class Cuts:
-    """All tensors cut in one forward pass, in the order seen and keyed by storage and shape.
+def cuts(operations: Iterable[Operation], aliases: Aliases, direct: Callable[[Value], int]) -> list[Cut]:
+    """Return all tensors that are cut, in the order seen; a tensor may be cut in one step or piece by piece.
 
-    A tensor may be cut in one step or piece by piece.
+    Args:
+        operations: the operations of a forward pass.
+        aliases: the aliases of parameters.
+        direct: returns the uses (as bits) whose result a value is.
     """
-
-    def __init__(self) -> None:
-        self._found: dict[tuple[int, tuple[int, ...]], Cut] = {}
-
-    def add(self, whole: torch.Tensor, pieces: Iterable[torch.Tensor], owners: frozenset[str], direct: int) -> None:
-        """Record the ``pieces`` that are smaller than ``whole`` and have as many dims, which excludes single entries."""
-        shape = tuple(whole.shape)
-        for piece in pieces:
+    found: dict[tuple[int, tuple[int, ...]], Cut] = {}
+    for op in operations:
+        whole = op.inputs[0] if op.view else None
+        if whole is None or ((alias := aliases.get(whole)) is None and not direct(whole)):
+            continue
+        for piece in op.outputs:
+            # A piece is smaller and has as many dims, which excludes single entries.
             if piece.dim() == whole.dim() and piece.numel() < whole.numel():
-                cut = self._found.setdefault((storage_key(whole), shape), Cut(shape, owners, direct))
-                offset = piece.storage_offset() - whole.storage_offset()
-                steps = zip(whole.stride(), shape, strict=True)
-                begins = tuple(int(offset // at % size) if at and size else 0 for at, size in steps)
-                cut.pieces.add((tuple(piece.shape), begins))
+                index = None if alias is None else alias.index
+                cut = found.setdefault((whole.storage, whole.shape), Cut(whole.shape, index, direct(whole)))
+                offset = piece.offset - whole.offset
+                steps = zip(whole.strides, whole.shape, strict=True)
+                begins = tuple(offset // at % size if at and size else 0 for at, size in steps)
+                cut.pieces.add((piece.shape, begins))
+    return list(found.values())
 
-    def uneven(self, wider: Cuts) -> Iterator[Cut]:
-        """Return the tensors that are cut into pieces that grow differently in a wider model's forward pass."""
-        pairs = zip(self._found.values(), wider._found.values(), strict=False)
-        return (cut for cut, wide in pairs if cut.unevenly(wide))
+
+def uneven(cut: Iterable[Cut], wider: Iterable[Cut]) -> Iterator[Cut]:
+    """Return the tensors that are cut into pieces that grow differently in a wider model's forward pass."""
+    return (base for base, wide in zip(cut, wider, strict=False) if base.unevenly(wide))

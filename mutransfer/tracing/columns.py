@@ -14,14 +14,13 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from ..param_names import pattern_of
 from . import ops as ops
-from .aliases import Axis
-from .dataflow import storage_key, strides
-from .products import MATMULS
+from .aliases import Aliases, Axis
+from .dataflow import Uses
+from .ops import Operation, Value
 
 __all__ = ["Columns", "Joins", "Piece", "mixed_columns"]
 
@@ -67,43 +66,53 @@ class Columns:
 class Joins:
     """Tracks which pieces the axes of activations are joined from, in one forward pass.
 
-    Pieces are tracked by storage and stride, so views need no rules. ``kind`` returns what a tensor was made by, as name
-    patterns.
+    Pieces are tracked by storage and stride, so views need no rules. A piece's kind is what it was made by, as name patterns.
+
+    Attributes:
+        arities: site → number of pieces that each of its operations joins.
+        met: for each use of a parameter and each of its axes, the labels that the axis meets; empty if unknown.
     """
 
-    def __init__(self, kind: Callable[[torch.Tensor], frozenset[str]]) -> None:
-        self._kind = kind
+    def __init__(self, aliases: Aliases, uses: Uses, names: Sequence[str]) -> None:
+        self._aliases, self._uses, self._names = aliases, uses, names
         self._at: dict[int, dict[tuple[int, int], Labels]] = {}  # storage → (stride, length) of a dim → labels along it
         self._whole: dict[int, tuple[tuple[int, ...], tuple[int, ...]]] = {}  # storage → original shape and strides
         self._sets: list[frozenset[Piece]] = [frozenset()]
         self._numbers: dict[frozenset[Piece], int] = {frozenset(): 0}
+        self._kinds: dict[tuple[int, int], frozenset[str]] = {}
         self.arities: dict[Site, list[int]] = defaultdict(list)
+        self.met: list[tuple[Labels, ...]] = []
+        for op in aliases.operations:
+            if op.created:
+                self._create(op.outputs)
+            elif not op.view:
+                self._follow(op)
+                while len(self.met) < len(uses.sites) and uses.sites[len(self.met)][0].out is op.out:
+                    self.met.append(self._met_by(*uses.sites[len(self.met)]))
 
     def made_of(self, label: int) -> frozenset[Piece]:
         """Return the pieces that a label stands for."""
         return self._sets[label]
 
-    def made(self, tensors: Sequence[torch.Tensor]) -> None:
+    def _create(self, tensors: Sequence[Value]) -> None:
         """Record tensors in new storage: what is later written into a part of one is a piece of it."""
         for each in tensors:
-            self._whole.setdefault(storage_key(each), (tuple(map(int, each.shape)), strides(each)))
+            self._whole.setdefault(each.storage, (each.shape, each.strides))
 
-    def see(
-        self, name: str, args: Any, kwargs: Any, inputs: Sequence[torch.Tensor], out: torch.Tensor, module: str
-    ) -> None:
-        """Record an operation that produced ``out``, in new storage or in that of its first argument."""
-        key = storage_key(out)
-        fresh = key not in {storage_key(each) for each in inputs}
+    def _follow(self, op: Operation) -> None:
+        """Record an operation whose result is in new storage or in that of its first argument."""
+        name, args, inputs, out, module = op.name, op.args, op.inputs, op.out, op.module
+        key = out.storage
+        fresh = key not in {each.storage for each in inputs}
         if fresh:
-            self.made([out])
+            self._create([out])
         joins = name in {"cat", "stack", "slice_scatter", "select_scatter"} or name in PADS
         partial = not fresh and key in self._whole and out.numel() < int(np.prod(self._whole[key][0]))
-        if not (joins or partial or any(storage_key(each) in self._at for each in inputs)):
+        if not (joins or partial or any(each.storage in self._at for each in inputs)):
             return
-        found = self._result(name, args, kwargs, inputs, out, module)
-        sizes = map(int, out.shape)
+        found = self._result(name, args, op.kwargs, inputs, out, module)
         found = (
-            [None if each is None or len(each) != size else each for each, size in zip(found, sizes, strict=True)]
+            [None if each is None or len(each) != size else each for each, size in zip(found, out.shape, strict=True)]
             if len(found) == out.dim()
             else [None] * out.dim()
         )
@@ -113,28 +122,28 @@ class Joins:
             piece = self._piece((module, name, frozenset()), out, 1)(0, self._kind_of(inputs[1:])) if partial else 0
             self._write(out, found, piece)
 
-    def dims(self, tensor: torch.Tensor) -> Dims:
+    def dims(self, tensor: Value) -> Dims:
         """Return the labels along each dim of a tensor."""
-        known = self._at.get(storage_key(tensor))
+        known = self._at.get(tensor.storage)
         if not known:
             return [None] * tensor.dim()
-        offset = _offset(tensor)
+        offset = tensor.offset
         found: Dims = []
-        for stride, size in zip(strides(tensor), map(int, tensor.shape), strict=True):
+        for stride, size in zip(tensor.strides, tensor.shape, strict=True):
             labels: Labels | None = None
             for (step, length), along in known.items() if size > 1 and stride > 0 else ():
                 labels = self._both(labels, along[(offset + stride * np.arange(size)) // step % length])
             found.append(_telling(labels))
         return found
 
-    def _put(self, out: torch.Tensor, found: Dims) -> None:
-        for stride, size, labels in zip(strides(out), map(int, out.shape), found, strict=True):
+    def _put(self, out: Value, found: Dims) -> None:
+        for stride, size, labels in zip(out.strides, out.shape, found, strict=True):
             if labels is not None and size > 1 and stride > 0:
-                self._at.setdefault(storage_key(out), {})[stride, size] = labels
+                self._at.setdefault(out.storage, {})[stride, size] = labels
 
-    def _write(self, out: torch.Tensor, found: Dims, piece: int) -> None:
+    def _write(self, out: Value, found: Dims, piece: int) -> None:
         """Record a write into a view of a larger tensor; where it does not fill a dim, it becomes a ``piece`` of its own."""
-        key = storage_key(out)
+        key = out.storage
         if key not in self._whole:
             return
         for size, stride in zip(*self._whole[key], strict=True):
@@ -147,11 +156,11 @@ class Joins:
                 along = self._at.setdefault(key, {}).setdefault((stride, size), np.zeros(size, np.int64))
                 along[index] = self._union(along[index], labels)
 
-    def _places(self, axis: Axis, size: int, view: torch.Tensor, found: Dims) -> tuple[Labels, Labels]:
+    def _places(self, axis: Axis, size: int, view: Value, found: Dims) -> tuple[Labels, Labels]:
         """Return which entries of a storage's axis a view holds, and their labels from the labels ``found`` of its dims."""
         stride = axis[0][0]
-        index, labels = np.array([_offset(view) // stride % size]), np.zeros(1, np.int64)
-        for (at, length), along in zip(zip(strides(view), map(int, view.shape), strict=True), found, strict=True):
+        index, labels = np.array([view.offset // stride % size]), np.zeros(1, np.int64)
+        for (at, length), along in zip(zip(view.strides, view.shape, strict=True), found, strict=True):
             if length == 1 or at < 1:
                 continue
             if stride <= at < stride * size and at % stride == 0:
@@ -167,7 +176,7 @@ class Joins:
         inside = index < size
         return index[inside], labels[inside]
 
-    def along(self, axis: Axis, size: int, view: torch.Tensor, found: Dims, site: Site, kind: frozenset[str]) -> Labels:
+    def _along(self, axis: Axis, size: int, view: Value, found: Dims, site: Site, kind: frozenset[str]) -> Labels:
         """Return the labels that the ``size`` entries of a parameter's axis meet through a view of it.
 
         The label is −1 where an entry meets none.
@@ -181,7 +190,7 @@ class Joins:
         labels[index] = here
         return labels
 
-    def _piece(self, site: Site, out: torch.Tensor, arity: int) -> Callable[[int, frozenset[str]], int]:
+    def _piece(self, site: Site, out: Value, arity: int) -> Callable[[int, frozenset[str]], int]:
         """Return a function that labels each piece of one more operation at a site."""
         site = pattern_of(site[0]), *site[1:]
         number = len(self.arities[site])
@@ -205,12 +214,19 @@ class Joins:
     def _both(self, a: Labels | None, b: Labels | None) -> Labels | None:
         return a if b is None else b if a is None else self._union(a, b)
 
-    def _kind_of(self, tensors: Iterable[torch.Tensor]) -> frozenset[str]:
+    def _kind(self, value: Value) -> frozenset[str]:
+        """Return the parameters that a value was computed from, as name patterns."""
+        key = self._uses.direct(value), self._aliases.depends(value)
+        if key not in self._kinds:
+            names = self._uses.parameters(key[0])
+            names = names or frozenset(each for i, each in enumerate(self._names) if key[1] >> i & 1)
+            self._kinds[key] = frozenset(map(pattern_of, names))
+        return self._kinds[key]
+
+    def _kind_of(self, tensors: Iterable[Value]) -> frozenset[str]:
         return frozenset().union(*(self._kind(each) for each in tensors))
 
-    def _result(
-        self, name: str, args: Any, kwargs: Any, inputs: Sequence[torch.Tensor], out: torch.Tensor, module: str
-    ) -> Dims:
+    def _result(self, name: str, args: Any, kwargs: Any, inputs: Sequence[Value], out: Value, module: str) -> Dims:
         """Return the labels along each dim of an operation's result."""
         rank = out.dim()
         if name in {"cat", "stack"}:
@@ -219,8 +235,8 @@ class Joins:
             return self._padded(args, module, out)
         if name in {"slice_scatter", "select_scatter"}:
             return self._scattered(name, args, kwargs, module)
-        if name in MATMULS or name == "_grouped_mm":
-            a, b = (self.dims(each) for each in args[MATMULS.get(name, 0) :][:2])
+        if name in ops.MATMULS or name == "_grouped_mm":
+            a, b = (self.dims(each) for each in args[ops.MATMULS.get(name, 0) :][:2])
             batch = [self._both(x, y) for x, y in zip(a[:-2], b[:-2], strict=False)]
             return [*batch, *a[-2:-1], *b[-1:]][:rank] if len(b) > 1 else a[:-1]
         if name == "linear":
@@ -233,7 +249,7 @@ class Joins:
         if name.startswith("_scaled_dot_product"):
             q, v = self.dims(args[0]), self.dims(args[2])
             return [*(self._both(x, y) for x, y in zip(q[:-2], v[:-2], strict=True)), q[-2], v[-1]]
-        first = self.dims(args[0]) if args and isinstance(args[0], torch.Tensor) else []
+        first = self.dims(args[0]) if args and isinstance(args[0], Value) else []
         if name in REDUCTIONS:
             return _reduced(args, kwargs, REDUCTIONS[name], first, rank)
         if name in ops.LOOKUPS and first:
@@ -247,7 +263,7 @@ class Joins:
                 found = [self._both(x, y) for x, y in zip(found, [*[None] * (rank - len(shown)), *shown], strict=True)]
         return found
 
-    def _joined(self, name: str, args: Any, kwargs: Any, out: torch.Tensor, module: str) -> Dims:
+    def _joined(self, name: str, args: Any, kwargs: Any, out: Value, module: str) -> Dims:
         dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % max(1, out.dim())
         pieces = [each for each in args[0] if each.dim() == out.dim() - (name == "stack")]
         kinds = [self._kind(each) for each in pieces]
@@ -267,7 +283,7 @@ class Joins:
         found[dim] = np.concatenate(joined) if joined else None
         return found
 
-    def _padded(self, args: Any, module: str, out: torch.Tensor) -> Dims:
+    def _padded(self, args: Any, module: str, out: Value) -> Dims:
         tensor, pads = args[0], [int(each) for each in args[1]]
         kind, found = self._kind(tensor), self.dims(tensor)
         for i, (before, after) in enumerate(zip(pads[::2], pads[1::2], strict=True)):
@@ -303,11 +319,22 @@ class Joins:
         found[dim] = along
         return found
 
-    def met(self, name: str, args: Any, inputs: Sequence[torch.Tensor], tensor: torch.Tensor) -> Dims:
+    def _met_by(self, op: Operation, value: Value) -> tuple[Labels, ...]:
+        """Return, for each axis of a parameter, the pieces that the entries it is combined with come from."""
+        alias = self._aliases.get(value)
+        if alias is None or not (op.name in ops.CONTRACTIONS or op.name in {"mul", "mul_"}):
+            return ()
+        found = self._met(op.name, op.args, op.inputs, value)
+        kind = self._kind_of(each for each in op.inputs if self._aliases.get(each) is None)
+        site = self._names[alias.index], "use", frozenset({kind})
+        axes = zip(alias.layout, self._aliases.shape(alias), strict=True)
+        return tuple(self._along(axis, size, value, found, site, kind) for axis, size in axes)
+
+    def _met(self, name: str, args: Any, inputs: Sequence[Value], tensor: Value) -> Dims:
         """Return the labels along the dims of ``tensor`` of the operand that it is summed over or multiplied with."""
         found: Dims = [None] * tensor.dim()
-        if name in MATMULS or name == "_grouped_mm":
-            a, b = args[MATMULS.get(name, 0) :][:2]
+        if name in ops.MATMULS or name == "_grouped_mm":
+            a, b = args[ops.MATMULS.get(name, 0) :][:2]
             if tensor is b and b.dim():
                 found[max(0, b.dim() - 2)] = self.dims(a)[-1]
             elif tensor is a:
@@ -331,15 +358,11 @@ class Joins:
         return found
 
 
-def _offset(tensor: torch.Tensor) -> int:
-    return int(tensor.storage_offset()) * (2 if tensor.is_complex() else 1)
-
-
 def _telling(labels: Labels | None) -> Labels | None:
     return None if labels is None or bool((labels == labels[0]).all()) else labels
 
 
-def _sized(tensor: torch.Tensor, found: Dims, out: torch.Tensor) -> Dims:
+def _sized(tensor: Value, found: Dims, out: Value) -> Dims:
     """Return the labels of the dims whose sizes agree with those of ``out``, counted from the last."""
     sizes = out.shape[out.dim() - tensor.dim() :]
     return [labels if size == new else None for labels, size, new in zip(found, tensor.shape, sizes, strict=True)]
@@ -354,7 +377,7 @@ def _reduced(args: Any, kwargs: Any, at: int, first: Dims, rank: int) -> Dims:
     return [labels for dim, labels in enumerate(first) if dim not in gone][:rank]
 
 
-def _looked_up(name: str, args: Any, first: Dims, out: torch.Tensor) -> Dims:
+def _looked_up(name: str, args: Any, first: Dims, out: Value) -> Dims:
     """Return the labels of an indexed tensor.
 
     An index with as many entries as the dim is taken to be a permutation, of which only the counts matter.
@@ -364,7 +387,7 @@ def _looked_up(name: str, args: Any, first: Dims, out: torch.Tensor) -> Dims:
             return [None] * out.dim()
         return [
             labels if labels is None or len(labels) == size else None
-            for labels, size in zip(first, map(int, out.shape), strict=True)
+            for labels, size in zip(first, out.shape, strict=True)
         ]
     chosen = [i for i, each in enumerate(args[1]) if each is not None]
     if len(chosen) != 1:
@@ -375,7 +398,7 @@ def _looked_up(name: str, args: Any, first: Dims, out: torch.Tensor) -> Dims:
     return [*first[:at], *([kept] if more == 1 else [None] * more), *first[at + 1 :]][: out.dim()]
 
 
-def _rearranged(name: str, args: Any, first: Dims, out: torch.Tensor) -> Dims:
+def _rearranged(name: str, args: Any, first: Dims, out: Value) -> Dims:
     found = list(first)
     if name == "repeat":
         counts = [int(each) for each in args[1]]

@@ -13,10 +13,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ..errors import RequestError
-from .dataflow import Attention, Flow
+from .dataflow import Attention
+from .ops import Value
 from .products import Ended
 from .roles import role_given
-from .tracer import OpTracer
+from .tracer import ForwardPass
 
 __all__ = ["Contraction", "Heads", "at_sizes", "compared", "contractions", "in_attention"]
 
@@ -118,7 +119,7 @@ class Contraction:
         )
 
 
-def contractions(seen: OpTracer, wider: OpTracer, roles: Mapping[str, str]) -> tuple[Contraction, ...]:
+def contractions(seen: ForwardPass, wider: ForwardPass, roles: Mapping[str, str]) -> tuple[Contraction, ...]:
     """Return the growing dot products that the model does not already rescale.
 
     Those with a parameter whose role is given are left out. Both passes drop their records of constants on the sides, as a
@@ -127,75 +128,74 @@ def contractions(seen: OpTracer, wider: OpTracer, roles: Mapping[str, str]) -> t
     found = []
     for key, pairs in _paired(seen, wider):
         for base, wide in pairs:
-            ratio = wide.scores.size / base.scores.size
-            for tracer, each in ((seen, base), (wider, wide)):
-                sides = {use for side in each.scores.sides for use in side.factors}
-                tracer.factors.forget(sides, each.scores.nodes)
+            ratio = wide.product.size / base.product.size
+            for run, each in ((seen, base), (wider, wide)):
+                sides = {use for side in each.product.sides for use in run.scales.of(side).factors}
+                run.scales.discard(sides, each.product.nodes)
             power = round(math.log(abs(wide.scale / base.scale), ratio), 4) if base.scale and wide.scale else 0.0
-            made = Contraction(key, base.scores.size, ratio, power)
+            made = Contraction(key, base.product.size, ratio, power)
             if power != -1 and not any(role_given(roles, name) for name in _makers(seen, base)):
                 found.append((made, base))
     return tuple(_carried(found, seen))
 
 
-def at_sizes(known: Sequence[Contraction], seen: OpTracer, target: OpTracer) -> tuple[Contraction, ...]:
+def at_sizes(known: Sequence[Contraction], seen: ForwardPass, target: ForwardPass) -> tuple[Contraction, ...]:
     """Return the ``known`` contractions with the ratio of the target's sizes to the base's."""
-    ratios = {key: wide.scores.size / base.scores.size for key, pairs in _paired(seen, target) for base, wide in pairs}
+    ratios = {
+        key: wide.product.size / base.product.size for key, pairs in _paired(seen, target) for base, wide in pairs
+    }
     return tuple(replace(each, ratio=ratios.get(each.key, 1.0)) for each in known)
 
 
-def _paired(seen: OpTracer, larger: OpTracer) -> Iterator[tuple[Key, list[tuple[Ended, Ended]]]]:
+def _paired(seen: ForwardPass, larger: ForwardPass) -> Iterator[tuple[Key, list[tuple[Ended, Ended]]]]:
     before, after = _keyed(seen), _keyed(larger)
     for key, each in before.items():
         pairs = zip(each, after.get(key, []), strict=False)
-        yield key, [(a, b) for a, b in pairs if a.scores.size != b.scores.size]
+        yield key, [(a, b) for a, b in pairs if a.product.size != b.product.size]
 
 
-def _keyed(seen: OpTracer) -> dict[Key, list[Ended]]:
+def _keyed(seen: ForwardPass) -> dict[Key, list[Ended]]:
     found: dict[Key, list[Ended]] = defaultdict(list)
     for each in seen.dots.ended:
-        left, right = (tuple(sorted(_made_by(seen, side))) for side in each.scores.sides)
+        left, right = (tuple(sorted(seen.made_by(side))) for side in each.product.sides)
         found[each.module, left, right].append(each)
     return found
 
 
-def _makers(seen: OpTracer, each: Ended) -> frozenset[str]:
-    return frozenset().union(*(_made_by(seen, side) | seen.decode(side.carries) for side in each.scores.sides))
+def _makers(seen: ForwardPass, each: Ended) -> frozenset[str]:
+    return frozenset().union(*(seen.made_by(side) | seen.decode(seen.carries(side)) for side in each.product.sides))
 
 
-def _made_by(seen: OpTracer, side: Flow) -> frozenset[str]:
-    return seen.used_by(side.direct) or seen.decode(side.carries) or seen.used_by(side.uses)
-
-
-def _carried(found: Sequence[tuple[Contraction, Ended]], seen: OpTracer) -> Iterator[Contraction]:
+def _carried(found: Sequence[tuple[Contraction, Ended]], seen: ForwardPass) -> Iterator[Contraction]:
     """Choose carriers that scale each product once: those of the left side if they fit, as with the queries of attention."""
     covered: set[int] = set()
     for i, (made, each) in enumerate(found):
         if i in covered:
             continue
-        for side in each.scores.sides:
-            group = [j for j, (_, other) in enumerate(found) if _with(side, other)]
+        for side in each.product.sides:
+            group = [j for j, (_, other) in enumerate(found) if _with(seen, side, other)]
             if not covered & {*group} and _fits([found[j] for j in group], side, seen):
                 covered |= {*group}
-                both = each.scores.left.carries == each.scores.right.carries
-                yield replace(made, carriers=seen.decode(side.carries), both=both)
+                both = seen.carries(each.product.left) == seen.carries(each.product.right)
+                yield replace(made, carriers=seen.decode(seen.carries(side)), both=both)
                 break
         else:
             covered.add(i)
             yield made
 
 
-def _with(side: Flow, other: Ended) -> list[Flow]:
-    return [each for each in other.scores.sides if each.carries == side.carries]
+def _with(seen: ForwardPass, side: Value, other: Ended) -> list[Value]:
+    return [each for each in other.product.sides if seen.carries(each) == seen.carries(side)]
 
 
-def _fits(group: Sequence[tuple[Contraction, Ended]], side: Flow, seen: OpTracer) -> bool:
+def _fits(group: Sequence[tuple[Contraction, Ended]], side: Value, seen: ForwardPass) -> bool:
     """Return whether the parameters that carry a factor into ``side`` can be scaled to the same effect on all of ``group``."""
-    same_side = [flow for _, each in group for flow in _with(side, each)]
-    uses = {use for flow in same_side for use in flow.factors}
-    nodes = {node for _, each in group for node in each.scores.nodes}
-    alike = len({(made.ratio, made.power, len(_with(side, each))) for made, each in group}) == 1
-    others = [flow for _, each in group for flow in each.scores.sides if flow.carries != side.carries]
-    independent = not any(flow.depends & side.carries for flow in others)
-    distances = any(each.scores.distance and (others or made.power) for made, each in group)
-    return bool(side.carries) and alike and independent and not distances and seen.used_only(side.carries, uses, nodes)
+    carries = seen.carries(side)
+    same_side = [value for _, each in group for value in _with(seen, side, each)]
+    uses = {use for value in same_side for use in seen.scales.of(value).factors}
+    nodes = {node for _, each in group for node in each.product.nodes}
+    alike = len({(made.ratio, made.power, len(_with(seen, side, each))) for made, each in group}) == 1
+    others = [value for _, each in group for value in each.product.sides if seen.carries(value) != carries]
+    independent = not any(seen.depends(value) & carries for value in others)
+    distances = any(each.product.distance and (others or made.power) for made, each in group)
+    return bool(carries) and alike and independent and not distances and seen.used_only(carries, uses, nodes)

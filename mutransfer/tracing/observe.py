@@ -19,6 +19,7 @@ from ..family import Family
 from ..initialization import Init, InitTracer
 from ..param_names import pattern_of
 from ..scale import Scale
+from .aliases import uneven, union
 from .columns import Columns, Joins, Labels, mixed_columns
 from .dataflow import Use
 from .growing_products import Heads, at_sizes, compared, contractions, in_attention
@@ -27,7 +28,7 @@ from .roles import check_patterns, check_roles, possible, role_given, roles_of, 
 from .run import LAYERS, WIDER, build, forward, on_fake_tensors
 from .scales import SizePower, common, constants, loose
 from .specs import Observation, ParamSpec, kinds, match_layers
-from .tracer import OpTracer
+from .tracer import ForwardPass
 
 __all__ = ["at_target", "observe", "shapes_of", "extended_in_depth", "with_depth_constants"]
 
@@ -77,7 +78,7 @@ def with_depth_constants(family: Family, seen: Observation) -> Observation:
     notes = [
         f"the forward pass multiplies by a number that grows as depth^{power:+.2f} and acts on no parameter's result: it is "
         "left unchanged, so check it."
-        for power in loose(few.factors, many.factors, DEEPER)
+        for power in loose(few.scales, many.scales, DEEPER)
     ]
     return replace(seen, specs=specs, notes=(*seen.notes, *notes), depths_compared=True)
 
@@ -112,7 +113,7 @@ def _stacks(names: Iterable[str]) -> dict[tuple[str, ...], set[str]]:
     return found
 
 
-def _rounds(few: OpTracer, many: OpTracer, shallow: int, deep: int) -> dict[str, tuple[float, float]]:
+def _rounds(few: ForwardPass, many: ForwardPass, shallow: int, deep: int) -> dict[str, tuple[float, float]]:
     """Return (a, b) for every parameter that is on a + b·depth residual branches."""
     before, after = (
         Counter(name for branch in residual_branches(each.graph, each.uses()) for name in branch.inside)
@@ -142,7 +143,7 @@ def at_target(family: Family, seen: Observation, scale: Scale) -> Observation:
     except RequestError:  # some models have a minimum depth
         few = few.with_(depth=family.base.depth)
         target = _watched(family, few, seen.seed)
-    if len(target.attentions) != len(seen.attentions):
+    if len(target.dots.attentions) != len(seen.attentions):
         few = few.with_(depth=family.base.depth)
         target = _watched(family, few, seen.seed)
     dots = (
@@ -150,10 +151,10 @@ def at_target(family: Family, seen: Observation, scale: Scale) -> Observation:
         if seen.dots
         else ()
     )
-    return replace(seen, heads=compared(seen.attentions, target.attentions), dots=dots)
+    return replace(seen, heads=compared(seen.attentions, target.dots.attentions), dots=dots)
 
 
-def _watched(family: Family, scale: Scale, seed: int) -> OpTracer:
+def _watched(family: Family, scale: Scale, seed: int) -> ForwardPass:
     with on_fake_tensors():
         with InitTracer() as inits:
             model = build(family, scale)
@@ -276,7 +277,7 @@ def _watch(family: Family) -> Observation:
     return _merged(found, {name: count for name, count in counts.items() if count < len(seen)}, len(seen))
 
 
-def _used(passes: Sequence[tuple[OpTracer, OpTracer, int]]) -> frozenset[str]:
+def _used(passes: Sequence[tuple[ForwardPass, ForwardPass, int]]) -> frozenset[str]:
     return frozenset().union(*(one.used() for one, _, _ in passes))
 
 
@@ -295,7 +296,7 @@ def _has_undetermined_role(
     return False
 
 
-def _paired(seen: Sequence[OpTracer], wider: Sequence[OpTracer]) -> list[tuple[OpTracer, OpTracer, int]]:
+def _paired(seen: Sequence[ForwardPass], wider: Sequence[ForwardPass]) -> list[tuple[ForwardPass, ForwardPass, int]]:
     """Return passes that differ in the parameters they use, each with a pass of the wider model that uses the same ones.
 
     The pass that uses the most parameters comes first.
@@ -332,22 +333,22 @@ def _merged(found: Sequence[Observation], skipped: Mapping[str, int], passes: in
 
 def _observed(
     family: Family, model: torch.nn.Module, inits: InitTracer, shapes: Mapping[str, tuple[int, ...]],
-    wide: Mapping[str, tuple[int, ...]], seen: OpTracer, seen_wider: OpTracer, elsewhere: frozenset[str],
+    wide: Mapping[str, tuple[int, ...]], seen: ForwardPass, seen_wider: ForwardPass, elsewhere: frozenset[str],
 ) -> Observation:  # fmt: skip
     """Compare one forward pass with a wider model's; parameters that are used only ``elsewhere`` are left out."""
     dots = contractions(seen, seen_wider, family.roles)
-    dotted = frozenset().union(*(seen.used_by(each.uses) for each in seen.dots.sides()))
+    dotted = seen.dotted()
     uses = seen.uses()
     branches = residual_branches(seen.graph, uses)
     inside = frozenset().union(*(branch.inside for branch in branches))
     ends = frozenset().union(*(seen.decode(branch.ends) for branch in branches))
     uses_wider = seen_wider.uses()
     found = {name: constants(each, uses_wider[name], WIDER) for name, each in uses.items()}
-    scaled = in_attention(seen.attentions, seen_wider.attentions, WIDER)
+    scaled = in_attention(seen.dots.attentions, seen_wider.dots.attentions, WIDER)
     notes = [
         f"the forward pass multiplies by a number that grows as width^{power:+.2f} and acts on no parameter's result: it "
         "is left unchanged, so check it."
-        for power in loose(seen.factors, seen_wider.factors, WIDER)
+        for power in loose(seen.scales, seen_wider.scales, WIDER)
     ]
     apart = unrecognized_branches(
         seen.graph, uses, inside, {name: (shape, wide[name]) for name, shape in shapes.items()}
@@ -380,7 +381,7 @@ def _observed(
         )  # fmt: skip
         specs[name] = replace(
             spec,
-            sizes=seen.sizes.get(name, ""),
+            sizes=seen.magnitudes.get(name, ""),
             columns=_columns(
                 grows,
                 (seen.joins, columns[name], uses[name]),
@@ -405,11 +406,11 @@ def _observed(
             specs[name] = replace(spec, shared_carriers=shared)
     return Observation(
         specs,
-        queries=frozenset().union(*(each.queries for each in seen.attentions)),
-        shared_queries=frozenset().union(*(each.queries & each.others for each in seen.attentions))
+        queries=frozenset().union(*(each.queries for each in seen.dots.attentions)),
+        shared_queries=frozenset().union(*(each.queries & each.others for each in seen.dots.attentions))
         | seen.shared_queries(),
-        heads=compared(seen.attentions, seen_wider.attentions),
-        attentions=tuple(seen.attentions),
+        heads=compared(seen.dots.attentions, seen_wider.dots.attentions),
+        attentions=tuple(seen.dots.attentions),
         dots=dots,
         open_branches=(*(min(branch.inside) for branch in branches if not branch.ends), *(name for name, _ in apart)),
         notes=tuple(dict.fromkeys(notes)),
@@ -509,7 +510,8 @@ def _unsplittable(model: torch.nn.Module, name: str, modules: set[str]) -> str:
     return "its convolution is grouped" if getattr(owner, "groups", 1) > 1 else ""
 
 
-def _mixed(seen: OpTracer, wider: OpTracer) -> frozenset[str]:
+def _mixed(seen: ForwardPass, wider: ForwardPass) -> frozenset[str]:
     """Return the parameters that are cut into pieces that grow differently, or whose results are."""
-    uneven = seen.parts.uneven(wider.parts)
-    return frozenset().union(*(cut.owners | seen.used_by(cut.direct) for cut in uneven))
+    found = list(uneven(seen.cuts, wider.cuts))
+    parameters = seen.decode(union(1 << cut.index for cut in found if cut.index is not None))
+    return parameters | seen.results_of(union(cut.direct for cut in found))

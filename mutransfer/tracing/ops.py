@@ -1,12 +1,14 @@
-"""Tables of torch operations: labels of parameter axes, which operations preserve a factor, and which are decomposed into sums.
+"""Recorded operations of a forward pass, tables of what torch's operations do, and decompositions into plain sums.
 
-A residual branch written as ``torch.addcmul(x, scale, y)`` is traced as ``x + scale * y``. The decomposed steps are what
-runs; their values equal those of the original operation up to rounding.
+A residual branch written as ``torch.addcmul(x, scale, y)`` is analysed as ``x + scale * y``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,15 +23,121 @@ __all__ = [
     "ENTRYWISE",
     "LINEAR",
     "LOOKUPS",
+    "MATMULS",
     "PRODUCTS",
     "SUMS",
     "Decompositions",
+    "Operation",
     "TRANSPOSED_CONVOLUTION",
     "UNARY",
+    "Value",
     "WEIGHTINGS",
     "WRITES",
     "adds",
 ]
+
+
+@dataclass(frozen=True, eq=False)
+class Value:
+    """A tensor as one operation saw it. Later operations may write to its storage or change its shape in place.
+
+    Strides, the offset and ``entries`` count real numbers, so that a tensor and its complex view are comparable.
+
+    Attributes:
+        storage: key of the storage, which all views share.
+        version: number of the storage's contents; every write makes a new version.
+        shape: its shape.
+        strides: its strides.
+        offset: offset of its first entry in the storage.
+        entries: number of entries that the storage holds.
+        numeric: whether it holds real or complex numbers; other tensors are indices and masks.
+        complex: whether it holds complex numbers.
+    """
+
+    storage: int
+    version: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int
+    entries: int
+    numeric: bool = True
+    complex: bool = False
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor, version: int = 0) -> Value:
+        """Return the value of ``tensor``, whose storage holds contents ``version``."""
+        storage, is_complex = tensor.untyped_storage(), tensor.is_complex()
+        reals = 2 if is_complex else 1
+        return cls(
+            storage_id(storage),
+            version,
+            tuple(map(int, tensor.shape)),
+            tuple(reals * int(each) for each in tensor.stride()),
+            reals * int(tensor.storage_offset()),
+            int(storage.nbytes()) * reals // tensor.element_size(),
+            is_complex or tensor.is_floating_point(),
+            is_complex,
+        )
+
+    def dim(self) -> int:
+        """Return the number of dims."""
+        return len(self.shape)
+
+    def numel(self) -> int:
+        """Return the number of entries."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Operation:
+    """One operation of a forward pass, after torch has decomposed it; ``args`` and ``kwargs`` hold values for tensors.
+
+    Attributes:
+        name: name of the aten operator, without overload.
+        args: positional arguments.
+        kwargs: keyword arguments.
+        outputs: its results; those it writes have a new version.
+        module: qualified name of the module that runs it.
+        fresh: whether the results are in new storage.
+        view: whether the results are views of its first input, which it does not change.
+        created: whether it creates tensors without reading any entries.
+        derived: whether its first result stands for a parameter, as it is computed from that parameter alone.
+        numbers: for each argument, the number that it is or that all its entries hold; None if unknown (see `Scalars`).
+    """
+
+    name: str
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    outputs: tuple[Value, ...]
+    module: str
+    fresh: bool = True
+    view: bool = False
+    created: bool = False
+    derived: bool = False
+    numbers: tuple[float | None, ...] = ()
+    inputs: tuple[Value, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "inputs", tuple(_values((*self.args, *self.kwargs.values()))))
+
+    @property
+    def out(self) -> Value:
+        """The first result."""
+        return self.outputs[0]
+
+    @property
+    def computes(self) -> bool:
+        """Whether it computes a value from activations, and not only a view, an empty tensor or an alias of a parameter."""
+        return not (self.view or self.created or self.derived)
+
+
+def _values(args: Any) -> Iterator[Value]:
+    for each in args:
+        if isinstance(each, Value):
+            yield each
+        elif isinstance(each, list | tuple):
+            yield from _values(each)
+
 
 # Labels for the axes of each tensor argument, aligned at the last axis (for a convolution, at the first): "in" is summed
 # over, "out" survives, "gather" is indexed, "each" is combined entry by entry.
@@ -46,6 +154,8 @@ CONTRACTIONS: dict[str, dict[int, tuple[str, ...]]] = {
     "_embedding_bag": {0: ("gather", "out")},
     "convolution": {1: ("out", "in", "in", "in", "in"), 2: ("each",)},
 }
+# Position of the left side among the arguments of a matrix product.
+MATMULS = {"mm": 0, "bmm": 0, "mv": 0, "dot": 0, "addmm": 1, "addmv": 1, "baddbmm": 1}
 TRANSPOSED_CONVOLUTION = {1: ("in", "out", "in", "in", "in"), 2: ("each",)}
 
 # Operations that copy the same numbers to another place, dtype or layout; the result counts as the same value.
@@ -154,8 +264,6 @@ LINEAR |= {"complex", "real", "imag", "conj_physical", "_fft_r2c", "_fft_c2c", "
 LINEAR |= {"upsample_bilinear2d", "upsample_bicubic2d", "pixel_shuffle", "masked_fill_", "im2col", "col2im"}
 
 
-aten = torch.ops.aten
-Call = Callable[..., Any]
 PIECES = 3  # longest stack whose sum is decomposed; longer stacks hold time steps or the states of all layers
 
 
@@ -167,72 +275,117 @@ def adds(name: str, args: Any) -> bool:
 
 
 class Decompositions:
-    """Decompose operations on activations into plain steps; stacked tensors are remembered until they are summed."""
+    """Decompose operations on activations into plain steps; stacked tensors are remembered until they are summed.
+
+    The steps are analysed only; what ran is the operation itself.
+    """
 
     def __init__(self) -> None:
-        self._stacks: list[tuple[torch.Tensor, list[torch.Tensor], int]] = []
+        self._stacks: list[tuple[Value, list[Value], int]] = []
+        self._numbers = itertools.count(1)
 
-    def steps(self, name: str, args: Any, kwargs: dict[str, Any], call: Call, live: Callable[[Any], bool]) -> Any:
-        """Return the operation's result, computed by simpler operations, or None if it needs no decomposition.
+    def steps(self, op: Operation, live: Callable[[Any], bool]) -> list[Operation]:
+        """Return the steps that an operation consists of: itself, if it needs no decomposition.
 
         Args:
-            name: name of the operation.
-            args: its positional arguments as dispatched.
-            kwargs: its keyword arguments as dispatched.
-            call: runs an aten operation under the tracer.
-            live: returns whether a tensor is an activation that depends on a parameter.
+            op: the operation.
+            live: returns whether a value is an activation that depends on a parameter.
         """
-        if "out" in kwargs or not args:
-            return None
+        name, args = op.name, op.args
+        if "out" in op.kwargs or not args or op.view or op.created:
+            return [op]
         match name:
             case "stack" if len(args[0]) <= PIECES and all(map(live, args[0])):
                 dim = (args[1] if len(args) > 1 else 0) % (args[0][0].dim() + 1)
-                out = call(aten.cat.default, [call(aten.unsqueeze.default, each, dim) for each in args[0]], dim)
-                self._stacks.append((out, list(args[0]), dim))
-                return out
-            case "sum" | "mean" if len(args) > 1 and args[1] is not None and kwargs.get("dtype") is None:
-                return self._summed(name == "mean", call, *args)
-            case "add" if (
-                live(args[0]) and isinstance(args[1], int | float) and args[1] == 0
-            ):  # the start value of Python's sum()
-                return call(aten.clone.default, args[0])
+                self._stacks.append((op.out, list(args[0]), dim))
+                return [replace(op, name="cat", args=([_unsqueezed(each, dim) for each in args[0]], dim), kwargs={})]
+            case "sum" | "mean" if len(args) > 1 and args[1] is not None and op.kwargs.get("dtype") is None:
+                return self._summed(op, *args) or [op]
+            case "add" if live(args[0]) and isinstance(args[1], int | float) and args[1] == 0:
+                return [replace(op, name="clone", args=args[:1], kwargs={})]  # the start value of Python's sum()
             case "rsub" if live(args[0]) and live(args[1]):
-                return call(aten.sub.Tensor, args[1], args[0], **kwargs)
+                return [replace(op, name="sub", args=(args[1], args[0], *args[2:]))]
         if not live(args[0]) or not name.startswith(("add", "baddbmm", "lerp")):
-            return None
-        added = _added(name.removesuffix("_"), args, kwargs, call)
-        if added is None:
-            return None
-        stream, inplace = args[0], name.endswith("_")
-        if (beta := kwargs.get("beta", 1)) != 1:
-            stream = call((aten.mul_ if inplace else aten.mul).Tensor, stream, beta)
-        return call((aten.add_ if inplace else aten.add).Tensor, stream, added)
+            return [op]
+        return self._added(op, name.removesuffix("_")) or [op]
 
-    def _summed(self, mean: bool, call: Call, stacked: torch.Tensor, dims: Any, keepdim: bool = False) -> Any:
+    def _summed(self, op: Operation, stacked: Value, dims: Any, keepdim: bool = False) -> list[Operation]:
         for out, pieces, dim in self._stacks:
-            same = storage_id(out) == storage_id(stacked) and out.stride() == stacked.stride()
-            if same and out.shape == stacked.shape and [each % out.dim() for each in dims] == [dim]:
-                total = pieces[0]
+            same = (out.storage, out.strides, out.shape) == (stacked.storage, stacked.strides, stacked.shape)
+            if same and [each % out.dim() for each in dims] == [dim]:
+                result = _squeezed(op.out, dim) if keepdim else op.out
+                steps, total = [], pieces[0]
                 for piece in pieces[1:]:
-                    total = call(aten.add.Tensor, total, piece)
-                total = call(aten.div.Tensor, total, len(pieces)) if mean else total
-                return call(aten.unsqueeze.default, total, dim) if keepdim else total
-        return None
+                    steps.append(self._step(op, "add", total, piece))
+                    total = steps[-1].out
+                if op.name == "mean":
+                    steps.append(self._step(op, "div", total, len(pieces)))
+                return [*steps[:-1], replace(steps[-1], outputs=(result,))] if steps else []
+        return []
+
+    def _added(self, op: Operation, name: str) -> list[Operation]:
+        """Return the steps of ``stream + factor * added``; empty if the operation is not such a sum."""
+        stream, *others = op.args
+        beta, factor = op.kwargs.get("beta", 1), op.kwargs.get("value", op.kwargs.get("alpha", 1))
+        steps: list[Operation] = []
+        match name:
+            case "addcmul":
+                steps = [self._step(op, "mul", *others[:2], numbers=op.numbers[1:3])]
+            case "addcdiv":
+                steps = [self._step(op, "div", *others[:2], numbers=op.numbers[1:3])]
+            case "lerp":
+                steps = [self._step(op, "sub", others[0], stream)]
+                steps.append(self._step(op, "mul", steps[0].out, others[1], numbers=(None, *op.numbers[2:3])))
+            case "addmm" | "addmv" | "baddbmm" if beta != 0:
+                contract = {"addmm": "mm", "addmv": "mv", "baddbmm": "bmm"}[name]
+                steps = [self._step(op, contract, *others[:2])]
+            case _:
+                return []
+        if factor != 1:
+            steps.append(self._step(op, "mul", steps[-1].out, factor))
+        added, suffix = steps[-1].out, "_" if op.name.endswith("_") else ""
+        if beta != 1:
+            scaled = self._step(op, "mul", stream, beta)
+            if suffix:
+                written = replace(stream, version=scaled.out.version)
+                scaled = replace(scaled, name="mul_", outputs=(written,), fresh=False)
+            steps.append(scaled)
+            stream = scaled.out
+        return [*steps, replace(op, name=f"add{suffix}", args=(stream, added), kwargs={}, numbers=())]
+
+    def _step(
+        self, op: Operation, name: str, a: Value, b: Any, numbers: tuple[float | None, ...] | None = None
+    ) -> Operation:
+        """Return a step of ``op`` on ``a`` and ``b``, whose result is in new storage."""
+        shape: tuple[int, ...] = a.shape
+        if name in ("mm", "bmm"):
+            shape = (*a.shape[:-1], b.shape[-1])
+        elif name == "mv":
+            shape = a.shape[:-1]
+        elif isinstance(b, Value):
+            shape = tuple(torch.broadcast_shapes(a.shape, b.shape))
+        number = next(self._numbers)
+        reals = 2 if op.out.complex else 1
+        strides = tuple(reals * math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
+        out = Value(-number, -number, shape, strides, 0, reals * math.prod(shape), complex=op.out.complex)
+        known = (None, float(b)) if isinstance(b, int | float) else ()
+        return Operation(name, (a, b), {}, (out,), op.module, numbers=known if numbers is None else numbers)
 
 
-def _added(name: str, args: Any, kwargs: dict[str, Any], call: Call) -> torch.Tensor | None:
-    """Return what the operation adds to its first argument, or None if it is not such a sum."""
-    factor = kwargs.get("value", kwargs.get("alpha", 1))
-    match name:
-        case "addcmul":
-            added = call(aten.mul.Tensor, *args[1:3])
-        case "addcdiv":
-            added = call(aten.div.Tensor, *args[1:3])
-        case "lerp":
-            added = call(aten.mul.Tensor, call(aten.sub.Tensor, args[1], args[0]), args[2])
-        case "addmm" | "addmv" | "baddbmm" if kwargs.get("beta", 1) != 0:
-            contract = {"addmm": aten.mm, "addmv": aten.mv, "baddbmm": aten.bmm}[name]
-            added = call(contract.default, *args[1:3])
-        case _:
-            return None
-    return added if factor == 1 else call(aten.mul.Tensor, added, factor)
+def _unsqueezed(value: Value, dim: int) -> Value:
+    """Return a view of ``value`` with one more dim of size 1."""
+    stride = value.shape[dim] * value.strides[dim] if dim < value.dim() else 1
+    return replace(
+        value,
+        shape=(*value.shape[:dim], 1, *value.shape[dim:]),
+        strides=(*value.strides[:dim], stride, *value.strides[dim:]),
+    )
+
+
+def _squeezed(value: Value, dim: int) -> Value:
+    """Return a view of ``value`` without dim ``dim``, whose size is 1."""
+    return replace(
+        value,
+        shape=(*value.shape[:dim], *value.shape[dim + 1 :]),
+        strides=(*value.strides[:dim], *value.strides[dim + 1 :]),
+    )

@@ -34,7 +34,7 @@ from ..family import Family, is_lazy, unwrapped
 from ..initialization import InitTracer
 from ..scale import Scale
 from .scales import of_buffers
-from .tracer import OpTracer
+from .tracer import ForwardPass, OpTracer
 
 __all__ = [
     "LAYERS",
@@ -290,7 +290,7 @@ def build(family: Family, scale: Scale) -> torch.nn.Module:
     return model
 
 
-def forward(family: Family, model: torch.nn.Module, scale: Scale, inits: InitTracer, seed: int = 0) -> OpTracer:
+def forward(family: Family, model: torch.nn.Module, scale: Scale, inits: InitTracer, seed: int = 0) -> ForwardPass:
     """Trace a forward pass of a model built on fake tensors under ``inits``; run it for real if it reads values and is small.
 
     ``seed`` seeds the random number generators.
@@ -342,17 +342,16 @@ def _does_not_run(family: Family, error: Exception, how: str) -> RequestError:
     )
 
 
-def _watched(family: Family, model: torch.nn.Module, batch: object, inits: InitTracer | None, seed: int) -> OpTracer:
-    watcher = OpTracer(model, of_buffers(model, inits))
+def _watched(family: Family, model: torch.nn.Module, batch: object, inits: InitTracer | None, seed: int) -> ForwardPass:
+    tracer = OpTracer(model, of_buffers(model, inits))
     seeded(seed)
     before = drawn_from()
-    with torch.no_grad(), unfused(), on_cpu(), watcher:
+    with torch.no_grad(), unfused(), on_cpu(), tracer:
         loss = family.loss(model, batch)
-    watcher.draws = drawn_from() != before
+    draws = drawn_from() != before
     if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
         raise RequestError(f"loss(model, batch) returned {loss!r:.80}: return a tensor with one entry.")
-    watcher.finish(loss)
-    return watcher
+    return tracer.finish(loss, draws)
 
 
 @contextlib.contextmanager

@@ -11,18 +11,31 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
-from .._torch_internals import disable_current_modes, tree_leaves, tree_map_only
+from .._torch_internals import disable_current_modes, storage_id, tree_leaves, tree_map_only
 from ..initialization import Init, InitTracer
 from . import ops as ops
-from .dataflow import Flow, Use, storage_key
+from .aliases import Aliases
+from .dataflow import Carriers, Use, Uses, ValueGraph
+from .ops import Operation, Value
 
-__all__ = ["SizePower", "ScaleTracker", "Scalars", "common", "constants", "loose", "of_buffers", "rounded"]
+__all__ = [
+    "SOFTMAX",
+    "Scalars",
+    "Scaled",
+    "Scales",
+    "SizePower",
+    "common",
+    "constants",
+    "loose",
+    "of_buffers",
+    "rounded",
+]
 
 # Position of the fill value among the arguments.
 FILLS: dict[str, int | float] = {"full": 1, "full_like": 1, "new_full": 2, "scalar_tensor": 0, "fill": 1, "fill_": 1}
@@ -43,17 +56,8 @@ class Scalars:
             return float(each)
         if not isinstance(each, torch.Tensor) or not each.is_floating_point():
             return None
-        key = storage_key(each)
+        key = storage_id(each)
         return self._known[key] if key in self._known else self._read(each)
-
-    def factor(self, args: Any, depends: Callable[[torch.Tensor], bool]) -> float | None:
-        """Return the number that is one of a product's two factors, or None; tensors for which ``depends`` holds are skipped."""
-        for each in args[:2]:
-            if isinstance(each, torch.Tensor) and depends(each):
-                continue
-            if (value := self.value(each)) is not None:
-                return value
-        return None
 
     def see(self, name: str, func: Any, args: Any, kwargs: dict[str, Any], outputs: list[torch.Tensor]) -> None:
         """Record the number that an operation's output holds, if it follows from those of its inputs."""
@@ -68,13 +72,13 @@ class Scalars:
             made = self._computed(func, args, kwargs)
         elif not name.endswith("_"):
             return
-        self._known.pop(storage_key(outputs[0]), None)
+        self._known.pop(storage_id(outputs[0]), None)
         if made is not None:
-            self._known[storage_key(outputs[0])] = made
+            self._known[storage_id(outputs[0])] = made
 
     def _computed(self, func: Any, args: Any, kwargs: dict[str, Any]) -> float | None:
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        if not tensors or any(self._known.get(storage_key(each)) is None for each in tensors):
+        if not tensors or any(self._known.get(storage_id(each)) is None for each in tensors):
             return None
         with disable_current_modes():
             real = tree_map_only(torch.Tensor, lambda each: torch.tensor(self.value(each), dtype=torch.float64), args)
@@ -93,10 +97,10 @@ def of_buffers(model: torch.nn.Module, inits: InitTracer | None) -> Callable[[to
     It is taken from the recorded operations of the constructor (``inits``), or from the values if there is no record and the
     buffer is a real tensor.
     """
-    buffers = {storage_key(each): each for each in model.buffers() if each.is_floating_point() and each.numel()}
+    buffers = {storage_id(each): each for each in model.buffers() if each.is_floating_point() and each.numel()}
 
     def find(tensor: torch.Tensor) -> float | None:
-        buffer = buffers.get(storage_key(tensor))
+        buffer = buffers.get(storage_id(tensor))
         if inits is None:
             if buffer is None or type(buffer) is not torch.Tensor:
                 return None
@@ -111,6 +115,9 @@ def of_buffers(model: torch.nn.Module, inits: InitTracer | None) -> Callable[[to
     return find
 
 
+SOFTMAX = {"_softmax", "_safe_softmax"}
+POWERS = {"pow", "linalg_vector_norm", "norm"}
+
 # Homogeneous functions: a factor c > 0 on the input is a factor c to this power on the output.
 HOMOGENEOUS = {
     **dict.fromkeys(("abs", "relu", "relu_", "leaky_relu", "_prelu_kernel", "clamp", "clamp_min"), 1.0),
@@ -120,29 +127,67 @@ HOMOGENEOUS = {
 }
 
 
-class ScaleTracker:
-    """Tracks the constants that every use's result has been multiplied by where it is consumed.
+@dataclass(frozen=True, eq=False)
+class Scaled:
+    """The constants that an activation has been multiplied by.
+
+    Attributes:
+        factors: use that carries a factor into it → the constants multiplied in since.
+        residual: the constants multiplied in that are on no parameter's result.
+        product: set on the product of two activations that may become attention: its two sides.
+    """
+
+    factors: dict[int, float] = field(default_factory=dict)
+    residual: float = 1.0
+    product: Sides | None = None
+
+    @property
+    def number(self) -> float:
+        """The constant that the activation has been multiplied by since the last use."""
+        return next(iter(self.factors.values()), 1.0) * self.residual
+
+
+Sides = tuple[Scaled, Scaled]
+
+
+class Scales:
+    """Constants that every use's result has been multiplied by where it is consumed, in one forward pass.
 
     Attributes:
         taken: use → nodes that consume its result → pairs of (constants multiplied in, residual).
         inner: use → the constants that the module owning the parameter multiplied in itself.
+        by: operation → the constant that it multiplies by.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, aliases: Aliases, graph: ValueGraph, carriers: Carriers, uses: Uses) -> None:
         self.taken: dict[int, dict[int, set[tuple[float, float]]]] = defaultdict(lambda: defaultdict(set))
         self.inner: dict[int, float] = defaultdict(lambda: 1.0)
+        self.by: dict[Operation, float] = {}
         self._loose: dict[str, set[tuple[float, int]]] = defaultdict(set)
+        self._aliases, self._graph, self._carriers, self._uses = aliases, graph, carriers, uses
+        self._scaled: dict[int, Scaled] = {}
+        for op in aliases.operations:
+            if op.derived:
+                alias, number = aliases.get(op.out), aliases.number(op) if op.name in ops.PRODUCTS else None
+                if number is not None and alias is not None and not alias.linear:
+                    self._record_loose(number, 0, op.module)
+            elif op.computes:
+                copied = aliases.copied(op)
+                scaled = self._result(op) if copied is None else self.of(copied)
+                for each in op.outputs:
+                    self._scaled[each.version] = scaled
+
+    def of(self, value: Value) -> Scaled:
+        """Return the constants that ``value`` has been multiplied by."""
+        known = self._scaled.get(value.version) if self._aliases.get(value) is None else None
+        return known or Scaled()
 
     @property
     def loose(self) -> dict[str, set[float]]:
         """Constants that multiply no parameter's result, by module."""
         return {module: {number for number, _ in found} for module, found in self._loose.items()}
 
-    def leave(self, number: float, node: int, module: str) -> None:
-        """Record a constant that multiplies no parameter's result at ``node``."""
-        self._loose[module].add((rounded(number), node))
-
-    def forget(self, uses: Iterable[int], nodes: set[int]) -> None:
+    def discard(self, uses: Iterable[int], nodes: set[int]) -> None:
         """Remove the records of ``nodes`` that consume these uses, and of constants there, as they are handled elsewhere."""
         for use in uses:
             for node in nodes:
@@ -150,97 +195,131 @@ class ScaleTracker:
         for module, found in self._loose.items():
             self._loose[module] = {each for each in found if each[1] not in nodes}
 
-    def take(self, flow: Flow, node: int, module: str) -> None:
-        """Record that ``node``, computed in ``module``, consumes ``flow``."""
-        for use, factor in flow.factors.items():
-            self.taken[use][node].add((rounded(factor), rounded(flow.residual)))
-        if not flow.factors and flow.product is None:
-            self.leave(flow.residual, node, module)
+    def consume(self, scaled: Scaled, node: int, module: str) -> None:
+        """Record that ``node``, computed in ``module``, consumes an activation."""
+        for use, factor in scaled.factors.items():
+            self.taken[use][node].add((rounded(factor), rounded(scaled.residual)))
+        if not scaled.factors and scaled.product is None:
+            self._record_loose(scaled.residual, node, module)
 
-    def spill(self, flows: Iterable[Flow], result: Flow, module: str) -> None:
-        """Record that ``result`` consumes the sides of products of activations that did not become attention."""
-        for flow in flows:
-            if flow.product is not None and flow.product is not result.product:
-                for side in flow.product.sides:
-                    self.take(side, result.node, module)
-                self.leave(flow.residual, result.node, module)
+    def _record_loose(self, number: float, node: int, module: str) -> None:
+        self._loose[module].add((rounded(number), node))
 
-    def multiply(self, result: Flow, number: float, module: str, owner: Callable[[int], str]) -> None:
-        """Multiply the constants of ``result`` by ``number``."""
-        for use in result.factors:
-            result.factors[use] *= number
-            if owner(use) == module:
-                self.inner[use] *= number
-        if not result.factors:
-            result.residual *= number
-
-    def follow(
-        self, name: str, live: list[Flow], own: dict[int, float], result: Flow, module: str, *, count: float, power: float
-    ) -> None:  # fmt: skip
-        """Pass the constants of the inputs on to ``result`` where it keeps them, and record the other inputs as consumed.
-
-        Args:
-            name: name of the operation.
-            live: flows of the activations among its inputs.
-            own: uses of parameters in this operation, each with the number that its parameter was multiplied by.
-            result: flow of the result.
-            module: module that runs the operation.
-            count: number of input entries that are reduced to one.
-            power: exponent of a `pow` or order of a norm.
-        """
-        attends = name.startswith("_scaled_dot_product")
-        if name in ops.CONTRACTIONS and result.product is not None:
-            kept = list(result.product.sides)
-        elif name in ops.LINEAR and result.carries:
-            kept = live
-            self._join(live, result, module)
-        elif name in ops.PRODUCTS and result.carries and not own:
-            kept = [next(flow for flow in live if flow.carries == result.carries)]
-            result.factors = dict(kept[0].factors)
-        else:
-            kept = live[:2] if attends else []
-        self._keep_residual(name, live, own, result, count, power)
+    def _result(self, op: Operation) -> Scaled:
+        """Return the constants of an operation's result, and record the inputs that it consumes."""
+        name, node, module = op.name, self._graph.made(op), op.module
+        live = self._live(op)
+        own = self._uses.factors[op]
+        for use, factor in own.items():
+            self.inner[use] *= factor if self._uses.owner(use) == module else 1.0
+        carries = self._carriers.of(op.out)
+        product = _product(op, live)
+        factors, kept = self._kept(op, live, own, product, carries)
         absorbs = not (name in ops.PRODUCTS or name in ops.LINEAR or name in HOMOGENEOUS or name == "pow")
-        for flow in live:
-            if not any(flow is each for each in kept) and (flow.factors or absorbs):
-                self.take(flow, result.node, module)
-        if result.carries or not own:
-            result.factors |= own
+        for each in live:
+            if not any(each is other for other in kept) and (each.factors or absorbs):
+                self.consume(each, node, module)
+        if carries or not own:
+            factors |= own
         else:
-            self.take(Flow(factors=own), result.node, module)
+            self.consume(Scaled(own), node, module)
+        residual = _residual(op, live, own, product)
+        if name not in SOFTMAX:  # the sides of products that did not become attention
+            for each in live:
+                if each.product is not None and each.product is not product:
+                    for side in each.product:
+                        self.consume(side, node, module)
+                    self._record_loose(each.residual, node, module)
+        else:  # n entries that sum to 1 are 1/n each
+            residual = 1 / max(1, int(op.args[0].shape[op.args[1]]))
+        return self._multiplied(op, Scaled(factors, residual, product))
 
-    def _join(self, live: list[Flow], result: Flow, module: str) -> None:
-        """Merge the constants of a sum's terms.
+    def _live(self, op: Operation) -> list[Scaled]:
+        """Return the constants of the activations among an operation's inputs."""
+        values = [each for each in self._aliases.activations(op) if self._aliases.depends(each)]
+        live = [self.of(each) for each in values]
+        second = op.kwargs.get("alpha", 1) if op.name in ops.SUMS else 1
+        if second != 1 and self._aliases.live(op.args[1]):  # the second operand, and so the last
+            live[-1] = replace(live[-1], factors={use: each * second for use, each in live[-1].factors.items()})
+        return live
+
+    def _kept(
+        self, op: Operation, live: list[Scaled], own: dict[int, float], product: Sides | None, carries: int
+    ) -> tuple[dict[int, float], Sequence[Scaled]]:  # fmt: skip
+        """Return the factors that a result keeps of its inputs, and these inputs; it consumes the others."""
+        if op.name in ops.CONTRACTIONS and product is not None:
+            return {}, product
+        if op.name in ops.LINEAR and carries:
+            return self._joined(op, live), live
+        if op.name in ops.PRODUCTS and carries and not own:
+            values = [each for each in self._aliases.activations(op) if self._aliases.depends(each)]
+            kept = next(each for value, each in zip(values, live, strict=True) if self._carriers.of(value) == carries)
+            return dict(kept.factors), [kept]
+        return {}, live[:2] if op.name.startswith("_scaled_dot_product") else []
+
+    def _joined(self, op: Operation, live: list[Scaled]) -> dict[int, float]:
+        """Return the constants of a sum's terms.
 
         A sum has one residual, so a difference between the terms' residuals becomes part of the factors. If two terms bring
         different constants of the same use, both are recorded as consumed.
         """
+        factors: dict[int, float] = {}
         common = live[0].residual if live else 1.0
-        for flow in live:
-            for use, factor in flow.factors.items():
-                brought = factor * flow.residual / common if common else factor
-                known = result.factors.setdefault(use, brought)
+        for each in live:
+            for use, factor in each.factors.items():
+                brought = factor * each.residual / common if common else factor
+                known = factors.setdefault(use, brought)
                 if rounded(known) != rounded(brought):
-                    self.take(Flow(factors={use: brought}), result.node, module)
-                    self.take(Flow(factors={use: known}), result.node, module)
+                    self.consume(Scaled({use: brought}), self._graph.made(op), op.module)
+                    self.consume(Scaled({use: known}), self._graph.made(op), op.module)
+        return factors
 
-    def _keep_residual(
-        self, name: str, live: list[Flow], own: dict[int, float], result: Flow, count: float, power: float
-    ) -> None:
-        residuals = [flow.residual for flow in live]
-        if name in ops.CONTRACTIONS or name in ops.AFFINE_NORMS or not live:
-            return
-        if result.product is not None:
-            result.residual = next(flow.residual for flow in live if flow.product is result.product)
-        elif name in ops.PRODUCTS and len(live) == 2:
-            result.residual = residuals[0] / residuals[1] if name.startswith("div") else residuals[0] * residuals[1]
-        elif name in ops.PRODUCTS:
-            # Constants before a gain are recorded as consumed; that of a normalized value, carried by no parameter, is kept.
-            result.residual = 1.0 if own and live[0].factors else residuals[0]
-        elif name in ops.LINEAR or name in HOMOGENEOUS or name == "pow":
-            exponent = power if name == "pow" else HOMOGENEOUS.get(name, 1.0)
-            grown = count if name == "sum" else count ** (1 / power) if name in ("linalg_vector_norm", "norm") else 1.0
-            result.residual = max(residuals[0], 0.0) ** exponent * grown if residuals[0] else 1.0
+    def _multiplied(self, op: Operation, scaled: Scaled) -> Scaled:
+        """Multiply the constants of a result by the number that the operation multiplies by."""
+        number = op.kwargs.get("alpha") if op.name in {"addmm", "addmv", "addbmm", "baddbmm"} else None
+        if op.name in ops.PRODUCTS:
+            number = self._aliases.number(op)
+        if number is None or not self._aliases.depends(op.out):
+            return scaled
+        by = (1 / number if number else float("nan")) if op.name.startswith("div") else float(number)
+        self.by[op] = by
+        for use in scaled.factors:
+            if self._uses.owner(use) == op.module:
+                self.inner[use] *= by
+        if scaled.factors:
+            return replace(scaled, factors={use: each * by for use, each in scaled.factors.items()})
+        return replace(scaled, residual=scaled.residual * by)
+
+
+def _product(op: Operation, live: Sequence[Scaled]) -> Sides | None:
+    """Return the sides of the product of activations that an operation's result is, or still is."""
+    if op.name in {"mm", "bmm", "baddbmm"} and len(live) >= 2:
+        return live[-2], live[-1]
+    if op.name in ops.LINEAR or op.name in ops.PRODUCTS or op.name in ops.UNARY or op.name == "where":
+        return next((each.product for each in live if each.product), None)
+    return None
+
+
+def _residual(op: Operation, live: Sequence[Scaled], own: Mapping[int, float], product: Sides | None) -> float:
+    """Return the constants of a result that are on no parameter's result."""
+    name, residuals = op.name, [each.residual for each in live]
+    if name in ops.CONTRACTIONS or name in ops.AFFINE_NORMS or not live:
+        return 1.0
+    if product is not None:
+        return next(each.residual for each in live if each.product is product)
+    if name in ops.PRODUCTS and len(live) == 2:
+        return residuals[0] / residuals[1] if name.startswith("div") else residuals[0] * residuals[1]
+    if name in ops.PRODUCTS:
+        # Constants before a gain are recorded as consumed; that of a normalized value, carried by no parameter, is kept.
+        return 1.0 if own and live[0].factors else residuals[0]
+    if not (name in ops.LINEAR or name in HOMOGENEOUS or name == "pow"):
+        return 1.0
+    known = op.numbers[1] if name in POWERS and len(op.numbers) > 1 else None
+    power = 2.0 if known is None else known
+    exponent = power if name == "pow" else HOMOGENEOUS.get(name, 1.0)
+    count = op.inputs[0].numel() / max(1, op.out.numel())  # number of input entries that are reduced to one
+    grown = count if name == "sum" else count ** (1 / power) if name in ("linalg_vector_norm", "norm") else 1.0
+    return max(residuals[0], 0.0) ** exponent * grown if residuals[0] else 1.0
 
 
 def rounded(number: float) -> float:
@@ -281,7 +360,7 @@ def common(found: Sequence[SizePower]) -> SizePower:
     return found[0] if found and len(set(found)) == 1 and not found[0].torn else SizePower()
 
 
-def loose(seen: ScaleTracker, larger: ScaleTracker, ratio: float) -> list[float]:
+def loose(seen: Scales, larger: Scales, ratio: float) -> list[float]:
     """Return the size powers of the constants that multiply no parameter's result."""
     found = set()
     before, after = seen.loose, larger.loose

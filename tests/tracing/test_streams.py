@@ -14,8 +14,9 @@ from torch import nn
 
 import mutransfer as mt
 from mutransfer.planning.plan import ParameterPlan
-from mutransfer.tracing.dataflow import Pieces, ValueGraph, meet
+from mutransfer.tracing.dataflow import ValueGraph, meet
 from mutransfer.tracing.observe import observe
+from mutransfer.tracing.ops import Value
 
 
 def ffn(width: int) -> nn.Sequential:
@@ -176,7 +177,7 @@ def test_pieces_meet_where_they_have_an_entry_in_common(data: some.DataObject) -
     a, b = piece(), piece()
     graph = ValueGraph()
     whole_node = graph.add([])
-    nodes = [Pieces(graph).node(each, whole_node) for each in (a, b)]
+    nodes = [graph.piece(Value.of(each), whole_node) for each in (a, b)]
     if whole_node not in nodes:
         regions = [graph.pieces[node][1] for node in nodes]
         assert meet(*regions) == bool({*a.flatten().tolist()} & {*b.flatten().tolist()})
