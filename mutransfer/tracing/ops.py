@@ -305,9 +305,11 @@ class Decompositions:
                 return [replace(op, name="clone", args=args[:1], kwargs={})]  # the start value of Python's sum()
             case "rsub" if live(args[0]) and live(args[1]):
                 return [replace(op, name="sub", args=(args[1], args[0], *args[2:]))]
-        if not live(args[0]) or not name.startswith(("add", "baddbmm", "lerp")):
-            return [op]
-        return self._added(op, name.removesuffix("_")) or [op]
+        numbers = op.kwargs.get("alpha", 1), op.kwargs.get("beta", 1)
+        scaled = numbers != (1, 1) and name.removesuffix("_") in ("addmm", "addmv", "baddbmm")
+        if (live(args[0]) or scaled) and name.startswith(("add", "baddbmm", "lerp")):
+            return self._added(op, name.removesuffix("_")) or [op]
+        return [op]
 
     def _summed(self, op: Operation, stacked: Value, dims: Any, keepdim: bool = False) -> list[Operation]:
         for out, pieces, dim in self._stacks:
@@ -336,13 +338,15 @@ class Decompositions:
             case "lerp":
                 steps = [self._step(op, "sub", others[0], stream)]
                 steps.append(self._step(op, "mul", steps[0].out, others[1], numbers=(None, *op.numbers[2:3])))
-            case "addmm" | "addmv" | "baddbmm" if beta != 0:
+            case "addmm" | "addmv" | "baddbmm":
                 contract = {"addmm": "mm", "addmv": "mv", "baddbmm": "bmm"}[name]
                 steps = [self._step(op, contract, *others[:2])]
             case _:
                 return []
         if factor != 1:
             steps.append(self._step(op, "mul", steps[-1].out, factor))
+        if beta == 0:
+            return [*steps[:-1], replace(steps[-1], outputs=op.outputs)]
         added, suffix = steps[-1].out, "_" if op.name.endswith("_") else ""
         if beta != 1:
             scaled = self._step(op, "mul", stream, beta)

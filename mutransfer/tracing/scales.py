@@ -276,9 +276,7 @@ class Scales:
 
     def _multiplied(self, op: Operation, scaled: Scaled) -> Scaled:
         """Multiply the constants of a result by the number that the operation multiplies by."""
-        number = op.kwargs.get("alpha") if op.name in {"addmm", "addmv", "addbmm", "baddbmm"} else None
-        if op.name in ops.PRODUCTS:
-            number = self._aliases.number(op)
+        number = self._aliases.number(op) if op.name in ops.PRODUCTS else None
         if number is None or not self._aliases.depends(op.out):
             return scaled
         by = (1 / number if number else float("nan")) if op.name.startswith("div") else float(number)

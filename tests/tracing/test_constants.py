@@ -64,6 +64,16 @@ def between(way: Callable[[Any, torch.Tensor], torch.Tensor]) -> Callable[[Any, 
     return lambda net, x: net.down(way(net, net.up(net.embed(x))).relu() * net.gain)
 
 
+def biased(*, alpha: bool = False, beta: bool = False) -> Callable[[Any, torch.Tensor], torch.Tensor]:
+    """A matrix product and a bias added to it, either of which `addmm` multiplies."""
+
+    def forward(net: Any, x: torch.Tensor) -> torch.Tensor:
+        h, numbers = net.embed(x), {"alpha": net.n**0.5 if alpha else 1, "beta": net.n**0.5 if beta else 1}
+        return net.down(torch.addmm(net.gain, h.flatten(0, 1), net.up.weight.t(), **numbers).relu().view_as(h))
+
+    return forward
+
+
 EMBEDDING = {"embed.weight": 0.5}
 SEEN: dict[str, tuple[Callable[[Any, torch.Tensor], torch.Tensor], dict[str, float]]] = {
     "a loop over heads": (heads, {}),
@@ -79,6 +89,8 @@ SEEN: dict[str, tuple[Callable[[Any, torch.Tensor], torch.Tensor], dict[str, flo
     "alpha of a sum": (through(lambda net, e: torch.add(torch.zeros(()), e, alpha=net.n**0.5)), EMBEDDING),
     "alpha of a number": (through(lambda net, e: torch.add(e, 0.5, alpha=net.n**0.5)), {}),
     "alpha of what is no activation": (through(lambda net, e: torch.add(e, torch.ones(net.n), alpha=net.n**0.5)), {}),
+    "alpha of a product, not of its bias": (biased(alpha=True), {"up.weight": 0.5}),
+    "beta of a bias": (biased(beta=True), {"gain": 0.5}),
     "twice over": (through(lambda net, e: e * net.n * net.n**-0.5), EMBEDDING),
     "there and back": (through(lambda net, e: e * net.n / net.n), {}),
     "a mean, written as a sum": (between(lambda net, h: h - h.sum(-1, keepdim=True) / h.shape[-1]), {}),
