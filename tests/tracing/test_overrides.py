@@ -125,7 +125,7 @@ def test_roles_stand_beside_a_build_function_and_those_asked_for_go_before(tmp_p
     family = load_family(f"{file}:build", None, Scale(16, 1), roles={"2.w*": "output", "0.weight": "input"})
     assert (role_of(family, "2.weight"), role_of(family, "0.weight")) == ("output", "input")
     file.write_text(MODEL + "roles = ['2.weight']\n")
-    with pytest.raises(RequestError, match=r"roles beside .*model.py:build is \['2.weight'\]"):
+    with pytest.raises(RequestError, match=r"roles next to .*model.py:build is \['2.weight'\]"):
         load_family(f"{file}:build", None, Scale(16, 1))
 
 
