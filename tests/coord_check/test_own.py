@@ -33,7 +33,7 @@ def test_the_plan_of_an_annotated_model_is_checked_too(capsys: pytest.CaptureFix
 
 def test_own_has_three_optimizers(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["check", f"{MODELS}:mlp", "--parametrization", "own", "--optimizer", "muon"]) == 2
-    assert "checked under adam, adamw or sgd, not 'muon'" in capsys.readouterr().err
+    assert "is checked with adam, adamw or sgd, not 'muon'" in capsys.readouterr().err
 
 
 def test_a_name_close_to_own_is_told(capsys: pytest.CaptureFixture[str]) -> None:

@@ -197,7 +197,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         given.update(coordinates=coordinates)
         return Verdict("pass", slope_frame(coordinates), None)
 
-    for name, members in {"basins": {"optima": fit, "REGRET_LIMIT": 0.02}, "coordinates": {"verdict": judge}}.items():
+    for name, members in {"basins": {"optima": fit, "REGRET_LIMIT": 0.02}, "coord_check": {"verdict": judge}}.items():
         module = types.ModuleType(f"mutransfer.{name}")
         module.__dict__.update(members)
         monkeypatch.setitem(sys.modules, module.__name__, module)
