@@ -169,7 +169,7 @@ def _share(name: str, hits: int, of: int, bar: float, side: int) -> Claim:
 
 
 def table_of(results: dict[tuple[str, int], Counter[str]]) -> str:
-    """Return the counts as the table in docs/benchmarks.md."""
+    """Return the counts as the table in docs/explanation/benchmarks.md."""
     lines = [
         "| basins | seeds | optimum | drift | regret | wrong pass | wrong fail | pass | fail | undecided | runs a width |",
         "|---|---|---|---|---|---|---|---|---|---|---|",

@@ -172,8 +172,9 @@ def check_command(trainer: Trainer, folder: str | None = None) -> None:
 class Commands:
     """Executor that runs jobs with the experiment's ``trainer.command``, ``count`` at a time.
 
-    Each job has a folder below ``folder``/trials with recipe.json and plan.json (docs/own-trainer.md), out (empty when the job
-    starts; a retry finds the files of the previous attempt), stdout.log with the lines that are not reports, and stderr.log.
+    Each job has a folder below ``folder``/trials with recipe.json and plan.json (docs/how-to/user-trainer.md), out (empty when
+    the job starts; a retry finds the files of the previous attempt), stdout.log with the lines that are not reports, and
+    stderr.log.
     """
 
     def __init__(self, folder: Path, count: int = 1) -> None:

@@ -220,7 +220,7 @@ class Experiment(Settings):
             return {**given, "data": NO_DATA}
         raise ValueError(
             f"{model} is a model of your own, and the experiment does not say what it trains on: name data (digits, bytes, "
-            "markov, text:PATH or bin:PATH), or a trainer, a function that makes its batches (docs/own-trainer.md)."
+            "markov, text:PATH or bin:PATH), or a trainer, a function that makes its batches (docs/how-to/user-trainer.md)."
         )
 
     @model_validator(mode="before")

@@ -120,7 +120,7 @@ def tpe(seed: int) -> BaseSampler:
 class Auto(BaseSampler):
     """Sampler that uses a Gaussian process for a study's first `FEW` trials, and TPE from then on.
 
-    The two differ most for a batch of trials that is suggested at once: see docs/throughput.md.
+    The two differ most for a batch of trials that is suggested at once: see docs/explanation/throughput.md.
     """
 
     def __init__(self, seed: int) -> None:

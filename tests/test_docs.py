@@ -24,12 +24,14 @@ def test_the_python_page_runs_from_top_to_bottom(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
-    for block in blocks("docs/python.md"):
+    for block in blocks("docs/how-to/own-training-loop.md"):
         exec(block, names)
     out = capsys.readouterr().out
     assert str(names["plan"]) in out
     assert "law sqrt" in out
-    columns = re.search(r"frame\(\)  # (.*?) and their factors", (ROOT / "docs/python.md").read_text(encoding="utf-8"))
+    columns = re.search(
+        r"frame\(\)  # (.*?) and their factors", (ROOT / "docs/how-to/own-training-loop.md").read_text(encoding="utf-8")
+    )
     assert columns
     assert columns[1].split(", ") == list(names["frame"].columns)[: columns[1].count(",") + 1]
     assert (
@@ -38,7 +40,7 @@ def test_the_python_page_runs_from_top_to_bottom(
 
 
 def test_the_python_page_names_every_field_of_a_recipe() -> None:
-    text = (ROOT / "docs/python.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs/how-to/own-training-loop.md").read_text(encoding="utf-8")
     assert {name for name in mt.Recipe.model_fields if f"`{name}`" not in text} == set()
 
 
@@ -57,7 +59,7 @@ def test_the_readmes_model_file_is_planned_by_the_command_above_it(
 def test_the_github_action_runs_the_check_and_keeps_its_report(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    text = (ROOT / "docs/coordinate-check.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs/how-to/coordinate-check.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
     steps = yaml.safe_load(block)["jobs"]["check"]["steps"]
     (command,) = [step["run"] for step in steps if step.get("run", "").startswith("mutransfer ")]

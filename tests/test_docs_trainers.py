@@ -17,7 +17,7 @@ from mutransfer.schemas import TRIALS
 from mutransfer.sweeps.experiment import Experiment
 
 ROOT = Path(__file__).parents[1]
-PAGE = (ROOT / "docs/own-trainer.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs/how-to/user-trainer.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def page(tmp_path: Path) -> Path:
         name = re.match(r"# ([a-z]+\.(?:py|yaml))\n", block)
         assert name, block[:80]
         (tmp_path / name[1]).write_text(block, encoding="utf-8")
-    export = (ROOT / "docs/pytorch-export.md").read_text(encoding="utf-8")
+    export = (ROOT / "docs/how-to/export.md").read_text(encoding="utf-8")
     readers = re.findall(r"```python\n(.*?)```", export, re.DOTALL)
     assert len(readers) == 2
     (tmp_path / "read_plan.py").write_text("\n".join(readers), encoding="utf-8")

@@ -1,6 +1,6 @@
-"""The output of every command's ``--json``: a model per command, from which docs/json.md and docs/schemas are generated.
+"""The output of every command's ``--json``: a model per command, from which docs/reference/json.md and its schemas are generated.
 
-To add a key, add it here with its meaning, then run ``python -m mutransfer.cli.output docs`` to regenerate the documents. The
+To add a key, add it here with its meaning, then run ``python -m mutransfer.cli.output`` to regenerate the documents. The
 tests validate the output of every command against its model, in which unknown keys are an error.
 """
 
@@ -397,15 +397,15 @@ def write_documents(folder: Path) -> None:
 HEAD = """\
 # What `--json` prints
 
-<!-- Written by `python -m mutransfer.cli.output docs`. -->
+<!-- Written by `python -m mutransfer.cli.output`. -->
 
 With `--json` a command writes one line with one JSON object to standard output, and nothing else; without it, its result as text.
 Progress, warnings and everything that the model, the data or a library prints go to standard error, whichever way they print, and
 output that the model repeats each time it is built is shown once. An invalid request (exit code 2), a bug (3) and Ctrl-C (130)
 leave standard output empty. JSON has no NaN and no infinity: both are written as `null`.
 
-Paths are written as they were given, or start with a folder that was given. The tables are generated from the schemas in
-[schemas](schemas).
+Paths are written as they were given, or start with a folder that was given. The tables are generated from the JSON Schemas that
+each section links to.
 """
 
 
@@ -460,4 +460,4 @@ def _sentence(found: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    write_documents(Path(sys.argv[1] if len(sys.argv) > 1 else "docs"))
+    write_documents(Path(sys.argv[1] if len(sys.argv) > 1 else "docs/reference"))

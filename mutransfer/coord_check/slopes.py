@@ -18,8 +18,8 @@ def slope(group: pd.DataFrame, axis: str) -> tuple[float, float, float]:
 
     All three are NaN if a value is not positive or not finite, or if all sizes are equal; the ends are infinite if there are no
     residual degrees of freedom. The fit is least squares over all seeds and sizes. Widths are weighted by width: the variance of
-    a random network between seeds falls as 1/width (measured: docs/coordinate-check.md), so wide models are more informative.
-    Depths have equal weights. Curvature of the true line counts as residual and widens the interval.
+    a random network between seeds falls as 1/width (measured: docs/explanation/coordinate-check.md), so wide models are
+    more informative. Depths have equal weights. Curvature of the true line counts as residual and widens the interval.
 
     Args:
         group: rows of one module, statistic and step (schema COORDINATES).

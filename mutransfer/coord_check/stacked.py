@@ -18,7 +18,7 @@ from .measure import Inputs, Pass, Tensors, Watched, watch
 
 __all__ = ["StackedModels", "stacked_models"]
 
-# Above this many parameters a single matrix product keeps a core busy, and stacking gains nothing (docs/benchmarks.md).
+# Above this many parameters a single matrix product keeps a core busy: no gain from stacking (docs/explanation/benchmarks.md).
 MOST_STACKED = 400_000
 
 

@@ -53,7 +53,7 @@ def verdict(coordinates: pd.DataFrame, margin: float = MARGIN, *, decay_policy: 
     For each module, statistic and step, the slope of log2(value) against log2(width), or against log2(depth) if the depth
     varies, is fitted over seeds and sizes with a 95% confidence interval. A row passes if the interval lies within the expected
     band widened by ``margin``, fails if it lies entirely outside, and is undecided otherwise. It is also undecided if the slopes
-    of the wider models are healthy or approach the healthy band (docs/coordinate-check.md).
+    of the wider models are healthy or approach the healthy band (docs/explanation/coordinate-check.md).
 
     Activations at the start and changes are judged. For each parameter, the initial size, the update on its module's first input,
     the learning rate implied by its first step, lr · weight decay, and, where epsilon matters, gradient / epsilon are judged. The
@@ -62,7 +62,7 @@ def verdict(coordinates: pd.DataFrame, margin: float = MARGIN, *, decay_policy: 
     Args:
         coordinates: frame from `record`, or the concatenated frames of a `Recorder` at several widths.
         margin: how far a slope may lie outside its band.
-        decay_policy: intended scaling of lr · weight decay: independent, coupled or sqrt (docs/rules.md).
+        decay_policy: intended scaling of lr · weight decay: independent, coupled or sqrt (docs/explanation/rules.md).
 
     Raises:
         RequestError: the decay policy is unknown, the frame contains two parametrizations or fewer than two sizes, or widths and

@@ -1,4 +1,4 @@
-"""Plain torch: a JSON of parameter-name patterns and settings, read in thirty lines (docs/pytorch-export.md)."""
+"""Plain torch: a JSON of parameter-name patterns and settings, read in thirty lines (docs/reference/pytorch-export.md)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FORMAT = "mutransfer-pytorch/1"
 
 
 def write(target: TargetConfig) -> tuple[str, str]:
-    """Return the file name and the JSON text; docs/pytorch-export.md describes its keys.
+    """Return the file name and the JSON text; docs/reference/pytorch-export.md describes its keys.
 
     Raises:
         RequestError: the plan needs a forward multiplier, which is not a setting of a parameter.

@@ -92,7 +92,7 @@ class Depth:
 
     @classmethod
     def completep(cls, alpha: Fraction) -> Depth:
-        """Return the paper's rule for the branch multiplier m_L^-α; docs/rules.md covers the powers for SGD and epsilon."""
+        """Return the paper's rule for the branch multiplier m_L^-α; docs/explanation/rules.md has those for SGD and epsilon."""
         return cls(branch=-alpha, adam=alpha - 1, sgd=2 * alpha - 1, eps=-alpha)
 
     def lr(self, column: str) -> Fraction:

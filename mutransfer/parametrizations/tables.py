@@ -1,7 +1,7 @@
 """The parametrizations as data: one frozen table each, with exponents as fractions, laid out as in the papers.
 
 A table gives, for each role, the powers of m_in and m_out that multiply the base model's initial standard deviation, learning
-rate and epsilon (`spec.Table`). docs/rules.md states how well established each entry is.
+rate and epsilon (`spec.Table`). docs/explanation/rules.md states how well established each entry is.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ SQRT_IN, SQRT_OUT = IN**HALF, OUT**HALF
 
 MUP = Table(
     "mup",
-    "TP-V 2203.03466, Table 3; epsilon and bottleneck measured, see docs/rules.md",
+    "TP-V 2203.03466, Table 3; epsilon and bottleneck measured, see docs/explanation/rules.md",
     rows={
         #                 init std      lr, Adam     lr, SGD         epsilon
         "input": Row(ONE, ONE, OUT, ONE / OUT),
@@ -142,14 +142,14 @@ HEALTHY: dict[tuple[str, str], Band] = {
     ("change", "feature"): (0, 0),
     ("change", "output"): (-0.5, 0),
     # Queries and keys whose head dim grows start uncorrelated, and a gradient through their product shrinks until they correlate:
-    # −1 (queries) and −½ (keys) in the first steps of SGD (docs/coordinate-check.md).
+    # −1 (queries) and −½ (keys) in the first steps of SGD (docs/explanation/coordinate-check.md).
     ("change", "attention"): (-1, 0),
     # Parameters without a growing axis, under SGD; see their updates below.
     ("change", "finite"): (-0.5, 0),
     # Updates of single parameters (`slopes.relative_updates`): ΔW·x of a matrix relative to x, of a gain or a bias as it is.
     ("update", "feature"): (0, 0),
     # If the step itself has the right size, ΔW·x shrinks at most as an incoherent sum does: in the first steps of narrow models,
-    # the examples' gradients are not aligned with the features (docs/coordinate-check.md).
+    # the examples' gradients are not aligned with the features (docs/explanation/coordinate-check.md).
     ("update", "stepped"): (-0.5, 0),
     ("step", "feature"): (0, 0),
     # 0 once the readout's update and the features are aligned, less in the first steps of narrow models.
@@ -169,7 +169,7 @@ HEALTHY: dict[tuple[str, str], Band] = {
     ("gradient", "output"): (0, 0),
 }
 
-# lr · weight decay, the fraction of a weight that a step removes, by decay policy (docs/rules.md).
+# lr · weight decay, the fraction of a weight that a step removes, by decay policy (docs/explanation/rules.md).
 HEALTHY_DECAY: dict[str, Band] = {"independent": (0, 0), "coupled": (-1, 1), "sqrt": (-0.5, 0.5)}
 
 # The same over depth (CompleteP 2505.01618, Desiderata 1 and 2). Each branch has size 1/L. Incoherent parts, which is everything

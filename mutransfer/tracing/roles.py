@@ -160,7 +160,7 @@ def unused(shape: tuple[int, ...], grows: tuple[bool, ...], *, layer: bool) -> s
 
 
 def role_of(name: str, shape: tuple[int, ...], use: Use, grows: tuple[bool, ...]) -> str:
-    """Return the role of the parameter in one use (see the table of roles in docs/rules.md).
+    """Return the role of the parameter in one use (see the table of roles in docs/explanation/rules.md).
 
     Raises:
         RequestError: an axis that grows enters an operation without a rule.

@@ -1,6 +1,6 @@
 """The width check passes real architectures under µP and fails them under SP; the slow part covers the field.
 
-pytest -m slow tests/architectures -s        prints a line per architecture: what docs/models.md lists
+pytest -m slow tests/architectures -s        prints a line per architecture: what docs/explanation/models.md lists
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ STILL = {
 }
 
 # Plans that are right as far as is known, and that this check does not show to be. Ranks that stay fixed on the way do not
-# average out in the first steps (0 to +½, docs/rules.md), and one gate per layer fluctuates from seed to seed. transformers
-# begins Mamba 2's A at 1, 2, ..., heads: the more heads there are, the faster the last ones forget, and the less ΔA does.
+# average out in the first steps (0 to +½, docs/explanation/rules.md), and one gate per layer fluctuates from seed to seed.
+# transformers begins Mamba 2's A at 1, 2, ..., heads: the more heads there are, the faster the last ones forget, and the less
+# ΔA does.
 RANK = "a fixed rank on the way"
 NOT_SHOWN = {
     "falcon": RANK,

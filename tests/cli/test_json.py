@@ -210,13 +210,15 @@ def test_json_is_written_whatever_the_encoding(encoding: str, tmp_path: Path) ->
 
 
 def test_the_documents_are_up_to_date(tmp_path: Path) -> None:
-    """If not: python -m mutransfer.cli.output docs."""
+    """If not: python -m mutransfer.cli.output."""
     write_documents(tmp_path)
     written = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
     assert written == {"json.md", *(f"schemas/{command}.json" for command in OUTPUTS)}
     for name in written:
-        assert (tmp_path / name).read_text() == (ROOT / "docs" / name).read_text(), name
-    assert {path.name for path in (ROOT / "docs" / "schemas").iterdir()} == {f"{command}.json" for command in OUTPUTS}
+        assert (tmp_path / name).read_text() == (ROOT / "docs/reference" / name).read_text(), name
+    assert {path.name for path in (ROOT / "docs/reference/schemas").iterdir()} == {
+        f"{command}.json" for command in OUTPUTS
+    }
 
 
 @pytest.mark.parametrize(

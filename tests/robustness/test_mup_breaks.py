@@ -1,4 +1,4 @@
-"""What mup 1.0.0 does where mutransfer goes on: each failure is asserted, so that docs/robustness.md states facts.
+"""What mup 1.0.0 does where mutransfer goes on: each failure is asserted, so that docs/explanation/robustness.md states facts.
 
 `fully_shard` and `parallelize_module` are in test_distributed.py, the letters of DDP names in test_wrapper_names.py.
 """
