@@ -1,4 +1,4 @@
-"""Build hooks of the documentation site: the source as it is installed, and the commands from their parsers."""
+"""Build hooks of the documentation site: the source as it is installed, and what is generated from code."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from mkdocs.plugins import event_priority
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = "<!-- commands -->"
+COLUMNS = re.compile(r"<!-- columns ([A-Z]+) -->")
 _layout: list[Path] = []
 
 
@@ -40,8 +41,21 @@ def on_post_build(config: Any) -> None:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
-    """Replace the marker on the page of the commands by their reference."""
-    return markdown.replace(COMMANDS, command_reference()) if COMMANDS in markdown else markdown
+    """Replace the markers of generated parts: the commands, and the columns of a table."""
+    if COMMANDS in markdown:
+        markdown = markdown.replace(COMMANDS, command_reference())
+    return COLUMNS.sub(lambda found: columns(found[1]), markdown)
+
+
+def columns(name: str) -> str:
+    """Return the columns of one schema of `mutransfer.schemas` as a table."""
+    from mutransfer import schemas
+
+    rows = [
+        f"| `{column}` | {kind} | {_cell(meaning)} |"
+        for column, (kind, meaning) in getattr(schemas, name).columns.items()
+    ]
+    return "\n".join(["| column | type | meaning |", "|---|---|---|", *rows])
 
 
 def command_reference() -> str:

@@ -159,7 +159,7 @@ def test_a_bare_function_needs_a_base_width_says_everyone(tmp_path: Path) -> Non
 
 
 def test_servers_without_a_password_are_not_opened_to_everyone() -> None:
-    docs = (ROOT / "docs" / "many-workers.md").read_text(encoding="utf-8")
+    docs = (ROOT / "docs/how-to/many-workers.md").read_text(encoding="utf-8")
     assert "host='0.0.0.0'" not in docs
     assert "host='10.0.0.1'" in docs
     assert "bind 10.0.0.1" in docs
