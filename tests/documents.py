@@ -162,6 +162,7 @@ class PageRun:
         self.names: dict[str, Any] = {"__name__": "__main__"}
         self.outputs: list[str] = []  # of every block that was run
         self.left_out: list[str] = []
+        self.ran_last = False  # the output below a block that was left out is left out with it
 
     def run(self, capture: Any) -> None:
         """Run all blocks in order; ``capture`` is pytest's capsys."""
@@ -170,6 +171,10 @@ class PageRun:
                 for each in blocks(other):
                     self._write(each)
             reason = block.directives.get("not run") or (not self.slow and block.directives.get("slow"))
+            if not reason and block.language == "text" and self.left_out and not self.ran_last:
+                reason = "the output of a block that is not run"
+            if block.language != "text":
+                self.ran_last = not reason
             if reason:
                 self.left_out.append(f"{block.where} ({block.language}): {reason}")
                 self._check_unrun(block)

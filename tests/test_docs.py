@@ -1,8 +1,13 @@
-"""What the documents tell a person to write runs as it stands."""
+"""The documentation builds, its links hold, and every code block on it runs as it stands."""
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,57 +16,172 @@ import yaml
 
 import mutransfer as mt
 from mutransfer.cli import run
+from mutransfer.run_dir import RunFolder
+from mutransfer.schemas import TRIALS
+from mutransfer.sweeps.experiment import PLACEHOLDERS, Budget, Experiment, Range, Repeats, Size, Trainer
 
-ROOT = Path(__file__).parents[1]
+from .documents import COMMANDS, ROOT, PageRun, blocks, every_page, inline_commands
+from .services import missing_service
+
+LANGUAGES = {"python", "sh", "yaml", "json", "text", "ini"}
+PAGES = [page for page in every_page() if blocks(page)]
+SLOW = [page for page in PAGES if any("slow" in block.directives for block in blocks(page))]
+
+# What a page takes for granted and does not say in hidden blocks: the README is read as plain text as well.
+SETUP = {
+    "README.md": """
+import mutransfer as mt
+import torch
+from pathlib import Path
+from torch import nn
+from torch.nn import functional as F
+
+class GPT(nn.Module):
+    def __init__(self, n_embd, n_layer):
+        super().__init__()
+        self.embedding, self.mix = nn.Embedding(16, n_embd), nn.Linear(n_embd, n_embd)
+        self.norms = nn.ModuleList(nn.LayerNorm(n_embd) for _ in range(n_layer))
+        self.head = nn.Linear(n_embd, 16)
+
+    def forward(self, x):
+        h = F.gelu(self.mix(self.embedding(x)))
+        for norm in self.norms:
+            h = norm(h)
+        return self.head(h)
+
+tokens, targets = torch.randint(16, (2, 2, 8))
+base = mt.Scale(width=256, depth=4)
+family = mt.Family(
+    build=lambda scale: GPT(scale.width, scale.depth), batch=(tokens, targets), base=base,
+    loss=lambda model, batch: F.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten()),
+)
+model = GPT(4096, 4)
+Path("runs/proxy").mkdir(parents=True)
+mt.Recipe(lr=2**-7).save("runs/proxy/best.json")
+Path("config.json").write_text(
+    '{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "intermediate_size": 128,'
+    '"num_attention_heads": 4, "num_key_value_heads": 4, "num_hidden_layers": 2, "vocab_size": 128}'
+)
+""",
+}
 
 
-def blocks(document: str) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(encoding="utf-8"), re.DOTALL)
-
-
-def test_the_python_page_runs_from_top_to_bottom(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def _own_modules(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """Modules that a page imports from its folder are gone afterwards, for another page has others of the same name."""
+    before = set(sys.modules)
     monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {}
-    for block in blocks("docs/how-to/own-training-loop.md"):
-        exec(block, names)
-    out = capsys.readouterr().out
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(tmp_path)):
+            del sys.modules[name]
+
+
+def run_page(page: str, folder: Path, capture: Any, *, slow: bool) -> PageRun:
+    done = PageRun(page, folder, slow=slow)
+    exec(SETUP.get(page, ""), done.names)
+    done.run(capture)
+    if page in AFTERWARDS:
+        AFTERWARDS[page](done)
+    return done
+
+
+@pytest.mark.usefixtures("_own_modules")
+@pytest.mark.parametrize("page", PAGES)
+def test_every_block_of_a_page_runs(page: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    done = run_page(page, tmp_path, capsys, slow=False)
+    print(*done.left_out, sep="\n")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_own_modules")
+@pytest.mark.parametrize("page", SLOW)
+def test_every_block_of_a_page_runs_with_the_slow_ones(
+    page: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_page(page, tmp_path, capsys, slow=True)
+
+
+def test_no_block_is_left_out_without_a_reason() -> None:
+    found = {page: blocks(page) for page in every_page()}
+    for page, of_page in found.items():
+        fences = re.findall(r"^ *(?:```|~~~)", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE)
+        assert 2 * sum(not block.hidden for block in of_page) == len(fences), page
+    shown = [block for of_page in found.values() for block in of_page if not block.hidden]
+    assert {block.language for block in shown} <= LANGUAGES
+    reasons = {
+        block.where: f"{kind}: {block.directives[kind]}"
+        for block in shown
+        for kind in ("not run", "slow", "not an experiment")
+        if kind in block.directives
+    }
+    print(f"{len(shown)} blocks, {len(reasons)} of them not run here:")
+    print(*(f"{where}: {reason}" for where, reason in reasons.items()), sep="\n")
+    assert all(len(reason.split(": ", 1)[1].split()) >= 3 for reason in reasons.values())
+    assert len(reasons) < len(shown) / 2
+
+
+def test_commands_in_running_text_have_their_options() -> None:
+    for page in [*every_page(), "CONTRIBUTING.md"]:
+        for name, options in inline_commands(page):
+            assert name in COMMANDS, (page, name)
+            known = {each for parameter in COMMANDS[name].params for each in parameter.opts}
+            assert {*options} <= known, (page, name)
+
+
+# What a page's blocks leave behind is as the page says.
+
+
+def _python_page(done: PageRun) -> None:
+    names = done.names
+    out = "".join(done.outputs)
     assert str(names["plan"]) in out
     assert "law sqrt" in out
-    columns = re.search(
-        r"frame\(\)  # (.*?) and their factors", (ROOT / "docs/how-to/own-training-loop.md").read_text(encoding="utf-8")
-    )
+    assert "as planned" in out
+    text = (ROOT / done.page).read_text(encoding="utf-8")
+    columns = re.search(r"frame\(\)  # (.*?) and their factors", text)
     assert columns
     assert columns[1].split(", ") == list(names["frame"].columns)[: columns[1].count(",") + 1]
-    assert (
-        names["loss"].item() < names["family"].loss(names["build"](names["plan"].scale), names["family"].batch).item()
-    )
+    family, plan = names["family"], names["plan"]
+    assert names["loss"].item() < family.loss(names["build"](plan.scale), family.batch).item()
 
 
-def test_the_python_page_names_every_field_of_a_recipe() -> None:
-    text = (ROOT / "docs/how-to/own-training-loop.md").read_text(encoding="utf-8")
-    assert {name for name in mt.Recipe.model_fields if f"`{name}`" not in text} == set()
+def _readme(done: PageRun) -> None:
+    assert "width 64 → 1024" in "".join(done.outputs)
 
 
-def test_the_readmes_model_file_is_planned_by_the_command_above_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (source,) = [block for block in blocks("README.md") if block.startswith("# model.py")]
-    (tmp_path / "model.py").write_text(source, encoding="utf-8")
-    monkeypatch.chdir(tmp_path)
-    command = re.match(r"# model\.py: mutransfer (.*)", source)
-    assert command
-    assert run(command[1].split()) == 0
-    assert "width 64 → 1024" in capsys.readouterr().out
+def _learned(run: Path, trials: int) -> None:
+    frame = TRIALS.read(RunFolder(run).trials)
+    assert frame["state"].isin(["COMPLETE", "PRUNED"]).sum() == trials
+    assert frame["value"].min() < 4.5 < 5.5  # a guess costs log 256 = 5.5
+    assert frame["value"].nunique() == len(frame)
+
+
+def _user_trainer(done: PageRun) -> None:
+    _learned(done.folder / "runs/function", 6)
+    if done.slow:
+        _learned(done.folder / "runs/parallel", 6)
+    _learned(done.folder / "runs/command", 4)
+    assert (done.folder / "runs/command/big/model.pt").is_file()
+    finished = TRIALS.read(done.folder / "runs/command/trials.csv")
+    first = done.folder / "runs/command/trials" / str(finished.loc[finished["state"] == "COMPLETE", "number"].iloc[0])
+    assert (first / "stdout.log").read_text().startswith("training ")
+    assert (first / "out/model.pt").is_file()
+
+
+AFTERWARDS: dict[str, Callable[[PageRun], None]] = {
+    "README.md": _readme,
+    "docs/how-to/own-training-loop.md": _python_page,
+    "docs/how-to/user-trainer.md": _user_trainer,
+}
 
 
 def test_the_github_action_runs_the_check_and_keeps_its_report(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    text = (ROOT / "docs/how-to/coordinate-check.md").read_text(encoding="utf-8")
-    (block,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
-    steps = yaml.safe_load(block)["jobs"]["check"]["steps"]
+    (block,) = [each for each in blocks("docs/how-to/coordinate-check.md") if each.language == "yaml"]
+    steps = yaml.safe_load(block.text)["jobs"]["check"]["steps"]
     (command,) = [step["run"] for step in steps if step.get("run", "").startswith("mutransfer ")]
     (kept,) = [step["with"]["path"] for step in steps if "upload-artifact" in step.get("uses", "")]
     source = (ROOT / "tests/coord_check/mup_models.py").read_text(encoding="utf-8")
@@ -70,3 +190,144 @@ def test_the_github_action_runs_the_check_and_keeps_its_report(
     assert run(command.split()[1:]) == 0, capsys.readouterr().out
     assert "control sp: fail" in capsys.readouterr().out
     assert (tmp_path / kept).is_file()
+
+
+# The reference pages have every key of what they describe, with its default.
+
+
+def rows(page: str, heading: str) -> dict[str, list[str]]:
+    """The cells of the first table below a heading, by the key in the first one."""
+    text = f"\n{(ROOT / page).read_text(encoding='utf-8')}".split(f"\n{heading}\n", 1)[1]
+    table = re.search(r"^\| key .*\n\|[-|]+\n((?:\|.*\n)+)", text, re.MULTILINE)
+    assert table, heading
+    cells = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in table[1].splitlines()]
+    return {row[0].strip("`"): row[1:] for row in cells}
+
+
+@pytest.mark.parametrize(
+    ("heading", "model"),
+    [
+        ("## Keys", Experiment), ("## proxy and base", Size), ("## trainer", Trainer), ("## search", Range),
+        ("## budget", Budget), ("## repeats", Repeats),
+    ],
+)  # fmt: skip
+def test_the_experiments_reference_has_every_key_and_default(heading: str, model: Any) -> None:
+    documented = rows("docs/reference/experiment.md", heading)
+    assert list(documented) == list(model.model_fields)
+    for key, (_, default, meaning) in documented.items():
+        field = model.model_fields[key]
+        assert meaning, key
+        if field.is_required():
+            assert default == "required", key
+            continue
+        expected = field.get_default(call_default_factory=True)
+        given = yaml.safe_load(default.strip("`"))
+        if key == "search":
+            given, expected = {"lr": Range(**given["lr"])}, {"lr": Range(low=2**-12, high=2**-3, log=True)}
+        elif key in ("proxy", "budget", "recipe") and expected is not None:
+            given = type(expected)(**given)
+        assert given == expected, key
+
+
+def test_the_recipes_reference_has_every_key_and_default() -> None:
+    documented = rows("docs/reference/recipe.md", "# Recipe")
+    defaults = mt.Recipe().model_dump(mode="json")
+    assert list(documented) == list(defaults)
+    assert {key: yaml.safe_load(default.strip("`")) for key, (default, _) in documented.items()} == defaults
+
+
+def test_the_trainers_page_names_every_key_and_placeholder() -> None:
+    page = (ROOT / "docs/how-to/user-trainer.md").read_text(encoding="utf-8")
+    assert {key for key in Trainer.model_fields if key != "call" and key not in page} == set()
+    assert {name for name in PLACEHOLDERS if f"`{{{name}}}`" not in page} == set()
+
+
+def test_the_run_folders_reference_names_every_file() -> None:
+    page = (ROOT / "docs/reference/run-folder.md").read_text(encoding="utf-8")
+    files = [name for name, value in vars(RunFolder).items() if isinstance(value, property)]
+    folder = RunFolder(Path())
+    assert {str(getattr(folder, name)) for name in files if f"`{getattr(folder, name)}`" not in page} == set()
+
+
+def test_the_api_reference_has_every_public_name() -> None:
+    page = (ROOT / "docs/reference/api/mutransfer.md").read_text(encoding="utf-8")
+    homes = re.findall(r"^::: (\S+)$", page, re.MULTILINE)
+    found = {name.rpartition(".")[2] for name in homes}
+    assert set(mt.__all__) <= found
+    for path in (ROOT / "docs/reference/api").glob("*.md"):
+        for name in re.findall(r"^::: (\S+)$", path.read_text(encoding="utf-8"), re.MULTILINE):
+            module, _, attribute = name.rpartition(".")
+            assert hasattr(importlib.import_module(module), attribute), name
+
+
+# Links and the site.
+
+
+def test_files_that_code_and_pages_name_exist() -> None:
+    """Messages and comments name pages of the documentation, and pages name files of the source."""
+    kept = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
+    sources = [name for name in kept if name.endswith((".py", ".yaml", ".md")) or name.startswith(".ci/")]
+    assert sources or not (ROOT / ".git").exists()
+    missing = []
+    for name in sources:
+        text = (ROOT / name).read_text(encoding="utf-8")
+        missing += [
+            (name, path)
+            for path in re.findall(r"\bdocs/[\w/-]+\.(?:md|png|csv|py)", text)
+            if not (ROOT / path).exists()
+        ]
+        if name.endswith(".md"):
+            paths = re.findall(r"`((?:tests|benchmarks|mutransfer)/[\w/]+\.py)[`:]", text)
+            missing += [(name, path) for path in paths if not (ROOT / path).exists()]
+    assert missing == []
+
+
+def test_the_readmes_links_lead_to_files() -> None:
+    for page in ("README.md", "CONTRIBUTING.md"):
+        text = (ROOT / page).read_text(encoding="utf-8")
+        for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
+            assert link.startswith("https://") or (ROOT / link).exists(), (page, link)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The site, built strictly: a page outside of the navigation, a broken link or anchor, or a name without docstring fails."""
+    for package in ("mkdocs", "material", "mkdocstrings_handlers"):
+        if importlib.util.find_spec(package) is None:
+            missing_service(
+                f"{package} is not installed: pip install -c constraints.txt -e '.[docs]' to build the site"
+            )
+    folder = tmp_path_factory.mktemp("site")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)], cwd=ROOT,
+        capture_output=True, text=True, check=False, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def test_the_site_loads_nothing_from_another_host(site: Path) -> None:
+    for path in [*site.rglob("*.html"), *site.rglob("*.css")]:
+        text = path.read_text(encoding="utf-8")
+        loads = re.findall(r"""(?:\bsrc=|<link[^>]*\bhref=|@import\s+|\burl\()["']?((?:https?:)?//[^"')\s>]+)""", text)
+        assert loads == [], path
+
+
+def test_the_site_has_every_command_option_and_column(site: Path) -> None:
+    from mutransfer import schemas
+
+    commands = (site / "reference/cli/index.html").read_text(encoding="utf-8")
+    for name, command in COMMANDS.items():
+        assert f'id="{name}"' in commands
+        for parameter in command.params:
+            assert all(f"<code>{each}</code>" in commands for each in parameter.opts if each.startswith("--")), name
+    folder = (site / "reference/run-folder/index.html").read_text(encoding="utf-8")
+    for schema in (
+        schemas.TRIALS,
+        schemas.REPEATS,
+        schemas.COORDINATES,
+        schemas.BASINS,
+        schemas.SLOPES,
+        schemas.OPTIMA,
+    ):
+        assert all(f"<code>{column}</code>" in folder for column in schema.columns), schema.name
