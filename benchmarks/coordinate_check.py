@@ -24,7 +24,7 @@ from mutransfer.coord_check.measure import Watched
 from mutransfer.coord_check.stacked import StackedModels
 
 ROOT = Path(__file__).parents[1]
-SPEC = importlib.util.spec_from_file_location("mup_models", ROOT / "tests/coord_check/mup_models.py")
+SPEC = importlib.util.spec_from_file_location("mup_models", ROOT / "tests/helpers/mup_models.py")
 assert SPEC is not None
 assert SPEC.loader is not None
 MODELS = importlib.util.module_from_spec(SPEC)

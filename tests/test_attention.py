@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import mutransfer as mt
 
-from . import families
+from .helpers import families
 
 Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 

@@ -15,7 +15,7 @@ from mutransfer.planning.audit import COLUMNS, audit, live
 from mutransfer.recipe import Recipe
 from mutransfer.scale import Scale
 
-from . import families
+from .helpers import families
 
 RECIPE = Recipe(lr=2**-7, weight_decay=0.1, momentum=0.8)
 

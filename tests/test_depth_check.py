@@ -17,7 +17,7 @@ from mutransfer.coord_check.verdicts import verdict
 from mutransfer.reports.coord_check_figure import CoordinateFigure
 from mutransfer.schemas import varying
 
-from . import families
+from .helpers import families
 
 
 def asked(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict[str, Any]]:

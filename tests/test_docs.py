@@ -184,7 +184,7 @@ def test_the_github_action_runs_the_check_and_keeps_its_report(
     steps = yaml.safe_load(block.text)["jobs"]["check"]["steps"]
     (command,) = [step["run"] for step in steps if step.get("run", "").startswith("mutransfer ")]
     (kept,) = [step["with"]["path"] for step in steps if "upload-artifact" in step.get("uses", "")]
-    source = (ROOT / "tests/coord_check/mup_models.py").read_text(encoding="utf-8")
+    source = (ROOT / "tests/helpers/mup_models.py").read_text(encoding="utf-8")
     (tmp_path / "my_model.py").write_text(source + "\nfamily = plain_mlp\n", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     assert run(command.split()[1:]) == 0, capsys.readouterr().out

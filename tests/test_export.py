@@ -21,7 +21,7 @@ from mutransfer.planning.target import target_config
 from mutransfer.proxies.training import multiplier
 from mutransfer.recipe import Recipe
 
-from . import families
+from .helpers import families
 
 ADAMW = OPTIMIZERS["adamw"]
 DOC = Path(__file__).parents[1] / "docs/how-to/export.md"

@@ -17,7 +17,7 @@ from torch import nn
 import mutransfer as mt
 from mutransfer.scale import Scale
 
-from . import families
+from .helpers import families
 
 STEPS = 20
 RECIPES = {

@@ -18,7 +18,7 @@ from mutransfer.scale import Scale
 from mutransfer.tracing.observe import observe
 from mutransfer.tracing.specs import Observation
 
-from . import families
+from .helpers import families
 
 
 def finite(low: float, high: float, **options: Any) -> st.SearchStrategy[float]:

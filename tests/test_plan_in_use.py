@@ -12,8 +12,8 @@ from torch import nn
 import mutransfer as mt
 from mutransfer.errors import RequestError
 
-from . import families
-from .planned import FAMILIES, OPTIMIZERS, model_of, rows, wider
+from .helpers import families
+from .helpers.planned import FAMILIES, OPTIMIZERS, model_of, rows, wider
 
 
 def test_the_same_seed_gives_the_same_weights() -> None:

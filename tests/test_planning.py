@@ -14,8 +14,8 @@ from mutransfer.planning.build import observed_model, plan
 from mutransfer.recipe import Recipe
 from mutransfer.scale import Scale
 
-from . import families
-from .planned import FAMILIES, OPTIMIZERS, rows, wider
+from .helpers import families
+from .helpers.planned import FAMILIES, OPTIMIZERS, rows, wider
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

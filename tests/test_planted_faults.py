@@ -29,7 +29,8 @@ from mutransfer.scale import Scale
 from mutransfer.tracing.observe import observe
 from mutransfer.tracing.specs import Observation
 
-from . import families, folds, test_oracle_mup
+from . import test_oracle_mup
+from .helpers import families, folds
 
 Fault = Callable[[Plan], Plan]
 Wrong = Callable[[ParameterPlan], dict[str, Any]]

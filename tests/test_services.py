@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from .services import REQUIRE, program
+from .helpers.services import REQUIRE, program
 
 
 @pytest.fixture

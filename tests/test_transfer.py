@@ -18,7 +18,7 @@ from mutransfer.recipe import Recipe
 from mutransfer.run_dir import RunFolder
 from mutransfer.scale import Scale
 
-from . import families
+from .helpers import families
 
 QUIET = Scale(64, 2)
 

@@ -13,8 +13,8 @@ from mutransfer.scale import Scale
 from mutransfer.tracing.observe import observe
 from mutransfer.tracing.specs import Observation
 
-from .configs import family
-from .golden import CARRIERS, CONSTANTS, GOLDEN, read
+from ..helpers.configs import family
+from ..helpers.golden import CARRIERS, CONSTANTS, GOLDEN, read
 
 # TP-V 2203.03466, Table 3, at four times the width on every axis that grows: lr, init, eps, wd for AdamW, then lr for SGD.
 FACTORS = {

@@ -15,7 +15,7 @@ from mutransfer.family import Family
 from mutransfer.scale import Scale
 from mutransfer.tracing.observe import observe
 
-from .configs import CONFIGS, family
+from ..helpers.configs import CONFIGS, family
 
 GOLDEN = ("gpt2", "llama", "mixtral", "bert", "vit", "t5", "mamba", "resnet")
 QUICK = ("gpt2", "llama", "bert", "resnet")

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from . import processes as _processes
-from .processes import Processes
+from ..helpers import processes as _processes
+from ..helpers.processes import Processes
 
 EXPERIMENT = """
 model: mlp

@@ -19,7 +19,7 @@ from mutransfer.recipe import Recipe
 from mutransfer.schemas import BASINS, COORDINATES, TRIALS
 from mutransfer.sweeps.experiment import Experiment
 
-from .processes import Processes, validated
+from ..helpers.processes import Processes, validated
 
 PARAMETER = {
     "name", "shape", "role", "m_in", "m_out", "init_std", "lr", "weight_decay", "eps", "lr_factor", "wd_factor", "eps_factor",

@@ -18,7 +18,7 @@ from mutransfer.cli.models import Optimizer, Parametrization
 from mutransfer.optimizers.rules import OPTIMIZERS
 from mutransfer.parametrizations.tables import TABLES
 
-from .processes import Processes
+from ..helpers.processes import Processes
 
 # Others' scripts hold these: add, but do not rename or take away without a release note.
 FLAGS = {

@@ -17,7 +17,7 @@ import pytest
 from mutransfer.recipe import Recipe
 from mutransfer.schemas import BASINS, TRIALS
 
-from .processes import Ended, Processes, Started, contents, group_of, until
+from ..helpers.processes import Ended, Processes, Started, contents, group_of, until
 
 TOTAL = 8
 # About 0.15 s a trial, so that a signal finds one at work.

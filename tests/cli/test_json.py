@@ -22,7 +22,7 @@ from mutransfer.cli.output import OUTPUTS, write_documents
 from mutransfer.schemas import BASINS
 from mutransfer.sweeps import verify
 
-from .processes import Processes, validated
+from ..helpers.processes import Processes, validated
 
 ROOT = Path(__file__).parents[2]
 

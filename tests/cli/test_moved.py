@@ -13,7 +13,7 @@ import yaml
 from mutransfer.errors import RequestError
 from mutransfer.sweeps.experiment import Experiment
 
-from .processes import Processes
+from ..helpers.processes import Processes
 
 MODEL = """
 import torch

@@ -12,7 +12,7 @@ import pytest
 
 from mutransfer.schemas import TRIALS
 
-from .processes import Ended, Processes, contents
+from ..helpers.processes import Ended, Processes, contents
 
 PROGRESS = re.compile(
     r"(tuning|training|learning-rate basins|coordinate check) .*(…|: \d+/\d+.*)|(not decided with|trials are trained) .*"

@@ -14,7 +14,7 @@ from mutransfer.cli import run
 from mutransfer.coord_check import judge, recording, verdict
 from mutransfer.coord_check.cache import CheckCache
 
-from .. import families
+from ..helpers import families
 from .test_updates import bending
 
 MODEL = """

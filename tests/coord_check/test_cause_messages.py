@@ -11,7 +11,7 @@ from torch import nn
 import mutransfer as mt
 from mutransfer.coord_check import record, verdict
 
-from .. import families
+from ..helpers import families
 
 WIDTHS = [16, 32, 64]
 

@@ -15,7 +15,7 @@ import mutransfer as mt
 from mutransfer.coord_check import record, verdict
 from mutransfer.schemas import COORDINATES
 
-from .. import families
+from ..helpers import families
 
 KEY = ["module", "statistic", "step", "seed", "width"]
 

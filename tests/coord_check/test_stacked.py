@@ -16,7 +16,7 @@ import mutransfer as mt
 from mutransfer.coord_check import record, stacked
 from mutransfer.optimizers.rules import OPTIMIZERS
 
-from .. import families
+from ..helpers import families
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from mutransfer.coord_check import judge, record, verdict
 from mutransfer.coord_check.diagnosis import plant_in
 from mutransfer.coord_check.measure import module_roles
 
-from .. import families
+from ..helpers import families
 from .test_updates import SharedElsewhere
 
 RATE = 2**-8

@@ -17,7 +17,7 @@ from mutransfer.coord_check.diagnosis import plant_in
 from mutransfer.coord_check.slopes import relative_updates
 from mutransfer.tracing.observe import observe
 
-from .. import families
+from ..helpers import families
 from .test_verdicts import HEALTHY, frame
 
 WIDTHS = (64, 128, 256, 512)

@@ -20,7 +20,7 @@ from mutransfer.errors import RequestError
 from mutransfer.scale import Scale
 from mutransfer.schemas import COORDINATES, SLOPES
 
-from .. import families
+from ..helpers import families
 
 WIDTHS = (64, 128, 256, 512)
 # (module, role) → slope of the activation and of the change

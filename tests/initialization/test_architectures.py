@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mutransfer.initialization import InitTracer, draw_
 
-from .watched import saved
+from ..helpers.watched import saved
 
 SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 99}
 BODY = SMALL | {"intermediate_size": 128, "num_attention_heads": 4}

@@ -12,7 +12,7 @@ from torch import nn
 
 from mutransfer.initialization import Init
 
-from .watched import N, drawn, saved, seen
+from ..helpers.watched import N, drawn, saved, seen
 
 
 def old_trunc_normal(mean: float, std: float, a: float, b: float) -> torch.Tensor:

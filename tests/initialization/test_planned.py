@@ -17,8 +17,8 @@ import mutransfer as mt
 from mutransfer.errors import RequestError
 from mutransfer.initialization.init import Program
 
-from .. import families
-from .watched import N, seen
+from ..helpers import families
+from ..helpers.watched import N, seen
 
 
 @pytest.mark.parametrize(

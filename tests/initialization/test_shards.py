@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+SCRIPT = str(Path(__file__).parents[1] / "helpers" / "sharded.py")
+
 
 @pytest.mark.parametrize(
     ("way", "world"),
@@ -20,8 +22,7 @@ import pytest
 )
 def test_any_sharding_gives_the_same_weights(way: str, world: int, tmp_path: Path) -> None:
     """From the meta device, through to_empty; uneven shards, parts, programs and replicas among them."""
-    script = str(Path(__file__).with_name("sharded.py"))
-    command = [sys.executable, script, way]
+    command = [sys.executable, SCRIPT, way]
     ranks = [
         subprocess.Popen([*command, str(rank), str(world), str(tmp_path / "store")], stderr=subprocess.PIPE, text=True)
         for rank in range(world)
@@ -31,6 +32,6 @@ def test_any_sharding_gives_the_same_weights(way: str, world: int, tmp_path: Pat
 
 
 def test_a_shard_is_drawn_without_the_whole() -> None:
-    command = [sys.executable, str(Path(__file__).with_name("sharded.py")), "measure"]
+    command = [sys.executable, SCRIPT, "measure"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -18,7 +18,7 @@ from mutransfer.interop.mup import based_on, plan_annotated, read_bsh, write_bsh
 from mutransfer.parametrizations.spec import Factors
 from mutransfer.tracing.observe import observe
 
-from .. import families
+from ..helpers import families
 from ..test_oracle_mup import losses
 
 

@@ -18,7 +18,7 @@ from mutransfer.optimizers.muon import MuonWithAdamW
 from mutransfer.optimizers.rules import OPTIMIZERS, REFUSED
 from mutransfer.planning.audit import audit, live
 
-from .. import families
+from ..helpers import families
 
 L2_INSIDE = ("adam", "adamax", "rmsprop", "adagrad")
 BROUGHT = ("lion", "signum")

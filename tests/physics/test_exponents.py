@@ -26,7 +26,7 @@ from mutransfer.parametrizations.tables import MUP, TABLES
 from mutransfer.proxies.models import MLP
 from mutransfer.scale import Scale
 
-from .. import families
+from ..helpers import families
 
 WIDTHS = (64, 128, 256, 512, 1024)
 LR = {"adamw": 2**-14, "sgd": 2**-10}

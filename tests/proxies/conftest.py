@@ -9,7 +9,7 @@ import pytest
 
 from mutransfer.proxies.data import Data, load_data
 
-from .corpora import SOURCES, T
+from ..helpers.corpora import SOURCES, T
 
 
 @pytest.fixture(scope="session")

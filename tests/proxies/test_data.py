@@ -11,7 +11,7 @@ import torch
 from mutransfer.proxies.data import Data, load_data
 from mutransfer.proxies.data.digits import Digits
 
-from .corpora import SOURCES, TOKEN_SOURCES, T, equal
+from ..helpers.corpora import SOURCES, TOKEN_SOURCES, T, equal
 
 # What a batch is
 

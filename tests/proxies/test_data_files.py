@@ -11,7 +11,7 @@ import pytest
 from mutransfer.proxies.data import Data, corpora, load_data, markov
 from mutransfer.proxies.data.corpora import read_tree, tree_sha256
 
-from .corpora import T, equal, marked_files, rows
+from ..helpers.corpora import T, equal, marked_files, rows
 
 
 @pytest.mark.parametrize("name", ["bytes", "text"])

@@ -13,7 +13,7 @@ import pytest
 from mutransfer.errors import RequestError
 from mutransfer.proxies.data import corpora, load_data
 
-from .corpora import TOKEN_SOURCES, T, marked_files, refusal
+from ..helpers.corpora import TOKEN_SOURCES, T, marked_files, refusal
 
 
 def test_an_unknown_name_gets_the_nearest_one():

@@ -11,7 +11,7 @@ import torch
 from mutransfer.errors import RequestError
 from mutransfer.proxies.data import Data, markov
 
-from .corpora import T
+from ..helpers.corpora import T
 
 # The Markov language
 

@@ -15,7 +15,7 @@ from mutransfer.price import step_flops
 from mutransfer.proxies.models import MLP, Attention, ResNet, Transformer, TransformerShape, _rotate
 from mutransfer.scale import Scale
 
-from .. import families
+from ..helpers import families
 
 SHAPES: dict[str, dict[str, Any]] = {
     "plain": {},

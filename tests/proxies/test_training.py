@@ -18,8 +18,8 @@ from mutransfer.proxies.data.base import Batch
 from mutransfer.proxies.training import Outcome, Training, multiplier, scheduler, train
 from mutransfer.scale import Scale
 
-from .. import families
-from ..blobs import Blobs, blobs
+from ..helpers import families
+from ..helpers.blobs import Blobs, blobs
 
 SCHEDULES = ["constant", "cosine", "linear", "wsd"]
 

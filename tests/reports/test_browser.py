@@ -14,7 +14,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 from mutransfer.reports import BasinFigure, HistoryFigure, PlanFigure, SliceFigure, write_report
 from mutransfer.schemas import BASINS, COORDINATES, PARAMETERS, TRIALS
 
-from ..services import program
+from ..helpers.services import program
 from .conftest import HOSTILE, coordinate_frame, made_optima, made_search, run_folder, stand_in
 
 FLAGS = [

@@ -21,7 +21,7 @@ from mutransfer.sweeps.experiment import Experiment
 from mutransfer.sweeps.jobs import Job, Report
 from mutransfer.sweeps.tune import tune
 
-from ..sweeps.small import Planted, experiment, octaves
+from ..helpers.small import Planted, experiment, octaves
 from .conftest import MODULES, coordinate_frame
 from .test_page import Page
 

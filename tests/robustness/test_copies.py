@@ -13,8 +13,8 @@ from torch import nn
 
 import mutransfer as mt
 
-from . import trained
-from .trained import Case
+from ..helpers import trained
+from ..helpers.trained import Case
 
 CASES = [
     pytest.param(trained.transformer_case, id="transformer"),

@@ -15,8 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from .. import families
-from . import annotated
+from ..helpers import annotated, families
 
 LOST = "infshape"
 

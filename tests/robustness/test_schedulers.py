@@ -14,7 +14,7 @@ from torch.optim.swa_utils import SWALR
 import mutransfer as mt
 from mutransfer.planning.audit import audit, live
 
-from .. import families
+from ..helpers import families
 
 STEPS = 100
 LR = 2**-6

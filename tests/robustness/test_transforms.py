@@ -14,7 +14,7 @@ import mutransfer as mt
 from mutransfer.coord_check import record, verdict
 from mutransfer.scale import Scale
 
-from . import trained
+from ..helpers import trained
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])

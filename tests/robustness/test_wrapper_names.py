@@ -15,8 +15,7 @@ import mutransfer as mt
 from mutransfer.param_names import WRAPPERS, plain_name, planned_names
 from mutransfer.planning.audit import audit
 
-from .. import families
-from . import trained
+from ..helpers import families, trained
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ import pytest
 
 from mutransfer.run_dir import RunFolder
 
-from .scripts import MODEL, ours, until
-from .small import within
+from ..helpers.scripts import MODEL, ours, until
+from ..helpers.small import within
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from mutransfer.sweeps.jobs import Job, SequentialExecutor
 from mutransfer.sweeps.processes import ProcessExecutor
 from mutransfer.sweeps.vectorized.executor import VectorizedExecutor
 
-from .small import experiment
+from ..helpers.small import experiment
 
 Plant = Callable[..., None]
 
@@ -145,7 +145,7 @@ def test_checkpoints_are_where_they_are_told(tmp_path: Path) -> None:
 WITHOUT_A_COMPILER = """
 import warnings
 from mutransfer.sweeps.autoselect import fused_step, single_step
-from tests.sweeps.small import experiment
+from tests.helpers.small import experiment
 warnings.simplefilter("ignore")
 assert single_step(experiment(), "cpu", 1, False) is not None
 assert single_step(experiment(), "cpu", 1, True) is None

@@ -24,7 +24,7 @@ from mutransfer.sweeps.experiment import Budget
 from mutransfer.sweeps.jobs import flops_of
 from mutransfer.sweeps.tune import Spent, price
 
-from .small import experiment
+from ..helpers.small import experiment
 
 
 def trial(**outcome: Any) -> optuna.trial.FrozenTrial:

@@ -13,9 +13,9 @@ from mutransfer.sweeps.commands import Commands, ParsedReport, parse_report
 from mutransfer.sweeps.tune import tune
 from mutransfer.sweeps.verify import basins
 
-from .scripts import BOWL, own, run_one, states
-from .small import contents, experiment, journal
-from .tuned import refusal
+from ..helpers.scripts import BOWL, own, run_one, states
+from ..helpers.small import contents, experiment, journal
+from ..helpers.tuned import refusal
 
 pytestmark = pytest.mark.usefixtures("command_shop")
 

@@ -21,8 +21,8 @@ from mutransfer.sweeps.executors import executor_for
 from mutransfer.sweeps.jobs import Job
 from mutransfer.sweeps.tune import tune
 
-from .scripts import BOWL, ours, own, run_one, states, until
-from .small import each
+from ..helpers.scripts import BOWL, ours, own, run_one, states, until
+from ..helpers.small import each
 
 pytestmark = pytest.mark.usefixtures("command_shop")
 

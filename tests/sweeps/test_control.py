@@ -27,7 +27,7 @@ from mutransfer.sweeps.jobs import Job, flops_of
 from mutransfer.sweeps.tune import tune
 from mutransfer.sweeps.verify import basins
 
-from .small import Counting, Failing, Planted, contents, experiment, journal, octaves
+from ..helpers.small import Counting, Failing, Planted, contents, experiment, journal, octaves
 
 SEARCH: dict[str, Any] = {
     "lr": {"low": 2**-9, "high": 2**-3, "log": True},

@@ -14,7 +14,7 @@ from mutransfer.recipe import Recipe
 from mutransfer.scale import Scale
 from mutransfer.sweeps.experiment import Experiment, Range, with_values
 
-from .small import SMALL, experiment
+from ..helpers.small import SMALL, experiment
 
 LR = {"low": 2**-9, "high": 2**-3, "log": True}
 

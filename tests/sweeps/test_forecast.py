@@ -10,7 +10,7 @@ from mutransfer.sweeps.autoselect import UNSURE, Forecast, Timed, TimedExecutor,
 from mutransfer.sweeps.experiment import Experiment
 from mutransfer.sweeps.jobs import Job, family_of
 
-from .small import Planted, experiment
+from ..helpers.small import Planted, experiment
 
 PHASES = {"tuning": 20.0, "basins": 100.0, "control": 30.0, "report": 10.0}
 

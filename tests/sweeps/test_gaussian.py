@@ -17,7 +17,7 @@ from mutransfer.sweeps.samplers import LOOKED_AT, GaussianProcess, foreseen
 from mutransfer.sweeps.tune import tune
 from mutransfer.sweeps.workers import FIXED
 
-from .small import Planted, experiment, octaves
+from ..helpers.small import Planted, experiment, octaves
 
 
 def complete(there: float, final: float) -> FrozenTrial:

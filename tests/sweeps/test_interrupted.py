@@ -12,8 +12,8 @@ from optuna.trial import TrialState
 from mutransfer.run_dir import RunFolder
 from mutransfer.sweeps.tune import tune
 
-from .small import Counting, Failing, Planted, experiment, journal, within
-from .tuned import assert_agrees, bowl, states
+from ..helpers.small import Counting, Failing, Planted, experiment, journal, within
+from ..helpers.tuned import assert_agrees, bowl, states
 
 
 @pytest.mark.parametrize("tail", [b'{"op_code":4,"worker_id":"0', b"{", b'{"op_code":4}'])

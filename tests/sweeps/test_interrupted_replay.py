@@ -19,7 +19,7 @@ from mutransfer.sweeps._optuna_internals import InterruptibleJournalStorage
 from mutransfer.sweeps.storage import Journal, opened, own_journal
 from mutransfer.sweeps.workers import TrialQueue
 
-from .servers import redis
+from ..helpers.servers import redis
 
 
 @pytest.fixture(params=["own", "journal", "redis"])

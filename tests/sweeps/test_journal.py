@@ -16,7 +16,7 @@ from mutransfer.errors import RequestError
 from mutransfer.sweeps import storage as module
 from mutransfer.sweeps.storage import Journal
 
-from .small import within
+from ..helpers.small import within
 
 
 @pytest.fixture

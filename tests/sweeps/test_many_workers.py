@@ -15,9 +15,9 @@ import yaml
 from mutransfer.schemas import TRIALS
 from mutransfer.sweeps.storage import opened
 
-from .servers import PASSWORD, Postgres, Proxy, Redis, postgres, proxy, redis, wait_for
-from .small import SMALL
-from .workers import Worker, Workers, workers
+from ..helpers.servers import PASSWORD, Postgres, Proxy, Redis, postgres, proxy, redis, wait_for
+from ..helpers.small import SMALL
+from ..helpers.workers import Worker, Workers, workers
 
 WORKERS = 4
 LEASE = "6"

@@ -24,8 +24,8 @@ from mutransfer.sweeps.pruners import Halving
 from mutransfer.sweeps.samplers import foreseen
 from mutransfer.sweeps.tune import tune
 
-from .scripts import MODEL
-from .small import experiment, journal
+from ..helpers.scripts import MODEL
+from ..helpers.small import experiment, journal
 
 # Accuracy is best at lr 2^-6, falls by a hundredth per square octave, and is lost above 2^-3.5.
 ACCURACY = """

@@ -17,8 +17,8 @@ from mutransfer.sweeps.storage import own_journal
 from mutransfer.sweeps.study import open_study
 from mutransfer.sweeps.tune import tune
 
-from .small import Counting, Planted, contents, experiment, octaves, within
-from .tuned import bowl, refusal, states
+from ..helpers.small import Counting, Planted, contents, experiment, octaves, within
+from ..helpers.tuned import bowl, refusal, states
 
 
 def test_a_second_sweep_in_the_folder_is_refused(folder: RunFolder) -> None:

@@ -20,7 +20,7 @@ from mutransfer.sweeps.processes import ProcessExecutor, ending
 from mutransfer.sweeps.tune import tune
 from mutransfer.sweeps.verify import basins
 
-from .small import Failing, children, each, experiment, journal, within
+from ..helpers.small import Failing, children, each, experiment, journal, within
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from mutransfer.sweeps.jobs import Job
 from mutransfer.sweeps.samplers import START, Auto, GaussianProcess, tpe
 from mutransfer.sweeps.tune import tune
 
-from .small import Planted, experiment, octaves
+from ..helpers.small import Planted, experiment, octaves
 
 SPACE = {name: FloatDistribution(0, 1) for name in ("x", "y")}
 

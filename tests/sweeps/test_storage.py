@@ -22,8 +22,8 @@ from mutransfer.sweeps.retry import RetryingStorage, outage
 from mutransfer.sweeps.storage import opened
 from mutransfer.sweeps.tune import tune
 
-from .servers import PASSWORD, Postgres, free_port, postgres, proxy
-from .small import Planted, contents, experiment, within
+from ..helpers.servers import PASSWORD, Postgres, free_port, postgres, proxy
+from ..helpers.small import Planted, contents, experiment, within
 
 WORKERS = 8
 

@@ -13,8 +13,8 @@ from mutransfer.schemas import TRIALS
 from mutransfer.sweeps.jobs import Job, SequentialExecutor
 from mutransfer.sweeps.tune import tune
 
-from .small import Counting, Planted, each, experiment, journal, within
-from .tuned import assert_agrees, bowl, refusal, states
+from ..helpers.small import Counting, Planted, each, experiment, journal, within
+from ..helpers.tuned import assert_agrees, bowl, refusal, states
 
 # From lr 4 on everything overflows or ends above its start; at the recipe's own 2^-6 it learns.
 WILD = {"lr": {"low": 2**-9, "high": 2.0**40, "log": True}}

@@ -20,9 +20,9 @@ from mutransfer.sweeps.tune import tune
 from mutransfer.sweeps.user_trainers import TrialRun
 from mutransfer.sweeps.verify import basins
 
-from .planted_trainers import TRAINER
-from .scripts import MODEL, states
-from .small import SMALL, contents, experiment, journal, within
+from ..helpers.planted_trainers import TRAINER
+from ..helpers.scripts import MODEL, states
+from ..helpers.small import SMALL, contents, experiment, journal, within
 
 LR = {"lr": {"low": 2**-9, "high": 2**-3, "log": True}}
 

@@ -19,7 +19,7 @@ from mutransfer.sweeps.jobs import Job, SequentialExecutor
 from mutransfer.sweeps.processes import ProcessExecutor
 from mutransfer.sweeps.verify import LIMIT, REACH, basins
 
-from .small import Counting, Failing, Planted, children, contents, experiment, octaves
+from ..helpers.small import Counting, Failing, Planted, children, contents, experiment, octaves
 
 RECIPE = Recipe(lr=2**-6, warmup=0.0)
 PER_WIDTH = 2 * REACH + 1

@@ -14,7 +14,7 @@ import mutransfer as mt
 from mutransfer.scale import Scale
 from mutransfer.tracing.observe import observe
 
-from .. import families
+from ..helpers import families
 
 Way = Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor]
 

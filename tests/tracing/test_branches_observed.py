@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from mutransfer.errors import RequestError
 
-from .handmade import parameter, places, roles, seen
+from ..helpers.handmade import parameter, places, roles, seen
 
 
 def test_post_norm_residuals() -> None:

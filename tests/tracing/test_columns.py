@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .handmade import parameter, seen
+from ..helpers.handmade import parameter, seen
 
 N, FIXED = 16, 6
 Parts = Callable[[int], dict[str, Any]]

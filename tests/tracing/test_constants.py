@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import mutransfer as mt
 from mutransfer.tracing.observe import observe
 
-from .. import families
+from ..helpers import families
 
 VOCABULARY = families.VOCABULARY
 

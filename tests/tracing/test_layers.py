@@ -15,7 +15,7 @@ from mutransfer.tracing.observe import _watch, observe
 from mutransfer.tracing.run import LAYERS
 from mutransfer.tracing.specs import match_layers
 
-from .. import families
+from ..helpers import families
 
 
 def names(*kinds: str, stack: str = "blocks") -> dict[str, int]:

@@ -17,7 +17,7 @@ from mutransfer.family import Family
 from mutransfer.scale import Scale
 from mutransfer.tracing.observe import observe
 
-from .handmade import FEATURES, Net, family, parameter, roles, seen
+from ..helpers.handmade import FEATURES, Net, family, parameter, roles, seen
 
 
 @pytest.mark.parametrize("batch_first", [True, False])

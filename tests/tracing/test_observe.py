@@ -18,7 +18,7 @@ from mutransfer.scale import Scale
 from mutransfer.tracing.observe import observe
 from mutransfer.tracing.specs import ParamSpec
 
-from .. import families
+from ..helpers import families
 
 FEATURES = 5
 

@@ -21,8 +21,8 @@ from mutransfer.sweeps.experiment import Experiment
 from mutransfer.sweeps.jobs import plan_of
 from mutransfer.tracing.roles import ROLES, roles_from
 
-from .. import families
-from ..sweeps.small import SMALL, experiment
+from ..helpers import families
+from ..helpers.small import SMALL, experiment
 
 MODEL = """
 import torch

@@ -21,7 +21,7 @@ from mutransfer.sweeps.vectorized.batch_training import VectorizedTraining
 from mutransfer.sweeps.vectorized.executor import Checkpoints, VectorizedExecutor
 from mutransfer.sweeps.vectorized.support import refusal
 
-from ..small import experiment, journal
+from ...helpers.small import experiment, journal
 from .test_executor import done, jobs
 
 

@@ -14,7 +14,7 @@ from mutransfer.optimizers import muon
 from mutransfer.sweeps.vectorized import step
 from mutransfer.sweeps.vectorized.batch_training import Slot, VectorizedTraining
 
-from .apart import apart, distance, plans, together
+from ...helpers.apart import apart, distance, plans, together
 
 MODELS = ["mlp", "transformer", "grouped", "resnet", "normed", "llama"]
 

@@ -20,7 +20,7 @@ from mutransfer.sweeps.tune import tune
 from mutransfer.sweeps.vectorized.executor import VectorizedExecutor
 from mutransfer.sweeps.vectorized.support import refusal
 
-from ..small import each, experiment
+from ...helpers.small import each, experiment
 
 ParsedReport = list[tuple[Any, int, float]]
 

@@ -16,7 +16,7 @@ from mutransfer.sweeps.vectorized import batch_training
 from mutransfer.sweeps.vectorized.compile import Graphed
 from mutransfer.sweeps.vectorized.executor import VectorizedExecutor
 
-from ..small import experiment
+from ...helpers.small import experiment
 from .test_executor import done, jobs, same
 
 

@@ -16,7 +16,7 @@ from mutransfer.planning.build import apply_law
 from mutransfer.planning.laws import LAWS, Change, Ratios, law
 from mutransfer.planning.target import TargetConfig
 
-from . import families
+from .helpers import families
 from .test_transfer import config
 
 RATIOS = st.floats(1 / 64, 64)

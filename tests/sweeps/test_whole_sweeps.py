@@ -21,7 +21,7 @@ from mutransfer.sweeps.processes import ProcessExecutor
 from mutransfer.sweeps.results import CLAIM
 from mutransfer.sweeps.tune import Tuned, tune
 
-from .small import Counting, Failing, Planted, experiment
+from ..helpers.small import Counting, Failing, Planted, experiment
 
 
 def bowl(job: Job) -> float:

@@ -63,7 +63,7 @@ WRAPPED: dict[str, tuple[Callable[[nn.Module, DeviceMesh], nn.Module], bool]] = 
 
 
 def main(rank: int) -> dict[str, Any]:
-    import tests.robustness.trained as trained
+    import tests.helpers.trained as trained
 
     mesh = init_device_mesh("cpu", (2,))
     case = trained.transformer_case()
@@ -95,7 +95,7 @@ def main(rank: int) -> dict[str, Any]:
 
 def resumed(mesh: DeviceMesh, rank: int) -> list[float]:
     """Losses of a sharded run that is saved by names after two steps and goes on in a fresh model and optimizer."""
-    import tests.robustness.trained as trained
+    import tests.helpers.trained as trained
 
     case = trained.transformer_case()
     x, y = case.family.batch
@@ -120,7 +120,7 @@ def resumed(mesh: DeviceMesh, rank: int) -> list[float]:
 
 def mup_failures(mesh: DeviceMesh) -> dict[str, str]:
     """How mup's own models end up: the first line of what is raised, or "trains"."""
-    import tests.robustness.annotated as annotated
+    import tests.helpers.annotated as annotated
 
     found = {}
     for name, wrap in (

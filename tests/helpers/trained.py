@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import mutransfer as mt
 from mutransfer.planning.audit import audit, live
 
-from .. import families
+from . import families
 
 STEPS = 5
 EXACT = 1e-10  # relative, in float64: the order of a few sums may differ, a wrong factor shows as 1e-2 and more

@@ -8,7 +8,7 @@ from torch import nn
 
 from mutransfer.parametrizations.spec import Factors
 
-from .folds import CASES, RECIPES, both, explicit_optimizer, losses, trained_alike
+from .helpers.folds import CASES, RECIPES, both, explicit_optimizer, losses, trained_alike
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])

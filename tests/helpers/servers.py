@@ -22,7 +22,7 @@ from typing import Any
 
 import psycopg
 
-from ..services import program
+from .services import program
 
 __all__ = ["PASSWORD", "Postgres", "Proxy", "Redis", "postgres", "proxy", "redis", "wait_for"]
 

@@ -1,6 +1,6 @@
 """The architectures of mup's MLP and Transformer examples, with mup and with mup left out, as a user's file has them.
 
-`mutransfer check tests/coord_check/mup_models.py:mlp --parametrization own` trains them as they stand: their own initial
+`mutransfer check tests/helpers/mup_models.py:mlp --parametrization own` trains them as they stand: their own initial
 weights, and mup's optimizer where mup has annotated the model.
 """
 

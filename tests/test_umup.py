@@ -15,8 +15,8 @@ import mutransfer as mt
 from mutransfer.errors import RequestError
 from mutransfer.planning.audit import audit, live
 
-from . import families
-from .test_fold import RECIPES, losses
+from .helpers import families
+from .test_rescaling import RECIPES, losses
 
 SCALE = mt.Scale(64, 4)
 
@@ -24,7 +24,7 @@ SCALE = mt.Scale(64, 4)
 def planned(optimizer: str = "adamw", parametrization: str = "umup", **shape: Any) -> tuple[mt.Family, mt.Plan]:
     family = families.transformer(width=16, head_dim=8, **shape)
     alphas = {"alpha_residual": 2, "alpha_output": 0.5}
-    # at test_fold's larger rate rounding has grown to 3e-9 by step 50 here
+    # at test_rescaling's larger rate rounding has grown to 3e-9 by step 50 here
     lr = {"lr": 2**-7} if optimizer.startswith("adafactor") else {}
     recipe = mt.Recipe.read(RECIPES[optimizer] | alphas | lr, "recipe")
     return family, mt.plan(family, SCALE, parametrization, optimizer, recipe)

@@ -8,7 +8,7 @@ import mup
 import torch
 from torch import nn
 
-from .. import families
+from . import families
 
 WIDTH, BASE, LR = 64, 32, 2**-6
 

@@ -14,7 +14,7 @@ from mutransfer.coord_check.diagnosis import FAULTS, Fault, local_slopes, plant,
 from mutransfer.optimizers.rules import OPTIMIZERS
 from mutransfer.tracing.observe import observe
 
-from .. import families
+from ..helpers import families
 
 WIDTHS = (64, 128, 256, 512)
 PLANTED = [

@@ -9,7 +9,7 @@ import pytest
 
 from mutransfer.cli import run
 
-MODELS = Path(__file__).with_name("mup_models.py")
+MODELS = Path(__file__).parents[1] / "helpers" / "mup_models.py"
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd"])

@@ -18,8 +18,8 @@ from mutransfer.proxies.load import load_family
 from mutransfer.proxies.training import Training
 from mutransfer.sweeps.vectorized.batch_training import Slot, VectorizedTraining
 
-from ... import families
-from ...blobs import blobs
+from . import families
+from .blobs import blobs
 
 STEPS, BATCH = 20, 4
 LLAMA = {
