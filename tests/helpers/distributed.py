@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import sys
 import traceback
@@ -136,12 +136,8 @@ def mup_failures(mesh: DeviceMesh) -> dict[str, str]:
 if __name__ == "__main__":
     rank, folder = int(sys.argv[1]), Path(sys.argv[2])
     torch.set_num_threads(1)
-    root = Path(__file__).parents[2]
-    sys.path.insert(0, str(root))
-    spec = importlib.util.spec_from_file_location("conftest", root / "tests" / "conftest.py")
-    assert spec is not None
-    assert spec.loader is not None
-    spec.loader.exec_module(importlib.util.module_from_spec(spec))  # what pytest prepares for the other tests
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+    importlib.import_module("tests.conftest")  # what pytest prepares for the other tests
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     try:
         result = main(rank)

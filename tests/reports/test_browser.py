@@ -17,6 +17,8 @@ from mutransfer.schemas import BASINS, COORDINATES, PARAMETERS, TRIALS
 from ..helpers.services import program
 from .conftest import HOSTILE, coordinate_frame, made_optima, made_search, run_folder, stand_in
 
+pytestmark = pytest.mark.integration
+
 FLAGS = [
     "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update",
     "--disable-sync",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import gzip
 import io
 import json
@@ -15,6 +16,7 @@ import pytest
 
 from mutransfer.errors import RequestError
 from mutransfer.io import write_json
+from mutransfer.reports import page as page_module
 from mutransfer.reports import write_report
 from mutransfer.reports.page import download, downloads
 from mutransfer.schemas import BASINS, COORDINATES, PARAMETERS, TRIALS
@@ -125,7 +127,7 @@ def test_long_downloads_are_compressed():
 def test_what_does_not_fit_into_the_page_is_left_in_the_folder(run, core, monkeypatch):
     made = downloads({"large.csv": "x" * 1000, "small.csv": "x"}, budget=500)
     assert [bool(file.uri) for file in made] == [False, True]
-    monkeypatch.setattr(downloads, "__defaults__", (500,))
+    monkeypatch.setattr(page_module, "downloads", functools.partial(downloads, budget=500))
     page = Page(write_report(run))
     assert "coordinates.csv (too large for this page: in the run folder)" in page.text
     assert "coordinates.csv" not in page.files()
@@ -269,8 +271,6 @@ def test_depths_are_called_depths(run, core):
 
 
 def test_what_the_core_computes_can_be_drawn(run):
-    pytest.importorskip("mutransfer.basins")
-    pytest.importorskip("mutransfer.coord_check")
     page = Page(write_report(run))
     assert len([tag for tag, _ in page.tags if tag == "svg"]) == len(FIGURES)
     assert "optima.csv" in page.files()

@@ -12,6 +12,7 @@ from optuna.samplers import GPSampler
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from mutransfer.run_dir import RunFolder
+from mutransfer.sweeps._optuna_internals import storage_of, study_id
 from mutransfer.sweeps.jobs import Job
 from mutransfer.sweeps.samplers import LOOKED_AT, GaussianProcess, foreseen
 from mutransfer.sweeps.tune import tune
@@ -99,7 +100,7 @@ def test_the_very_same_is_not_asked_twice(state: TrialState, end: float) -> None
     if state is TrialState.RUNNING:
         given.pop("value")
     study.add_trial(create_trial(state=state, **given))
-    asked = study._storage.create_new_trial(study._study_id)
+    asked = storage_of(study).create_new_trial(study_id(study))
     assert optuna.trial.Trial(study, asked).suggest_float("x", 0, 1) < 1 - 1e-6
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from pathlib import Path
 
 import optuna
@@ -10,6 +12,7 @@ from optuna.storages import JournalStorage
 from optuna.trial import TrialState, create_trial
 
 from mutransfer.sweeps import workers
+from mutransfer.sweeps._optuna_internals import storage_of, study_id
 from mutransfer.sweeps.storage import Journal
 from mutransfer.sweeps.workers import OWNER, Heartbeats, worker_name
 
@@ -95,12 +98,12 @@ def test_a_lease_is_the_owner_s(study: optuna.Study, clock: Clock) -> None:
 def test_a_thread_shows_signs_and_looks_while_its_worker_trains(study: optuna.Study) -> None:
     begun(study, "dead")
     with Heartbeats(study, "me", 0.3) as me:
-        me._ended.wait(1.0)
+        time.sleep(1.0)
         assert [trial.number for trial in me.lapsed()] == [0]
-        count, lease = study._storage.get_study_system_attrs(study._study_id)["mutransfer:sign:me"]
+        count, lease = storage_of(study).get_study_system_attrs(study_id(study))["mutransfer:sign:me"]
     assert count >= 3
     assert lease == 0.3
-    assert not me._thread.is_alive()
+    assert "mutransfer-lease" not in [thread.name for thread in threading.enumerate()]
 
 
 def test_no_two_workers_have_one_name() -> None:

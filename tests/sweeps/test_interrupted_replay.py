@@ -22,7 +22,7 @@ from mutransfer.sweeps.workers import TrialQueue
 from ..helpers.servers import redis
 
 
-@pytest.fixture(params=["own", "journal", "redis"])
+@pytest.fixture(params=["own", "journal", pytest.param("redis", marks=pytest.mark.integration)])
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[BaseStorage]:
     if request.param == "own":
         yield own_journal(RunFolder(tmp_path / "run").make()).backend

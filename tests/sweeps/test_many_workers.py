@@ -174,19 +174,23 @@ def test_four_workers_on_a_journal_of_whom_one_is_killed(tmp_path: Path, forked:
     killed_halfway(Shop(tmp_path, forked, journal(tmp_path), total=24, free=2))
 
 
+@pytest.mark.integration
 def test_four_workers_on_postgresql_of_whom_one_is_killed(tmp_path: Path, forked: Workers, database: Postgres) -> None:
     killed_halfway(Shop(tmp_path, forked, database.fresh(), total=24, free=2))
 
 
+@pytest.mark.integration
 def test_postgresql_is_restarted_halfway(tmp_path: Path, forked: Workers, database: Postgres) -> None:
     restarted_halfway(Shop(tmp_path, forked, database.fresh(), total=16, free=2), database, away=3)
 
 
+@pytest.mark.integration
 def test_a_proxy_is_restarted_halfway(tmp_path: Path, forked: Workers, database: Postgres) -> None:
     with proxy(database.fresh()) as server:
         restarted_halfway(Shop(tmp_path, forked, server.url, total=16, free=2), server, away=3)
 
 
+@pytest.mark.integration
 def test_redis_is_restarted_halfway(tmp_path: Path, forked: Workers) -> None:
     (tmp_path / "redis").mkdir()
     with redis(tmp_path / "redis") as server:

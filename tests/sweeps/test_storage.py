@@ -11,13 +11,15 @@ from typing import Any
 import optuna
 import psycopg
 import pytest
+import sqlalchemy
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
-from optuna.storages import InMemoryStorage
+from optuna.storages import InMemoryStorage, RDBStorage
 from optuna.trial import TrialState
 
 from mutransfer.errors import RequestError
 from mutransfer.run_dir import RunFolder
 from mutransfer.sweeps import storage
+from mutransfer.sweeps._optuna_internals import trial_id
 from mutransfer.sweeps.retry import RetryingStorage, outage
 from mutransfer.sweeps.storage import opened
 from mutransfer.sweeps.tune import tune
@@ -70,12 +72,14 @@ def test_what_cannot_be_opened_is_said(
     assert contents(tmp_path) == {}
 
 
+@pytest.mark.integration
 def test_a_wrong_password_is_not_waited_for(database: Postgres) -> None:
     with within(20):
         sentence = refusal(database.url().replace(PASSWORD, "s3cret"))
     assert "password authentication failed" in sentence
 
 
+@pytest.mark.integration
 def test_workers_that_open_a_new_database_at_once_make_its_tables_once(database: Postgres) -> None:
     address = database.fresh()
     together = threading.Barrier(WORKERS)
@@ -100,9 +104,10 @@ def test_a_sqlite_file_serves_one_worker(tmp_path: Path) -> None:
 
 def test_a_study_that_others_made_is_left_alone(tmp_path: Path) -> None:
     address = f"sqlite:///{tmp_path / 'study.db'}"
-    study = optuna.create_study(storage=address, study_name="theirs")
+    theirs = RDBStorage(address)
+    study = optuna.create_study(storage=theirs, study_name="theirs")
     study.optimize(lambda trial: trial.suggest_float("dropout", 0, 1), n_trials=2)
-    study._storage._backend.engine.dispose()  # type: ignore[attr-defined]
+    theirs.engine.dispose()
     with pytest.raises(RequestError, match=r"was not made by mutransfer \(its 2 trials search dropout\): name another"):
         tune(
             experiment(), RunFolder(tmp_path / "run"), storage=address, name="theirs", executor=Planted(lambda job: 1.0)
@@ -169,9 +174,9 @@ def test_what_is_asked_twice_is_done_once(name: str, after: bool, capsys: pytest
 def test_a_trial_that_others_have_failed_is_not_taken_for_told(capsys: pytest.CaptureFixture[str]) -> None:
     storage, study = patient("set_trial_state_values", 1, after=False)
     trial = study.ask()
-    InMemoryStorage.set_trial_state_values(storage.storage, trial._trial_id, TrialState.FAIL)  # type: ignore[arg-type]
+    InMemoryStorage.set_trial_state_values(storage.storage, trial_id(trial), TrialState.FAIL)  # type: ignore[arg-type]
     with pytest.raises(UpdateFinishedTrialError):
-        storage.set_trial_state_values(trial._trial_id, TrialState.COMPLETE, [1.0])
+        storage.set_trial_state_values(trial_id(trial), TrialState.COMPLETE, [1.0])
 
 
 def test_waiting_has_an_end_that_says_what_to_do() -> None:
@@ -196,6 +201,7 @@ def test_a_mistake_is_not_waited_for() -> None:
         storage.get_trial(99)
 
 
+@pytest.mark.integration
 def test_a_proxy_that_is_restarted_within_a_trial_is_told_its_parameters(database: Postgres) -> None:
     """It answers that there is no such trial, until somebody has read the study."""
     with proxy(database.fresh()) as server, opened(server.url) as storage:
@@ -207,23 +213,25 @@ def test_a_proxy_that_is_restarted_within_a_trial_is_told_its_parameters(databas
         assert [each.params for each in study.get_trials()] == [{"lr": lr}]
 
 
+@pytest.mark.integration
 def test_which_errors_of_a_database_are_an_outage(database: Postgres) -> None:
     """Those of a real one: a table that is not there is no outage, a connection that is cut off is."""
-    with opened(database.fresh()) as storage:
-        backend = storage.backend.storage._backend  # type: ignore[attr-defined]
+    engine = sqlalchemy.create_engine(database.fresh().replace("postgresql://", "postgresql+psycopg://"))
 
-        def asked(statement: str) -> Exception:
-            with pytest.raises(Exception) as caught, backend.engine.begin() as connection:  # noqa: PT011
-                connection.exec_driver_sql(statement)
-            return caught.value
+    def asked(statement: str) -> Exception:
+        with pytest.raises(Exception) as caught, engine.begin() as connection:  # noqa: PT011
+            connection.exec_driver_sql(statement)
+        return caught.value
 
-        assert outage(asked("select * from no_such_table")) is None
-        assert outage(asked("select pg_terminate_backend(pg_backend_pid())")) is not None
-        wrapped = StorageInternalError("an exception is raised during the commit")
-        wrapped.__cause__ = asked("select pg_terminate_backend(pg_backend_pid())")
-        assert "terminating connection" in (outage(wrapped) or "")
+    assert outage(asked("select * from no_such_table")) is None
+    assert outage(asked("select pg_terminate_backend(pg_backend_pid())")) is not None
+    wrapped = StorageInternalError("an exception is raised during the commit")
+    wrapped.__cause__ = asked("select pg_terminate_backend(pg_backend_pid())")
+    assert "terminating connection" in (outage(wrapped) or "")
+    engine.dispose()
 
 
+@pytest.mark.integration
 def test_an_error_that_waiting_does_not_mend_is_a_sentence(database: Postgres, tmp_path: Path) -> None:
     address, total = database.fresh(), 4
 

@@ -11,11 +11,12 @@ import optuna
 import pytest
 from optuna.distributions import FloatDistribution
 from optuna.storages import JournalStorage
-from optuna.trial import TrialState
+from optuna.trial import TrialState, create_trial
 
+from mutransfer.sweeps._optuna_internals import storage_of, trial_id
 from mutransfer.sweeps.retry import RetryingStorage
 from mutransfer.sweeps.storage import Journal
-from mutransfer.sweeps.workers import TrialQueue, valid_trials
+from mutransfer.sweeps.workers import OWNER, TrialQueue, valid_trials
 
 SPACE = {"lr": FloatDistribution(0.01, 1.0, log=True)}
 FIRST = {"lr": 0.5}
@@ -25,17 +26,23 @@ class Killed(BaseException):
     """As SIGKILL: nobody cleans up."""
 
 
-class Steps(RetryingStorage):
-    """A worker's storage that calls ``before`` ahead of each write to a trial."""
+class Steps(JournalStorage):
+    """A storage that calls ``before`` ahead of each write to a trial."""
 
     def __init__(self, path: Path, before: Callable[[], None]) -> None:
-        super().__init__(lambda: JournalStorage(Journal(path)), str(path))
-        self._before = before
+        super().__init__(Journal(path))
+        self.before = before
 
-    def _ask(self, name: str, *arguments: Any, **named: Any) -> Any:
-        if name.startswith(("set_trial", "create_new_trial")):
-            self._before()
-        return super()._ask(name, *arguments, **named)
+    def __getattribute__(self, name: str) -> Any:
+        found = super().__getattribute__(name)
+        if not name.startswith(("set_trial", "create_new_trial")):
+            return found
+
+        def step(*arguments: Any, **named: Any) -> Any:
+            self.before()
+            return found(*arguments, **named)
+
+        return step
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +57,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def worker(path: Path, name: str, total: int = 6, before: Callable[[], None] = lambda: None) -> TrialQueue:
-    storage = Steps(path, before)
+    storage = RetryingStorage(lambda: Steps(path, before), str(path))
     sampler = optuna.samplers.RandomSampler(seed=sum(name.encode()))
     study = optuna.load_study(storage=storage, study_name="s", sampler=sampler)
     return TrialQueue(study, SPACE, total, FIRST, name)
@@ -161,7 +168,7 @@ def test_a_ticket_whose_trial_ended_well_is_void(path: Path) -> None:
 def test_a_trial_that_a_worker_does_not_know_of_is_given_back(path: Path) -> None:
     """The answer to its making was lost with the connection, and it was made again."""
     one = worker(path, "one", total=3)
-    one._made()
+    one.study.add_trial(create_trial(state=TrialState.RUNNING, system_attrs={OWNER: "one"}))
     while (trial := one.next()) is not None:
         one.study.tell(one.begun.pop(trial.number), 1.0)
     assert_exact(one, 3)
@@ -171,8 +178,8 @@ def test_tickets_keep_the_sampler_s_notes_and_not_the_owner(path: Path) -> None:
     one = worker(path, "one", total=2)
     trial = one.next()
     assert trial is not None
-    one.study._storage.set_trial_system_attr(trial._trial_id, "mutransfer:point", 7)
-    one.study._storage.set_trial_system_attr(trial._trial_id, "completed_rung_0", 1.0)
+    for key, value in {"mutransfer:point": 7, "completed_rung_0": 1.0}.items():
+        storage_of(one.study).set_trial_system_attr(trial_id(trial), key, value)
     one.requeue_own()
     ticket = one.trials()[1]
     assert ticket.system_attrs == {"mutransfer:point": 7, "mutransfer:repeats": 0, "fixed_params": FIRST}
