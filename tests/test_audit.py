@@ -16,13 +16,14 @@ from mutransfer.recipe import Recipe
 from mutransfer.scale import Scale
 
 from .helpers import families
+from .helpers.planned import plan_of
 
 RECIPE = Recipe(lr=2**-7, weight_decay=0.1, momentum=0.8)
 
 
 def made(optimizer: str = "adamw", width: int = 64) -> tuple[mt.Plan, torch.nn.Module]:
     family = families.transformer()
-    plan = mt.plan(family, Scale(width, 2), "mup", optimizer, RECIPE)
+    plan = plan_of(family, Scale(width, 2), "mup", optimizer, RECIPE)
     return plan, family.build(plan.scale)
 
 
@@ -54,7 +55,7 @@ def test_nothing_to_say_about_the_planned_optimizer(optimizer: str, tmp_path: Pa
 
 def test_the_same_answer_in_every_form(tmp_path: Path) -> None:
     plan, model = made()
-    other = mt.plan(families.transformer(), plan.scale, "sp", recipe=RECIPE)
+    other = plan_of(families.transformer(), plan.scale, "sp", recipe=RECIPE)
     found = [differences(audit(plan, dump)) for dump in dumps(other, model, tmp_path)]
     assert ("blocks.0.ffn.up.weight", "lr") in found[0]
     assert all(one == found[0] for one in found)

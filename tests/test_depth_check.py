@@ -72,6 +72,7 @@ def test_the_figure_has_the_depth_on_its_axis() -> None:
     assert "against depth" in figure.caption
 
 
+@pytest.mark.extended
 def test_the_command_compares_depths_at_one_width(capsys: pytest.CaptureFixture[str]) -> None:
     code, found = asked(
         capsys, "transformer", "--widths", "16", "--depths", "2,4,8", "--parametrization", "completep", "--control", "mup",

@@ -177,6 +177,7 @@ AFTERWARDS: dict[str, Callable[[PageRun], None]] = {
 }
 
 
+@pytest.mark.extended
 def test_the_github_action_runs_the_check_and_keeps_its_report(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -22,6 +22,7 @@ from mutransfer.proxies.training import multiplier
 from mutransfer.recipe import Recipe
 
 from .helpers import families
+from .helpers.planned import plan_of
 
 ADAMW = OPTIMIZERS["adamw"]
 DOC = Path(__file__).parents[1] / "docs/how-to/export.md"
@@ -38,7 +39,7 @@ def target(kind: str = "transformer", optimizer: str = "adamw", **recipe: Any) -
     family = FAMILIES[kind]()
     base = family.base
     settings = Recipe(lr=2**-7, weight_decay=0.0 if OPTIMIZERS[optimizer].l2 else 0.1, **recipe)
-    planned = mt.plan(family, base.with_(width=4 * base.width), "mup", optimizer, settings)
+    planned = plan_of(family, base.with_(width=4 * base.width), "mup", optimizer, settings)
     return target_config(
         planned, model=kind, options={}, data="markov", sequence_length=12, proxy=base, proxy_batch_size=4, proxy_steps=30,
         batch_size=4, steps=30, tuned=["lr"], seed=5, provenance={},
@@ -110,7 +111,7 @@ def test_the_documented_reader_keeps_parts_bounds_and_what_the_constructor_made(
     documented: dict[str, Any], tmp_path: Path
 ) -> None:
     family = mt.Family(lambda s: Special(s.width), families.token_batch(), families.loss, mt.Scale(32, 1), "special")
-    planned = mt.plan(family, mt.Scale(128, 1), recipe=Recipe(lr=2**-7, init_scale=0.5))
+    planned = plan_of(family, mt.Scale(128, 1), recipe=Recipe(lr=2**-7, init_scale=0.5))
     config = replace(target(), plan=planned)
     rows = {row.name: row.init for row in planned.rows}
     assert {init.kind for init in rows.values()} == {"normal", "uniform", "trunc_normal", "recorded"}
@@ -230,10 +231,11 @@ def test_the_same_text_every_time() -> None:
 
 def test_other_formats_are_refused_with_a_next_move() -> None:
     assert len(FORMATS) == 11
+    made = target()
     for name in FORMATS[1:]:
         with pytest.raises(RequestError, match=f"'{name}' is not supported in this version: use --to pytorch"):
-            export(target(), name)
+            export(made, name)
     with pytest.raises(RequestError, match="did you mean 'megatron'"):
-        export(target(), "megatrn")
+        export(made, "megatrn")
     with pytest.raises(RequestError, match=r"unknown format 'jax': use --to pytorch\."):
-        export(target(), "jax")
+        export(made, "jax")

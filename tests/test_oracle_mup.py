@@ -18,6 +18,7 @@ import mutransfer as mt
 from mutransfer.scale import Scale
 
 from .helpers import families
+from .helpers.planned import plan_of
 
 STEPS = 20
 RECIPES = {
@@ -92,7 +93,7 @@ def test_losses_equal_mups(kind: str, optimizer: str, ratio: int) -> None:
         "tied": lambda: families.transformer(tied=True),
     }[kind]()
     recipe = RECIPES[optimizer]
-    plan = mt.plan(family, Scale(ratio * family.base.width, family.base.depth), "mup", optimizer, recipe)
+    plan = plan_of(family, Scale(ratio * family.base.width, family.base.depth), "mup", optimizer, recipe)
     model = family.build(plan.scale).double()
     plan.initialize(model, seed=3)
     twin = mup_twin(family, plan, model, tied=kind == "tied")
@@ -106,7 +107,7 @@ def test_the_oracle_would_notice_a_wrong_rule() -> None:
     """SP's plan, same weights: far from mup's losses."""
     family, recipe = families.mlp(), RECIPES["adamw"]
     scale = Scale(4 * family.base.width, family.base.depth)
-    plan, wrong = mt.plan(family, scale, "mup", recipe=recipe), mt.plan(family, scale, "sp", recipe=recipe)
+    plan, wrong = plan_of(family, scale, "mup", recipe=recipe), plan_of(family, scale, "sp", recipe=recipe)
     model = family.build(scale).double()
     plan.initialize(model)
     other = copy.deepcopy(model)

@@ -13,12 +13,12 @@ import mutransfer as mt
 from mutransfer.errors import RequestError
 
 from .helpers import families
-from .helpers.planned import FAMILIES, OPTIMIZERS, model_of, rows, wider
+from .helpers.planned import FAMILIES, OPTIMIZERS, model_of, plan_of, rows, wider
 
 
 def test_the_same_seed_gives_the_same_weights() -> None:
     family = families.transformer()
-    plan = mt.plan(family, wider(family, 2))
+    plan = plan_of(family, wider(family, 2))
     model = model_of(family, plan, seed=5)
     first = {name: parameter.clone() for name, parameter in model.named_parameters()}
     torch.rand(17)
@@ -38,7 +38,7 @@ def test_empirical_std(name: str) -> None:
     family = FAMILIES[name]()
     family = family.with_base(family.base.with_(width=128))
     for ratio in (1, 4):
-        plan = mt.plan(family, wider(family, ratio))
+        plan = plan_of(family, wider(family, ratio))
         model, own = dict(model_of(family, plan).named_parameters()), dict(family.build(plan.scale).named_parameters())
         big = [row for row in plan.rows if own[row.name].numel() >= 10_000]
         assert big
@@ -53,7 +53,7 @@ def test_empirical_std(name: str) -> None:
 
 def test_init_scale_multiplies_the_matrices_only() -> None:
     family = families.mlp()
-    plain, scaled = (rows(mt.plan(family, family.base, recipe=mt.Recipe(init_scale=s))) for s in (1.0, 3.0))
+    plain, scaled = (rows(plan_of(family, family.base, recipe=mt.Recipe(init_scale=s))) for s in (1.0, 3.0))
     for name, row in scaled.items():
         assert row.init.std == pytest.approx(plain[name].init.std * (3 if name.endswith("weight") else 1))
         assert row.lr == plain[name].lr
@@ -63,7 +63,7 @@ def test_init_scale_multiplies_the_matrices_only() -> None:
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_parameter_groups(optimizer: str, options: dict[str, Any]) -> None:
     family = families.transformer(tied=True)
-    plan = mt.plan(family, wider(family, 4), "mup", optimizer, OPTIMIZERS[optimizer].with_(decay="matrices"))
+    plan = plan_of(family, wider(family, 4), "mup", optimizer, OPTIMIZERS[optimizer].with_(decay="matrices"))
     model = model_of(family, plan)
     groups = plan.param_groups(model)
     distinct = [(group["lr"], group["weight_decay"], group.get("eps")) for group in groups]
@@ -91,7 +91,7 @@ def test_parameter_groups(optimizer: str, options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("action", ["initialize", "param_groups", "make_optimizer"])
 def test_a_model_of_another_width_is_refused(action: str) -> None:
     family = families.mlp()
-    plan = mt.plan(family, wider(family, 4))
+    plan = plan_of(family, wider(family, 4))
     model = family.build(wider(family, 2))
     before = [parameter.clone() for parameter in model.parameters()]
     message = r"input\.weight has shape \[64, 64\] in the model and \[128, 64\] in the plan for width 128"
@@ -106,7 +106,7 @@ def test_a_model_of_another_width_is_refused(action: str) -> None:
 
 def test_wrapped_models_are_recognized() -> None:
     family = families.mlp()
-    plan = mt.plan(family, wider(family, 2))
+    plan = plan_of(family, wider(family, 2))
     model = model_of(family, plan)
     wrapped = nn.Module()
     wrapped.module = model

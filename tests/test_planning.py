@@ -15,7 +15,7 @@ from mutransfer.recipe import Recipe
 from mutransfer.scale import Scale
 
 from .helpers import families
-from .helpers.planned import FAMILIES, OPTIMIZERS, rows, wider
+from .helpers.planned import FAMILIES, OPTIMIZERS, plan_of, rows, wider
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -23,7 +23,7 @@ from .helpers.planned import FAMILIES, OPTIMIZERS, rows, wider
 @pytest.mark.parametrize("name", FAMILIES)
 def test_at_base_width_every_factor_is_one(name: str, parametrization: str, optimizer: str) -> None:
     family, recipe = FAMILIES[name](), OPTIMIZERS[optimizer]
-    plan = mt.plan(family, family.base, parametrization, optimizer, recipe)
+    plan = plan_of(family, family.base, parametrization, optimizer, recipe)
     for row in plan.rows:
         factors = row.m_in, row.m_out, row.lr_factor, row.wd_factor, row.init_factor, row.eps_factor, row.gauge
         assert all(factor in (1, None) for factor in factors), row
@@ -47,7 +47,7 @@ AT_4X = {
 @pytest.mark.parametrize("name", ["mlp", "resnet", "transformer", "gqa"])
 def test_factors_at_four_times_the_width(name: str, optimizer: str) -> None:
     family, recipe = FAMILIES[name](), OPTIMIZERS[optimizer]
-    plan = mt.plan(family, wider(family, 4), "mup", optimizer, recipe)
+    plan = plan_of(family, wider(family, 4), "mup", optimizer, recipe)
     assert {row.role for row in plan.rows} >= {"input", "vector", "hidden", "output"}
     for row in plan.rows:
         init, lr, decay, eps, sgd_lr, sgd_decay = AT_4X[row.role]
@@ -64,7 +64,7 @@ def test_factors_at_four_times_the_width(name: str, optimizer: str) -> None:
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_sp_changes_only_the_initialization(optimizer: str) -> None:
     family = families.transformer()
-    plan = mt.plan(family, wider(family, 4), "sp", optimizer, OPTIMIZERS[optimizer])
+    plan = plan_of(family, wider(family, 4), "sp", optimizer, OPTIMIZERS[optimizer])
     for row in plan.rows:
         assert (row.lr_factor, row.wd_factor) == (1, 1)
         assert row.eps_factor in (1, None)
@@ -75,30 +75,30 @@ def test_sp_changes_only_the_initialization(optimizer: str) -> None:
 def test_attention_factors_when_the_head_dim_grows() -> None:
     """α√d₀/d in place of 1/√d: c = m_h^-1/2 = 1/2 on W_q, or on the gain of the queries' norm."""
     family = families.transformer(head_dim=None, heads=2)
-    plan = mt.plan(family, wider(family, 4), "mup", "adamw", OPTIMIZERS["adamw"])
+    plan = plan_of(family, wider(family, 4), "mup", "adamw", OPTIMIZERS["adamw"])
     row = rows(plan)["blocks.0.attention.q.weight"]
     assert (row.init_factor, row.lr_factor, row.wd_factor, row.eps_factor, row.gauge) == (1 / 4, 1 / 8, 8, 1 / 2, 1 / 2)
     assert rows(plan)["blocks.0.attention.k.weight"].lr_factor == 1 / 4
     assert any("head dim grows 4x" in note for note in plan.notes)
-    sgd = rows(mt.plan(family, plan.scale, "mup", "sgd"))["blocks.0.attention.q.weight"]
+    sgd = rows(plan_of(family, plan.scale, "mup", "sgd"))["blocks.0.attention.q.weight"]
     assert (sgd.init_factor, sgd.lr_factor, sgd.wd_factor, sgd.gauge) == (1 / 4, 1 / 4, 4, 1 / 2)
     family = families.transformer(head_dim=None, heads=2, qk_norm=True)
-    normed = rows(mt.plan(family, wider(family, 4)))
+    normed = rows(plan_of(family, wider(family, 4)))
     gain = normed["blocks.0.attention.q_norm.weight"]
     assert (gain.init.a, gain.lr_factor, gain.wd_factor, gain.eps_factor) == (1 / 2, 1 / 2, 2, 1 / 2)
     assert normed["blocks.0.attention.q.weight"].lr_factor == 1 / 4
     assert normed["blocks.0.attention.k_norm.weight"].init.a == 1
-    assert rows(mt.plan(family, wider(family, 4), "sp"))["blocks.0.attention.q_norm.weight"].init.a == 1
+    assert rows(plan_of(family, wider(family, 4), "sp"))["blocks.0.attention.q_norm.weight"].init.a == 1
 
 
 def test_a_tied_readouts_factor_is_in_the_final_norm() -> None:
     family = families.transformer(tied=True)
-    plan = mt.plan(family, wider(family, 4), "mup", "adamw", OPTIMIZERS["adamw"])
+    plan = plan_of(family, wider(family, 4), "mup", "adamw", OPTIMIZERS["adamw"])
     gain, embedding = rows(plan)["norm.weight"], rows(plan)["embedding.weight"]
     assert (gain.init.a, gain.lr_factor, gain.wd_factor, gain.eps_factor, gain.gauge) == (1 / 4, 1 / 4, 4, 1, 1 / 4)
     assert (embedding.role, embedding.init_factor, embedding.lr_factor, embedding.gauge) == ("input", 1, 1, 1)
     assert any("folded into norm.weight" in note for note in plan.notes)
-    sgd = rows(mt.plan(family, plan.scale, "mup", "sgd"))["norm.weight"]
+    sgd = rows(plan_of(family, plan.scale, "mup", "sgd"))["norm.weight"]
     assert (sgd.lr_factor, sgd.wd_factor) == (4 / 16, 16 / 4)
 
 
@@ -117,7 +117,7 @@ class Shared(nn.Module):
 
 def test_a_constant_that_carries_a_multiplier_is_named() -> None:
     """The table shows a standard deviation, which is 0 whatever the constant."""
-    notes = mt.plan(families.transformer(tied=True), Scale(128, 2)).notes
+    notes = plan_of(families.transformer(tied=True), Scale(128, 2)).notes
     assert "norm.weight: initially the constant 0.25 instead of 1, which init_std and init_factor do not show." in notes
 
 
@@ -141,7 +141,7 @@ def test_every_axis_has_its_own_ratio() -> None:
         )  # fmt: skip
 
     family = mt.Family(build, families.image_batch(), families.loss, Scale(32))
-    adam, sgd = (rows(mt.plan(family, Scale(128), optimizer=name)) for name in ("adamw", "sgd"))
+    adam, sgd = (rows(plan_of(family, Scale(128), optimizer=name)) for name in ("adamw", "sgd"))
     up, down = adam["3.weight"], adam["5.weight"]
     assert (up.m_in, up.m_out, up.init_factor, up.lr_factor, up.wd_factor, up.eps_factor) == (
         4,
@@ -164,7 +164,7 @@ def test_every_axis_has_its_own_ratio() -> None:
 def test_decay_policies(optimizer: str, policy: str, power: float) -> None:
     family = families.mlp()
     recipe = mt.Recipe.read({"lr": 0.01, "weight_decay": 0.1, "decay": "all", "decay_policy": policy}, "recipe")
-    for row in mt.plan(family, wider(family, 4), "mup", optimizer, recipe).rows:
+    for row in plan_of(family, wider(family, 4), "mup", optimizer, recipe).rows:
         assert row.lr * row.weight_decay == pytest.approx(0.01 * 0.1 * row.lr_factor**power, rel=1e-12), row
 
 
@@ -172,7 +172,7 @@ def test_which_parameters_decay() -> None:
     family = families.resnet()
     for decay in ("matrices", "all"):
         recipe = mt.Recipe.read({"weight_decay": 0.1, "decay": decay}, "recipe")
-        for row in mt.plan(family, wider(family, 2), recipe=recipe).rows:
+        for row in plan_of(family, wider(family, 2), recipe=recipe).rows:
             assert (row.weight_decay > 0) == (decay == "all" or len(row.shape) > 1), row
 
 
@@ -181,9 +181,9 @@ def test_the_alphas_of_the_recipe(optimizer: str, power: int) -> None:
     """α multiplies a forward value: std α, lr α (Adam) or α² (SGD), wd the reverse, eps 1/α; factors stay the table's."""
     family = families.transformer()
     tuned = {"lr": 0.01, "weight_decay": 0.1, "eps": 1e-6}
-    plain = rows(mt.plan(family, wider(family, 4), "mup", optimizer, mt.Recipe(**tuned)))
+    plain = rows(plan_of(family, wider(family, 4), "mup", optimizer, mt.Recipe(**tuned)))
     alphas = {"alpha_input": 2.0, "alpha_attention": 3.0, "alpha_output": 5.0}
-    found = rows(mt.plan(family, wider(family, 4), "mup", optimizer, mt.Recipe(**tuned, **alphas)))
+    found = rows(plan_of(family, wider(family, 4), "mup", optimizer, mt.Recipe(**tuned, **alphas)))
     expected = {"embedding.weight": 2, "readout.weight": 5} | {f"blocks.{i}.attention.q.weight": 3 for i in (0, 1)}
     for name, row in found.items():
         alpha = expected.get(name, 1)
@@ -206,7 +206,7 @@ def test_the_input_alpha_is_for_what_meets_the_data() -> None:
         return nn.Sequential(nn.Flatten(), *layers, nn.Linear(scale.width, 10))
 
     family = mt.Family(build, families.image_batch(), families.loss, Scale(32))
-    plain, found = (rows(mt.plan(family, family.base, recipe=mt.Recipe(alpha_input=a))) for a in (1.0, 3.0))
+    plain, found = (rows(plan_of(family, family.base, recipe=mt.Recipe(alpha_input=a))) for a in (1.0, 3.0))
     assert {name for name in found if found[name] != plain[name]} == {"1.weight"}
     assert found["3.weight"].role == "input"
 
@@ -214,18 +214,18 @@ def test_the_input_alpha_is_for_what_meets_the_data() -> None:
 def test_alphas_of_a_tied_model_meet_in_the_final_norm() -> None:
     recipe = mt.Recipe(alpha_input=2.0, alpha_output=5.0)
     family = families.transformer(tied=True)
-    found = rows(mt.plan(family, family.base, recipe=recipe))
+    found = rows(plan_of(family, family.base, recipe=recipe))
     assert found["norm.weight"].init.a == 5 / 2
-    assert found["embedding.weight"].init.std == 2 * rows(mt.plan(family, family.base))["embedding.weight"].init.std
+    assert found["embedding.weight"].init.std == 2 * rows(plan_of(family, family.base))["embedding.weight"].init.std
 
 
 def test_notes_say_what_a_reader_should_know() -> None:
     family = families.mlp(width=64, depth=3)
-    smaller = mt.plan(family, Scale(16, 3))
+    smaller = plan_of(family, Scale(16, 3))
     assert any("16 is smaller than the base's 64" in note for note in smaller.notes)
     assert rows(smaller)["hidden.0.weight"].lr_factor == 4
-    assert any("from 3 to 5 layers" in note for note in mt.plan(family, Scale(64, 5)).notes)
-    assert mt.plan(family, Scale(128, 3)).notes == ()
+    assert any("from 3 to 5 layers" in note for note in plan_of(family, Scale(64, 5)).notes)
+    assert plan_of(family, Scale(128, 3)).notes == ()
 
 
 @pytest.mark.parametrize(

@@ -170,6 +170,7 @@ def test_the_check_names_a_forward_constant_left_in(monkeypatch: pytest.MonkeyPa
     assert {"embedding"}.isdisjoint(failing(found)["module"])  # what stands before the constant is as it should be
 
 
+@pytest.mark.extended
 def test_the_check_over_depths_names_a_missing_residual_multiplier(monkeypatch: pytest.MonkeyPatch) -> None:
     family = families.transformer(width=32, depth=2, head_dim=8)
 

@@ -46,6 +46,7 @@ def trained(out: torch.Tensor) -> None:
     (out * torch.ones_like(out)).sum().backward()
 
 
+@pytest.mark.extended
 def test_twelve_kinds_of_layer_within_a_percent() -> None:
     command = [sys.executable, SCRIPT, "--json", "--quick"]
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)

@@ -19,12 +19,13 @@ from mutransfer.run_dir import RunFolder
 from mutransfer.scale import Scale
 
 from .helpers import families
+from .helpers.planned import plan_of
 
 QUIET = Scale(64, 2)
 
 
 def plan(scale: Scale = QUIET, **recipe: Any) -> mt.Plan:
-    return mt.plan(families.transformer(), scale, recipe=Recipe(**{"lr": 2**-7, "clip": 1.0, **recipe}))
+    return plan_of(families.transformer(), scale, recipe=Recipe(**{"lr": 2**-7, "clip": 1.0, **recipe}))
 
 
 def config(planned: mt.Plan | None = None, **changes: Any) -> TargetConfig:
@@ -137,7 +138,7 @@ def test_a_scale_without_a_rule_is_a_warning_said_once(scale: Scale, said: str) 
 
 
 def test_a_note_is_no_warning() -> None:
-    planned = mt.plan(families.transformer(), QUIET, optimizer="muon", recipe=Recipe(lr=2**-7))
+    planned = plan_of(families.transformer(), QUIET, optimizer="muon", recipe=Recipe(lr=2**-7))
     assert planned.notes
     target = config(planned)
     assert target.warnings == ()

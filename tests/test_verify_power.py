@@ -31,6 +31,7 @@ def power() -> Any:
         sys.path.remove(str(BENCHMARKS))
 
 
+@pytest.mark.extended
 def test_intervals_hold_the_truth_and_verdicts_are_right(power: Any) -> None:
     total: Counter[str] = Counter()
     for kind in power.KINDS:

@@ -88,6 +88,7 @@ def test_attention_keeps_its_head_dim() -> None:
     assert seen("llama")[1].queries == {f"model.layers.{i}.self_attn.q_proj.weight" for i in (0, 1)}
 
 
+@pytest.mark.extended
 def test_a_last_state_that_nobody_reads_is_no_branch() -> None:
     """RWKV's recurrence makes a state for a next token that does not come; CompleteP would refuse a branch without an end."""
     of, observation = seen("rwkv")

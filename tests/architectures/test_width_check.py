@@ -16,9 +16,10 @@ from mutransfer.scale import Scale
 from mutransfer.tracing.observe import observe
 
 from ..helpers.configs import CONFIGS, family
+from ..helpers.sets import extended_but
 
 GOLDEN = ("gpt2", "llama", "mixtral", "bert", "vit", "t5", "mamba", "resnet")
-QUICK = ("gpt2", "llama", "bert", "resnet")
+QUICK, EXTENDED = ("gpt2",), ("llama", "bert", "resnet")  # the others are slow
 
 # SP leaves these healthy in its first step: they depend on embeddings and first layers alone, where µP under Adam changes
 # nothing either. Later the wide models' loss rises, and gradients change sign.
@@ -93,7 +94,12 @@ def passing(found: Verdict) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "kind", [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in GOLDEN]
+    "kind",
+    [
+        *QUICK,
+        *(pytest.param(kind, marks=pytest.mark.extended) for kind in EXTENDED),
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in GOLDEN if kind not in QUICK + EXTENDED),
+    ],
 )
 def test_mup_passes_and_sp_fails(kind: str) -> None:
     of = family(kind, batch_size(kind))
@@ -127,7 +133,7 @@ def test_the_field(kind: str) -> None:
     assert healthy.status == "pass" or kind in NOT_SHOWN, healthy.cause
 
 
-@pytest.mark.parametrize("kind", REFUSED)
+@pytest.mark.parametrize("kind", extended_but(REFUSED, "wav2vec2"))
 def test_refused_in_a_sentence(kind: str) -> None:
     with pytest.raises(RequestError, match=REFUSED[kind]):
         observe(family(kind))

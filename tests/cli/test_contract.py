@@ -20,6 +20,7 @@ from mutransfer.schemas import BASINS, COORDINATES, TRIALS
 from mutransfer.sweeps.experiment import Experiment
 
 from ..helpers.processes import Processes, validated
+from ..helpers.sets import extended_but
 
 PARAMETER = {
     "name", "shape", "role", "m_in", "m_out", "init_std", "lr", "weight_decay", "eps", "lr_factor", "wd_factor", "eps_factor",
@@ -99,6 +100,7 @@ def test_the_plan_of_a_config_says_what_grows(tmp_path: Path, capsys: pytest.Cap
     )
 
 
+@pytest.mark.extended
 def test_check_of_a_transformers_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     arguments = ("--widths", "32,64,128", "--seeds", "2", "--steps", "1", "--control", "sp")
@@ -113,7 +115,7 @@ def test_plan_builds_nothing_for_real(commands: Processes, tmp_path: Path) -> No
     assert [2**20, 2**20] in [row["shape"] for row in told["parameters"]]
 
 
-@pytest.mark.parametrize("parametrization", ["mup", "sp"])
+@pytest.mark.parametrize("parametrization", extended_but(["mup", "sp"], "mup"))
 def test_check(parametrization: str, commands: Processes, tmp_path: Path) -> None:
     asked = ("check", "mlp", "--widths", "32,128,512", "--seeds", "3", "--steps", "2", "--out", "seen", "--json")
     ended = commands.run(*asked, "--parametrization", parametrization, "--control", "sp", cwd=tmp_path)
@@ -230,6 +232,7 @@ def test_verify(commands: Processes, shop: Path) -> None:
     assert "control: sp is tuned at width 16 as well, with 3 trials and 2 seeds" in ended.err
 
 
+@pytest.mark.extended
 def test_a_control_may_keep_our_other_values_and_says_so(commands: Processes, shop: Path) -> None:
     asked = ("verify", "run", "--widths", "8,16", "--seeds", "2", "--control", "sp", "--control-trials", "0", "--json")
     told = commands.run(*asked, cwd=shop).json

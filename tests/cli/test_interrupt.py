@@ -18,6 +18,7 @@ from mutransfer.recipe import Recipe
 from mutransfer.schemas import BASINS, TRIALS
 
 from ..helpers.processes import Ended, Processes, Started, contents, group_of, until
+from ..helpers.sets import extended_but
 
 TOTAL = 8
 # About 0.15 s a trial, so that a signal finds one at work.
@@ -66,7 +67,7 @@ def assert_complete(ended: Ended, run: Path) -> pd.DataFrame:
     return trials
 
 
-@pytest.mark.parametrize("finished", [0, 1, 3, TOTAL - 1])
+@pytest.mark.parametrize("finished", extended_but([0, 1, 3, TOTAL - 1], 1))
 def test_tuning_is_interrupted_and_goes_on(finished: int, shop: Path, commands: Processes) -> None:
     run = shop / "new"
     started = commands.start(*TUNE, cwd=shop)
@@ -83,6 +84,7 @@ def test_tuning_is_interrupted_and_goes_on(finished: int, shop: Path, commands: 
     assert contents(run)["trials.csv"] == after["trials.csv"]
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("stop", [Started.interrupt, Started.kill], ids=["interrupt", "kill"])
 def test_tuning_in_processes_is_stopped_and_goes_on(stop: Any, shop: Path, commands: Processes) -> None:
     """The processes end with the command, and what they were at is done again."""
@@ -116,7 +118,7 @@ def test_tuning_survives_five_of_them_in_a_row(stop: Any, shop: Path, commands: 
     assert time.monotonic() - begun < 30  # no lock is waited for
 
 
-@pytest.mark.parametrize("between", [0.0, 0.002, 0.01, 0.03])
+@pytest.mark.parametrize("between", extended_but([0.0, 0.002, 0.01, 0.03], 0.01))
 def test_a_second_interrupt_while_the_first_is_answered(between: float, shop: Path, commands: Processes) -> None:
     """People press it twice: in the trial, and again while its parameters are being given back."""
     run = shop / "new"
@@ -137,7 +139,12 @@ def imported(pid: int, library: str) -> bool:
     return library in maps.read_text() if maps.exists() else False
 
 
-@pytest.mark.parametrize("moment", ["the interpreter is up", "torch is being imported", "the study is being made"])
+@pytest.mark.parametrize(
+    "moment",
+    extended_but(
+        ["the interpreter is up", "torch is being imported", "the study is being made"], "torch is being imported"
+    ),
+)
 def test_a_command_is_interrupted_at_once(moment: str, shop: Path) -> None:
     """Not forked from a process that has imported everything: as typed."""
     process = subprocess.Popen(
@@ -177,7 +184,8 @@ main(["plan", "mlp", "--width", "16"])
 
 
 @pytest.mark.parametrize(
-    "module", ["mutransfer.printing", "tempfile", "mutransfer.errors", "typer", "mutransfer.cli.app"]
+    "module",
+    extended_but(["mutransfer.printing", "tempfile", "mutransfer.errors", "typer", "mutransfer.cli.app"], "typer"),
 )
 def test_a_command_is_interrupted_in_any_of_its_first_imports(module: str) -> None:
     ended = subprocess.run([sys.executable, "-c", IMPORTING, module], capture_output=True, text=True, check=False)
@@ -196,6 +204,7 @@ def slow(shop: Path, commands: Processes) -> Path:
     return shop / "slow"
 
 
+@pytest.mark.extended
 def test_verifying_is_interrupted_killed_and_goes_on(slow: Path, shop: Path, commands: Processes) -> None:
     basins = slow / "basins.csv"
     started = commands.start(*VERIFY, cwd=shop)

@@ -116,8 +116,11 @@ COMMANDS: list[tuple[str, ...]] = [
 ]  # fmt: skip
 
 
-def test_stdout_holds_the_result_alone(loud: Path, commands: Processes) -> None:
-    for arguments in COMMANDS:
+@pytest.mark.parametrize(
+    "some", [COMMANDS[:1], pytest.param(COMMANDS, marks=pytest.mark.extended)], ids=["plan", "every command"]
+)
+def test_stdout_holds_the_result_alone(some: list[tuple[str, ...]], loud: Path, commands: Processes) -> None:
+    for arguments in some:
         ended = commands.run(*arguments, "--json", cwd=loud)
         assert ended.code in (0, 1), ended.err
         assert ended.json
@@ -141,6 +144,7 @@ def test_what_a_build_prints_is_shown_once(arguments: tuple[str, ...], loud: Pat
     )  # of the observed and the checked batch
 
 
+@pytest.mark.extended
 def test_what_is_printed_at_exit_is_no_result(loud: Path) -> None:
     command = [sys.executable, "-c", "from mutransfer.cli import main; main()", *COMMANDS[0], "--json"]
     ended = subprocess.run(command, cwd=loud, capture_output=True, text=True, check=True, timeout=90)
@@ -178,6 +182,7 @@ def test_doctor_and_init(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     assert validated("doctor", capsys.readouterr().out)["verdict"] == "fail"
 
 
+@pytest.mark.extended
 def test_demo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     small = {"steps": 2, "trials": 2, "batch_size": 2, "sequence_length": 8}
     monkeypatch.setattr(demo, "EXPERIMENT", demo.EXPERIMENT | small)

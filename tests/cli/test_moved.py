@@ -84,6 +84,7 @@ def works(commands: Processes, run: Path, experiment: Path, trials: int, cwd: Pa
             assert ended.json["trials"] == trials
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("changes", [{}, CALL, COMMAND], ids=["loop", "function", "command"])
 def test_a_run_works_from_any_folder_and_after_a_move(
     changes: dict[str, object], commands: Processes, tmp_path: Path, away: Path
@@ -171,6 +172,7 @@ def test_what_is_typed_leads_from_the_current_folder(tmp_path: Path, monkeypatch
     assert load("data=text:/a/b").here().data == "text:/a/b"
 
 
+@pytest.mark.extended
 def test_a_module_is_found_below_the_experiments_folder(commands: Processes, tmp_path: Path, away: Path) -> None:
     old = project(tmp_path / "old", model="lab.nets:build", data="markov")
     (old / "lab").mkdir()

@@ -13,6 +13,7 @@ import pytest
 from mutransfer.schemas import TRIALS
 
 from ..helpers.processes import Ended, Processes, contents
+from ..helpers.sets import extended_but
 
 PROGRESS = re.compile(
     r"(tuning|training|learning-rate basins|coordinate check) .*(…|: \d+/\d+.*)|(not decided with|trials are trained) .*"
@@ -227,7 +228,7 @@ def test_a_target_smaller_than_the_base_is_allowed_and_said(
 
 
 # Bytes that a file may have: before the first file is whole, within the journal, within a later trials.csv.
-@pytest.mark.parametrize("limit", [0, 300, 3000, 9000])
+@pytest.mark.parametrize("limit", extended_but([0, 300, 3000, 9000], 3000))
 def test_a_disk_that_fills_while_tuning(limit: int, shop: Path, commands: Processes) -> None:
     tuning = ("tune", "experiment.yaml", "--out", "new", "--trials", "24")
     ended = commands.run(*tuning, cwd=shop, limit=limit)
@@ -244,6 +245,7 @@ def test_a_disk_that_fills_while_tuning(limit: int, shop: Path, commands: Proces
     assert set(trials["state"]) <= {"COMPLETE", "PRUNED", "FAIL"}
 
 
+@pytest.mark.extended
 def test_a_disk_that_fills_under_a_shared_journal(shop: Path, commands: Processes) -> None:
     tuning = ("tune", "experiment.yaml", "--out", "new", "--trials", "24", "--storage", "journal:shared.journal")
     ended = commands.run(*tuning, "--lease", "1", cwd=shop, limit=6000)

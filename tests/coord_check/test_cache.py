@@ -50,6 +50,7 @@ def widths(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return trained
 
 
+@pytest.mark.extended
 def test_an_interrupted_check_goes_on(tmp_path: Path, widths: list[int], capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "net.py"
     file.write_text(MODEL.replace("ACTIVATION", "relu"), encoding="utf-8")

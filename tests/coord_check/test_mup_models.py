@@ -9,13 +9,17 @@ import pytest
 
 from mutransfer.cli import run
 
+from ..helpers.sets import extended_but
+
 MODELS = Path(__file__).parents[1] / "helpers" / "mup_models.py"
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd"])
 @pytest.mark.parametrize(
     ("model", "code"),
-    [("mlp", 0), ("plain_mlp", 1), pytest.param("transformer", 0), pytest.param("plain_transformer", 1)],
+    extended_but(
+        [("mlp", 0), ("plain_mlp", 1), ("transformer", 0), ("plain_transformer", 1)], ("mlp", 0), ("plain_mlp", 1)
+    ),
 )
 def test_mups_own_models_pass_and_fail_without_it(
     model: str, code: int, optimizer: str, capsys: pytest.CaptureFixture[str]
@@ -26,6 +30,7 @@ def test_mups_own_models_pass_and_fail_without_it(
     assert said["verdict"] == ("fail" if code else "pass")
 
 
+@pytest.mark.extended
 def test_the_plan_of_an_annotated_model_is_checked_too(capsys: pytest.CaptureFixture[str]) -> None:
     """Rebuilt in µP as any other model, mup's forward multiplier seen and divided out."""
     assert run(["check", f"{MODELS}:transformer", "--json"]) == 0, capsys.readouterr()

@@ -226,6 +226,7 @@ def test_wide_models_weigh_more() -> None:
         assert slopes[key] == pytest.approx(np.polyfit(x, y, 1, w=group["width"] ** 0.5)[0], abs=1e-9)
 
 
+@pytest.mark.extended
 def test_intervals_cover_the_true_slope() -> None:
     """95% intervals over 300 noisy frames; 0.90 is four standard errors below."""
     noisy = [verdict(frame(noise=0.4, seeds=3, seed=i)).slopes for i in range(300)]

@@ -1,7 +1,8 @@
-"""Small families that tests share."""
+"""Small families that tests share; the same arguments give the same object, which is then observed once (`planned.plan_of`)."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -29,14 +30,17 @@ def token_batch(size: int = 4, length: int = 12) -> Any:
     return tokens[:, :-1], tokens[:, 1:]
 
 
+@functools.cache
 def mlp(width: int = 32, depth: int = 3) -> Family:
     return Family(lambda s: MLP(64, s.width, s.depth, 10), image_batch(), loss, Scale(width, depth), "mlp")
 
 
+@functools.cache
 def resnet(width: int = 16, depth: int = 2) -> Family:
     return Family(lambda s: ResNet(1, s.width, s.depth, 10), image_batch(), loss, Scale(width, depth), "resnet")
 
 
+@functools.cache
 def transformer(width: int = 32, depth: int = 2, **shape: Any) -> Family:
     def build(scale: Scale) -> torch.nn.Module:
         return Transformer(TransformerShape(scale.width, scale.depth, VOCABULARY, **shape))

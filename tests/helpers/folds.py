@@ -21,6 +21,7 @@ import mutransfer as mt
 from mutransfer.optimizers.muon import MuonWithAdamW
 
 from . import families
+from .planned import plan_of
 
 STEPS = 50
 M = 4  # target width / base width: a power of two, so that Muon's bfloat16 rounds both sides alike
@@ -287,7 +288,7 @@ def both(case: Case, optimizer: str) -> tuple[mt.Family, mt.Plan, nn.Module, nn.
     if case.alpha is not None:
         scale = scale.with_(depth=DEEPER * family.base.depth)
     table = {None: "mup", 0.5: "depth-mup", 1: "completep"}[case.alpha]
-    plan = mt.plan(family, scale, table, optimizer, recipe)
+    plan = plan_of(family, scale, table, optimizer, recipe)
     model = family.build(plan.scale).double()
     plan.initialize(model, seed=1)
     return family, plan, model, explicit_twin(case, plan, model)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 import mutransfer as mt
+from mutransfer.planning.build import ObservedModel, observed_model
 from mutransfer.planning.plan import ParameterPlan
 from mutransfer.scale import Scale
+from mutransfer.tracing.observe import observe
+from mutransfer.tracing.specs import Observation
 
 from . import families
 
@@ -24,6 +29,22 @@ OPTIMIZERS = {
     "adam": mt.Recipe(**TUNED),
     "sgd": mt.Recipe(**TUNED, weight_decay=0.1),
 }
+
+
+_observations: dict[int, tuple[mt.Family, Observation]] = {}
+_targets: dict[tuple[int, Scale, str], ObservedModel] = {}
+
+
+def plan_of(
+    family: mt.Family, scale: Scale, parametrization: str = "mup", optimizer: str = "adamw", recipe: Any = None
+) -> mt.Plan:
+    """Return `mutransfer.plan` of these, but observe each family only once in this process: most of the time goes there."""
+    key = id(family), scale, parametrization  # an id is not used again while `_observations` keeps the family
+    if id(family) not in _observations:
+        _observations[id(family)] = family, observe(family)
+    if key not in _targets:
+        _targets[key] = observed_model(family, scale, parametrization, _observations[id(family)][1])
+    return mt.plan(family, scale, parametrization, optimizer, recipe, target=_targets[key])
 
 
 def rows(plan: mt.Plan) -> dict[str, ParameterPlan]:

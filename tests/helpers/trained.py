@@ -15,6 +15,7 @@ import mutransfer as mt
 from mutransfer.planning.audit import audit, live
 
 from . import families
+from .planned import plan_of
 
 STEPS = 5
 EXACT = 1e-10  # relative, in float64: the order of a few sums may differ, a wrong factor shows as 1e-2 and more
@@ -70,7 +71,7 @@ def llama_case() -> Case:
 def planned(family: mt.Family, optimizer: str = "adamw") -> Case:
     # clear of mup's default, so that a lost setting shows: decay everywhere, and an eps that is felt
     recipe = mt.Recipe(lr=2**-6, weight_decay=0.1, decay="all", eps=1e-4, alpha_output=3.0, clip=1.0)
-    return Case(family, mt.plan(family, family.base.with_(width=2 * family.base.width), "mup", optimizer, recipe))
+    return Case(family, plan_of(family, family.base.with_(width=2 * family.base.width), "mup", optimizer, recipe))
 
 
 def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -19,6 +19,7 @@ from mutransfer.parametrizations.spec import Factors
 from mutransfer.tracing.observe import observe
 
 from ..helpers import families
+from ..helpers.planned import plan_of
 from ..test_oracle_mup import losses
 
 
@@ -101,7 +102,7 @@ def test_base_shapes_give_the_family_its_base(kind: str, prefix: str, tmp_path: 
     shapes = {prefix + name: axes for name, axes in read_bsh(write_bsh(family, tmp_path / "model.bsh")).items()}
     elsewhere = family.with_base(wide(family, 4))
     assert based_on(elsewhere, shapes).base == family.base
-    assert mt.plan(based_on(elsewhere, shapes), wide(family, 8)).rows == mt.plan(family, wide(family, 8)).rows
+    assert mt.plan(based_on(elsewhere, shapes), wide(family, 8)).rows == plan_of(family, wide(family, 8)).rows
 
 
 def test_base_shapes_that_do_not_fit_are_refused(tmp_path: Path) -> None:
@@ -171,7 +172,7 @@ def test_settings_are_those_of_the_plain_familys_plan(kind: str, optimizer: str)
     recipe = RECIPES[optimizer].with_(eps=1e-8)
     family, model = annotated(kind, 4)
     found = {row.name: row for row in plan_annotated(model, optimizer, recipe).rows}
-    plain = mt.plan(family, wide(family, 4), "mup", optimizer, recipe)
+    plain = plan_of(family, wide(family, 4), "mup", optimizer, recipe)
     assert found.keys() == {row.name for row in plain.rows}
     for row in plain.rows:
         ours = found[row.name]
@@ -226,7 +227,7 @@ def test_the_readout_may_be_folded_into_a_plain_model() -> None:
         for (name, to), (_, parameter) in zip(plain.named_parameters(), model.named_parameters(), strict=True):
             to.copy_(parameter / 4 if name == "readout.weight" else parameter)
     here = plan_annotated(model, recipe=recipe).make_optimizer(model)
-    there = mt.plan(family, wide(family, 4), recipe=recipe).make_optimizer(plain)
+    there = plan_of(family, wide(family, 4), recipe=recipe).make_optimizer(plain)
     assert losses(plain, there, family) == pytest.approx(losses(model, here, family), rel=1e-9)
 
 

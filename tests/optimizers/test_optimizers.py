@@ -19,6 +19,7 @@ from mutransfer.optimizers.rules import OPTIMIZERS, REFUSED
 from mutransfer.planning.audit import audit, live
 
 from ..helpers import families
+from ..helpers.planned import plan_of
 
 L2_INSIDE = ("adam", "adamax", "rmsprop", "adagrad")
 BROUGHT = ("lion", "signum")
@@ -31,7 +32,7 @@ def planned(optimizer: str, parametrization: str = "mup", **values: Any) -> tupl
     family = families.transformer(width=16, head_dim=8, kv_heads=1)
     decay = {} if optimizer in L2_INSIDE else {"weight_decay": 0.1, "decay": "all"}
     recipe = mt.Recipe.read({"lr": 2**-6, **decay, **values}, "recipe")
-    return family, mt.plan(family, mt.Scale(64, 4), parametrization, optimizer, recipe)
+    return family, plan_of(family, mt.Scale(64, 4), parametrization, optimizer, recipe)
 
 
 @pytest.mark.parametrize("parametrization", RULES)
@@ -39,7 +40,7 @@ def planned(optimizer: str, parametrization: str = "mup", **values: Any) -> tupl
 def test_lr_times_decay_is_constant(optimizer: str, parametrization: str) -> None:
     """Whatever shrinks a weight in one step is that of the base, for every role, with folds and without."""
     family, plan = planned(optimizer, parametrization, alpha_residual=2)
-    base = mt.plan(family, family.base, parametrization, optimizer, plan.recipe)
+    base = plan_of(family, family.base, parametrization, optimizer, plan.recipe)
     shrinks = {row.name: row for row in base.rows}
     assert {row.role for row in plan.rows} >= {"input", "hidden", "bottleneck", "output", "vector"}
     for row in plan.rows:
@@ -182,7 +183,7 @@ class Mlp(nn.Module):
 def test_muons_rate_undoes_the_classes_own_factor(optimizer: str, up: float, down: float) -> None:
     batch = torch.randn(4, 8), torch.arange(4)
     family = mt.Family(lambda s: Mlp(s.width, s.width**2 // 8), batch, families.loss, mt.Scale(16, 1))
-    plan = mt.plan(family, mt.Scale(64, 1), "mup", optimizer)
+    plan = plan_of(family, mt.Scale(64, 1), "mup", optimizer)
     lrs = {row.name: row.lr_factor for row in plan.rows}
     assert (lrs["up.weight"], lrs["down"]) == pytest.approx((up, down), rel=1e-12)
     assert lrs["readout.weight"] == 1 / 4
@@ -359,7 +360,7 @@ def test_spectral_caps_the_initial_std_by_the_shape() -> None:
     batch = torch.randn(4, 8), torch.arange(4)
     family = mt.Family(lambda s: Mlp(s.width, 4 * s.width), batch, families.loss, mt.Scale(4, 1))
     for width, capped in ((8, 1.0), (40, (10 / 40) ** 0.5)):
-        rows = {row.name: row for row in mt.plan(family, mt.Scale(width, 1), "spectral").rows}
+        rows = {row.name: row for row in plan_of(family, mt.Scale(width, 1), "spectral").rows}
         m = width / 4
         assert rows["readout.weight"].init_factor == pytest.approx(m**-0.5 * capped)
         assert rows["up.weight"].init_factor == rows["down"].init_factor == pytest.approx(m**-0.5)

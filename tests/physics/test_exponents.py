@@ -285,6 +285,7 @@ def test_adafactors_epsilon_is_scaled_with_the_weights(optimizer: str, monkeypat
     assert hidden_changes(optimizer, lr=2**-14)["hidden.0"] >= 0.4
 
 
+@pytest.mark.extended
 def test_muons_epsilon_is_scaled_with_the_whole_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its norm stays where an entry's shrinks as 1/m: Adam's factor would let the steps grow."""
     planned_with(monkeypatch, scaled=True, eps=1e4)  # its iteration lifts small gradients 485 times
@@ -293,6 +294,7 @@ def test_muons_epsilon_is_scaled_with_the_whole_gradient(monkeypatch: pytest.Mon
     assert hidden_changes("muon", lr=2**-8)["hidden.0"] >= 0.4
 
 
+@pytest.mark.extended
 def test_muons_own_factor_must_be_undone(monkeypatch: pytest.MonkeyPatch) -> None:
     """RMS-matched steps at one rate for all widths grow with the square root of the width."""
     planned_with(monkeypatch, scaled=True, adamw_lr_ratio=2**-6)

@@ -179,6 +179,7 @@ def test_a_file_is_imported_once_until_it_changes(tmp_path: Path) -> None:
         del sys.counted  # type: ignore[attr-defined]
 
 
+@pytest.mark.extended
 def test_a_spawned_worker_needs_only_the_string(good: Path) -> None:
     for reference, code in ((f"{good}:family", 0), (f"{good}:fails", 1)):
         worker = multiprocessing.get_context("spawn").Process(target=load_family, args=(reference, None, BASE))

@@ -26,6 +26,8 @@ from mutransfer.proxies.load import load_family
 from mutransfer.proxies.target_run import run_target
 from mutransfer.scale import Scale
 
+from ..helpers.sets import extended_but
+
 BASE = Scale(16, 2)
 DROPOUT = """
 from torch import nn
@@ -135,7 +137,7 @@ run_target(TargetConfig.load(folder / "target.json"), folder, checkpoint_every=2
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("number", extended_but([signal.SIGINT, signal.SIGKILL], signal.SIGKILL))
 def test_a_real_process_is_really_stopped(number: signal.Signals, tmp_path: Path) -> None:
     config = target(steps=2000)
     config.save(tmp_path / "target.json")

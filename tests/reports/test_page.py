@@ -59,6 +59,13 @@ def page(report):
     return Page(report)
 
 
+def without(run, *names):
+    """The run without frames whose figures the test does not look at: each takes seconds to draw."""
+    for name in names:
+        (run / f"{name}.csv").unlink()
+    return run
+
+
 def test_verdict_stands_first(page):
     body = page.text[page.text.index("µTransfer report ·") :]
     order = ["! Warning", "Learning-rate transfer: pass", "Recipe", "Expected loss of one run at width 4096"]
@@ -128,7 +135,7 @@ def test_what_does_not_fit_into_the_page_is_left_in_the_folder(run, core, monkey
     made = downloads({"large.csv": "x" * 1000, "small.csv": "x"}, budget=500)
     assert [bool(file.uri) for file in made] == [False, True]
     monkeypatch.setattr(page_module, "downloads", functools.partial(downloads, budget=500))
-    page = Page(write_report(run))
+    page = Page(write_report(without(run, "basins", "trials")))
     assert "coordinates.csv (too large for this page: in the run folder)" in page.text
     assert "coordinates.csv" not in page.files()
 
@@ -149,12 +156,13 @@ def test_plots_are_written(report):
     assert {path.name for path in (report.parent / "plots").iterdir()} == {f"{name}.png" for name in FIGURES}
 
 
+@pytest.mark.extended
 def test_same_frames_same_bytes(report, run, core):
     assert write_report(run).read_text().replace(str(run), "") == report.read_text().replace(str(report.parent), "")
 
 
 def test_the_core_is_asked_about_the_checked_parametrization_and_the_transferred_lr(run, core):
-    write_report(run)
+    write_report(without(run, "trials"))
     assert set(core["coordinates"]["parametrization"]) == {"mup"}
     assert core["transferred"] == -7.0
 
@@ -162,7 +170,7 @@ def test_the_core_is_asked_about_the_checked_parametrization_and_the_transferred
 def test_failing_verdict_leads_with_its_cause(run, core):
     cause = "hidden lr not divided by the width: change of `blocks.*.ffn.up` grows as width^0.98"
     write_json(run / "check.json", {"verdict": "fail", "cause": cause, "parametrization": "mup", "control": None})
-    page = Page(write_report(run))
+    page = Page(write_report(without(run, "trials")))
     assert "✗ Fail" in page.text  # although the target has warnings as well
     assert "hidden lr not divided by the width" in page.text
     assert "Learning-rate transfer: pass." in page.text
@@ -172,7 +180,7 @@ def test_reasons_of_verify_are_given(run, core):
     write_json(
         run / "verify.json", {"verdict": "undecided", "reasons": ["two seeds only.", "the interval is an octave."]}
     )
-    text = Page(write_report(run)).text
+    text = Page(write_report(without(run, "coordinates", "trials"))).text
     assert "! Warning" in text
     assert "? Learning-rate transfer: undecided." in text
     assert "two seeds only. the interval is an octave." in text
@@ -205,7 +213,7 @@ def test_what_the_core_refuses_is_a_sentence_on_the_page(run, core, monkeypatch)
         raise RequestError("one width is no slope: add `--widths`.")
 
     monkeypatch.setattr(sys.modules["mutransfer.coord_check"], "verdict", refuse)
-    assert "one width is no slope" in Page(write_report(run)).text
+    assert "one width is no slope" in Page(write_report(without(run, "basins", "trials"))).text
 
 
 def test_empty_folder_is_refused(tmp_path):
@@ -222,6 +230,7 @@ def test_broken_json_is_named(run, core, content):
         write_report(run)
 
 
+@pytest.mark.extended
 def test_large_run_stays_small(run, core, many_trials):
     TRIALS.write(many_trials(500), run / "trials.csv")
     numbers = dict.fromkeys([c for c, (dtype, _) in PARAMETERS.columns.items() if dtype == "float64"], 1.234567e-5)
@@ -236,12 +245,12 @@ def test_large_run_stays_small(run, core, many_trials):
 def test_passing_without_a_warning_is_a_pass(run, core):
     content = json.loads((run / "target.json").read_text())
     write_json(run / "target.json", content | {"warnings": []})
-    assert "✓ Pass" in Page(write_report(run)).text
+    assert "✓ Pass" in Page(write_report(without(run, "trials"))).text
 
 
 def test_an_undecided_check_is_a_warning(run, core):
     write_json(run / "check.json", {"verdict": "undecided", "cause": "not enough evidence", "parametrization": "mup"})
-    assert "! Warning" in Page(write_report(run)).text
+    assert "! Warning" in Page(write_report(without(run, "trials"))).text
 
 
 def test_provenance_has_commands_seeds_and_the_experiment(page):
@@ -267,9 +276,10 @@ def test_throughput_is_that_of_the_frames(page, many_trials):
 def test_depths_are_called_depths(run, core):
     frame = COORDINATES.read(run / "coordinates.csv")
     COORDINATES.write(frame.assign(depth=frame["width"] // 32, width=64), run / "coordinates.csv")
-    assert "Depth check: coordinates across depths" in Page(write_report(run)).text
+    assert "Depth check: coordinates across depths" in Page(write_report(without(run, "basins", "trials"))).text
 
 
+@pytest.mark.extended
 def test_what_the_core_computes_can_be_drawn(run):
     page = Page(write_report(run))
     assert len([tag for tag, _ in page.tags if tag == "svg"]) == len(FIGURES)

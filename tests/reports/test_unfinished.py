@@ -107,6 +107,7 @@ def test_when_all_runs_are_done_nothing_is_called_unfinished(folder: RunFolder) 
     assert folder.progress("verify")["planned"] == len(BASINS.read(folder.basins))
 
 
+@pytest.mark.extended
 def test_an_earlier_verdict_does_not_stand_beside_an_unfinished_one(folder: RunFolder) -> None:
     verify(folder, seeds=2)
     assert "drift of the best lr" in page(folder)
@@ -122,6 +123,7 @@ def test_an_earlier_verdict_does_not_stand_beside_an_unfinished_one(folder: RunF
     assert not (folder.path / "optima.csv").exists()
 
 
+@pytest.mark.extended
 def test_a_verdict_on_another_recipe_is_not_shown(folder: RunFolder) -> None:
     verify(folder)
     target = observed_model(folder, 32)
@@ -140,6 +142,7 @@ def test_a_verdict_on_another_recipe_is_not_shown(folder: RunFolder) -> None:
     assert "target.json was made from another recipe" in text
 
 
+@pytest.mark.extended
 def test_a_verification_later_than_the_target_takes_its_warning_back(folder: RunFolder) -> None:
     observed_model(folder, 32).save(folder.target)
     assert any("never verified" in text for text in read_json(folder.target, "a target")["warnings"])

@@ -16,15 +16,15 @@ WORKER = Path(__file__).parents[1] / "helpers" / "distributed.py"
 # Sums over two processes are taken in another order: a few units in the last of 16 digits, grown over five steps (seen
 # at most 3e-15). float64's own rounding is the only difference there is.
 REDUCED = 1e-12
+OTHERS = ["DDP", "DDP(compile)", "compile(DDP)", "parallelize_module"]
 
 
-@pytest.fixture(scope="module")
-def reports(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("processes")
+def started(folder: Path, *names: str) -> list[dict[str, Any]]:
+    """Return what the two processes report of ``names``."""
     processes = []
     for rank in range(2):
         with (folder / f"{rank}.log").open("w") as log:
-            command = [sys.executable, str(WORKER), str(rank), str(folder)]
+            command = [sys.executable, str(WORKER), str(rank), str(folder), *names]
             processes.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT))
     try:
         for rank, process in enumerate(processes):
@@ -41,6 +41,16 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return started(tmp_path_factory.mktemp("sharded"), "fully_shard")
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return started(tmp_path_factory.mktemp("others"), *OTHERS, "mup")
+
+
+@pytest.fixture(scope="module")
 def undisturbed() -> tuple[list[float], list[float]]:
     case = trained.transformer_case()
     model, norms = case.model(), list[float]()
@@ -52,36 +62,49 @@ def undisturbed() -> tuple[list[float], list[float]]:
     return losses, norms
 
 
-@pytest.mark.parametrize("wrapped", ["DDP", "DDP(compile)", "compile(DDP)", "fully_shard", "parallelize_module"])
-def test_losses_and_norms_are_those_of_one_process(
-    wrapped: str, reports: list[dict[str, Any]], undisturbed: tuple[list[float], list[float]]
-) -> None:
-    losses, norms = undisturbed
+def assert_as_one_process(reports: list[dict[str, Any]], wrapped: str, one: tuple[list[float], list[float]]) -> None:
+    losses, norms = one
     for report in reports:  # settings in force are asserted inside the processes, before and after training
         assert trained.relative(report[wrapped]["losses"], losses) < REDUCED
         assert report[wrapped]["norms"] == pytest.approx(norms, rel=REDUCED)
 
 
+def test_losses_and_norms_of_a_sharded_model_are_those_of_one_process(
+    sharded: list[dict[str, Any]], undisturbed: tuple[list[float], list[float]]
+) -> None:
+    assert_as_one_process(sharded, "fully_shard", undisturbed)
+    assert sharded[0]["fully_shard"]["dtensors"] == len(trained.transformer_case().plan.rows)
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize("wrapped", OTHERS)
+def test_losses_and_norms_are_those_of_one_process(
+    wrapped: str, others: list[dict[str, Any]], undisturbed: tuple[list[float], list[float]]
+) -> None:
+    assert_as_one_process(others, wrapped, undisturbed)
+
+
 def test_a_sharded_run_resumes_from_its_distributed_state(
-    reports: list[dict[str, Any]], undisturbed: tuple[list[float], list[float]]
+    sharded: list[dict[str, Any]], undisturbed: tuple[list[float], list[float]]
 ) -> None:
     """torch's distributed checkpoints name parameters instead of counting them; the settings are in them, audited."""
-    for report in reports:
+    for report in sharded:
         assert trained.relative(report["fully_shard"]["resumed"], undisturbed[0]) < REDUCED
 
 
-def test_the_wrappers_really_wrapped(reports: list[dict[str, Any]]) -> None:
-    first = {name: report["names"][0] for name, report in reports[0].items() if name != "mup"}
+@pytest.mark.extended
+def test_the_wrappers_really_wrapped(others: list[dict[str, Any]]) -> None:
+    first = {name: others[0][name]["names"][0] for name in OTHERS}
     assert first["DDP"] == "module.embedding.weight"
     assert first["DDP(compile)"] == "module._orig_mod.embedding.weight"
     assert first["compile(DDP)"] == "_orig_mod.module.embedding.weight"
-    counts = {name: report["dtensors"] for name, report in reports[0].items() if name != "mup"}
+    counts = {name: others[0][name]["dtensors"] for name in OTHERS}
     rows = len(trained.transformer_case().plan.rows)
-    assert counts["fully_shard"] == rows
     assert counts["DDP"] == 0 < counts["parallelize_module"] < rows  # plain and sharded gradients in one norm
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("operation", ["fully_shard", "parallelize_module"])
-def test_mup_loses_its_scaling_there(operation: str, reports: list[dict[str, Any]]) -> None:
-    for report in reports:
+def test_mup_loses_its_scaling_there(operation: str, others: list[dict[str, Any]]) -> None:
+    for report in others:
         assert "does not have `infshape` attribute" in report["mup"][operation]

@@ -15,6 +15,7 @@ import mutransfer as mt
 from mutransfer.planning.audit import audit, live
 
 from ..helpers import families
+from ..helpers.planned import plan_of
 
 STEPS = 100
 LR = 2**-6
@@ -27,7 +28,7 @@ Make = Callable[[Optimizer], Any]
 def plan() -> mt.Plan:
     family = families.mlp(width=16)
     recipe = mt.Recipe(lr=LR, weight_decay=0.1, alpha_output=12.0)
-    return mt.plan(family, family.base.with_(width=64), recipe=recipe)
+    return plan_of(family, family.base.with_(width=64), recipe=recipe)
 
 
 @pytest.fixture
@@ -225,7 +226,7 @@ def test_the_lists_are_the_planned_rates(plan: mt.Plan, optimizer: Optimizer) ->
 
 def test_at_the_base_one_number_is_right() -> None:
     family = families.mlp(width=16)
-    plan = mt.plan(family, family.base)
+    plan = plan_of(family, family.base)
     optimizer = plan.make_optimizer(family.build(family.base))
     plan.check_scheduler(lrs.CosineAnnealingLR(optimizer, 100, eta_min=1e-4))
     plan.check_scheduler(lrs.OneCycleLR(optimizer, 1e-2, STEPS))

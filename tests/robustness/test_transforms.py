@@ -63,6 +63,7 @@ def test_a_compiled_model_trains_alike(backend: str, in_place: bool) -> None:
     torch.compiler.reset()
 
 
+@pytest.mark.extended
 def test_a_compiled_model_of_transformers_trains_alike() -> None:
     case = trained.llama_case()
     compiled: Any = torch.compile(case.model(), backend="aot_eager")

@@ -154,6 +154,7 @@ assert fused_step(experiment(), 2, "cpu", None, True) is None
 """
 
 
+@pytest.mark.extended
 def test_what_cannot_be_compiled_is_no_choice(tmp_path: Path) -> None:
     """In a process of its own, as torch looks for a compiler once."""
     env = os.environ | {"CXX": "/nowhere/c++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}

@@ -116,6 +116,7 @@ def test_an_error_ends_the_commands_at_work(folder: RunFolder, tmp_path: Path) -
 COMMANDS = [sys.executable, "-c", "from mutransfer.cli import main; main()", "tune", "experiment.yaml", "--out", "run"]
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("how", ["once", "twice", "killed"])
 def test_tune_takes_its_commands_along(how: str, folder: RunFolder, tmp_path: Path) -> None:
     """As typed, and stopped by Ctrl-C (which only tune hears), by two of them, or by SIGKILL."""

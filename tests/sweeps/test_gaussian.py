@@ -104,6 +104,7 @@ def test_the_very_same_is_not_asked_twice(state: TrialState, end: float) -> None
     assert optuna.trial.Trial(study, asked).suggest_float("x", 0, 1) < 1 - 1e-6
 
 
+@pytest.mark.extended
 def test_every_pruner_gets_to_the_minimum(tmp_path: Path) -> None:
     def valley(job: Job) -> float:
         return 1 + (octaves(job.recipe) + 6.3) ** 2

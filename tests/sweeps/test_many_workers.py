@@ -170,6 +170,7 @@ def restarted_halfway(shop: Shop, server: Postgres | Proxy | Redis, away: float)
     assert all("the storage answers again, after" in worker.err for worker in begun)
 
 
+@pytest.mark.extended
 def test_four_workers_on_a_journal_of_whom_one_is_killed(tmp_path: Path, forked: Workers) -> None:
     killed_halfway(Shop(tmp_path, forked, journal(tmp_path), total=24, free=2))
 
@@ -197,6 +198,7 @@ def test_redis_is_restarted_halfway(tmp_path: Path, forked: Workers) -> None:
         restarted_halfway(Shop(tmp_path, forked, server.url, total=16, free=2), server, away=3)
 
 
+@pytest.mark.extended
 def test_a_worker_that_was_only_stopped_finds_its_trial_done_by_others(tmp_path: Path, forked: Workers) -> None:
     shop = Shop(tmp_path, forked, journal(tmp_path), total=4, free=0)
     stopped = shop.start("stopped")
@@ -230,6 +232,7 @@ def test_a_worker_that_is_told_to_end_gives_its_trial_back_at_once(tmp_path: Pat
     assert_exact(shop, [again])
 
 
+@pytest.mark.extended
 def test_the_very_same_command_on_every_machine(tmp_path: Path, forked: Workers) -> None:
     """One run folder for all, as on a cluster's shared disk: its files are the whole study's in the end."""
     shop = Shop(tmp_path, forked, journal(tmp_path), total=12, steps=100)

@@ -108,6 +108,7 @@ def test_a_process_that_dies_takes_one_trial_with_it(folder: RunFolder, two: Pro
     assert warning.startswith("one trial failed, and others were run instead; trial 2: its process was killed")
 
 
+@pytest.mark.extended
 def test_processes_that_always_die_stop_the_sweep_in_a_sentence(folder: RunFolder) -> None:
     before = children()
     with ProcessExecutor(1) as one:
@@ -148,7 +149,7 @@ def test_a_failed_run_leaves_no_hole_in_a_basin(folder: RunFolder, two: ProcessE
     assert not folder.basins.exists()
 
 
-@pytest.mark.parametrize("error", [RequestError("no."), KeyboardInterrupt()])
+@pytest.mark.parametrize("error", [pytest.param(RequestError("no."), marks=pytest.mark.extended), KeyboardInterrupt()])
 def test_whatever_ends_the_sweep_ends_the_processes_at_work(
     error: BaseException, folder: RunFolder, two: ProcessExecutor
 ) -> None:
@@ -172,6 +173,7 @@ def test_a_bug_in_a_process_shows_where_it_is(two: ProcessExecutor) -> None:
     assert "in _serve" in caught.value.__notes__[0]
 
 
+@pytest.mark.extended
 def test_an_interruption_gives_back_what_processes_had_begun(folder: RunFolder, two: ProcessExecutor) -> None:
     with pytest.raises(KeyboardInterrupt):
         tune(experiment(), folder, executor=Failing(1, KeyboardInterrupt(), two))

@@ -114,6 +114,7 @@ def test_it_is_pruned(name: str, folder: RunFolder) -> None:
     assert found.warnings == []
 
 
+@pytest.mark.extended
 def test_it_is_pruned_in_processes(folder: RunFolder) -> None:
     with within(60), ProcessExecutor(2) as executor:
         found = tune(own("bowl", pruner="half", sampler="random", trials=12), folder, executor=executor)

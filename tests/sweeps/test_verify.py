@@ -192,6 +192,7 @@ def test_an_interruption_keeps_what_is_done(error: type[BaseException], folder: 
     pd.testing.assert_frame_equal(frame, whole)
 
 
+@pytest.mark.extended
 def test_processes_and_one_by_one_train_the_same(tmp_path: Path) -> None:
     given = experiment(steps=5)
     jobs = [

@@ -154,6 +154,7 @@ def test_halving_saves_most_of_the_steps(tmp_path: Path, pruner: str) -> None:
     assert found.value == trials[trials["state"] == "COMPLETE"]["value"].min()
 
 
+@pytest.mark.extended
 def test_an_independent_search_of_a_real_model(tmp_path: Path) -> None:
     search = {"lr": {"low": 2**-9, "high": 2**-3, "log": True}, "init_scale": {"low": 0.25, "high": 4, "log": True}}
     given = experiment(trials=11, sampler="independent", search=search)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -119,10 +120,13 @@ def test_a_rotation_of_complex_numbers_is_planned_as_the_real_one(case: str) -> 
 
 
 def test_what_the_plan_of_a_rotation_says() -> None:
-    def row(case: str, name: str) -> Any:
+    @functools.cache
+    def planned(case: str) -> mt.Plan:
         heads, shared, scale, table = CASES[case]
-        planned = mt.plan(attention(heads, shared, rotated), scale, table)
-        return next(each for each in planned.rows if each.name == f"blocks.0.{name}.weight")
+        return mt.plan(attention(heads, shared, rotated), scale, table)
+
+    def row(case: str, name: str) -> Any:
+        return next(each for each in planned(case).rows if each.name == f"blocks.0.{name}.weight")
 
     assert [row("fixed heads", name).gauge for name in ("wq", "wk")] == [0.5, 1.0]
     assert [row("fixed key-value heads", name).role for name in ("wk", "wv")] == ["bottleneck", "bottleneck"]

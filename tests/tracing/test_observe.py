@@ -337,6 +337,7 @@ def test_watching_does_not_change_the_model_or_the_random_numbers() -> None:
     assert torch.equal(torch.rand(3), expected)
 
 
+@pytest.mark.extended
 def test_a_huge_plan_needs_no_memory() -> None:
     """4 hidden layers of 65 536 units would be 64 GiB; the plan takes less than 300 MB and 20 s beside torch itself."""
     code = """

@@ -149,6 +149,7 @@ def appeared(folder: Path, process: subprocess.Popen[bytes]) -> Iterator[None]:
         yield
 
 
+@pytest.mark.extended
 def test_a_killed_sweep_goes_on_inside_of_its_trials(tmp_path: Path, trained: list[int]) -> None:
     asked = experiment(steps=2400, rungs=5, trials=4)
     asked.save(tmp_path / "experiment.yaml")

@@ -15,6 +15,7 @@ from mutransfer.sweeps.vectorized import step
 from mutransfer.sweeps.vectorized.batch_training import Slot, VectorizedTraining
 
 from ...helpers.apart import apart, distance, plans, together
+from ...helpers.sets import extended_but
 
 MODELS = ["mlp", "transformer", "grouped", "resnet", "normed", "llama"]
 
@@ -32,7 +33,17 @@ PAIRS = [(name, optimizer) for name in MODELS for optimizer in ("adamw", "sgd", 
 MIXED = [("skip", "adamw"), ("skip", "sgd")]  # forward multipliers, and columns that count apart in clipping
 
 
-@pytest.mark.parametrize(("name", "optimizer"), [*PAIRS, *MIXED, ("mlp", "adam"), ("mlp", "muon-match-rms-adamw")])
+# What takes a second or less, and a transformer.
+QUICK = [
+    *(pair for pair in PAIRS if pair[0] in ("mlp", "normed")),
+    ("resnet", "adamw"),
+    ("transformer", "adamw"),
+    *MIXED,
+]
+OTHERS = [("mlp", "adam"), ("mlp", "muon-match-rms-adamw")]
+
+
+@pytest.mark.parametrize(("name", "optimizer"), extended_but([*PAIRS, *MIXED, *OTHERS], *QUICK, *OTHERS))
 def test_fused_trainings_are_separate_trainings(name: str, optimizer: str) -> None:
     own = plans(name, optimizer)
     fused = together(name, [Slot(plan, seed) for seed, plan in enumerate(own)])
@@ -48,7 +59,7 @@ def bits(fused: VectorizedTraining, index: int) -> list[bytes]:
     return [each[index].numpy().tobytes() for part in (fused.now.trained, fused.now.buffers) for each in part.values()]
 
 
-@pytest.mark.parametrize("name", ["mlp", "transformer", "normed"])
+@pytest.mark.parametrize("name", extended_but(["mlp", "transformer", "normed"], "mlp", "normed"))
 def test_any_number_in_any_order(name: str) -> None:
     own = plans(name)
     for chosen in ([3], [4, 1], [2, 0, 4, 1, 3], [1, 1, 1]):
@@ -58,7 +69,7 @@ def test_any_number_in_any_order(name: str) -> None:
             assert distance(apart(name, own[k], k)[0], fused, index) < 1e-10
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", extended_but(MODELS, "mlp", "resnet", "normed"))
 def test_those_that_are_kept_go_on_and_new_ones_begin_at_the_beginning(name: str) -> None:
     own = plans(name)
     fused = together(name, [Slot(plan, seed=0) for plan in own])
@@ -74,7 +85,7 @@ def test_those_that_are_kept_go_on_and_new_ones_begin_at_the_beginning(name: str
     assert losses == pytest.approx([apart(name, own[3], 5, 13)[1], apart(name, own[4], 0)[1]], rel=1e-10)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", extended_but(MODELS, "mlp", "resnet", "normed"))
 def test_neighbours_do_not_matter_to_the_bit(name: str) -> None:
     own = plans(name)
 
@@ -115,7 +126,10 @@ COMPILED = {
 
 @pytest.mark.parametrize(
     ("name", "optimizer"),
-    [pytest.param(*pair, marks=[] if pair == ("mlp", "adamw") else pytest.mark.slow) for pair in COMPILED],
+    [
+        pytest.param(*pair, marks=pytest.mark.extended if pair == ("mlp", "adamw") else pytest.mark.slow)
+        for pair in COMPILED
+    ],
 )
 def test_compiled_trainings_are_separate_trainings(name: str, optimizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # A compiler sums in another order, and the rounding of Muon's bfloat16 or float32 would hide what is to be seen.

@@ -44,6 +44,7 @@ def limited(megabytes: int, count: int, **changes: Any) -> subprocess.CompletedP
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
+@pytest.mark.extended
 def test_out_of_memory_halves_and_goes_on() -> None:
     done = limited(480, 12)
     assert done.returncode == 0, done.stderr
@@ -64,6 +65,7 @@ def test_no_memory_for_two_is_one_by_one() -> None:
     assert json.loads(done.stdout)["ended"] == 12
 
 
+@pytest.mark.extended
 def test_no_memory_for_a_single_trial_is_a_sentence() -> None:
     done = limited(100, 4, proxy={"width": 256, "depth": 3}, batch_size=40_000)
     assert done.returncode == 1
