@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mutransfer.cli import console, doctor
+from mutransfer.cli import console, run
 from mutransfer.cli.console import Progress
 from mutransfer.cli.models import BASE_WIDTH_HELP, MODEL
 from mutransfer.errors import RequestError, describe, nearest
@@ -140,11 +141,12 @@ def test_a_file_of_a_package_is_named_as_a_module(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("free", "ok", "fix"), [(51, True, False), (0.5, True, True), (0.01, False, True)])
 def test_the_doctor_asks_for_space_only_where_there_is_little(
-    free: float, ok: bool, fix: bool, monkeypatch: pytest.MonkeyPatch
+    free: float, ok: bool, fix: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     usage = shutil.disk_usage(".")._replace(free=int(free * 2**30))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    check = doctor._disk()
+    run(["doctor", "--json"])
+    (check,) = [each for each in json.loads(capsys.readouterr().out)["checks"] if each["name"] == "disk"]
     assert (check["ok"], check["fix"] is not None) == (ok, fix)
 
 

@@ -52,9 +52,20 @@ def test_a_healthy_model_has_no_signature(optimizer: str) -> None:
     assert verdict(recorded("", optimizer)).fault is None
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-@pytest.mark.parametrize("name", PLANTED)
-def test_a_faults_signature_is_what_is_measured(name: str, optimizer: str) -> None:
+@pytest.fixture(
+    scope="module",  # pytest then runs both tests of one fault one after the other, and it is recorded once
+    params=[
+        pytest.param((name, optimizer), id=f"{name}-{optimizer}", marks=[pytest.mark.extended] * (optimizer == "sgd"))
+        for name in PLANTED
+        for optimizer in ("adamw", "sgd")
+    ],
+)
+def planted(request: pytest.FixtureRequest) -> tuple[str, str]:
+    return request.param
+
+
+def test_a_faults_signature_is_what_is_measured(planted: tuple[str, str]) -> None:
+    name, optimizer = planted
     found = local_slopes(recorded(name, optimizer))
     for key, expected in FAULTS[name].signature(OPTIMIZERS[optimizer].column).items():
         if not math.isnan(expected) and (key != ("step", "input") or optimizer == "sgd"):
@@ -63,9 +74,8 @@ def test_a_faults_signature_is_what_is_measured(name: str, optimizer: str) -> No
             assert found[key] == pytest.approx(expected, abs=0.02 if exact else 0.35), key
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-@pytest.mark.parametrize("name", PLANTED)
-def test_a_verdict_names_the_fault(name: str, optimizer: str) -> None:
+def test_a_verdict_names_the_fault(planted: tuple[str, str]) -> None:
+    name, optimizer = planted
     found = verdict(recorded(name, optimizer))
     assert (found.status, found.fault) == ("fail", name), found.cause
     assert str(found.cause).startswith(FAULTS[name].says[OPTIMIZERS[optimizer].column].partition(",")[0])

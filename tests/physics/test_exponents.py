@@ -27,6 +27,7 @@ from mutransfer.proxies.models import MLP
 from mutransfer.scale import Scale
 
 from ..helpers import families
+from ..helpers.sets import extended_but
 
 WIDTHS = (64, 128, 256, 512, 1024)
 LR = {"adamw": 2**-14, "sgd": 2**-10}
@@ -121,7 +122,7 @@ def plain_mlp() -> mt.Family:
     return mt.Family(build, biased.batch, biased.loss, biased.base, "mlp")
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("optimizer", extended_but(["adamw", "sgd"], "adamw"))
 @pytest.mark.parametrize("parametrization", ["ntk", "spectral", "umup"])
 def test_the_other_tables_show_what_they_declare(parametrization: str, optimizer: str) -> None:
     slopes = measured(plain_mlp(), WIDTHS, parametrization, optimizer, lr=LR[optimizer], seeds=range(8))
@@ -142,7 +143,9 @@ def by_optimizer(optimizer: str, family: mt.Family, seeds: int) -> list[str]:
     return outside(measured(family, (64, 128, 256, 512), "mup", optimizer, lr=lr, steps=3, seeds=range(seeds)))
 
 
-@pytest.mark.parametrize("optimizer", ["rmsprop", "adafactor", "muon", "muon-match-rms-adamw"])
+@pytest.mark.parametrize(
+    "optimizer", extended_but(["rmsprop", "adafactor", "muon", "muon-match-rms-adamw"], "adafactor", "muon")
+)
 def test_one_optimizer_of_each_kind_shows_mups_slopes(optimizer: str) -> None:
     assert by_optimizer(optimizer, plain_mlp(), 6) == []
 
@@ -201,7 +204,7 @@ def stream_slopes(parametrization: str, optimizer: str, lr: float) -> tuple[floa
     return float(slopes[0]), float(slopes[1])
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "muon"])
+@pytest.mark.parametrize("optimizer", extended_but(["adamw", "sgd", "muon"], "adamw"))
 @pytest.mark.parametrize(
     ("parametrization", "alpha"), [("completep", 1), ("depth-mup", 0.5), ("umup", 0.5), ("mup", 0)]
 )
@@ -260,10 +263,10 @@ def hidden_changes(optimizer: str = "adamw", **options: Any) -> pd.Series:
     ("optimizer", "eps", "unscaled"),
     [
         ("adamw", {"eps": 1e-2}, -0.4),
-        ("nadam", {"eps": 1e-2}, -0.4),
-        ("adamax", {"eps": 1e-2}, -0.4),
-        ("rmsprop", {"eps": 1e-2}, -0.4),
-        ("adagrad", {"eps": 1e-2}, -0.4),
+        pytest.param("nadam", {"eps": 1e-2}, -0.4, marks=pytest.mark.extended),
+        pytest.param("adamax", {"eps": 1e-2}, -0.4, marks=pytest.mark.extended),
+        pytest.param("rmsprop", {"eps": 1e-2}, -0.4, marks=pytest.mark.extended),
+        pytest.param("adagrad", {"eps": 1e-2}, -0.4, marks=pytest.mark.extended),
     ],
 )
 def test_epsilon_is_scaled_with_the_gradients(
@@ -276,7 +279,7 @@ def test_epsilon_is_scaled_with_the_gradients(
     assert hidden_changes(optimizer, lr=2**-8).max() <= unscaled
 
 
-@pytest.mark.parametrize("optimizer", ["adafactor", "adafactor-hf"])
+@pytest.mark.parametrize("optimizer", extended_but(["adafactor", "adafactor-hf"], "adafactor"))
 def test_adafactors_epsilon_is_scaled_with_the_weights(optimizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         planned_with(patch, scaled=True, eps2=10.0)

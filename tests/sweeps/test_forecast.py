@@ -60,15 +60,20 @@ def test_a_phase_that_needed_less_or_more_is_over_when_the_next_begins() -> None
 
 def test_runs_are_counted_by_what_they_take_not_by_how_many_they_are() -> None:
     narrow, wide = Scale(8, 2), Scale(64, 2)
-    expected = Forecast({"basins": 110.0}, Clock())
+    expected = Forecast({"basins": 110.0}, clock := Clock())
     expected.begin("basins")
-    given = experiment()
-    watched = TimedExecutor(Planted(lambda job: 1.0), expected, {narrow: 10.0, wide: 100.0})
+    given, seconds = experiment(), {narrow: 10.0, wide: 100.0}
+
+    def loss(job: Job) -> float:
+        clock.now += seconds[job.scale]
+        return 1.0
+
+    watched = TimedExecutor(Planted(loss), expected, seconds)
     assert watched.capacity == 1
     jobs = [Job(k, scale, "mup", given.recipe, 0) for k, scale in enumerate((wide, narrow))]
     left = []
     for _ in watched.run(given, jobs):
-        left.append(expected._rest)
+        left.append(expected.left())
     assert left == [10, 0]
 
 
