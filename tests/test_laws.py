@@ -17,6 +17,7 @@ from mutransfer.planning.laws import LAWS, Change, Ratios, law
 from mutransfer.planning.target import TargetConfig
 
 from .helpers import families
+from .helpers.planned import plan_of
 from .test_transfer import config
 
 RATIOS = st.floats(1 / 64, 64)
@@ -27,7 +28,7 @@ RECIPE = {"lr": 2**-7, "weight_decay": 0.1, "betas": (0.9, 0.95), "eps": 1e-8}
 def planned(name: str, scale: mt.Scale = BASE, optimizer: str = "adamw", **recipe: Any) -> mt.Plan:
     plain = families.transformer()
     family = mt.Family(plain.build, plain.batch, plain.loss, BASE)
-    return mt.plan(family, scale, "mup", optimizer, mt.Recipe.read({**RECIPE, "law": name, **recipe}, "recipe"))
+    return plan_of(family, scale, "mup", optimizer, mt.Recipe.read({**RECIPE, "law": name, **recipe}, "recipe"))
 
 
 @given(st.sampled_from(sorted(LAWS)), RATIOS, RATIOS, RATIOS, RATIOS, RATIOS, RATIOS)
@@ -102,7 +103,7 @@ def test_no_law_changes_nothing_and_says_so() -> None:
 def test_a_size_that_is_left_open_is_never_passed_over(base: dict[str, int], scale: dict[str, int], said: str) -> None:
     """Without a law it is noted, and a law that needs what is not stated is refused."""
     family = families.mlp().with_base(mt.Scale(32, 3, **base))
-    plain = mt.plan(families.mlp(), mt.Scale(64, 3))
+    plain = plan_of(families.mlp(), mt.Scale(64, 3))
     noted = mt.plan(family, mt.Scale(64, 3, **scale))
     assert noted.rows == plain.rows
     assert set(noted.notes) - set(plain.notes) == {
@@ -150,7 +151,7 @@ def test_power_lines_needs_the_parameter_counts() -> None:
 @pytest.mark.parametrize("name", LAWS)
 def test_a_target_config_carries_its_law(name: str, tmp_path: Any) -> None:
     recipe = mt.Recipe.read({**RECIPE, "law": name}, "recipe")
-    plan = mt.plan(families.transformer(), mt.Scale(64, 2), recipe=recipe)
+    plan = plan_of(families.transformer(), mt.Scale(64, 2), recipe=recipe)
     target = config(plan, batch_size=16, steps=100, proxy_parameters=1000)
     assert any(note.startswith(f"law {name}") for note in target.plan.notes)
     assert not any(warning.startswith("law ") for warning in target.warnings)

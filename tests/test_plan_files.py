@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,9 @@ from hypothesis import strategies as st
 import mutransfer as mt
 from mutransfer.errors import RequestError
 from mutransfer.scale import Scale
-from mutransfer.tracing.observe import observe
-from mutransfer.tracing.specs import Observation
 
 from .helpers import families
+from .helpers.planned import plan_of
 
 
 def finite(low: float, high: float, **options: Any) -> st.SearchStrategy[float]:
@@ -53,19 +51,13 @@ def test_a_recipe_survives_save_and_load(tmp_path_factory: pytest.TempPathFactor
     assert mt.Recipe.load(recipe.save(path)) == recipe
 
 
-@cache
-def small_and_seen() -> tuple[mt.Family, Observation]:
-    family = families.transformer(width=16, depth=1, tied=True)
-    return family, observe(family)
-
-
 @settings(max_examples=25, deadline=None)
 @given(recipes(), st.sampled_from(["mup", "sp"]), st.sampled_from(["adamw", "sgd"]))
 def test_a_plan_survives_save_and_load(
     tmp_path_factory: pytest.TempPathFactory, recipe: mt.Recipe, parametrization: str, optimizer: str
 ) -> None:
-    family, seen = small_and_seen()
-    plan = mt.plan(family, Scale(64, 1), parametrization, optimizer, recipe, observation=seen)
+    family = families.transformer(width=16, depth=1, tied=True)
+    plan = plan_of(family, Scale(64, 1), parametrization, optimizer, recipe)
     path = tmp_path_factory.getbasetemp() / "plan.json"
     again = mt.Plan.load(plan.save(path))
     assert again == plan

@@ -38,7 +38,7 @@ def attached(plan: mt.Plan, family: mt.Family) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", extended_but([False, True], False))
 @pytest.mark.parametrize(
     "optimizer", extended_but(["adamw", "sgd", "nadam", "adafactor", "adafactor-hf"], "adamw", "sgd")
 )

@@ -203,6 +203,7 @@ def test_tune_without_out_makes_a_folder_below_runs(commands: Processes, shop: P
     assert told["run"] == "runs/nothing"
 
 
+@pytest.mark.extended
 def test_verify(commands: Processes, shop: Path) -> None:
     ended = commands.run("verify", "run", "--widths", "8,16", "--seeds", "2", "--control", "sp", "--json", cwd=shop)
     told = ended.json

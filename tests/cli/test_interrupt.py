@@ -98,7 +98,11 @@ def test_tuning_in_processes_is_stopped_and_goes_on(stop: Any, shop: Path, comma
     assert_complete(commands.run(*beside, "--json", cwd=shop), run)
 
 
-@pytest.mark.parametrize("stop", [Started.interrupt, Started.kill], ids=["interrupt", "kill"])
+@pytest.mark.parametrize(
+    "stop",
+    [Started.interrupt, pytest.param(Started.kill, marks=pytest.mark.extended)],
+    ids=["interrupt", "kill"],
+)
 def test_tuning_survives_five_of_them_in_a_row(stop: Any, shop: Path, commands: Processes) -> None:
     """Each comes a little later after the study is opened: while asking, training, telling, writing."""
     run, stopped = shop / "new", 0
@@ -251,7 +255,11 @@ def test_verifying_is_interrupted_while_its_processes_start(slow: Path, shop: Pa
     assert not (slow / "verify.json").exists()
 
 
-@pytest.mark.parametrize("stop", [Started.interrupt, Started.kill], ids=["interrupt", "kill"])
+@pytest.mark.parametrize(
+    "stop",
+    [pytest.param(Started.interrupt, marks=pytest.mark.extended), Started.kill],
+    ids=["interrupt", "kill"],
+)
 def test_training_is_stopped_and_ends_with_the_same_loss(stop: Any, shop: Path, commands: Processes) -> None:
     made = commands.run("transfer", "run", "--width", "16", "--tokens", str(600 * 16), cwd=shop)
     assert made.code == 0

@@ -88,13 +88,19 @@ def compare(way: str, rank: int, world: int, store: str) -> None:
 
 
 def measure() -> None:
-    """Fill one of 64 shards of a gigabyte; a memory of its own, and the right std."""
+    """Fill one of 64 shards: the values of the whole matrix; of a gigabyte, within little memory and with the right std."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", rank=3, world_size=64, store=FakeStore())
     mesh = init_device_mesh("cpu", (64,))
     init = Init("normal", 0.0, 0.02)
     draw_(empty(64, 64, device_mesh=mesh, placements=[Shard(0)]), init, 0, "warm up")
+    whole = torch.empty(300, 130)
+    draw_(whole, init, 0, "part")
+    for dim in (0, 1):
+        part = empty(*whole.shape, device_mesh=mesh, placements=[Shard(dim)])
+        draw_(part, init, 0, "part")
+        assert torch.equal(part.to_local(), whole.chunk(64, dim)[3])
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for dim in (0, 1):
         parameter = empty(1 << 14, 1 << 14, device_mesh=mesh, placements=[Shard(dim)])

@@ -14,7 +14,7 @@ SCRIPT = str(Path(__file__).parents[1] / "helpers" / "sharded.py")
 @pytest.mark.parametrize(
     ("way", "world"),
     [
-        ("fully_shard", 2),
+        pytest.param("fully_shard", 2, marks=pytest.mark.extended),
         pytest.param("tensor parallel", 2, marks=pytest.mark.extended),
         pytest.param("hybrid", 4, marks=pytest.mark.slow),
         pytest.param("both", 4, marks=pytest.mark.slow),

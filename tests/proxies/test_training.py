@@ -20,6 +20,7 @@ from mutransfer.scale import Scale
 
 from ..helpers import families
 from ..helpers.blobs import Blobs, blobs
+from ..helpers.planned import plan_of
 
 SCHEDULES = ["constant", "cosine", "linear", "wsd"]
 
@@ -27,7 +28,7 @@ SCHEDULES = ["constant", "cosine", "linear", "wsd"]
 def training(family: mt.Family | None = None, steps: int = 20, optimizer: str = "adamw", **recipe: Any) -> Training:
     family = family or families.mlp(width=16)
     settings_ = mt.Recipe.read({"lr": 0.01, "weight_decay": 0.1 if optimizer != "adam" else 0.0} | recipe, "recipe")
-    plan = mt.plan(family, family.base.with_(width=2 * family.base.width), "mup", optimizer, settings_)
+    plan = plan_of(family, family.base.with_(width=2 * family.base.width), "mup", optimizer, settings_)
     kind = "tokens" if family.name == "transformer" else "images"
     return Training(family, plan, blobs(kind), steps=steps, batch_size=8, seed=3)
 

@@ -97,6 +97,7 @@ def test_thirteen_of_sixty_runs(folder: RunFolder) -> None:
     assert not (folder.path / "plots" / "wider.png").exists()
 
 
+@pytest.mark.extended
 def test_when_all_runs_are_done_nothing_is_called_unfinished(folder: RunFolder) -> None:
     verify(folder, 13)
     page(folder)
@@ -197,6 +198,7 @@ def test_an_interrupted_check(folder: RunFolder) -> None:
     assert "Slopes" not in text
 
 
+@pytest.mark.extended
 def test_a_check_of_something_else_is_not_this_runs(folder: RunFolder) -> None:
     COORDINATES.write(coordinate_frame(MODULES), folder.coordinates)
     begin(folder, {**experiment().subject(), "optimizer": "lion"}, {})

@@ -163,6 +163,7 @@ def test_a_failing_trial_is_replaced_and_named(folder: RunFolder) -> None:
     assert any("saying 'out of memory'" in warning for warning in found.warnings)
 
 
+@pytest.mark.extended
 def test_patience_is_no_other_study(folder: RunFolder) -> None:
     tune(own(BOWL, {"timeout": 50}, trials=1), folder)
     assert len(tune(own(BOWL, {"timeout": 60, "retries": 2}, trials=2), folder).trials) == 2
@@ -178,6 +179,7 @@ def test_a_program_that_is_not_there_is_said_before_anything_is_written(folder: 
     assert "'./train.py', which was not found" in refusal(given, folder)
 
 
+@pytest.mark.extended
 def test_widths_are_compared_with_a_command(folder: RunFolder) -> None:
     body = "tell(step=8, loss=1 + (lr + 5) ** 2 + plan['scale']['width'] / 1000 + seed)"
     given = own(body)

@@ -16,6 +16,7 @@ from mutransfer.tracing.run import LAYERS
 from mutransfer.tracing.specs import match_layers
 
 from ..helpers import families
+from ..helpers.sets import extended_but
 
 
 def names(*kinds: str, stack: str = "blocks") -> dict[str, int]:
@@ -68,7 +69,7 @@ def test_stacks_within_layers() -> None:
 
 
 @pytest.mark.parametrize(
-    "shape", [{}, {"tied": True}, {"qk_norm": True, "head_dim": None, "heads": 2}, {"kv_heads": 1}]
+    "shape", extended_but([{}, {"tied": True}, {"qk_norm": True, "head_dim": None, "heads": 2}, {"kv_heads": 1}], {})
 )
 def test_a_deep_base_is_known_from_its_first_layers(shape: dict[str, object]) -> None:
     family = families.transformer(width=32, depth=2 * LAYERS + 1, **shape)
