@@ -284,6 +284,12 @@ def test_where_to_go_is_where_it_is() -> None:
         assert name in defined, f"{path} has no {name}"
 
 
+def test_helpers_of_tests_stand_in_their_folder() -> None:
+    files = [path.relative_to(ROOT / "tests") for path in (ROOT / "tests").rglob("*.py")]
+    tests = {path for path in files if path.name.startswith("test_") or path.name == "conftest.py"}
+    assert {path for path in files if path.parts[0] == "helpers"} == set(files) - tests
+
+
 def test_planted_violations_of_the_layout_are_seen(tmp_path: Path) -> None:
     circle = planted(
         tmp_path / "circle",
