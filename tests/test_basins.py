@@ -63,6 +63,7 @@ def test_a_planted_drift_and_its_regret_are_found_exactly() -> None:
     assert found.loc[8, "regret"] == 0
 
 
+@pytest.mark.extended
 def test_the_interval_covers_a_planted_drift_under_noise() -> None:
     """60 frames of 20 seeds; each seed moves its basins, and every loss a little: of few seeds, a bootstrap covers less."""
     covered, wide = [], []

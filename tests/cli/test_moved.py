@@ -189,7 +189,11 @@ def test_a_module_is_found_below_the_experiments_folder(commands: Processes, tmp
     assert commands.run("train", "../../new/run/target.json", cwd=away).code == 0
 
 
-@pytest.mark.parametrize(("changes", "files"), [(CALL, None), (COMMAND, "xx")], ids=["function", "command"])
+@pytest.mark.parametrize(
+    ("changes", "files"),
+    [pytest.param(CALL, None, marks=pytest.mark.extended), (COMMAND, "xx")],
+    ids=["function", "command"],
+)
 def test_train_starts_the_trainer_with_the_target(
     changes: dict[str, object], files: str | None, commands: Processes, tmp_path: Path, away: Path
 ) -> None:
@@ -211,7 +215,9 @@ def test_train_starts_the_trainer_with_the_target(
     assert (ended.code, "validation loss" in ended.out) == (0, True), ended.err
 
 
-@pytest.mark.parametrize("changes", [CALL, COMMAND], ids=["function", "command"])
+@pytest.mark.parametrize(
+    "changes", [CALL, pytest.param(COMMAND, marks=pytest.mark.extended)], ids=["function", "command"]
+)
 def test_a_trainer_that_fails_is_said(changes: dict[str, object], commands: Processes, tmp_path: Path) -> None:
     old = project(tmp_path / "old", **changes)
     assert commands.run("tune", "experiment.yaml", "--out", "run", cwd=old).code == 0

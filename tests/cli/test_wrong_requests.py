@@ -197,6 +197,7 @@ def test_labels_that_the_model_has_no_logits_for(shop: Path, commands: Processes
     assert_one_sentence(ended, ["raised on a batch (inputs, targets) of digits (IndexError: Target"])
 
 
+@pytest.mark.extended
 def test_a_gpu_that_is_not_there(shop: Path) -> None:
     before = contents(shop)
     program = [sys.executable, "-c", "from mutransfer.cli import main; main()"]

@@ -15,6 +15,7 @@ from mutransfer.optimizers.rules import OPTIMIZERS
 from mutransfer.tracing.observe import observe
 
 from ..helpers import families
+from ..helpers.sets import extended_but
 
 WIDTHS = (64, 128, 256, 512)
 PLANTED = [
@@ -37,7 +38,7 @@ def recorded(name: str, optimizer: str) -> Any:
     return record(made, WIDTHS, "mup", optimizer, **options)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("optimizer", extended_but(["adamw", "sgd"], "adamw"))
 def test_a_healthy_model_has_no_signature(optimizer: str) -> None:
     found = local_slopes(recorded("", optimizer))
     roles = ("input", "hidden", "output")

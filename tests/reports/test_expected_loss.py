@@ -9,6 +9,8 @@ import pytest
 from mutransfer.reports.summary import expected_loss
 from mutransfer.schemas import BASINS
 
+from ..helpers.sets import extended_but
+
 WIDTHS, SEEDS, NOISE = (64, 128, 256, 512), 5, 0.01
 
 
@@ -26,8 +28,8 @@ def runs(truth, seed=0, widths=WIDTHS, seeds=SEEDS, aways=(-1, 0, 1)) -> pd.Data
     return BASINS.frame(pd.DataFrame(rows, columns=list(BASINS.columns)))
 
 
-@pytest.mark.parametrize("floor", [0.0, 0.5, 2.0])
-@pytest.mark.parametrize("width", [256, 1024, 8192])
+@pytest.mark.parametrize("floor", extended_but([0.0, 0.5, 2.0], 0.5))
+@pytest.mark.parametrize("width", extended_but([256, 1024, 8192], 256, 8192))
 def test_the_interval_holds_a_run_of_the_target(floor, width):
     """From a pure power law to one that has nearly stopped falling, one more run lies inside 95 times of 100."""
     generator = np.random.default_rng(1)

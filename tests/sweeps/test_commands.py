@@ -140,9 +140,13 @@ tell(step=8, loss=2.0)
             ],
         ),
         ("os.kill(os.getpid(), 9)", ["was killed by SIGKILL (often: the machine is out of memory)"]),
-        ("os.kill(os.getpid(), 11)", ["was killed by SIGSEGV"]),
+        pytest.param("os.kill(os.getpid(), 11)", ["was killed by SIGSEGV"], marks=pytest.mark.extended),
         ("print('bye', file=sys.stderr)", ["ended without a loss (saying 'bye'", '{"step": 100, "loss": 2.3}']),
-        ("sys.stdout.close()\nos.close(1)\ntime.sleep(0.3)", ["ended without a loss (see"]),
+        pytest.param(
+            "sys.stdout.close()\nos.close(1)\ntime.sleep(0.3)",
+            ["ended without a loss (see"],
+            marks=pytest.mark.extended,
+        ),
     ],
 )
 def test_a_command_that_never_works_ends_the_sweep_in_a_sentence(body: str, said: list[str], folder: RunFolder) -> None:

@@ -149,7 +149,8 @@ def test_a_failed_run_leaves_no_hole_in_a_basin(folder: RunFolder, two: ProcessE
     assert not folder.basins.exists()
 
 
-@pytest.mark.parametrize("error", [pytest.param(RequestError("no."), marks=pytest.mark.extended), KeyboardInterrupt()])
+@pytest.mark.extended
+@pytest.mark.parametrize("error", [RequestError("no."), KeyboardInterrupt()])
 def test_whatever_ends_the_sweep_ends_the_processes_at_work(
     error: BaseException, folder: RunFolder, two: ProcessExecutor
 ) -> None:

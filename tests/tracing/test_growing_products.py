@@ -14,6 +14,8 @@ import mutransfer as mt
 from mutransfer.planning.plan import ParameterPlan, Plan
 from mutransfer.tracing.observe import observe
 
+from ..helpers.sets import extended_but
+
 WIDE = mt.Scale(64, 2)
 Score = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -183,7 +185,7 @@ def test_attention_however_it_weights(way: str) -> None:
     assert not any("acts on no parameter's result" in note for note in planned.notes)
 
 
-@pytest.mark.parametrize("way", ATTENTIONS)
+@pytest.mark.parametrize("way", extended_but(ATTENTIONS, "softmax", "retention"))
 def test_attention_of_a_fixed_head_dim_needs_nothing(way: str) -> None:
     class Heads(Attending):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
