@@ -20,8 +20,8 @@ from mutransfer.run_dir import RunFolder
 from mutransfer.schemas import TRIALS
 from mutransfer.sweeps.experiment import PLACEHOLDERS, Budget, Experiment, Range, Repeats, Size, Trainer
 
-from .documents import COMMANDS, ROOT, PageRun, blocks, every_page, inline_commands
-from .services import missing_service
+from .helpers.documents import COMMANDS, ROOT, PageRun, blocks, every_page, inline_commands
+from .helpers.services import missing_service
 
 LANGUAGES = {"python", "sh", "yaml", "json", "text", "ini"}
 PAGES = [page for page in every_page() if blocks(page)]

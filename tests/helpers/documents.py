@@ -33,7 +33,7 @@ from mutransfer.sweeps.experiment import Experiment
 
 __all__ = ["Block", "PageRun", "ROOT", "blocks", "commands_in", "every_page", "inline_commands", "parse_command"]
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DIRECTIVES = ("not run", "slow", "not an experiment", "uses")
 FILE = re.compile(r"# ([\w./-]+\.(?:py|yaml))(?:, continued)?(?:: (mutransfer .*))?\n")
 COMMANDS: dict[str, Any] = dict(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
