@@ -36,6 +36,8 @@ __all__ = ["Block", "PageRun", "ROOT", "blocks", "commands_in", "every_page", "i
 ROOT = Path(__file__).parents[2]
 DIRECTIVES = ("not run", "slow", "not an experiment", "uses")
 FILE = re.compile(r"# ([\w./-]+\.(?:py|yaml))(?:, continued)?(?:: (mutransfer .*))?\n")
+# An environment that inherits torch from another one has no script of that name.
+TORCHRUN = 'command -v torchrun >/dev/null || torchrun() { python -m torch.distributed.run "$@"; }\n'
 COMMANDS: dict[str, Any] = dict(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
 
 
@@ -238,7 +240,7 @@ class PageRun:
             parse_command(arguments, block.where)
         tools = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         done = subprocess.run(
-            ["bash", "-euo", "pipefail", "-c", source], cwd=self.folder, capture_output=True, text=True, check=False,
+            ["bash", "-euo", "pipefail", "-c", TORCHRUN + source], cwd=self.folder, capture_output=True, text=True, check=False,
             env={**os.environ, "PATH": tools, "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
         assert done.returncode == 0, f"{block.where}: exit code {done.returncode}\n{done.stdout}{done.stderr}"
