@@ -1,4 +1,4 @@
-"""A run folder for each test, and a workplace for tests of commands."""
+"""A run folder for each test, the log on stderr, and a workplace for tests of commands."""
 
 from __future__ import annotations
 
@@ -7,10 +7,17 @@ from pathlib import Path
 
 import pytest
 
+from mutransfer.printing import log_to_stderr
 from mutransfer.run_dir import RunFolder
 
 from ..helpers.scripts import MODEL, ours, until
 from ..helpers.small import within
+
+
+@pytest.fixture(autouse=True)
+def _logs_as_the_command_line() -> Iterator[None]:
+    with log_to_stderr():
+        yield
 
 
 @pytest.fixture
