@@ -11,7 +11,7 @@ import argparse
 import itertools
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,7 @@ from mutransfer.proxies.training import Outcome
 from mutransfer.recipe import Recipe
 from mutransfer.run_dir import RunFolder
 from mutransfer.sweeps.experiment import Budget, Experiment, with_values
-from mutransfer.sweeps.jobs import Executor, Job, Report, Reported, family_of, flops_of
+from mutransfer.sweeps.jobs import Done, Events, Executor, Job, Report, Reports, Session, family_of, flops_of, run_jobs
 from mutransfer.sweeps.tune import tune
 from mutransfer.sweeps.vectorized.executor import VectorizedExecutor
 
@@ -53,12 +53,12 @@ def tabulated(seed: int, file: Path) -> np.ndarray:
             recipe = with_values(asked.recipe, values)
             yield Job(at, asked.proxy_scale, asked.parametrization, recipe, asked.seed, asked.rung_steps)
 
-    def report(reported: Sequence[Reported]) -> list[bool]:
-        for job, step, loss in reported:
-            losses[(*job.key, rungs.index(step))] = loss
-        return [False] * len(reported)
+    def report(reports: Sequence[Report]) -> tuple[()]:
+        for each in reports:
+            losses[(*each.job.key, rungs.index(each.step))] = each.loss
+        return ()
 
-    for done, (job, outcome) in enumerate(VectorizedExecutor(64).run(asked, jobs(), report), 1):
+    for done, (job, outcome) in enumerate(run_jobs(VectorizedExecutor(64), asked, jobs(), report), 1):
         losses[(*job.key, -1)] = 2 * outcome.start if outcome.diverged else outcome.loss
         if done % 320 == 0:
             print(f"seed {seed}: {done} of {losses[..., 0].size} recipes", file=sys.stderr, flush=True)
@@ -78,24 +78,23 @@ class LookedUp:
         """Return the losses of ``recipe`` at its rungs and at the end."""
         return (self._floor + np.exp(self._heights([np.log2(getattr(recipe, name)) for name in POINTS])[0])).tolist()
 
-    def run(
-        self, asked: Experiment, jobs: Iterable[Job], report: Report | None = None
-    ) -> Iterator[tuple[Job, Outcome]]:
-        """See `Executor.run`; all that are begun come to their next rung together."""
-        jobs, running = iter(jobs), dict[int, tuple[Job, list[float]]]()
-        marks = (*asked.rung_steps, asked.steps)
+    def events(self, session: Session) -> Events:
+        """See `Executor`; all that are begun come to their next rung together."""
+        running = dict[int, tuple[Job, list[float]]]()
+        marks = (*session.experiment.rung_steps, session.experiment.steps)
         while True:
-            for job in itertools.islice(jobs, self.capacity - len(running)):
+            for job in (yield from session.take(self.capacity - len(running))):
                 running[job.key] = job, self.losses(job.recipe)
             if not running:
                 return
-            come = {key: (job, marks[-len(left)], left.pop(0)) for key, (job, left) in running.items()}
-            rungs = [Reported(*each) for key, each in come.items() if running[key][1]]
-            stops = dict(zip([each.job.key for each in rungs], report(rungs) if report and rungs else [], strict=False))
-            for key, (job, step, loss) in come.items():
-                if stops.get(key) or not running[key][1]:
+            come = {key: Report(job, marks[-len(left)], left.pop(0)) for key, (job, left) in running.items()}
+            if rungs := tuple(each for key, each in come.items() if running[key][1]):
+                yield Reports(rungs)
+            for key, each in come.items():
+                stopped = bool(running[key][1]) and session.is_stopped(key)
+                if stopped or not running[key][1]:
                     del running[key]
-                    yield job, Outcome(loss, 2 * loss, step, bool(stops.get(key)), 0.01)
+                    yield Done(each.job, Outcome(each.loss, 2 * each.loss, each.step, stopped, 0.01))
 
 
 def main() -> None:

@@ -12,9 +12,8 @@ import io
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from harness import Claim, arguments, at_least, publish
@@ -23,7 +22,17 @@ from mutransfer.proxies.training import Training, train
 from mutransfer.recipe import Recipe
 from mutransfer.sweeps.executors import LazyExecutor, executor_for
 from mutransfer.sweeps.experiment import Experiment, Size
-from mutransfer.sweeps.jobs import Executor, Job, SequentialExecutor, family_of, plan_of
+from mutransfer.sweeps.jobs import (
+    Done,
+    Events,
+    Executor,
+    Job,
+    SequentialExecutor,
+    Session,
+    family_of,
+    plan_of,
+    run_jobs,
+)
 from mutransfer.sweeps.processes import ProcessExecutor
 from mutransfer.sweeps.vectorized.executor import VectorizedExecutor
 
@@ -42,9 +51,11 @@ class Compiled:
     mode: str | None = None
     capacity: int = 1
 
-    def run(self, experiment: Experiment, jobs: Any, report: Any = None) -> Iterator[Any]:
+    def events(self, session: Session) -> Events:
         """See `mutransfer.sweeps.jobs.Executor`."""
-        for job in jobs:
+        experiment = session.experiment
+        while jobs := (yield from session.take(1)):
+            (job,) = jobs
             family, data = family_of(experiment)
             planned = plan_of(experiment, job.scale, job.parametrization, job.recipe)
             training = Training(
@@ -52,7 +63,7 @@ class Compiled:
                 device=self.device,
             )  # fmt: skip
             training.model.compile(mode=self.mode)
-            yield job, train(training)
+            yield Done(job, train(training))
 
 
 @dataclass
@@ -75,7 +86,7 @@ class Way:
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         begun = time.perf_counter()
-        assert len(list(self.executor.run(experiment, iter(jobs)))) == self.trials
+        assert len(list(run_jobs(self.executor, experiment, jobs))) == self.trials
         self.seconds.append(time.perf_counter() - begun)
         if torch.cuda.is_available():
             self.memory = torch.cuda.max_memory_allocated() / 2**30

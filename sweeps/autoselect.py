@@ -7,18 +7,18 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
 
 from mutransfer.errors import RequestError
-from mutransfer.proxies.training import Outcome, Training
+from mutransfer.proxies.training import Training
 from mutransfer.scale import Scale
 
 from .experiment import Experiment
-from .jobs import Executor, Job, Report, family_of, plan_of
+from .jobs import Done, Events, Executor, Session, family_of, plan_of
 from .vectorized.batch_training import Slot, VectorizedTraining
 from .vectorized.support import NOT_FOR_ONE, is_out_of_memory, refusal
 
@@ -327,14 +327,13 @@ class TimedExecutor:
         """See `Executor`."""
         return self.inner.capacity
 
-    def run(
-        self, experiment: Experiment, jobs: Iterable[Job], report: Report | None = None
-    ) -> Iterator[tuple[Job, Outcome]]:
-        """See `Executor.run`."""
-        for job, outcome in self.inner.run(experiment, jobs, report):
-            share = outcome.steps / experiment.steps / self.inner.capacity
-            self.forecast.note(share * self.seconds.get(job.scale, 0.0))
-            yield job, outcome
+    def events(self, session: Session) -> Events:
+        """See `Executor`."""
+        for event in self.inner.events(session):
+            if isinstance(event, Done):
+                share = event.outcome.steps / session.experiment.steps / self.inner.capacity
+                self.forecast.note(share * self.seconds.get(event.job.scale, 0.0))
+            yield event
 
 
 def run_seconds(experiment: Experiment, scale: Scale, device: str = "cpu", threads: int | None = None) -> float:

@@ -17,7 +17,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +28,7 @@ from mutransfer.proxies.importing import modules_in
 from mutransfer.proxies.training import Outcome
 
 from .experiment import Experiment, Trainer
-from .jobs import Job, Report, alone, plan_of
+from .jobs import Done, Events, Job, Report, Reports, Session, plan_of
 from .processes import ending
 from .user_trainers import TrialRun, call, load_trainer, needed
 
@@ -180,37 +179,40 @@ class Commands:
     def __init__(self, folder: Path, count: int = 1) -> None:
         self.folder, self.capacity = folder, count
 
-    def run(
-        self, experiment: Experiment, jobs: Iterable[Job], report: Report | None = None
-    ) -> Iterator[tuple[Job, Outcome]]:
-        """See `Executor.run`; if it ends early, the running commands are ended too."""
-        assert experiment.trainer is not None
-        source, running = iter(jobs), dict[int, tuple[Job, CommandRun]]()
+    def events(self, session: Session) -> Events:
+        """See `Executor`."""
+        running = dict[int, tuple[Job, CommandRun]]()
         try:
             while True:
-                for job in islice(source, self.capacity - len(running)):
+                for job in (yield from session.take(self.capacity - len(running))):
                     slot = min(set(range(self.capacity)) - running.keys())
-                    ask = None if report is None else alone(report, job)
-                    attempt = TrialRun(experiment.steps, job.rungs, ask, maximize=experiment.maximize)
-                    home = self._home(job)
-                    # Left by another job of the same name, whose checkpoint must not be used.
-                    shutil.rmtree(home / "out", ignore_errors=True)
-                    running[slot] = job, CommandRun(
-                        experiment.trainer, _target(experiment, job), attempt, home, experiment.folder, slot=slot,
-                        environment=command_environment(self.capacity),
-                    )  # fmt: skip
+                    running[slot] = job, self._begun(session.experiment, job, slot)
                 if not running:
                     return
                 look(run for _, run in running.values())
                 for slot, (job, run) in list(running.items()):
-                    if (outcome := run.advance()) is not None:
+                    for rung, loss in run.advance():
+                        yield Reports((Report(job, rung, loss),))
+                        run.attempt.stopped = session.is_stopped(job.key)
+                    if run.outcome is not None:
                         del running[slot]
-                        yield job, outcome
+                        yield Done(job, run.outcome)
         finally:
             for _, run in running.values():
                 run.process.stop()  # stop all of them before waiting for any
             for _, run in running.values():
                 run.process.close()
+
+    def _begun(self, experiment: Experiment, job: Job, slot: int) -> CommandRun:
+        assert experiment.trainer is not None
+        attempt = TrialRun(experiment.steps, job.rungs, maximize=experiment.maximize)
+        home = self._home(job)
+        # Left by another job of the same name, whose checkpoint must not be used.
+        shutil.rmtree(home / "out", ignore_errors=True)
+        return CommandRun(
+            experiment.trainer, _target(experiment, job), attempt, home, experiment.folder, slot=slot,
+            environment=command_environment(self.capacity),
+        )  # fmt: skip
 
     def _home(self, job: Job) -> Path:
         key = job.key if isinstance(job.key, tuple) else (job.key,)
@@ -240,6 +242,9 @@ class CommandRun:
         folder: working directory of the command.
         slot: number from 0, unique among the commands that run at the same time.
         environment: environment variables of the command.
+
+    Attributes:
+        outcome: outcome of the run; None while it goes on.
     """
 
     def __init__(
@@ -257,6 +262,7 @@ class CommandRun:
         # Absolute paths, since a launcher may start the script in another folder.
         paths = {name: str(path.absolute()) for name, path in {**files, "out": home / "out"}.items()}
         self.words = self.trainer.words({**paths, "seed": str(target.seed), "slot": str(slot)})
+        self.outcome: Outcome | None = None
         self.tries = 0
         self._start()
 
@@ -269,34 +275,35 @@ class CommandRun:
             self.words, self.home / "stderr.log", self.trainer.grace, self.environment, self.folder
         )
 
-    def advance(self) -> Outcome | None:
-        """Read new output and check the command; return its outcome once it has ended and is not retried, else None."""
+    def advance(self) -> Iterator[tuple[int, float]]:
+        """Read new output and check the command; set ``outcome`` if it has ended and is not retried.
+
+        Yields (rung, loss) for each report at a rung. If ``attempt.stopped`` is then set, the command is asked to end.
+        """
         code = self.process.code  # read it before the output: once the command has ended, its output is complete
         with naming_the_disk(self.home), (self.home / "stdout.log").open("ab") as log:
             for line in self.process.lines():
-                if not self._record(line):
+                if (found := parse_report(line)) is None:
                     log.write(line + b"\n")
+                elif not self.stopping and self.final is None:
+                    yield from self._record(found)
         if self.trainer.timeout is not None and time.monotonic() - self.begun > self.trainer.timeout:
             self.late = True
             self._stop()
-        if code is None:
-            return None
-        self.process.close()
-        return self._ended(code)
+        if code is not None:
+            self.process.close()
+            self.outcome = self._ended(code)
 
-    def _record(self, line: bytes) -> bool:
-        """Return whether ``line`` is a report, and record it unless the command was stopped or its final loss is known."""
-        if (found := parse_report(line)) is None:
-            return False
-        if self.stopping or self.final is not None:
-            return True
-        if found.step is not None and self.attempt.on_report(found.step, found.loss) and not found.final:
-            self._stop()
-        elif found.step is None:
+    def _record(self, found: ParsedReport) -> Iterator[tuple[int, float]]:
+        if found.step is None:
             self.attempt.note(found.loss)
+        else:
+            if (rung := self.attempt.on_report(found.step, found.loss)) is not None:
+                yield rung, found.loss
+            if self.attempt.over and not found.final:
+                self._stop()
         if found.final:
             self.final = found.loss
-        return True
 
     def _stop(self) -> None:
         if not self.stopping:
@@ -306,7 +313,7 @@ class CommandRun:
     def _ended(self, code: int) -> Outcome | None:
         if self.final is not None:  # errors during cleanup do not matter
             return self.attempt.outcome(self.final)
-        if self.attempt.stopped or self.attempt.diverged:
+        if self.attempt.over:
             return self.attempt.outcome()
         text = self.process.last_words()
         where = f"{f'saying {text!r}; ' if text else ''}see {self.home}"
@@ -391,8 +398,10 @@ def train_target(
 
 def _run(run: CommandRun) -> Outcome:
     try:
-        while (outcome := run.advance()) is None:
+        while run.outcome is None:
             look([run])
+            for _ in run.advance():  # without rungs, there is nothing to decide
+                pass
     finally:
         run.process.close()
-    return outcome
+    return run.outcome

@@ -23,7 +23,7 @@ from mutransfer.schemas import BASINS, TRIALS
 
 from .commands import Commands
 from .experiment import Experiment, Range
-from .jobs import Executor, Job, flops_of, plan_of
+from .jobs import Executor, Job, flops_of, plan_of, run_jobs
 from .results import at_edges
 from .tune import tune
 from .user_trainers import needed
@@ -202,7 +202,7 @@ def _over_seeds(
         if seed not in rows
     ]
     progress(seeds - len(missing))
-    for job, outcome in executor.run(variant, missing):
+    for job, outcome in run_jobs(executor, variant, missing):
         needed(outcome, f"the best recipe of {variant.parametrization} at width {job.scale.width} with seed {job.seed}")
         rows[job.seed] = {
             "parametrization": variant.parametrization, "width": job.scale.width, "depth": job.scale.depth, "seed": job.seed,

@@ -6,17 +6,16 @@ import contextlib
 import functools
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from mutransfer.errors import RequestError, nearest
 from mutransfer.proxies.importing import modules_in
-from mutransfer.proxies.training import Outcome
 
 from .commands import Commands, check_command
 from .experiment import Experiment
-from .jobs import Executor, Job, Report, SequentialExecutor
+from .jobs import Events, Executor, SequentialExecutor, Session
 from .processes import ProcessExecutor
 from .user_trainers import load_trainer
 
@@ -87,11 +86,9 @@ class LazyExecutor:
         """The maximum number of jobs that run at the same time."""
         return self.chosen.capacity
 
-    def run(
-        self, experiment: Experiment, jobs: Iterable[Job], report: Report | None = None
-    ) -> Iterator[tuple[Job, Outcome]]:
-        """See `Executor.run`."""
-        return self.chosen.run(experiment, jobs, report)
+    def events(self, session: Session) -> Events:
+        """See `Executor`."""
+        return self.chosen.events(session)
 
 
 def one_by_one(experiment: Experiment, folder: Path | None = None, device: str = "cpu") -> Executor:

@@ -1,16 +1,29 @@
 """Training runs of a sweep as plain data that any process can execute, and the `Executor` protocol that runs them.
 
 An `Executor` separates the choice of runs from their execution: the study and the basins do not depend on processes, devices
-or vectorization.
+or vectorization. Both sides meet in a `Session`: the caller submits jobs and takes events, as in
+
+    with Session(executor, experiment) as session:
+        for event in session:
+            match event:
+                case Ready(count): ...  # session.submit(job) up to `count` times; the session ends if no job is left
+                case Reports(reports): ...  # session.stop(key) for each job that should end here
+                case Done(job, outcome): ...
 """
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
+import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
+
+from greenlet import GreenletExit, greenlet
 
 from mutransfer.errors import RequestError, describe
 from mutransfer.family import Family
@@ -30,8 +43,8 @@ from .experiment import NO_DATA, Experiment, Size
 from .user_trainers import TrialRun, call
 
 __all__ = [
-    "Executor", "Job", "SequentialExecutor", "Report", "Reported", "alone", "cost_of", "do", "family_of", "flops_of", "loaded",
-    "plan_of",
+    "Done", "Event", "Events", "Executor", "Job", "Ready", "Report", "Reports", "SequentialExecutor", "Session", "cost_of", "do",
+    "family_of", "flops_of", "loaded", "plan_of", "run_jobs",
 ]  # fmt: skip
 
 
@@ -47,7 +60,15 @@ class Job:
     rungs: tuple[int, ...] = ()
 
 
-class Reported(NamedTuple):
+@dataclass(frozen=True)
+class Ready:
+    """The executor can start ``count`` more jobs; it goes on without new ones if none are submitted now."""
+
+    count: int
+
+
+@dataclass(frozen=True)
+class Report:
     """Report of a job at a rung: validation ``loss`` in nats after ``step`` steps."""
 
     job: Job
@@ -55,32 +76,116 @@ class Reported(NamedTuple):
     loss: float
 
 
-# Jobs that run in parallel report together: a pruner sees all of them before it decides on any. True stops a job.
-Report = Callable[[Sequence[Reported]], Sequence[bool]]
+@dataclass(frozen=True)
+class Reports:
+    """Reports of jobs that reached their rungs at the same time, so that a pruner sees all of them before it decides on any."""
+
+    reports: tuple[Report, ...]
 
 
-def alone(report: Report, job: Job) -> Callable[[int, float], bool]:
-    """Return a function of (step, loss) that reports for ``job`` alone and returns whether to stop it."""
-    return lambda step, loss: report([Reported(job, step, loss)])[0]
+@dataclass(frozen=True)
+class Done:
+    """A job has ended."""
+
+    job: Job
+    outcome: Outcome
+
+
+Event = Ready | Reports | Done
+Events = Generator[Event, None, None]
 
 
 class Executor(Protocol):
-    """Runs jobs."""
+    """Trains jobs."""
 
     @property
     def capacity(self) -> int:
         """The maximum number of jobs that run at the same time."""
         ...
 
-    def run(
-        self, experiment: Experiment, jobs: Iterable[Job], report: Report | None = None
-    ) -> Iterator[tuple[Job, Outcome]]:
-        """Take a job whenever there is capacity, and yield it with its outcome when it ends.
+    def events(self, session: Session) -> Events:
+        """Train the jobs submitted to ``session``, and yield what happens until no job is left.
 
-        ``jobs`` may choose the next job from the outcomes yielded so far; once exhausted, it is not advanced again.
-        ``report`` is called at a job's rungs and stops it by returning True.
+        A job that has reported continues when the generator is advanced again, or ends there if it was stopped by then. Closing
+        the generator ends all running jobs without an outcome.
         """
         ...
+
+
+class Session:
+    """Jobs submitted to an executor, and the events that follow; a context manager that ends the running jobs at its exit.
+
+    Args:
+        executor: trains the jobs.
+        experiment: the experiment that the jobs belong to.
+    """
+
+    def __init__(self, executor: Executor, experiment: Experiment) -> None:
+        self.experiment = experiment
+        self._submitted = deque[Job]()
+        self._stopped = set[Any]()
+        self._events = executor.events(self)
+
+    def submit(self, job: Job) -> None:
+        """Add a job, after an event `Ready`; its ``key`` differs from those of all running jobs."""
+        self._submitted.append(job)
+
+    def stop(self, key: Any) -> None:
+        """End a job at the rung where it waits, or else at its next rung."""
+        self._stopped.add(key)
+
+    def __iter__(self) -> Iterator[Event]:
+        """Yield events until no job is left."""
+        for event in self._events:
+            yield event
+            if isinstance(event, Done):
+                self._stopped.discard(event.job.key)
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._events.close()
+
+    # For executors.
+
+    def take(self, count: int) -> Generator[Ready, None, list[Job]]:
+        """Announce room for ``count`` jobs, and return at most as many submitted ones: ``jobs = yield from session.take(2)``."""
+        if count > len(self._submitted):
+            yield Ready(count - len(self._submitted))
+        return [self._submitted.popleft() for _ in range(min(count, len(self._submitted)))]
+
+    def is_stopped(self, key: Any) -> bool:
+        """Return whether the caller has stopped a job."""
+        return key in self._stopped
+
+
+def run_jobs(
+    executor: Executor,
+    experiment: Experiment,
+    jobs: Iterable[Job],
+    report: Callable[[Sequence[Report]], Iterable[Any]] = lambda reports: (),
+) -> Iterator[tuple[Job, Outcome]]:
+    """Yield each of ``jobs`` with its outcome when it ends.
+
+    Args:
+        executor: trains the jobs.
+        experiment: the experiment that the jobs belong to.
+        jobs: taken one by one, whenever the executor has room, so they may depend on the outcomes yielded so far.
+        report: maps the reports of jobs that reached their rungs at the same time to the keys of the jobs to stop.
+    """
+    source = iter(jobs)
+    with Session(executor, experiment) as session:
+        for event in session:
+            match event:
+                case Ready(count):
+                    for job in itertools.islice(source, count):
+                        session.submit(job)
+                case Reports(reports):
+                    for key in report(reports):
+                        session.stop(key)
+                case Done(job, outcome):
+                    yield job, outcome
 
 
 class SequentialExecutor:
@@ -91,12 +196,58 @@ class SequentialExecutor:
     def __init__(self, device: str = "cpu", *, compile: bool = False) -> None:
         self.device, self.compile = device, compile
 
-    def run(
-        self, experiment: Experiment, jobs: Iterable[Job], report: Report | None = None
-    ) -> Iterator[tuple[Job, Outcome]]:
-        """See `Executor.run`."""
-        for job in jobs:
-            yield job, do(experiment, job, self.device, report, self.compile)
+    def events(self, session: Session) -> Events:
+        """See `Executor`."""
+        while jobs := (yield from session.take(1)):
+            yield from self.train(session, jobs[0])
+
+    def train(self, session: Session, job: Job) -> Events:
+        """Train one job of ``session``."""
+        with _Suspended(lambda report: do(session.experiment, job, self.device, report, self.compile)) as run:
+            while (reported := run.resume(session.is_stopped(job.key))) is not None:
+                yield Reports((Report(job, *reported),))
+        yield Done(job, run.outcome)
+
+
+class _Suspended:
+    """Call of ``function(report)`` that is suspended inside ``report``, a function of (step, loss), until it is resumed.
+
+    A user's training function calls ``report`` at any depth, so it cannot be a generator; it runs in a greenlet of this thread.
+    Whatever it raises, Ctrl-C included, arrives in `resume`.
+
+    Attributes:
+        outcome: what the function has returned.
+    """
+
+    outcome: Outcome
+
+    def __init__(self, function: Callable[[Callable[[int, float], bool]], Outcome]) -> None:
+        self._greenlet = greenlet(lambda stop: function(self._report))
+        self._greenlet.gr_context = contextvars.copy_context()  # such as numpy's error state
+        self._closed = False
+
+    def __enter__(self) -> _Suspended:
+        return self
+
+    def resume(self, stop: bool) -> tuple[int, float] | None:
+        """Start or continue the function, whose ``report`` returns ``stop``; return its next report, or None at its end."""
+        found = self._greenlet.switch(stop)
+        if not self._greenlet.dead:
+            return found
+        self.outcome = found
+        return None
+
+    def _report(self, step: int, loss: float) -> bool:
+        if self._closed:  # the function has caught the first GreenletExit
+            raise GreenletExit
+        return self._greenlet.parent.switch((step, loss))
+
+    def __exit__(self, *_: object) -> None:
+        """End the function if it is suspended: ``report`` raises GreenletExit there."""
+        self._closed = True
+        if self._greenlet:
+            with contextlib.suppress(Exception):  # what it raises on its way out concerns nobody any more
+                self._greenlet.throw()
 
 
 def loaded(experiment: Experiment) -> tuple[Family, Data | None]:
@@ -193,26 +344,28 @@ def plan_of(experiment: Experiment, scale: Scale, parametrization: str, recipe: 
     return plan(family, scale, parametrization, experiment.optimizer, recipe, target=target)
 
 
-def do(experiment: Experiment, job: Job, device: str, report: Report | None, compile: bool = False) -> Outcome:
-    """Run ``job`` in this process on ``device`` (a user trainer chooses its own); ``report`` is called at its rungs.
+def do(
+    experiment: Experiment, job: Job, device: str, report: Callable[[int, float], bool], compile: bool = False
+) -> Outcome:
+    """Run ``job`` in this process on ``device`` (a user trainer chooses its own).
 
-    With ``compile``, the model is compiled for the first job of its kind.
+    With ``compile``, the model is compiled for the first job of its kind. ``report`` is called with (step, loss) at the job's
+    rungs and returns whether the job should end there.
 
     Raises:
         RequestError: the model, its data or its trainer cannot be used; or the trainer is a command.
     """
     planned = plan_of(experiment, job.scale, job.parametrization, job.recipe)
-    ask = None if report is None else alone(report, job)
     if (trainer := experiment.trainer) is not None:
         if trainer.call is None:
             raise RequestError("the trainer is a command, but this executor calls functions: use executor_for.")
         reference = experiment.here().references()["call"]
-        attempt = TrialRun(experiment.steps, job.rungs, ask, maximize=experiment.maximize)
+        attempt = TrialRun(experiment.steps, job.rungs, maximize=experiment.maximize)
         with modules_in(experiment.folder):
-            return call(reference, job.recipe, planned, job.seed, attempt)
+            return call(reference, job.recipe, planned, job.seed, attempt, report)
     family, data = family_of(experiment)
     training = Training(
         family, planned, data, steps=experiment.steps, batch_size=experiment.batch_size, seed=job.seed, device=device,
         compile=compile,
     )  # fmt: skip
-    return train(training, job.rungs, ask)
+    return train(training, job.rungs, report)

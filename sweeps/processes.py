@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import itertools
 import math
 import multiprocessing
 import os
@@ -13,7 +11,7 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing import connection, resource_tracker
 from multiprocessing.connection import Connection
@@ -26,7 +24,7 @@ from mutransfer.printing import in_worker
 from mutransfer.proxies.training import Outcome
 
 from .experiment import Experiment
-from .jobs import Job, Report, Reported, do
+from .jobs import Done, Events, Job, Report, Reports, Session, do
 
 __all__ = ["ProcessExecutor", "ending"]
 
@@ -63,40 +61,37 @@ class ProcessExecutor:
         self._open = False
         self._end(list(self._workers))
 
-    def run(
-        self, experiment: Experiment, jobs: Iterable[Job], report: Report | None = None
-    ) -> Iterator[tuple[Job, Outcome]]:
-        """See `Executor.run`; ``report`` is called in this process."""
+    def events(self, session: Session) -> Events:
+        """See `Executor`."""
         assert self._open, "use as a context manager"
-        source = iter(jobs)
         try:
             while True:
-                for job in itertools.islice(source, self.capacity - len(self._running())):
-                    self._begin(experiment, job, report is not None)
+                for job in (yield from session.take(self.capacity - len(self._running()))):
+                    self._begin(session.experiment, job)
                 if not (running := self._running()):
                     return
                 # Wait for the processes too: one that dies may leave its end of the pipe open in a child process.
                 ready = set(connection.wait([end for w in running for end in (w.pipe, w.process.sentinel)]))
                 for worker in running:
                     if ready & {worker.pipe, worker.process.sentinel}:
-                        yield from self._handle(worker, report)
+                        yield from self._handle(worker, session)
         finally:
             self._end(self._running())  # their outcomes are no longer needed
 
     def _running(self) -> list[_Worker]:
         return [worker for worker in self._workers if worker.job is not None]
 
-    def _begin(self, experiment: Experiment, job: Job, reports: bool) -> None:
+    def _begin(self, experiment: Experiment, job: Job) -> None:
         for worker in [worker for worker in self._workers if worker.job is None]:
             with contextlib.suppress(OSError):  # the process died while idle
-                worker.pipe.send((experiment, job, reports))
+                worker.pipe.send((experiment, job))
                 worker.job, worker.begun = job, time.perf_counter()
                 return
             self._end([worker])
         worker = self._started()
         worker.job, worker.begun = job, time.perf_counter()
-        with contextlib.suppress(OSError):  # the process died at its start: `run` notices when it waits for it
-            worker.pipe.send((experiment, job, reports))
+        with contextlib.suppress(OSError):  # the process died at its start: `events` notices when it waits for it
+            worker.pipe.send((experiment, job))
 
     def _started(self) -> _Worker:
         # Spawn the processes: a forked torch may deadlock in its thread pool.
@@ -109,8 +104,8 @@ class ProcessExecutor:
         theirs.close()
         return worker
 
-    def _handle(self, worker: _Worker, report: Report | None) -> Iterator[tuple[Job, Outcome]]:
-        """Handle one message of a worker, or its death, and yield its job if that has ended."""
+    def _handle(self, worker: _Worker, session: Session) -> Events:
+        """Yield the event of a worker's message or death, and answer a report."""
         job = worker.job
         assert job is not None
         message: tuple[str, Any] = "died", None
@@ -120,22 +115,21 @@ class ProcessExecutor:
             if worker.pipe.poll():
                 message = worker.pipe.recv()
         match message:
-            case ("report", content):
-                assert report is not None
-                answer = report(content)
+            case ("report", (step, loss)):
+                yield Reports((Report(job, step, loss),))
                 with contextlib.suppress(OSError):
-                    worker.pipe.send(answer)
-            case ("done", content):
+                    worker.pipe.send(session.is_stopped(job.key))
+            case ("done", outcome):
                 worker.job = None
-                yield job, content
-            case ("raised", content):
+                yield Done(job, outcome)
+            case ("raised", error):
                 worker.job = None
-                raise content
+                raise error
             case _:
                 seconds = time.perf_counter() - worker.begun
                 self._end([worker])
                 reason = f"its process {ending(worker.process.exitcode or 0)}"
-                yield job, Outcome(math.nan, math.nan, 0, False, seconds, reason)
+                yield Done(job, Outcome(math.nan, math.nan, 0, False, seconds, reason))
 
     def _end(self, workers: list[_Worker]) -> None:
         for worker in workers:
@@ -174,23 +168,22 @@ def _serve(pipe: Connection, compile: bool) -> None:
     """Run the jobs received through ``pipe`` until it is closed; the entry point of a process."""
     _quiet()
     in_worker()
+
+    def report(step: int, loss: float) -> bool:
+        pipe.send(("report", (step, loss)))
+        return pipe.recv()
+
     while True:
         try:
-            experiment, job, reports = pipe.recv()
+            experiment, job = pipe.recv()
         except EOFError:
             return
-        ask = functools.partial(_ask, pipe) if reports else None
         message: tuple[str, Any]
         try:
-            message = "done", do(experiment, job, "cpu", ask, compile)
+            message = "done", do(experiment, job, "cpu", report, compile)
         except Exception as error:
             message = "raised", _portable(error)
         pipe.send(message)
-
-
-def _ask(pipe: Connection, reported: Sequence[Reported]) -> Sequence[bool]:
-    pipe.send(("report", reported))
-    return pipe.recv()
 
 
 def _portable(error: Exception) -> Exception:

@@ -19,7 +19,7 @@ from mutransfer.run_dir import RunFolder
 from mutransfer.schemas import REPEATS
 
 from .experiment import Experiment, with_values
-from .jobs import Executor, Job
+from .jobs import Executor, Job, run_jobs
 from .study import baseline
 from .user_trainers import needed
 from .workers import FINISHED, Heartbeats
@@ -78,7 +78,7 @@ class Replicates:
         words = f"the best {len({job.key[0] for job in self.wanted})} again, with other seeds"
         while len(rows := self._rows()) < len(self.wanted):
             idle = True
-            for job, outcome in executor.run(self.experiment, self._claimed()):
+            for job, outcome in run_jobs(executor, self.experiment, self._claimed()):
                 idle = False
                 needed(outcome, f"trial {job.key[0]} with seed {job.seed}")
                 if DONE + _name(job) not in self.study.user_attrs:

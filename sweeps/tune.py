@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import logging
 import math
 import os
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -29,7 +30,7 @@ from mutransfer.schemas import BASINS, REPEATS, TRIALS, Schema
 from ._optuna_internals import storage_of
 from .executors import LazyExecutor, check_trainer, one_by_one
 from .experiment import Budget, Experiment, with_values
-from .jobs import Executor, Job, Reported, cost_of, flops_of, loaded, plan_of
+from .jobs import Done, Executor, Job, Ready, Reports, Session, cost_of, flops_of, loaded, plan_of
 from .results import LOOK_EVERY, Replicates, Tuned, best_so_far, summary, usable
 from .retry import RetryingStorage
 from .samplers import Independent
@@ -138,49 +139,63 @@ def run_trials(
     Raises:
         RequestError: too many trials in a row failed.
     """
-
     failures = Failures(executor.capacity)
+    # Once there is nothing to ask for, the running trials end first; then `tune` decides whether to continue.
+    asked = iter(functools.partial(_ask, experiment, claims, dead, flops), None)
+    first = True
+    with Session(executor, experiment) as session, _requeued_if_interrupted(claims):
+        for event in session:
+            match event:
+                case Ready(count):
+                    for trial in itertools.islice(asked, count):
+                        if first:
+                            beginning()
+                        first = False
+                        session.submit(_job(experiment, trial))
+                case Reports(reports):
+                    for report in reports:
+                        with contextlib.suppress(UpdateFinishedTrialError):
+                            claims.begun[report.job.key].report(report.loss, report.step)
+                    for report in reports:
+                        if _should_stop(claims, claims.begun[report.job.key]):
+                            session.stop(report.job.key)
+                case Done(job, outcome):
+                    trial = claims.begun[job.key]
+                    failures.note(job.key, outcome, claims.finished())
+                    known = record_result(claims.study, trial, outcome, flops)
+                    del claims.begun[job.key]
+                    if known:
+                        yield trial
 
-    def begun() -> Iterator[Job]:
-        first = True
-        while True:
-            claims.requeue(dead())
-            sampler = claims.study.sampler
-            if isinstance(sampler, Independent) and not claims.waiting() and sampler.waits(claims.study):
-                return
-            if not affordable(experiment, claims, flops):
-                return
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-                trial = claims.next()
-            if trial is None:
-                return
-            if first:
-                beginning()
-            first = False
-            yield _job(experiment, trial)
 
-    def report(reported: Sequence[Reported]) -> list[bool]:
-        for job, step, loss in reported:
-            with contextlib.suppress(UpdateFinishedTrialError):
-                claims.begun[job.key].report(loss, step)
-        return [should_stop(claims.begun[job.key]) for job, _, _ in reported]
+def _ask(
+    experiment: Experiment, claims: TrialQueue, dead: Callable[[], list[FrozenTrial]], flops: float | None
+) -> Trial | None:
+    """Start a trial; return None if the sampler waits for results, the budget is used up, or all places are held."""
+    claims.requeue(dead())
+    sampler = claims.study.sampler
+    if isinstance(sampler, Independent) and not claims.waiting() and sampler.waits(claims.study):
+        return None
+    if not affordable(experiment, claims, flops):
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        return claims.next()
 
-    def should_stop(trial: Trial) -> bool:
-        try:
-            state = claims.trials()[trial.number].state
-            return state is not TrialState.RUNNING or trial.should_prune()
-        except UpdateFinishedTrialError:  # raised when halving records the rung in the trial
-            return True  # another worker retries it because this one missed its heartbeat; `record_result` logs that
 
+def _should_stop(claims: TrialQueue, trial: Trial) -> bool:
     try:
-        for job, outcome in executor.run(experiment, begun(), report):
-            trial = claims.begun[job.key]
-            failures.note(job.key, outcome, claims.finished())
-            known = record_result(claims.study, trial, outcome, flops)
-            del claims.begun[job.key]
-            if known:
-                yield trial
+        state = claims.trials()[trial.number].state
+        return state is not TrialState.RUNNING or trial.should_prune()
+    except UpdateFinishedTrialError:  # raised when halving records the rung in the trial
+        return True  # another worker retries it because this one missed its heartbeat; `record_result` logs that
+
+
+@contextlib.contextmanager
+def _requeued_if_interrupted(claims: TrialQueue) -> Iterator[None]:
+    """Return the unfinished trials to the queue when the block is left by any exception."""
+    try:
+        yield
     except BaseException:
         # If this fails too (a full disk, an interruption inside the storage), the trials are requeued when the run resumes,
         # or by another worker.

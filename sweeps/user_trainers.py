@@ -29,23 +29,25 @@ class Stop(Exception):  # noqa: N818 - as StopIteration: nothing went wrong
 class TrialRun:
     """One run of a user trainer, over all its attempts.
 
-    Losses of different trials are only comparable at the same steps. The pruner is therefore called once per rung, with the
-    first report at or after the rung as if it were at the rung. A loss reported at step 0 is the starting loss; a run that ends
-    above it has diverged.
+    Losses of different trials are only comparable at the same steps. A trial is therefore judged once per rung, by the first
+    report at or after the rung as if it were at the rung. A loss reported at step 0 is the starting loss; a run that ends above
+    it has diverged.
 
     Args:
         steps: length of the whole run.
-        rungs: steps at which ``ask`` is called.
-        ask: maps (step, loss) to whether to stop.
-        maximize: whether higher reported values are better; a run that ends below its start has then diverged.
+        rungs: steps at which the run may be stopped.
         on_report: called with the step of every report.
+        maximize: whether higher reported values are better; a run that ends below its start has then diverged.
+
+    Attributes:
+        stopped: whether the run is stopped early; set by the caller of `on_report`.
     """
 
     def __init__(
-        self, steps: int, rungs: tuple[int, ...] = (), ask: Callable[[int, float], bool] | None = None,
-        on_report: Callable[[int], None] = lambda step: None, *, maximize: bool = False,
+        self, steps: int, rungs: tuple[int, ...] = (), on_report: Callable[[int], None] = lambda step: None, *,
+        maximize: bool = False,
     ) -> None:  # fmt: skip
-        self.steps, self._rungs, self._ask, self._on_report = steps, sorted(rungs), ask, on_report
+        self.steps, self._rungs, self._on_report = steps, sorted(rungs), on_report
         self._begun = time.perf_counter()
         self._start = math.nan
         self._last: tuple[int, float] | None = None
@@ -55,6 +57,11 @@ class TrialRun:
     def diverged(self) -> bool:
         """Whether the last reported loss is not finite."""
         return self._last is not None and not math.isfinite(self._last[1])
+
+    @property
+    def over(self) -> bool:
+        """Whether the run should end because it is stopped or has diverged."""
+        return self.stopped or self.diverged
 
     @property
     def last(self) -> float | None:
@@ -69,19 +76,17 @@ class TrialRun:
         """Start another attempt, discarding the loss that the previous one reported."""
         self._last = None
 
-    def on_report(self, step: int, loss: float) -> bool:
-        """Record a report and return whether the run should end because it is pruned or has diverged."""
+    def on_report(self, step: int, loss: float) -> int | None:
+        """Record a report; return the rung at which it counts, or None if it is not the first report after a rung."""
         self._last = step, loss
         self._on_report(step)
         if not math.isfinite(loss):
-            return True
+            return None
         if step == 0:
             self._start = loss
         due = [rung for rung in self._rungs if rung <= step]
-        if due and self._ask is not None:
-            self._rungs = self._rungs[len(due) :]
-            self.stopped = self._ask(due[-1], loss) or self.stopped
-        return self.stopped
+        self._rungs = self._rungs[len(due) :]
+        return due[-1] if due else None
 
     def outcome(self, loss: float | None = None, failed: str | None = None) -> Outcome:
         """Return the outcome of the run: ``failed``, the final ``loss``, or else the last report, at which it was stopped."""
@@ -124,8 +129,13 @@ def load_trainer(reference: str) -> Callable[..., Any]:
     return function
 
 
-def call(reference: str, recipe: Recipe, plan: Plan, seed: int, attempt: TrialRun) -> Outcome:
+def call(
+    reference: str, recipe: Recipe, plan: Plan, seed: int, attempt: TrialRun,
+    stops: Callable[[int, float], bool] = lambda rung, loss: False,
+) -> Outcome:  # fmt: skip
     """Train with the function that ``reference`` names and return the outcome.
+
+    ``stops`` is called with (rung, loss) at each rung of ``attempt`` and returns whether the run should end there.
 
     The function is called as ``train(recipe, plan, seed, report)`` and returns the final loss; ``report(step, loss)`` raises
     `Stop` if the run should end, and ``report.steps`` is the length of the run. Torch is seeded before the call, which makes a
@@ -141,12 +151,12 @@ def call(reference: str, recipe: Recipe, plan: Plan, seed: int, attempt: TrialRu
     torch.manual_seed(seed)
     try:
         with helpers_of(Path(file).parent) if file else contextlib.nullcontext():
-            loss = function(recipe, plan, seed, _Reporter(reference, attempt))
+            loss = function(recipe, plan, seed, _Reporter(reference, attempt, stops))
     except RequestError:
         raise
     except (Exception, SystemExit) as error:
         # This includes what it raised in response to `Stop`; and a loss that is not finite can end in any exception.
-        if attempt.stopped or attempt.diverged:
+        if attempt.over:
             return attempt.outcome()
         return attempt.outcome(failed=f"{reference} raised {describe_exception(error, file)}")
     return attempt.outcome(_loss(loss, f"{reference} returned"))
@@ -155,11 +165,15 @@ def call(reference: str, recipe: Recipe, plan: Plan, seed: int, attempt: TrialRu
 class _Reporter:
     """The ``report`` argument of a trainer."""
 
-    def __init__(self, reference: str, attempt: TrialRun) -> None:
-        self._reference, self._attempt, self.steps = reference, attempt, attempt.steps
+    def __init__(self, reference: str, attempt: TrialRun, stops: Callable[[int, float], bool]) -> None:
+        self._reference, self._attempt, self._stops, self.steps = reference, attempt, stops, attempt.steps
 
     def __call__(self, step: int, loss: float) -> None:
-        if self._attempt.on_report(_step(step, self._reference), _loss(loss, f"{self._reference} reported")):
+        step, loss = _step(step, self._reference), _loss(loss, f"{self._reference} reported")
+        rung = self._attempt.on_report(step, loss)
+        if rung is not None and self._stops(rung, loss):
+            self._attempt.stopped = True
+        if self._attempt.over:
             raise Stop
 
 

@@ -20,7 +20,7 @@ from mutransfer.scale import Scale
 from mutransfer.schemas import BASINS
 
 from .experiment import Experiment
-from .jobs import Executor, Job, flops_of, loaded, plan_of
+from .jobs import Executor, Job, flops_of, loaded, plan_of, run_jobs
 from .user_trainers import needed
 
 __all__ = ["basins", "grid", "regret_limit_of", "loss_unit"]
@@ -32,7 +32,7 @@ FINEST = (
 )  # octaves to which a cliff next to the best point is resolved: the drift's interval includes the whole cell
 PARTS = 64  # grid points are multiples of 1/64 of a step
 
-Done = dict[tuple[str, int, int, float], dict[str, Any]]  # (parametrization, width, seed, grid point in steps) → row
+Rows = dict[tuple[str, int, int, float], dict[str, Any]]  # (parametrization, width, seed, grid point in steps) → row
 
 
 def basins(
@@ -121,7 +121,7 @@ def basins(
         if not waiting:
             break
         # Longest runs first, so none is left running alone at the end.
-        for job, outcome in executor.run(experiment, sorted(missing, key=lambda job: -job.scale.width)):
+        for job, outcome in run_jobs(executor, experiment, sorted(missing, key=lambda job: -job.scale.width)):
             name, width, seed, k = job.key
             # A grid with a missing point gives no optimum.
             needed(outcome, f"the run of {name} at width {width} with lr {job.recipe.lr:.3g} and seed {seed}")
@@ -171,7 +171,7 @@ def _scale(experiment: Experiment, width: int) -> Scale:
     return experiment.proxy_scale.with_(width=width)
 
 
-def _known(folder: RunFolder, recipe: Recipe, step: float) -> Done:
+def _known(folder: RunFolder, recipe: Recipe, step: float) -> Rows:
     """Return the runs of an earlier call with the same recipe and step; set those of another recipe or step aside."""
     question = {"recipe": recipe.model_dump(mode="json"), "step": step}
     before = read_json(folder.environment, "the run's environment") if folder.environment.exists() else {}
@@ -182,7 +182,7 @@ def _known(folder: RunFolder, recipe: Recipe, step: float) -> Done:
         folder.note_environment(basins=question)
         return {}
     center = math.log2(recipe.lr)
-    known: Done = {}
+    known: Rows = {}
     for row in BASINS.read(folder.basins).to_dict("records"):
         k = round((row["log2_lr"] - center) / step * PARTS) / PARTS
         known[row["parametrization"], row["width"], row["seed"], k] = row
@@ -204,7 +204,7 @@ def _middle(experiment: Experiment, scale: Scale, name: str, recipe: Recipe, ste
 
 
 def grid(
-    done: Done, name: str, width: int, seeds: int, step: float, *, middle: int = 0, maximize: bool = False
+    done: Rows, name: str, width: int, seeds: int, step: float, *, middle: int = 0, maximize: bool = False
 ) -> list[float]:
     """Return the grid points that this width needs, in steps from the center, given the runs in ``done``.
 

@@ -13,9 +13,9 @@ import io
 import json
 import logging
 import math
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -29,7 +29,7 @@ from mutransfer.proxies.training import Outcome
 from mutransfer.scale import Scale
 
 from ..experiment import Experiment
-from ..jobs import Job, Report, Reported, SequentialExecutor, alone, family_of, plan_of
+from ..jobs import Done, Events, Job, Report, Reports, SequentialExecutor, Session, family_of, plan_of
 from .batch_training import Slot, Snapshot, VectorizedTraining
 from .compile import Step
 from .support import NOT_FOR_ONE, is_out_of_memory, refusal
@@ -89,13 +89,9 @@ class SlotBatch:
     Args:
         make: returns a training of the given jobs.
         jobs: initial jobs, in the order of their slots.
-        report: called with all jobs that are at a rung; stops a job by returning True for it.
     """
 
-    def __init__(
-        self, make: Callable[[Sequence[Running]], VectorizedTraining], jobs: Sequence[Running], report: Report | None
-    ) -> None:
-        self.report = report
+    def __init__(self, make: Callable[[Sequence[Running]], VectorizedTraining], jobs: Sequence[Running]) -> None:
         self.training = make(jobs)
         self.running: list[Running | None] = list(jobs)
 
@@ -133,11 +129,11 @@ class SlotBatch:
                 each.snapshot = self.training.snapshot(index)
         return self.live
 
-    def go(self) -> tuple[list[tuple[Job, Outcome]], bool]:
+    def go(self) -> dict[int, float]:
         """Train up to the next rung or end of any job, for at most `LONGEST` steps.
 
         Returns:
-            The jobs that have ended, with their outcomes, and whether any job was validated at a rung or at its end.
+            Slot → validation loss of the jobs that are at a rung or at their end; NaN for those that have diverged.
         """
         self._start()
         steps = self.training.steps
@@ -148,7 +144,7 @@ class SlotBatch:
         whole = [i for i in due if self.training.slots[i].finite]
         with self._shared():
             losses = dict(zip(whole, self.training.validate(whole), strict=True)) if whole else {}
-        return self._judged({index: losses.get(index, math.nan) for index in due}), bool(losses)
+        return {index: losses.get(index, math.nan) for index in due}
 
     def _start(self) -> None:
         fresh = [index for index, each in self._places() if each.start is None]
@@ -158,25 +154,28 @@ class SlotBatch:
             for index, loss in zip(fresh, losses, strict=True):
                 self.running[index].start = loss  # type: ignore[union-attr]
 
-    def _judged(self, losses: dict[int, float]) -> list[tuple[Job, Outcome]]:
-        """Remove and return the jobs that have ended, as `proxies.training.train` does; all jobs at a rung report together."""
-        at_rung = {
-            index: Reported(running.job, running.slot.step, losses[index])
+    def at_rung(self, losses: dict[int, float]) -> dict[int, Report]:
+        """Return the reports of the jobs that are at a rung and may continue, given the ``losses`` of `go`."""
+        return {
+            index: Report(running.job, running.slot.step, losses[index])
             for index, running in self._places()
             if math.isfinite(losses.get(index, math.nan)) and running.slot.step < self.training.steps
         }
-        answers = self.report(list(at_rung.values())) if self.report is not None and at_rung else []
-        stopped = {index for index, stop in zip(at_rung, answers, strict=False) if stop}
-        ended = []
-        for index in losses:
+
+    def ended(self, losses: dict[int, float], stopped: Callable[[Any], bool]) -> list[Done]:
+        """Remove and return the jobs that have ended, as `proxies.training.train` does; ``stopped`` is asked by a job's key."""
+        at_rung = self.at_rung(losses)
+        found = []
+        for index, loss in losses.items():
             running = self.running[index]
             assert running is not None
+            stop = index in at_rung and stopped(running.job.key)
             if index in at_rung:
-                running.reported.append((running.slot.step, losses[index]))
-            if index not in at_rung or index in stopped:
-                ended.append((running.job, running.outcome(losses[index], stopped=index in stopped)))
+                running.reported.append((running.slot.step, loss))
+            if index not in at_rung or stop:
+                found.append(Done(running.job, running.outcome(loss, stopped=stop)))
                 self.running[index] = None
-        return ended
+        return found
 
     def _places(self) -> Iterator[tuple[int, Running]]:
         return ((index, each) for index, each in enumerate(self.running) if each is not None)
@@ -228,53 +227,71 @@ class VectorizedExecutor:
         self.device, self.precision, self.compile, self.checkpoints = device, precision, compile, checkpoints
         self._known: dict[str, dict[str, Step | None]] = {}
 
-    def run(
-        self, experiment: Experiment, jobs: Iterable[Job], report: Report | None = None
-    ) -> Iterator[tuple[Job, Outcome]]:
-        """See `Executor.run`."""
-        source = _Source(iter(jobs))
-        while (scale := source.scale()) is not None:
-            reason = refusal(experiment, scale, self.device)
+    def events(self, session: Session) -> Events:
+        """See `Executor`."""
+        submitted = deque[Job]()
+        while True:
+            if not submitted:
+                submitted.extend((yield from session.take(1)))
+            if not submitted:
+                break
+            scale = submitted[0].scale
+            reason = refusal(session.experiment, scale, self.device)
             if reason is None:
-                yield from self._together(experiment, scale, source, report)
+                yield from self._together(session, scale, submitted)
             else:
                 logger.info(f"trials at width {scale.width} run one by one: {reason}.")
-                yield from SequentialExecutor(self.device).run(experiment, source.all_of(scale), report)
+                yield from self._one_by_one(session, scale, submitted)
         if self.checkpoints is not None:
             self.checkpoints.clear()
 
-    def _together(
-        self, experiment: Experiment, scale: Scale, source: _Source, report: Report | None
-    ) -> Iterator[tuple[Job, Outcome]]:
+    def _one_by_one(self, session: Session, scale: Scale, submitted: deque[Job]) -> Events:
         """Train jobs of one scale until the next job has another scale or there is none."""
+        alone = SequentialExecutor(self.device)
+        while submitted and submitted[0].scale == scale:
+            yield from alone.train(session, submitted.popleft())
+            if not submitted:
+                submitted.extend((yield from session.take(1)))
+
+    def _together(self, session: Session, scale: Scale, submitted: deque[Job]) -> Events:
+        """Train jobs of one scale at the same time until the next job has another scale or there is none."""
+        experiment = session.experiment
         waiting: list[Running] = []
         batch: SlotBatch | None = None
         clips = experiment.recipe.clip is not None or "clip" in experiment.search
         while True:
             room = self.capacity - len(waiting) - (len(batch.live) if batch else 0)
-            for job in source.several_of(scale, room):
-                waiting.append(running := self._running(experiment, job))
-                if stopped := self._replayed(running, report):
-                    waiting.pop()
-                    yield job, stopped
+            if all(job.scale == scale for job in submitted):
+                submitted.extend((yield from session.take(room - len(submitted))))
+            while room > 0 and submitted and submitted[0].scale == scale:
+                room -= 1
+                running = self._running(experiment, submitted.popleft())
+                if (stopped := (yield from self._replayed(running, session))) is not None:
+                    yield Done(running.job, stopped)
+                else:
+                    waiting.append(running)
             if not waiting and (batch is None or not batch.live):
                 return
             try:
                 if batch is None:
                     first = waiting[: self.capacity]
-                    batch = SlotBatch(lambda jobs: self._training(experiment, jobs, clips), first, report)
+                    batch = SlotBatch(lambda jobs: self._training(experiment, jobs, clips), first)
                     del waiting[: len(first)]
                 for index in batch.free[: len(waiting)]:
                     batch.put(index, waiting[0])
                     waiting.pop(0)
                 batch.compact()
-                ended, rung = batch.go()
+                losses = batch.go()
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                waiting, batch, ended, rung = self._halved(batch, waiting, error), None, [], False
-            yield from ended
-            if rung and batch is not None:
+                waiting, batch = self._halved(batch, waiting, error), None
+                continue
+            if reports := tuple(batch.at_rung(losses).values()):
+                yield Reports(reports)
+            validated = any(batch.training.slots[index].finite for index in losses)
+            yield from batch.ended(losses, session.is_stopped)
+            if validated:
                 self._save(batch, waiting)
 
     def _running(self, experiment: Experiment, job: Job) -> Running:
@@ -287,11 +304,11 @@ class VectorizedExecutor:
             running.resume(entry)
         return running
 
-    def _replayed(self, running: Running, report: Report | None) -> Outcome | None:
+    def _replayed(self, running: Running, session: Session) -> Generator[Reports, None, Outcome | None]:
         """Repeat the earlier reports of a resumed trial; return its outcome if it is now stopped at one of them."""
-        for step, loss in running.reported if report is not None else []:
-            assert report is not None
-            if alone(report, running.job)(step, loss):
+        for step, loss in running.reported:
+            yield Reports((Report(running.job, step, loss),))
+            if session.is_stopped(running.job.key):
                 running.slot.step = step
                 return running.outcome(loss, stopped=True)
         return None
@@ -327,32 +344,6 @@ class VectorizedExecutor:
         if self.checkpoints is not None and self.checkpoints.due():
             halted = {each.course: each.entry(each.snapshot) for each in waiting if each.snapshot is not None}
             self.checkpoints.save({**halted, **batch.entries()})
-
-
-class _Source:
-    """Iterator over jobs that can look one job ahead."""
-
-    def __init__(self, jobs: Iterator[Job]) -> None:
-        self._jobs = jobs
-        self._ahead: Job | None = None
-
-    def scale(self) -> Scale | None:
-        """Return the scale of the next job, or None if there is none."""
-        if self._ahead is None:
-            self._ahead = next(self._jobs, None)
-        return None if self._ahead is None else self._ahead.scale
-
-    def several_of(self, scale: Scale, count: int) -> Iterator[Job]:
-        """Yield at most ``count`` jobs while the next one has the scale ``scale``."""
-        while count > 0 and self.scale() == scale:
-            assert self._ahead is not None
-            job, self._ahead = self._ahead, None
-            count -= 1
-            yield job
-
-    def all_of(self, scale: Scale) -> Iterator[Job]:
-        """Yield jobs while the next one has the scale ``scale``."""
-        return self.several_of(scale, sys.maxsize)
 
 
 SUFFIX = ".trials"

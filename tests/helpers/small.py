@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from mutransfer.proxies.training import Outcome
 from mutransfer.recipe import Recipe
 from mutransfer.run_dir import RunFolder
 from mutransfer.sweeps.experiment import Experiment
-from mutransfer.sweeps.jobs import Job, Report, SequentialExecutor, alone
+from mutransfer.sweeps.jobs import Done, Events, Job, Report, Reports, SequentialExecutor, Session
 
 SMALL: dict[str, Any] = {
     "model": "mlp",
@@ -46,12 +46,11 @@ class Counting:
         self.capacity = self.inner.capacity
         self.jobs: list[Job] = []
 
-    def run(
-        self, experiment: Experiment, jobs: Iterable[Job], report: Report | None = None
-    ) -> Iterator[tuple[Job, Outcome]]:
-        for job, outcome in self.inner.run(experiment, jobs, report):
-            self.jobs.append(job)
-            yield job, outcome
+    def events(self, session: Session) -> Events:
+        for event in self.inner.events(session):
+            if isinstance(event, Done):
+                self.jobs.append(event.job)
+            yield event
 
 
 class Planted:
@@ -62,13 +61,16 @@ class Planted:
     def __init__(self, loss: Callable[[Job], float]) -> None:
         self.loss = loss
 
-    def run(
-        self, experiment: Experiment, jobs: Iterable[Job], report: Report | None = None
-    ) -> Iterator[tuple[Job, Outcome]]:
-        for job in jobs:
-            loss = self.loss(job)
-            stopped_at = next((rung for rung in job.rungs if report and alone(report, job)(rung, loss)), None)
-            yield job, Outcome(loss, 10.0, stopped_at or experiment.steps, stopped_at is not None, 0.01)
+    def events(self, session: Session) -> Events:
+        while jobs := (yield from session.take(1)):
+            job, loss, stopped_at = jobs[0], self.loss(jobs[0]), None
+            for rung in job.rungs:
+                yield Reports((Report(job, rung, loss),))
+                if session.is_stopped(job.key):
+                    stopped_at = rung
+                    break
+            steps = stopped_at or session.experiment.steps
+            yield Done(job, Outcome(loss, 10.0, steps, stopped_at is not None, 0.01))
 
 
 class Failing:
@@ -79,19 +81,18 @@ class Failing:
     def __init__(self, at: int, error: BaseException, inner: Any = None) -> None:
         self.at, self.error, self.inner, self.done = at, error, inner or SequentialExecutor(), 0
 
-    def run(
-        self, experiment: Experiment, jobs: Iterable[Job], report: Report | None = None
-    ) -> Iterator[tuple[Job, Outcome]]:
-        for job, outcome in self.inner.run(experiment, jobs, report):
-            self.done += 1
-            if self.done == self.at + 1:
-                raise self.error
-            yield job, outcome
+    def events(self, session: Session) -> Events:
+        for event in self.inner.events(session):
+            if isinstance(event, Done):
+                self.done += 1
+                if self.done == self.at + 1:
+                    raise self.error
+            yield event
 
 
-def each(judge: Callable[[Job, int, float], bool]) -> Report:
-    """A report that judges every job by itself."""
-    return lambda reported: [judge(*one) for one in reported]
+def each(judge: Callable[[Job, int, float], bool]) -> Callable[[Sequence[Report]], list[Any]]:
+    """For `run_jobs`: stops the jobs of which ``judge`` says so, each by itself."""
+    return lambda reports: [one.job.key for one in reports if judge(one.job, one.step, one.loss)]
 
 
 def octaves(recipe: Recipe) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,11 @@ from mutransfer.cli.check import begin
 from mutransfer.cli.transfer import observed_model
 from mutransfer.cli.verify import verify_run
 from mutransfer.io import read_json, write_json
-from mutransfer.proxies.training import Outcome
 from mutransfer.recipe import Recipe
 from mutransfer.reports import write_report
 from mutransfer.run_dir import RunFolder
 from mutransfer.schemas import BASINS, COORDINATES, TRIALS
-from mutransfer.sweeps.experiment import Experiment
-from mutransfer.sweeps.jobs import Job, Report
+from mutransfer.sweeps.jobs import Done, Events, Job, Session
 from mutransfer.sweeps.tune import tune
 
 from ..helpers.small import Planted, experiment, octaves
@@ -35,14 +32,13 @@ class Stopped(Planted):
         super().__init__(loss)
         self.left = after
 
-    def run(
-        self, experiment: Experiment, jobs: Iterable[Job], report: Report | None = None
-    ) -> Iterator[tuple[Job, Outcome]]:
-        for done in super().run(experiment, jobs, report):
-            if not self.left:
-                raise KeyboardInterrupt
-            self.left -= 1
-            yield done
+    def events(self, session: Session) -> Events:
+        for event in super().events(session):
+            if isinstance(event, Done):
+                if not self.left:
+                    raise KeyboardInterrupt
+                self.left -= 1
+            yield event
 
 
 def basin(job: Job) -> float:

@@ -16,7 +16,7 @@ from mutransfer.errors import RequestError
 from mutransfer.sweeps import autoselect
 from mutransfer.sweeps.autoselect import Timed, chosen
 from mutransfer.sweeps.executors import LazyExecutor, executor_for
-from mutransfer.sweeps.jobs import Job, SequentialExecutor
+from mutransfer.sweeps.jobs import Job, SequentialExecutor, run_jobs
 from mutransfer.sweeps.processes import ProcessExecutor
 from mutransfer.sweeps.vectorized.executor import VectorizedExecutor
 
@@ -168,8 +168,8 @@ def test_what_cannot_be_compiled_is_no_choice(tmp_path: Path) -> None:
 def test_compiled_models_train_the_same() -> None:
     given = experiment()
     job = Job(0, given.proxy_scale, "mup", given.recipe, 0)
-    ((_, apart),) = SequentialExecutor().run(given, [job])
-    ((_, compiled),) = SequentialExecutor(compile=True).run(given, [job])
+    ((_, apart),) = run_jobs(SequentialExecutor(), given, [job])
+    ((_, compiled),) = run_jobs(SequentialExecutor(compile=True), given, [job])
     assert compiled.loss == pytest.approx(apart.loss, rel=1e-5)
 
 

@@ -8,7 +8,7 @@ from mutransfer.scale import Scale
 from mutransfer.sweeps import autoselect
 from mutransfer.sweeps.autoselect import UNSURE, Forecast, Timed, TimedExecutor, run_seconds, single_step
 from mutransfer.sweeps.experiment import Experiment
-from mutransfer.sweeps.jobs import Job, family_of
+from mutransfer.sweeps.jobs import Job, family_of, run_jobs
 
 from ..helpers.small import Planted, experiment
 
@@ -72,7 +72,7 @@ def test_runs_are_counted_by_what_they_take_not_by_how_many_they_are() -> None:
     assert watched.capacity == 1
     jobs = [Job(k, scale, "mup", given.recipe, 0) for k, scale in enumerate((wide, narrow))]
     left = []
-    for _ in watched.run(given, jobs):
+    for _ in run_jobs(watched, given, jobs):
         left.append(expected.left())
     assert left == [10, 0]
 

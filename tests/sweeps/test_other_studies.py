@@ -13,6 +13,7 @@ import pytest
 from mutransfer.errors import RequestError
 from mutransfer.run_dir import RunFolder
 from mutransfer.sweeps.experiment import Experiment
+from mutransfer.sweeps.jobs import Done, Events, Session
 from mutransfer.sweeps.storage import own_journal
 from mutransfer.sweeps.study import open_study
 from mutransfer.sweeps.tune import tune
@@ -27,9 +28,9 @@ def test_a_second_sweep_in_the_folder_is_refused(folder: RunFolder) -> None:
 
         said = ""
 
-        def run(self, *args: Any, **kwargs: Any) -> Any:
+        def events(self, session: Session) -> Events:
             self.said = refusal(experiment(), folder, executor=Planted(bowl))
-            return super().run(*args, **kwargs)
+            return super().events(session)
 
     outer = Nosy(bowl)
     tune(experiment(trials=1), folder, executor=outer)
@@ -154,9 +155,11 @@ def test_a_run_folder_holds_one_study(folder: RunFolder) -> None:
 
 def test_a_loss_that_is_no_number_before_training_ends_the_sweep_in_words(folder: RunFolder) -> None:
     class Lost(Planted):
-        def run(self, *args: Any, **kwargs: Any) -> Any:
-            for job, outcome in super().run(*args, **kwargs):
-                yield job, replace(outcome, start=math.nan, loss=math.nan)
+        def events(self, session: Session) -> Events:
+            for event in super().events(session):
+                if isinstance(event, Done):
+                    event = Done(event.job, replace(event.outcome, start=math.nan, loss=math.nan))
+                yield event
 
     with within(60):
         assert "diverged" in refusal(experiment(trials=3), folder, executor=Lost(bowl))

@@ -15,7 +15,7 @@ from mutransfer.proxies.training import Outcome
 from mutransfer.recipe import Recipe
 from mutransfer.run_dir import RunFolder
 from mutransfer.sweeps.experiment import Experiment
-from mutransfer.sweeps.jobs import Job, Report, SequentialExecutor, alone
+from mutransfer.sweeps.jobs import Done, Events, Job, Reports, SequentialExecutor, Session, run_jobs
 from mutransfer.sweeps.processes import ProcessExecutor, ending
 from mutransfer.sweeps.tune import tune
 from mutransfer.sweeps.verify import basins
@@ -57,7 +57,7 @@ def test_reports_reach_the_parent_and_agree_with_one_by_one(two: ProcessExecutor
             return job.key == 2 and step == 5
 
         given = experiment()
-        return heard, {job.key: outcome for job, outcome in executor.run(given, jobs(4, given), each(report))}
+        return heard, {job.key: outcome for job, outcome in run_jobs(executor, given, jobs(4, given), each(report))}
 
     parent = os.getpid()
     heard, outcomes = heard_by(two)
@@ -86,15 +86,14 @@ class Killing:
     def __init__(self, inner: ProcessExecutor, keys: Callable[[int], bool]) -> None:
         self.inner, self.capacity, self.keys = inner, inner.capacity, keys
 
-    def run(self, experiment: Experiment, jobs: Any, report: Report | None = None) -> Iterator[tuple[Job, Outcome]]:
-        def deadly(job: Job, step: int, loss: float) -> bool:
-            if self.keys(job.key):
-                pid = next(w.process.pid for w in self.inner._workers if w.job == job)
-                assert pid is not None
-                os.kill(pid, signal.SIGKILL)
-            return report is not None and alone(report, job)(step, loss)
-
-        yield from self.inner.run(experiment, jobs, each(deadly))
+    def events(self, session: Session) -> Events:
+        for event in self.inner.events(session):
+            for report in event.reports if isinstance(event, Reports) else ():
+                if self.keys(report.job.key):
+                    pid = next(w.process.pid for w in self.inner._workers if w.job == report.job)
+                    assert pid is not None
+                    os.kill(pid, signal.SIGKILL)
+            yield event
 
 
 def test_a_process_that_dies_takes_one_trial_with_it(folder: RunFolder, two: ProcessExecutor) -> None:
@@ -123,11 +122,15 @@ def test_processes_that_always_die_stop_the_sweep_in_a_sentence(folder: RunFolde
 
 def test_failures_in_a_row_stop_the_sweep_and_lose_nothing(folder: RunFolder) -> None:
     class Lost(SequentialExecutor):
-        def run(self, *args: Any, **kwargs: Any) -> Iterator[tuple[Job, Outcome]]:
-            for job, outcome in super().run(*args, **kwargs):
-                yield job, outcome if job.key in (0, 2) else Outcome(0.1, 0.2, 0, False, 0.0, "it was lost")
+        def events(self, session: Session) -> Events:
+            for event in super().events(session):
+                if isinstance(event, Done) and event.job.key not in (0, 2):
+                    event = Done(event.job, Outcome(0.1, 0.2, 0, False, 0.0, "it was lost"))
+                yield event
 
-    with pytest.raises(RequestError, match=r"^3 trials in a row failed, the last, trial 5, because it was lost: mend"):
+    with pytest.raises(
+        RequestError, match=r"^3 trials in a row failed, the last, trial 5, because it was lost: fix that"
+    ):
         tune(experiment(), folder, executor=Lost())
     names = [trial.state.name for trial in journal(folder).trials]
     assert names.count("COMPLETE") == 2
@@ -140,9 +143,11 @@ def test_a_failed_run_leaves_no_hole_in_a_basin(folder: RunFolder, two: ProcessE
     tune(experiment(trials=1), folder)
 
     class Lost(SequentialExecutor):
-        def run(self, *args: Any, **kwargs: Any) -> Iterator[tuple[Job, Outcome]]:
-            for job, _ in super().run(*args, **kwargs):
-                yield job, Outcome(0.1, 0.2, 0, False, 0.0, "it was lost")
+        def events(self, session: Session) -> Events:
+            for event in super().events(session):
+                if isinstance(event, Done):
+                    event = Done(event.job, Outcome(0.1, 0.2, 0, False, 0.0, "it was lost"))
+                yield event
 
     with pytest.raises(RequestError, match=r"the run of mup at width 16 .* failed because it was lost: fix that"):
         basins(experiment(), Recipe(), [8, 16], folder=folder, executor=Lost())
@@ -161,16 +166,16 @@ def test_whatever_ends_the_sweep_ends_the_processes_at_work(
         raise error
 
     with pytest.raises(type(error)):
-        list(two.run(given, jobs(2, given), each(report)))
+        list(run_jobs(two, given, jobs(2, given), each(report)))
     assert children() == []
-    assert [job.key for job, _ in two.run(experiment(), jobs(1, experiment()))] == [0]  # and others can follow
+    assert [job.key for job, _ in run_jobs(two, experiment(), jobs(1, experiment()))] == [0]  # and others can follow
 
 
 def test_a_bug_in_a_process_shows_where_it_is(two: ProcessExecutor) -> None:
     given = experiment()
     job = Job(0, given.proxy_scale, "mup", 3, 0)  # type: ignore[arg-type]
     with pytest.raises(TypeError) as caught:
-        list(two.run(given, [job]))
+        list(run_jobs(two, given, [job]))
     assert "in _serve" in caught.value.__notes__[0]
 
 

@@ -20,6 +20,7 @@ from mutransfer.errors import RequestError
 from mutransfer.run_dir import RunFolder
 from mutransfer.sweeps import storage
 from mutransfer.sweeps._optuna_internals import trial_id
+from mutransfer.sweeps.jobs import Done, Events, Session
 from mutransfer.sweeps.retry import RetryingStorage, outage
 from mutransfer.sweeps.storage import opened
 from mutransfer.sweeps.tune import tune
@@ -238,11 +239,14 @@ def test_an_error_that_waiting_does_not_mend_is_a_sentence(database: Postgres, t
     class Renaming(Planted):
         """Takes a table away after two trials, and gives it back in the end."""
 
-        def run(self, *arguments: Any, **named: Any) -> Any:
-            for done, result in enumerate(super().run(*arguments, **named)):
-                if done == 2:
-                    renamed("trial_user_attributes", "gone")
-                yield result
+        def events(self, session: Session) -> Events:
+            done = 0
+            for event in super().events(session):
+                if isinstance(event, Done):
+                    if done == 2:
+                        renamed("trial_user_attributes", "gone")
+                    done += 1
+                yield event
 
     def renamed(before: str, after: str) -> None:
         with psycopg.connect(address, autocommit=True) as connection:

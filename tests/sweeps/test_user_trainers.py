@@ -14,7 +14,7 @@ from mutransfer.run_dir import RunFolder
 from mutransfer.sweeps.commands import Commands
 from mutransfer.sweeps.executors import executor_for
 from mutransfer.sweeps.experiment import Experiment
-from mutransfer.sweeps.jobs import Job, SequentialExecutor
+from mutransfer.sweeps.jobs import Job, SequentialExecutor, run_jobs
 from mutransfer.sweeps.processes import ProcessExecutor
 from mutransfer.sweeps.tune import tune
 from mutransfer.sweeps.user_trainers import TrialRun
@@ -62,9 +62,9 @@ def test_it_trains_by_the_plan_and_everywhere_alike(folder: RunFolder) -> None:
     assert "data_sha256" not in noted
 
     job = Job(0, given.proxy_scale, "mup", found.best, 0)
-    ((_, alone),) = SequentialExecutor().run(given, [job])
+    ((_, alone),) = run_jobs(SequentialExecutor(), given, [job])
     with executor_for(given, "processes", 1) as executor:
-        ((_, beside),) = executor.run(given, [job])
+        ((_, beside),) = run_jobs(executor, given, [job])
     assert alone.loss == beside.loss == found.value
 
 
@@ -266,15 +266,18 @@ def test_a_trainer_survives_its_file_and_the_command_line(tmp_path: Path) -> Non
 def test_rungs_are_asked_once_and_in_order() -> None:
     asked: list[tuple[int, float]] = []
 
-    def ask(step: int, loss: float) -> bool:
-        asked.append((step, loss))
-        return step == 30
+    attempt = TrialRun(50, (10, 20, 30, 40))
 
-    attempt = TrialRun(50, (10, 20, 30, 40), ask)
-    assert [attempt.on_report(step, step / 10) for step in (0, 9, 11, 19, 29, 29)] == [False] * 6
+    def reported(step: int, loss: float) -> bool:
+        if (rung := attempt.on_report(step, loss)) is not None:
+            asked.append((rung, loss))
+            attempt.stopped = rung == 30
+        return attempt.over
+
+    assert [reported(step, step / 10) for step in (0, 9, 11, 19, 29, 29)] == [False] * 6
     attempt.again()
     assert attempt.last is None
-    assert [attempt.on_report(step, step / 10) for step in (1, 15, 33)] == [False, False, True]
+    assert [reported(step, step / 10) for step in (1, 15, 33)] == [False, False, True]
     assert asked == [(10, 1.1), (20, 2.9), (30, 3.3)]
     outcome = attempt.outcome()
     assert (outcome.loss, outcome.start, outcome.steps, outcome.stopped) == (3.3, 0.0, 33, True)

@@ -15,7 +15,7 @@ from mutransfer.errors import RequestError
 from mutransfer.recipe import Recipe
 from mutransfer.run_dir import RunFolder
 from mutransfer.schemas import BASINS
-from mutransfer.sweeps.jobs import Job, SequentialExecutor
+from mutransfer.sweeps.jobs import Job, SequentialExecutor, run_jobs
 from mutransfer.sweeps.processes import ProcessExecutor
 from mutransfer.sweeps.verify import LIMIT, REACH, basins
 
@@ -201,12 +201,12 @@ def test_processes_and_one_by_one_train_the_same(tmp_path: Path) -> None:
         for width in (8, 16)
         for seed in (0, 1)
     ]
-    alone = {job.key: outcome for job, outcome in SequentialExecutor().run(given, jobs)}
+    alone = {job.key: outcome for job, outcome in run_jobs(SequentialExecutor(), given, jobs)}
     before = children()
     with ProcessExecutor(2) as executor:
-        beside = {job.key: outcome for job, outcome in executor.run(given, jobs)}
+        beside = {job.key: outcome for job, outcome in run_jobs(executor, given, jobs)}
         with pytest.raises(RequestError, match="unknown parametrization"):
-            list(executor.run(given, [Job("wrong", given.proxy_scale, "nup", RECIPE, 0)]))
+            list(run_jobs(executor, given, [Job("wrong", given.proxy_scale, "nup", RECIPE, 0)]))
     assert beside.keys() == alone.keys()
     for key, outcome in alone.items():
         assert beside[key].loss == pytest.approx(outcome.loss, rel=1e-6)

@@ -9,13 +9,14 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mutransfer.errors import RequestError
 from mutransfer.run_dir import RunFolder
 from mutransfer.sweeps.experiment import Experiment
-from mutransfer.sweeps.jobs import Job, Reported
+from mutransfer.sweeps.jobs import Job, Report, run_jobs
 from mutransfer.sweeps.tune import tune
 from mutransfer.sweeps.vectorized.batch_training import VectorizedTraining
 from mutransfer.sweeps.vectorized.executor import Checkpoints, VectorizedExecutor
@@ -44,13 +45,14 @@ def files(folder: Path) -> list[Path]:
 
 
 def interrupted(asked: Experiment, folder: Path, at: tuple[int, int]) -> None:
-    def report(reported: Sequence[Reported]) -> list[bool]:
-        if any((one.job.key, one.step) == at for one in reported):
+    def report(reports: Sequence[Report]) -> list[Any]:
+        if any((one.job.key, one.step) == at for one in reports):
             raise KeyboardInterrupt
-        return [False] * len(reported)
+        return []
 
+    executor = VectorizedExecutor(4, checkpoints=Checkpoints(folder, share=1))
     with pytest.raises(KeyboardInterrupt):
-        for _ in VectorizedExecutor(4, checkpoints=Checkpoints(folder, share=1)).run(asked, jobs(asked), report):
+        for _ in run_jobs(executor, asked, jobs(asked), report):
             pass
 
 
@@ -110,11 +112,11 @@ def test_a_torn_file_is_passed_over(tmp_path: Path, trained: list[int]) -> None:
 def test_each_write_replaces_the_one_before(tmp_path: Path) -> None:
     asked, seen = experiment(steps=9), []
 
-    def report(reported: Sequence[Reported]) -> list[bool]:
+    def report(reports: Sequence[Report]) -> list[Any]:
         seen.append(len(files(tmp_path)))
-        return [False] * len(reported)
+        return []
 
-    list(VectorizedExecutor(3, checkpoints=Checkpoints(tmp_path, share=1)).run(asked, jobs(asked), report))
+    list(run_jobs(VectorizedExecutor(3, checkpoints=Checkpoints(tmp_path, share=1)), asked, jobs(asked), report))
     assert max(seen) == 1
 
 
@@ -128,6 +130,7 @@ def test_a_disk_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 KILLED = """
 import sys, torch
 from pathlib import Path
+from typing import Any
 from mutransfer.run_dir import RunFolder
 from mutransfer.sweeps.experiment import Experiment
 from mutransfer.sweeps.vectorized.executor import Checkpoints

@@ -15,7 +15,7 @@ from mutransfer.recipe import Recipe
 from mutransfer.run_dir import RunFolder
 from mutransfer.scale import Scale
 from mutransfer.sweeps.experiment import Experiment, with_values
-from mutransfer.sweeps.jobs import Executor, Job, SequentialExecutor
+from mutransfer.sweeps.jobs import Executor, Job, SequentialExecutor, run_jobs
 from mutransfer.sweeps.tune import tune
 from mutransfer.sweeps.vectorized.executor import VectorizedExecutor
 from mutransfer.sweeps.vectorized.support import refusal
@@ -43,7 +43,7 @@ def done(
         told.append((job.key, step, loss))
         return loss > worst
 
-    return {job.key: outcome for job, outcome in executor.run(asked, todo, each(report))}, told
+    return {job.key: outcome for job, outcome in run_jobs(executor, asked, todo, each(report))}, told
 
 
 def same(ours: dict[Any, Outcome], theirs: dict[Any, Outcome], rel: float = 1e-4) -> None:
@@ -84,7 +84,7 @@ def test_stopped_jobs_make_room_for_the_next() -> None:
 
     ended: list[int] = []
     ours = {}
-    for job, outcome in VectorizedExecutor(3).run(asked, watched(), each(lambda job, step, loss: loss > worst)):
+    for job, outcome in run_jobs(VectorizedExecutor(3), asked, watched(), each(lambda job, step, loss: loss > worst)):
         # One look ahead, to see which scale is next.
         assert len(drawn) - len(ended) <= 4
         ended.append(job.key)
@@ -230,14 +230,14 @@ def test_trials_at_one_rung_are_reported_together() -> None:
     """So that halving keeps the best third of a batch, and not whoever reported first."""
     heard: list[list[int]] = []
 
-    def halved(reported: Any) -> list[bool]:
+    def halved(reported: Any) -> list[int]:
         heard.append([one.step for one in reported])
         best = sorted(one.loss for one in reported)[1]
-        return [one.loss > best for one in reported]
+        return [one.job.key for one in reported if one.loss > best]
 
     asked = experiment(steps=6)
     todo = [Job(k, asked.proxy_scale, "mup", Recipe(lr=2.0 ** -(4 + k), warmup=0.0), 0, (3,)) for k in range(6)]
-    outcomes = {job.key: outcome for job, outcome in VectorizedExecutor(6).run(asked, todo, halved)}
+    outcomes = {job.key: outcome for job, outcome in run_jobs(VectorizedExecutor(6), asked, todo, halved)}
     assert heard == [[3] * 6]
     assert sum(outcome.stopped for outcome in outcomes.values()) == 4
     assert max(o.loss for o in outcomes.values() if not o.stopped) < min(o.loss for o in outcomes.values() if o.stopped)
