@@ -21,7 +21,7 @@ from optuna.storages import JournalStorage
 from mutransfer.cli import run
 from mutransfer.sweeps import storage
 from mutransfer.sweeps.experiment import Experiment
-from mutransfer.sweeps.jobs import flops_of, plan_of
+from mutransfer.sweeps.jobs import RunContext
 from mutransfer.sweeps.storage import Journal
 
 PER_KILL = 5  # trials of the whole sweep; a life is killed after three on average
@@ -145,8 +145,9 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     experiment = Experiment.read(EXPERIMENT, "experiment")
-    plan_of(experiment, experiment.proxy_scale, "mup", experiment.recipe)  # the forked processes have it then
-    flops_of(experiment, experiment.proxy_scale)
+    context = RunContext(experiment)
+    context.plan(experiment.proxy_scale, "mup", experiment.recipe)  # the forked processes have imported what it needs
+    context.flops(experiment.proxy_scale)
     found = []
     for count in (1, 4):
         with tempfile.TemporaryDirectory() as folder:

@@ -20,7 +20,7 @@ from scipy import stats
 
 from mutransfer.run_dir import RunFolder
 from mutransfer.sweeps.experiment import Budget, Experiment, Range, Size
-from mutransfer.sweeps.jobs import Executor, SequentialExecutor, family_of, flops_of
+from mutransfer.sweeps.jobs import Executor, RunContext, SequentialExecutor
 from mutransfer.sweeps.tune import tune
 from mutransfer.sweeps.vectorized.executor import VectorizedExecutor
 
@@ -73,10 +73,12 @@ def main() -> None:
     if given.quick:
         given.seeds, given.trials, given.steps, given.count = 2, 8, 10, 4
     fused, plain = VectorizedExecutor(given.count, compile=given.compile), SequentialExecutor()
-    _, data = family_of(experiment(0, given.trials, given.steps))
+    warm = experiment(0, given.count, given.steps)
+    context = RunContext(warm)
+    data = context.required_data
     assert data.floor is not None
     rows = []
-    each = flops_of(warm := experiment(0, given.count, given.steps), warm.proxy_scale)
+    each = context.flops(warm.proxy_scale)
     assert each is not None
     budget = Budget(flops=each * given.steps * given.trials)
     more = {"sampler": given.sampler, "pruner": given.pruner, "trials": 10**4, "budget": budget}

@@ -23,7 +23,7 @@ from mutransfer.proxies.training import Outcome
 from mutransfer.recipe import Recipe
 from mutransfer.run_dir import RunFolder
 from mutransfer.sweeps.experiment import Budget, Experiment, with_values
-from mutransfer.sweeps.jobs import Done, Events, Executor, Job, Report, Reports, Session, family_of, flops_of, run_jobs
+from mutransfer.sweeps.jobs import Done, Events, Executor, Job, Report, Reports, RunContext, Session, run_jobs
 from mutransfer.sweeps.tune import tune
 from mutransfer.sweeps.vectorized.executor import VectorizedExecutor
 
@@ -58,7 +58,7 @@ def tabulated(seed: int, file: Path) -> np.ndarray:
             losses[(*each.job.key, rungs.index(each.step))] = each.loss
         return ()
 
-    for done, (job, outcome) in enumerate(run_jobs(VectorizedExecutor(64), asked, jobs(), report), 1):
+    for done, (job, outcome) in enumerate(run_jobs(VectorizedExecutor(64), RunContext(asked), jobs(), report), 1):
         losses[(*job.key, -1)] = 2 * outcome.start if outcome.diverged else outcome.loss
         if done % 320 == 0:
             print(f"seed {seed}: {done} of {losses[..., 0].size} recipes", file=sys.stderr, flush=True)
@@ -115,8 +115,8 @@ def main() -> None:
     given = parser.parse_args()
     given.tables.mkdir(parents=True, exist_ok=True)
     warm = experiment(0, TRIALS, STEPS)
-    _, data = family_of(warm)
-    each = flops_of(warm, warm.proxy_scale)
+    context = RunContext(warm)
+    data, each = context.required_data, context.flops(warm.proxy_scale)
     assert each is not None
     assert data.floor is not None
     more = {

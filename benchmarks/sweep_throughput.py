@@ -22,17 +22,7 @@ from mutransfer.proxies.training import Training, train
 from mutransfer.recipe import Recipe
 from mutransfer.sweeps.executors import LazyExecutor, executor_for
 from mutransfer.sweeps.experiment import Experiment, Size
-from mutransfer.sweeps.jobs import (
-    Done,
-    Events,
-    Executor,
-    Job,
-    SequentialExecutor,
-    Session,
-    family_of,
-    plan_of,
-    run_jobs,
-)
+from mutransfer.sweeps.jobs import Done, Events, Executor, Job, RunContext, SequentialExecutor, Session, run_jobs
 from mutransfer.sweeps.processes import ProcessExecutor
 from mutransfer.sweeps.vectorized.executor import VectorizedExecutor
 
@@ -56,11 +46,10 @@ class Compiled:
         experiment = session.experiment
         while jobs := (yield from session.take(1)):
             (job,) = jobs
-            family, data = family_of(experiment)
-            planned = plan_of(experiment, job.scale, job.parametrization, job.recipe)
+            planned = session.context.plan(job.scale, job.parametrization, job.recipe)
             training = Training(
-                family, planned, data, steps=experiment.steps, batch_size=experiment.batch_size, seed=job.seed,
-                device=self.device,
+                session.context.family, planned, session.context.required_data, steps=experiment.steps,
+                batch_size=experiment.batch_size, seed=job.seed, device=self.device,
             )  # fmt: skip
             training.model.compile(mode=self.mode)
             yield Done(job, train(training))
@@ -77,8 +66,9 @@ class Way:
     first: float = 0.0
     memory: float = 0.0
 
-    def round(self, experiment: Experiment) -> None:
+    def round(self, context: RunContext) -> None:
         """Train ``trials`` trials that differ in their learning rates."""
+        experiment = context.experiment
         jobs = [
             Job(i, experiment.proxy_scale, experiment.parametrization, Recipe(lr=2.0 ** -(6 + 4 * i / self.trials)), 0)
             for i in range(self.trials)
@@ -86,7 +76,7 @@ class Way:
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         begun = time.perf_counter()
-        assert len(list(run_jobs(self.executor, experiment, jobs))) == self.trials
+        assert len(list(run_jobs(self.executor, context, jobs))) == self.trials
         self.seconds.append(time.perf_counter() - begun)
         if torch.cuda.is_available():
             self.memory = torch.cuda.max_memory_allocated() / 2**30
@@ -111,6 +101,7 @@ def measure(
 ) -> tuple[dict[str, Way], str]:
     """Time every way at one width; return the ways and what the planner says of its choice."""
     asked = experiment(width, device, quick)
+    context = RunContext(asked)
     torch.compiler.reset()  # of the widths before: a function is compiled for eight cases at most
     few = max(4, min(counts)) if not quick else 2
     ways = {
@@ -124,14 +115,14 @@ def measure(
     with ProcessExecutor(2) as two:
         if device == "cpu":
             ways["processes"] = Way("two processes", two, few)
-        with executor_for(asked, "auto", device=device) as planned:
+        with executor_for(asked, "auto", device=device, context=context) as planned:
             assert isinstance(planned, LazyExecutor)
             words = _words(planned)
             ways["planned"] = Way("as planned", planned, max(*counts, planned.capacity))
             for number in range((1 if quick else ROUNDS) + 1):
                 order = list(ways.values())
                 for way in order if number % 2 else reversed(order):
-                    way.round(asked)
+                    way.round(context)
                     say(f"width {width}, round {number}: {way.name} {way.trials / way.seconds[-1] * 60:.0f} trials/min")
     for way in ways.values():
         way.first = way.seconds.pop(0)

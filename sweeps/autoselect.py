@@ -17,8 +17,7 @@ from mutransfer.errors import RequestError
 from mutransfer.proxies.training import Training
 from mutransfer.scale import Scale
 
-from .experiment import Experiment
-from .jobs import Done, Events, Executor, Session, family_of, plan_of
+from .jobs import Done, Events, Executor, RunContext, Session
 from .vectorized.batch_training import Slot, VectorizedTraining
 from .vectorized.support import NOT_FOR_ONE, is_out_of_memory, refusal
 
@@ -46,23 +45,23 @@ class Timed(NamedTuple):
 
 
 def single_step(
-    experiment: Experiment, device: str, threads: int | None = None, compile: bool = False, scale: Scale | None = None
+    context: RunContext, device: str, threads: int | None = None, compile: bool = False, scale: Scale | None = None
 ) -> Timed | None:
     """Time the steps of a single trial; return None if it cannot be compiled.
 
     Args:
-        experiment: the experiment to measure.
+        context: context of the experiment to measure.
         device: where to train.
         threads: number of CPU threads; unchanged if None.
         compile: whether to compile the model.
         scale: size of the model; the proxy's by default.
     """
-    family, data = family_of(experiment)
-    plan = plan_of(experiment, scale or experiment.proxy_scale, experiment.parametrization, experiment.recipe)
+    experiment = context.experiment
+    plan = context.plan(scale or experiment.proxy_scale, experiment.parametrization, experiment.recipe)
     with limited(threads):
         training = Training(
-            family, plan, data, steps=10**6, batch_size=experiment.batch_size, seed=experiment.seed, device=device,
-            compile=compile,
+            context.family, plan, context.required_data, steps=10**6, batch_size=experiment.batch_size,
+            seed=experiment.seed, device=device, compile=compile,
         )  # fmt: skip
         try:
             return _timed(lambda: training.advance(training.step + 1), device)
@@ -73,16 +72,16 @@ def single_step(
 
 
 def fused_step(
-    experiment: Experiment, count: int, device: str, precision: torch.dtype | None = None, compile: bool = False
+    context: RunContext, count: int, device: str, precision: torch.dtype | None = None, compile: bool = False
 ) -> Timed | None:
     """Time a step of ``count`` fused trials, divided by ``count``; None if memory is insufficient or they cannot be compiled."""
-    family, data = family_of(experiment)
-    plan = plan_of(experiment, experiment.proxy_scale, experiment.parametrization, experiment.recipe)
+    experiment = context.experiment
+    plan = context.plan(experiment.proxy_scale, experiment.parametrization, experiment.recipe)
     slots = [Slot(plan, experiment.seed) for _ in range(count)]
     try:
         training = VectorizedTraining(
-            family, slots, data, steps=10**6, batch_size=experiment.batch_size, device=device, precision=precision,
-            clips=experiment.recipe.clip is not None or "clip" in experiment.search, compile=compile,
+            context.family, slots, context.required_data, steps=10**6, batch_size=experiment.batch_size, device=device,
+            precision=precision, clips=experiment.recipe.clip is not None or "clip" in experiment.search, compile=compile,
         )  # fmt: skip
         found = _timed(lambda: training.advance(1), device)
     except Exception as error:
@@ -169,20 +168,20 @@ class Choice:
 class _Work:
     """The trials to train, and the device and precision for them."""
 
-    experiment: Experiment
+    context: RunContext
     trials: int
     device: str
     precision: torch.dtype | None
 
     def choice(self, how: How, at_once: int, compile: bool = False) -> Choice | None:
         """Measure one executor; return None if it cannot be used."""
-        work, cores = self.trials * self.experiment.steps, 1
+        work, cores = self.trials * self.context.experiment.steps, 1
         if how == "fused":
-            found = fused_step(self.experiment, at_once, self.device, self.precision, compile)
+            found = fused_step(self.context, at_once, self.device, self.precision, compile)
         else:
             cores = at_once
             threads = 1 if how == "processes" else None
-            found = single_step(self.experiment, self.device, threads, compile)
+            found = single_step(self.context, self.device, threads, compile)
         if found is None:
             return None
         step = found.step * (SPOILED / cores if how == "processes" else 1.0)
@@ -196,7 +195,7 @@ class _Work:
 
 
 def chosen(
-    experiment: Experiment, trials: int, device: str = "cpu", *, at_once: int | None = None,
+    context: RunContext, trials: int, device: str = "cpu", *, at_once: int | None = None,
     precision: torch.dtype | None = None, only: How | None = None,
 ) -> Choice:  # fmt: skip
     """Return the fastest way to train ``trials`` trials of the experiment.
@@ -206,7 +205,7 @@ def chosen(
     takes minutes, it and those close to it are compiled and measured again.
 
     Args:
-        experiment: the experiment whose proxy is trained.
+        context: context of the experiment whose proxy is trained.
         trials: number of trials to train.
         device: where to train.
         at_once: fixed number of trials at a time; chosen if None.
@@ -216,7 +215,7 @@ def chosen(
     Raises:
         RequestError: the model cannot be trained.
     """
-    work = _Work(experiment, trials, device, precision)
+    work = _Work(context, trials, device, precision)
     found = list(_uncompiled(work, at_once, only))
     if not found:
         raise RequestError(NOT_FOR_ONE)
@@ -228,7 +227,7 @@ def chosen(
                 found.append(again)
     best = min(found, key=lambda choice: choice.seconds)
     reason = f"a step of one trial takes {'; '.join(choice.reason for choice in found)}"
-    why = refusal(experiment, device=device) if only in (None, "fused") else None
+    why = refusal(context, device=device) if only in (None, "fused") else None
     return Choice(
         best.how,
         best.at_once,
@@ -239,7 +238,7 @@ def chosen(
 
 
 def _uncompiled(work: _Work, at_once: int | None, only: How | None) -> Iterator[Choice]:
-    fusable = refusal(work.experiment, device=work.device) is None
+    fusable = refusal(work.context, device=work.device) is None
     unfused = (only is None and work.precision is None) or not fusable
     if unfused or only == "one":
         one = work.choice("one", 1)
@@ -336,13 +335,13 @@ class TimedExecutor:
             yield event
 
 
-def run_seconds(experiment: Experiment, scale: Scale, device: str = "cpu", threads: int | None = None) -> float:
-    """Return the expected seconds of one run of ``experiment`` at ``scale``, measured from a few of its steps.
+def run_seconds(context: RunContext, scale: Scale, device: str = "cpu", threads: int | None = None) -> float:
+    """Return the expected seconds of one run of the experiment at ``scale``, measured from a few of its steps.
 
     Raises:
         RequestError: the model cannot be trained.
     """
-    measured = single_step(experiment, device, threads, scale=scale)
+    measured = single_step(context, device, threads, scale=scale)
     assert measured is not None
-    held_out = FORWARD * len(family_of(experiment)[1].validation())
-    return measured.first + measured.step * (experiment.steps + VALIDATIONS * held_out)
+    held_out = FORWARD * len(context.required_data.validation())
+    return measured.first + measured.step * (context.experiment.steps + VALIDATIONS * held_out)

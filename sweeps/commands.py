@@ -27,8 +27,8 @@ from mutransfer.planning.target import TargetConfig
 from mutransfer.proxies.importing import modules_in
 from mutransfer.proxies.training import Outcome
 
-from .experiment import Experiment, Trainer
-from .jobs import Done, Events, Job, Report, Reports, Session, plan_of
+from .experiment import Trainer
+from .jobs import Done, Events, Job, Report, Reports, RunContext, Session
 from .processes import ending
 from .user_trainers import TrialRun, call, load_trainer, needed
 
@@ -186,7 +186,7 @@ class Commands:
             while True:
                 for job in (yield from session.take(self.capacity - len(running))):
                     slot = min(set(range(self.capacity)) - running.keys())
-                    running[slot] = job, self._begun(session.experiment, job, slot)
+                    running[slot] = job, self._begun(session.context, job, slot)
                 if not running:
                     return
                 look(run for _, run in running.values())
@@ -203,14 +203,15 @@ class Commands:
             for _, run in running.values():
                 run.process.close()
 
-    def _begun(self, experiment: Experiment, job: Job, slot: int) -> CommandRun:
+    def _begun(self, context: RunContext, job: Job, slot: int) -> CommandRun:
+        experiment = context.experiment
         assert experiment.trainer is not None
         attempt = TrialRun(experiment.steps, job.rungs, maximize=experiment.maximize)
         home = self._home(job)
         # Left by another job of the same name, whose checkpoint must not be used.
         shutil.rmtree(home / "out", ignore_errors=True)
         return CommandRun(
-            experiment.trainer, _target(experiment, job), attempt, home, experiment.folder, slot=slot,
+            experiment.trainer, _target(context, job), attempt, home, experiment.folder, slot=slot,
             environment=command_environment(self.capacity),
         )  # fmt: skip
 
@@ -336,10 +337,10 @@ class CommandRun:
         return self.attempt.outcome(failed=f"the trainer's command {ending(code)}{each} ({where})")
 
 
-def _target(experiment: Experiment, job: Job) -> TargetConfig:
+def _target(context: RunContext, job: Job) -> TargetConfig:
     """Return the settings of a trial in the format that `mutransfer transfer` writes for the target."""
-    plan = plan_of(experiment, job.scale, job.parametrization, job.recipe)
-    settings: dict[str, Any] = experiment.model_dump(
+    plan = context.plan(job.scale, job.parametrization, job.recipe)
+    settings: dict[str, Any] = context.experiment.model_dump(
         include={"model", "options", "data", "sequence_length", "batch_size", "steps"}
     )
     target = TargetConfig(plan=plan, seed=job.seed, provenance={}, warnings=(), **settings)

@@ -23,7 +23,7 @@ from mutransfer.schemas import BASINS, TRIALS
 
 from .commands import Commands
 from .experiment import Experiment, Range
-from .jobs import Executor, Job, flops_of, plan_of, run_jobs
+from .jobs import Executor, Job, RunContext, run_jobs
 from .results import at_edges
 from .tune import tune
 from .user_trainers import needed
@@ -112,25 +112,26 @@ def finished_trials(experiment: Experiment, folder: RunFolder) -> int:
     return max(1, int(TRIALS.read(folder.trials)["state"].isin(["COMPLETE", "PRUNED"]).sum()))
 
 
-def announcement(experiment: Experiment, parametrization: str, width: int, trials: int, seeds: int) -> str:
+def announcement(context: RunContext, parametrization: str, width: int, trials: int, seeds: int) -> str:
     """Return a one-line announcement of the control's search with its maximum cost.
 
     Raises:
         RequestError: ``parametrization`` is unknown, or the model does not support ``width``.
     """
-    variant = control_experiment(experiment, parametrization, width, trials)
-    plan_of(variant, variant.proxy_scale, parametrization, variant.recipe)
-    each = flops_of(variant, variant.proxy_scale)
+    variant = control_experiment(context.experiment, parametrization, width, trials)
+    control = context.for_(variant)
+    control.plan(variant.proxy_scale, parametrization, variant.recipe)
+    each = control.flops(variant.proxy_scale)
     cost = "" if each is None else f", at most {(trials + seeds) * variant.steps * each:.2e} FLOPs"
     return (
         f"control: {parametrization} is tuned at width {width} as well, with {_count(trials, 'trial')} and "
         f"{_count(seeds, 'seed')}{cost}; --control-trials 0 searches its learning rate alone, with the other values of "
-        f"{short(experiment.parametrization)}"
+        f"{short(context.experiment.parametrization)}"
     )
 
 
 def tune_control(
-    experiment: Experiment,
+    context: RunContext,
     folder: RunFolder,
     parametrization: str,
     width: int,
@@ -146,7 +147,7 @@ def tune_control(
     Its study has a separate run folder inside ``folder`` (`control_folder`), where an interrupted search can be resumed.
 
     Args:
-        experiment: the experiment that the proxy was tuned with.
+        context: context of the experiment that the proxy was tuned with.
         folder: run folder of that experiment.
         parametrization: parametrization of the control.
         width: width at which the two are compared.
@@ -159,15 +160,18 @@ def tune_control(
     Raises:
         RequestError: as for `tune`, or a run failed.
     """
-    variant = control_experiment(experiment, parametrization, width, trials)
+    variant = control_experiment(context.experiment, parametrization, width, trials)
     inside = control_folder(folder, parametrization, width)
     if isinstance(executor, Commands):  # it names the folders of trials by their numbers, which start again here
         executor = Commands(inside.path, executor.capacity)
     total = trials + seeds
     found = tune(
-        variant, inside, executor=executor, device=device, progress=lambda done, _, text: progress(done, total, text)
+        variant, inside, executor=executor, device=device, context=context,
+        progress=lambda done, _, text: progress(done, total, text),
+    )  # fmt: skip
+    runs = _over_seeds(
+        context.for_(variant), found.best, inside, executor, seeds, lambda done: progress(trials + done, total, "")
     )
-    runs = _over_seeds(variant, found.best, inside, executor, seeds, lambda done: progress(trials + done, total, ""))
     spent = [found.trials["flops"].sum(min_count=1), runs["flops"].sum(min_count=1)]
     finished = int(found.trials["state"].isin(["COMPLETE", "PRUNED"]).sum())
     return Control(
@@ -178,7 +182,7 @@ def tune_control(
 
 
 def _over_seeds(
-    variant: Experiment,
+    context: RunContext,
     recipe: Recipe,
     inside: RunFolder,
     executor: Executor,
@@ -186,7 +190,7 @@ def _over_seeds(
     progress: Callable[[int], None],
 ) -> pd.DataFrame:
     """Train ``recipe`` with every seed whose run is not yet in the folder, and return the runs of all seeds."""
-    question = {"recipe": recipe.model_dump(mode="json")}
+    variant, question = context.experiment, {"recipe": recipe.model_dump(mode="json")}
     before = read_json(inside.environment, "the run's environment") if inside.environment.exists() else {}
     rows: dict[int, dict[str, Any]] = {}
     path = inside.path / SEEDS
@@ -195,14 +199,14 @@ def _over_seeds(
     else:
         path.unlink(missing_ok=True)
         inside.note_environment(control=question)
-    flops = flops_of(variant, variant.proxy_scale)
+    flops = context.flops(variant.proxy_scale)
     missing = [
         Job(("seed", seed), variant.proxy_scale, variant.parametrization, recipe, seed)
         for seed in range(seeds)
         if seed not in rows
     ]
     progress(seeds - len(missing))
-    for job, outcome in run_jobs(executor, variant, missing):
+    for job, outcome in run_jobs(executor, context, missing):
         needed(outcome, f"the best recipe of {variant.parametrization} at width {job.scale.width} with seed {job.seed}")
         rows[job.seed] = {
             "parametrization": variant.parametrization, "width": job.scale.width, "depth": job.scale.depth, "seed": job.seed,

@@ -15,7 +15,7 @@ from mutransfer.proxies.importing import modules_in
 
 from .commands import Commands, check_command
 from .experiment import Experiment
-from .jobs import Events, Executor, SequentialExecutor, Session
+from .jobs import Events, Executor, RunContext, SequentialExecutor, Session
 from .processes import ProcessExecutor
 from .user_trainers import load_trainer
 
@@ -32,6 +32,7 @@ MOST = 8  # processes by default: each loads its own copy of torch and of the da
 def executor_for(
     experiment: Experiment, how: str = "one", at_once: int | None = None, device: str = "cpu", *,
     precision: str = "float32", checkpoints: Path | None = None, folder: Path | None = None,
+    context: RunContext | None = None,
 ) -> Iterator[Executor]:  # fmt: skip
     """Yield an executor for the experiment's jobs; its processes end when the context exits.
 
@@ -44,11 +45,13 @@ def executor_for(
         precision: of the matrix products of fused trials.
         checkpoints: folder used by this process only, where fused trials are saved at rungs; None disables checkpoints.
         folder: run folder for the files of a trainer's commands; the current folder if None.
+        context: a context that shares what is loaded to choose an executor.
 
     Raises:
         RequestError: an unknown executor or precision, or one that does not fit the device or the number; on first use, a
             precision that the model does not support.
     """
+    context = RunContext(experiment) if context is None else context.for_(experiment)
     has_trainer = experiment.trainer is not None
     _check(how, at_once, "cpu" if has_trainer else device, precision)
     with contextlib.ExitStack() as held:
@@ -61,7 +64,7 @@ def executor_for(
                 yield held.enter_context(ProcessExecutor(at_once or _cores()))
             case _:
                 yield LazyExecutor(
-                    lambda missing: _planned(experiment, missing, how, at_once, device, precision, checkpoints, held)
+                    lambda missing: _planned(context, missing, how, at_once, device, precision, checkpoints, held)
                 )
 
 
@@ -147,7 +150,7 @@ def _check(how: str, at_once: int | None, device: str, precision: str) -> None:
 
 
 def _planned(
-    experiment: Experiment, missing: int | None, how: str, at_once: int | None, device: str, precision: str,
+    context: RunContext, missing: int | None, how: str, at_once: int | None, device: str, precision: str,
     checkpoints: Path | None,
     held: contextlib.ExitStack,
 ) -> Executor:  # fmt: skip
@@ -159,7 +162,7 @@ def _planned(
     from .vectorized.executor import Checkpoints, VectorizedExecutor
     from .vectorized.support import refusal
 
-    why = refusal(experiment, device=device)
+    why = refusal(context, device=device)
     if why is not None and precision != "float32":
         raise RequestError(f"--precision {precision} needs trials that can be fused, but {why}: leave it out.")
     if why is not None and how == "fused":
@@ -172,7 +175,7 @@ def _planned(
         )
     begun = checkpoints is not None and any(checkpoints.glob("*"))  # fused trials resume from their checkpoints
     choice = chosen(
-        experiment, missing or experiment.trials, device, at_once=at_once,
+        context, missing or context.experiment.trials, device, at_once=at_once,
         precision=None if precision == "float32" else torch.bfloat16,
         only="fused" if how == "fused" or (begun and why is None) else None,
     )  # fmt: skip

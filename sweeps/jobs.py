@@ -1,9 +1,9 @@
-"""Training runs of a sweep as plain data that any process can execute, and the `Executor` protocol that runs them.
+"""Training runs of a sweep as plain data that any process can execute, what they share, and the protocol that runs them.
 
 An `Executor` separates the choice of runs from their execution: the study and the basins do not depend on processes, devices
 or vectorization. Both sides meet in a `Session`: the caller submits jobs and takes events, as in
 
-    with Session(executor, experiment) as session:
+    with Session(executor, context) as session:
         for event in session:
             match event:
                 case Ready(count): ...  # session.submit(job) up to `count` times; the session ends if no job is left
@@ -19,16 +19,16 @@ import functools
 import itertools
 import os
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from greenlet import GreenletExit, greenlet
 
 from mutransfer.errors import RequestError, describe
 from mutransfer.family import Family
 from mutransfer.optimizers.rules import OPTIMIZERS, Muon
-from mutransfer.planning.build import ObservedModel, observed_model, plan
+from mutransfer.planning.build import observed_model, plan
 from mutransfer.planning.plan import Plan
 from mutransfer.price import Flops, optimizer_flops, step_cost
 from mutransfer.proxies.data import Data, load_data
@@ -43,9 +43,128 @@ from .experiment import NO_DATA, Experiment, Size
 from .user_trainers import TrialRun, call
 
 __all__ = [
-    "Done", "Event", "Events", "Executor", "Job", "Ready", "Report", "Reports", "SequentialExecutor", "Session", "cost_of", "do",
-    "family_of", "flops_of", "loaded", "plan_of", "run_jobs",
+    "Done", "Event", "Events", "Executor", "Job", "Ready", "Report", "Reports", "RunContext", "SequentialExecutor", "Session",
+    "do", "run_jobs",
 ]  # fmt: skip
+
+T = TypeVar("T")
+
+
+class RunContext:
+    """What the runs of an experiment share: family, data, traced model and costs, each made when it is first needed.
+
+    Create one for each command or worker process and pass it on.
+
+    Args:
+        experiment: the experiment.
+        subjects: what other contexts have made; see `for_`.
+
+    Attributes:
+        experiment: the experiment.
+    """
+
+    def __init__(self, experiment: Experiment, subjects: dict[str, _Subject] | None = None) -> None:
+        self.experiment = experiment
+        self._subjects = {} if subjects is None else subjects
+        subject = _Subject(experiment)
+        self._subject = self._subjects.setdefault(subject.key, subject)
+
+    def for_(self, experiment: Experiment) -> RunContext:
+        """Return the context of another experiment, which shares all that does not depend on what differs between the two."""
+        return RunContext(experiment, self._subjects)
+
+    @property
+    def family(self) -> Family:
+        """The model at any size, and its loss."""
+        return self._subject.loaded[0]
+
+    @property
+    def data(self) -> Data | None:
+        """The experiment's data; None if its trainer loads the data."""
+        return self._subject.loaded[1]
+
+    @property
+    def required_data(self) -> Data:
+        """The experiment's data.
+
+        Raises:
+            RequestError: the experiment names no data.
+        """
+        if self.data is None:
+            raise RequestError(f"data is {NO_DATA}, which only a user trainer can train on: name data or a trainer.")
+        return self.data
+
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """Return the result of ``make``, called once for a key by all contexts that share their family and data."""
+        known = self._subject.known
+        if key not in known:
+            known[key] = make()
+        return known[key]
+
+    def plan(self, scale: Scale, parametrization: str, recipe: Recipe) -> Plan:
+        """Return the plan of a run at ``scale``; the model is traced once, and once at each scale."""
+        observation = self.once("observation", lambda: observe(self.family))
+        target = self.once(
+            ("model", scale, parametrization), lambda: observed_model(self.family, scale, parametrization, observation)
+        )
+        return plan(self.family, scale, parametrization, self.experiment.optimizer, recipe, target=target)
+
+    def cost(self, scale: Scale) -> Flops | None:
+        """Return the cost of one training step at ``scale``; None if a user trainer chooses its batches.
+
+        Muon's iteration on hidden matrices is included; the elementwise work of other optimizers is left out.
+
+        Raises:
+            RequestError: the model does not accept the experiment's data.
+        """
+        experiment = self.experiment
+        if experiment.trainer is not None:
+            return None
+        batch_size, data = experiment.batch_size, self.required_data
+        try:
+            cost = self.once(
+                ("cost", scale, batch_size), lambda: step_cost(self.family, scale, data.batch(0, batch_size, 0))
+            )
+        except RequestError:
+            raise
+        except Exception as error:  # from the user's model, which has only run on its own example batch so far
+            raise RequestError(
+                f"{experiment.model} cannot be trained on {experiment.data} ({describe(error)}): its loss must accept batches "
+                "(inputs, targets) of the experiment's data."
+            ) from error
+        if not isinstance(OPTIMIZERS[experiment.optimizer], Muon):
+            return cost
+        planned = self.plan(scale, experiment.parametrization, experiment.recipe)
+        return replace(cost, total=cost.total + optimizer_flops(planned))
+
+    def flops(self, scale: Scale) -> float | None:
+        """Return the total floating point operations of `cost`; None if unknown."""
+        cost = self.cost(scale)
+        return None if cost is None else cost.total
+
+
+class _Subject:
+    """A family and its data, loaded when first needed, and what has been computed from them.
+
+    Attributes:
+        key: everything that the family and the data depend on.
+        known: computed results by key; see `RunContext.once`.
+    """
+
+    def __init__(self, experiment: Experiment) -> None:
+        base = Size(width=experiment.base_scale.width, depth=experiment.base_scale.depth)  # the same for every proxy
+        changes = {"proxy": base, "base": base, "folder": experiment.folder or os.getcwd()}
+        self._experiment = experiment.here().model_copy(update=changes)
+        keys = {"model", "options", "roles", "data", "sequence_length", "proxy", "base", "trainer", "folder"}
+        self.key = self._experiment.model_dump_json(include=keys)
+        self.known: dict[Hashable, Any] = {}
+
+    @functools.cached_property
+    def loaded(self) -> tuple[Family, Data | None]:
+        given = self._experiment
+        data = None if given.data == NO_DATA else load_data(given.data, given.sequence_length)
+        with modules_in(given.folder):
+            return load_family(given.model, data, given.base_scale, options=given.options, roles=given.roles), data
 
 
 @dataclass(frozen=True)
@@ -117,11 +236,11 @@ class Session:
 
     Args:
         executor: trains the jobs.
-        experiment: the experiment that the jobs belong to.
+        context: context of the experiment that the jobs belong to.
     """
 
-    def __init__(self, executor: Executor, experiment: Experiment) -> None:
-        self.experiment = experiment
+    def __init__(self, executor: Executor, context: RunContext) -> None:
+        self.context, self.experiment = context, context.experiment
         self._submitted = deque[Job]()
         self._stopped = set[Any]()
         self._events = executor.events(self)
@@ -162,7 +281,7 @@ class Session:
 
 def run_jobs(
     executor: Executor,
-    experiment: Experiment,
+    context: RunContext,
     jobs: Iterable[Job],
     report: Callable[[Sequence[Report]], Iterable[Any]] = lambda reports: (),
 ) -> Iterator[tuple[Job, Outcome]]:
@@ -170,12 +289,12 @@ def run_jobs(
 
     Args:
         executor: trains the jobs.
-        experiment: the experiment that the jobs belong to.
+        context: context of the experiment that the jobs belong to.
         jobs: taken one by one, whenever the executor has room, so they may depend on the outcomes yielded so far.
         report: maps the reports of jobs that reached their rungs at the same time to the keys of the jobs to stop.
     """
     source = iter(jobs)
-    with Session(executor, experiment) as session:
+    with Session(executor, context) as session:
         for event in session:
             match event:
                 case Ready(count):
@@ -203,7 +322,7 @@ class SequentialExecutor:
 
     def train(self, session: Session, job: Job) -> Events:
         """Train one job of ``session``."""
-        with _Suspended(lambda report: do(session.experiment, job, self.device, report, self.compile)) as run:
+        with _Suspended(lambda report: do(session.context, job, self.device, report, self.compile)) as run:
             while (reported := run.resume(session.is_stopped(job.key))) is not None:
                 yield Reports((Report(job, *reported),))
         yield Done(job, run.outcome)
@@ -250,102 +369,8 @@ class _Suspended:
                 self._greenlet.throw()
 
 
-def loaded(experiment: Experiment) -> tuple[Family, Data | None]:
-    """Return the experiment's family and data (None if its trainer loads the data), loaded once per process."""
-    return _loaded(_key(experiment))
-
-
-def family_of(experiment: Experiment) -> tuple[Family, Data]:
-    """Return the experiment's family and data, loaded once per process.
-
-    Raises:
-        RequestError: the experiment names no data.
-    """
-    family, data = loaded(experiment)
-    if data is None:
-        raise RequestError(f"data is {NO_DATA}, which only a user trainer can train on: name data or a trainer.")
-    return family, data
-
-
-def _key(experiment: Experiment) -> str:
-    """Return a key of everything that the family and the data depend on."""
-    keys = {"model", "options", "roles", "data", "sequence_length", "proxy", "base", "trainer", "folder"}
-    base = Size(width=experiment.base_scale.width, depth=experiment.base_scale.depth)  # the same for every proxy
-    folder = experiment.folder or os.getcwd()
-    return (
-        experiment.here()
-        .model_copy(update={"proxy": base, "base": base, "folder": folder})
-        .model_dump_json(include=keys)
-    )
-
-
-@functools.lru_cache(maxsize=4)
-def _loaded(key: str) -> tuple[Family, Data | None]:
-    experiment = Experiment.model_validate_json(key)
-    data = None if experiment.data == NO_DATA else load_data(experiment.data, experiment.sequence_length)
-    options, roles = experiment.options, experiment.roles
-    with modules_in(experiment.folder):
-        return load_family(experiment.model, data, experiment.base_scale, options=options, roles=roles), data
-
-
-@functools.lru_cache(maxsize=32)
-def _observed(key: str) -> Any:
-    return observe(_loaded(key)[0])
-
-
-@functools.lru_cache(maxsize=64)
-def _observed_model(key: str, scale: Scale, parametrization: str) -> ObservedModel:
-    return observed_model(_loaded(key)[0], scale, parametrization, _observed(key))
-
-
-def cost_of(experiment: Experiment, scale: Scale) -> Flops | None:
-    """Return the cost of one training step at ``scale``; None if a user trainer chooses its batches.
-
-    Muon's iteration on hidden matrices is included; the elementwise work of other optimizers is left out.
-
-    Raises:
-        RequestError: the model does not accept the experiment's data.
-    """
-    if experiment.trainer is not None:
-        return None
-    family_of(experiment)
-    try:
-        cost = _step_cost(_key(experiment), scale, experiment.batch_size)
-    except RequestError:
-        raise
-    except Exception as error:  # from the user's model, which has only run on its own example batch so far
-        raise RequestError(
-            f"{experiment.model} cannot be trained on {experiment.data} ({describe(error)}): its loss must accept batches "
-            "(inputs, targets) of the experiment's data."
-        ) from error
-    if not isinstance(OPTIMIZERS[experiment.optimizer], Muon):
-        return cost
-    planned = plan_of(experiment, scale, experiment.parametrization, experiment.recipe)
-    return replace(cost, total=cost.total + optimizer_flops(planned))
-
-
-@functools.lru_cache(maxsize=64)
-def _step_cost(key: str, scale: Scale, batch_size: int) -> Flops:
-    family, data = _loaded(key)
-    assert data is not None
-    return step_cost(family, scale, data.batch(0, batch_size, 0))
-
-
-def flops_of(experiment: Experiment, scale: Scale) -> float | None:
-    """Return the total floating point operations of `cost_of`; None if unknown."""
-    cost = cost_of(experiment, scale)
-    return None if cost is None else cost.total
-
-
-def plan_of(experiment: Experiment, scale: Scale, parametrization: str, recipe: Recipe) -> Plan:
-    """Return the plan of a run at ``scale``; the model is traced once per process, and once at each scale."""
-    family, _ = loaded(experiment)
-    target = _observed_model(_key(experiment), scale, parametrization)
-    return plan(family, scale, parametrization, experiment.optimizer, recipe, target=target)
-
-
 def do(
-    experiment: Experiment, job: Job, device: str, report: Callable[[int, float], bool], compile: bool = False
+    context: RunContext, job: Job, device: str, report: Callable[[int, float], bool], compile: bool = False
 ) -> Outcome:
     """Run ``job`` in this process on ``device`` (a user trainer chooses its own).
 
@@ -355,7 +380,8 @@ def do(
     Raises:
         RequestError: the model, its data or its trainer cannot be used; or the trainer is a command.
     """
-    planned = plan_of(experiment, job.scale, job.parametrization, job.recipe)
+    experiment = context.experiment
+    planned = context.plan(job.scale, job.parametrization, job.recipe)
     if (trainer := experiment.trainer) is not None:
         if trainer.call is None:
             raise RequestError("the trainer is a command, but this executor calls functions: use executor_for.")
@@ -363,9 +389,8 @@ def do(
         attempt = TrialRun(experiment.steps, job.rungs, maximize=experiment.maximize)
         with modules_in(experiment.folder):
             return call(reference, job.recipe, planned, job.seed, attempt, report)
-    family, data = family_of(experiment)
     training = Training(
-        family, planned, data, steps=experiment.steps, batch_size=experiment.batch_size, seed=job.seed, device=device,
-        compile=compile,
+        context.family, planned, context.required_data, steps=experiment.steps, batch_size=experiment.batch_size,
+        seed=job.seed, device=device, compile=compile,
     )  # fmt: skip
     return train(training, job.rungs, report)

@@ -24,7 +24,7 @@ from mutransfer.printing import in_worker
 from mutransfer.proxies.training import Outcome
 
 from .experiment import Experiment
-from .jobs import Done, Events, Job, Report, Reports, Session, do
+from .jobs import Done, Events, Job, Report, Reports, RunContext, Session, do
 
 __all__ = ["ProcessExecutor", "ending"]
 
@@ -173,14 +173,16 @@ def _serve(pipe: Connection, compile: bool) -> None:
         pipe.send(("report", (step, loss)))
         return pipe.recv()
 
+    context: RunContext | None = None
     while True:
         try:
             experiment, job = pipe.recv()
         except EOFError:
             return
+        context = RunContext(experiment) if context is None else context.for_(experiment)
         message: tuple[str, Any]
         try:
-            message = "done", do(experiment, job, "cpu", report, compile)
+            message = "done", do(context, job, "cpu", report, compile)
         except Exception as error:
             message = "raised", _portable(error)
         pipe.send(message)

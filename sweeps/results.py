@@ -19,7 +19,7 @@ from mutransfer.run_dir import RunFolder
 from mutransfer.schemas import REPEATS
 
 from .experiment import Experiment, with_values
-from .jobs import Executor, Job, run_jobs
+from .jobs import Executor, Job, RunContext, run_jobs
 from .study import baseline
 from .user_trainers import needed
 from .workers import FINISHED, Heartbeats
@@ -37,7 +37,7 @@ class Replicates:
     A claim is not a lock: if two workers claim a run at the same moment, both train it and the first result counts.
 
     Args:
-        experiment: an experiment with ``repeats``.
+        context: context of an experiment with ``repeats``.
         study: stores the finished runs, so none is repeated.
         trials: complete trials that did not diverge.
         owner: name of this worker.
@@ -46,18 +46,19 @@ class Replicates:
 
     def __init__(
         self,
-        experiment: Experiment,
+        context: RunContext,
         study: optuna.Study,
         trials: list[FrozenTrial],
         owner: str,
         leases: Heartbeats | None,
     ) -> None:
+        experiment = context.experiment
         assert experiment.repeats is not None
         sign = -1 if experiment.maximize else 1
         top = sorted(trials, key=lambda trial: (sign * (trial.value or 0.0), trial.number))[: experiment.repeats.top]
         seeds = range(experiment.seed + 1, experiment.seed + experiment.repeats.seeds)
         self.wanted = [_job(experiment, trial, seed) for seed in seeds for trial in top]
-        self.experiment, self.study, self.owner, self.leases = experiment, study, owner, leases
+        self.context, self.study, self.owner, self.leases = context, study, owner, leases
 
     def run(
         self, folder: RunFolder, executor: Executor, flops: float | None, progress: Callable[[int, int, str], None]
@@ -78,7 +79,7 @@ class Replicates:
         words = f"the best {len({job.key[0] for job in self.wanted})} again, with other seeds"
         while len(rows := self._rows()) < len(self.wanted):
             idle = True
-            for job, outcome in run_jobs(executor, self.experiment, self._claimed()):
+            for job, outcome in run_jobs(executor, self.context, self._claimed()):
                 idle = False
                 needed(outcome, f"trial {job.key[0]} with seed {job.seed}")
                 if DONE + _name(job) not in self.study.user_attrs:

@@ -30,7 +30,7 @@ from mutransfer.schemas import BASINS, REPEATS, TRIALS, Schema
 from ._optuna_internals import storage_of
 from .executors import LazyExecutor, check_trainer, one_by_one
 from .experiment import Budget, Experiment, with_values
-from .jobs import Done, Executor, Job, Ready, Reports, Session, cost_of, flops_of, loaded, plan_of
+from .jobs import Done, Executor, Job, Ready, Reports, RunContext, Session
 from .results import LOOK_EVERY, Replicates, Tuned, best_so_far, summary, usable
 from .retry import RetryingStorage
 from .samplers import Independent
@@ -88,7 +88,7 @@ class Spent:
         return not self.usual or self.seconds + most * self.usual <= budget.seconds
 
 
-def price(experiment: Experiment, folder: RunFolder, target: Scale) -> dict[str, Any]:
+def price(context: RunContext, folder: RunFolder, target: Scale) -> dict[str, Any]:
     """Compare the floating point operations spent in ``folder`` with those of one run of the experiment at ``target``.
 
     Returns:
@@ -97,10 +97,10 @@ def price(experiment: Experiment, folder: RunFolder, target: Scale) -> dict[str,
         ``uncounted``, the names of operations that none of these figures include. A value is None if the runs do not exist
         or their cost is unknown (user trainers). None of the figures include validation.
     """
-    cost = cost_of(experiment, target)
+    cost = context.cost(target)
     known = cost is not None
     tuning = _spent(folder.trials, TRIALS) if known else None
-    whole = cost.total * experiment.steps if cost is not None else None
+    whole = cost.total * context.experiment.steps if cost is not None else None
     return {
         "tuning_flops": tuning,
         "repeats_flops": _spent(folder.repeats, REPEATS) if known else None,
@@ -117,7 +117,7 @@ def _spent(path: Path, schema: Schema) -> float | None:
 
 
 def run_trials(
-    experiment: Experiment,
+    context: RunContext,
     claims: TrialQueue,
     dead: Callable[[], list[FrozenTrial]],
     executor: Executor,
@@ -129,7 +129,7 @@ def run_trials(
     If interrupted, return the unfinished trials to the queue.
 
     Args:
-        experiment: the experiment to tune.
+        context: context of the experiment to tune.
         claims: this worker's trial queue.
         dead: returns the running trials whose workers missed their heartbeat.
         executor: trains the trials.
@@ -139,11 +139,11 @@ def run_trials(
     Raises:
         RequestError: too many trials in a row failed.
     """
-    failures = Failures(executor.capacity)
+    experiment, failures = context.experiment, Failures(executor.capacity)
     # Once there is nothing to ask for, the running trials end first; then `tune` decides whether to continue.
     asked = iter(functools.partial(_ask, experiment, claims, dead, flops), None)
     first = True
-    with Session(executor, experiment) as session, _requeued_if_interrupted(claims):
+    with Session(executor, context) as session, _requeued_if_interrupted(claims):
         for event in session:
             match event:
                 case Ready(count):
@@ -284,6 +284,7 @@ def tune(
     executor: Executor | None = None,
     device: str = "cpu",
     progress: Callable[[int, int, str], None] = lambda done, total, text: None,
+    context: RunContext | None = None,
 ) -> Tuned:
     """Run the study in ``folder`` until it has ``experiment.trials`` finished trials, and write the results.
 
@@ -301,6 +302,7 @@ def tune(
         executor: how trials are trained; one by one in this process by default.
         device: for the default executor.
         progress: called with (finished, total, text about the best result so far).
+        context: a context whose family and data are used if they are the experiment's; loaded anew by default.
 
     Raises:
         RequestError: the folder holds another experiment or another data hash, the disk is full, every trial diverged, the
@@ -309,12 +311,13 @@ def tune(
     begun = time.perf_counter()
     if experiment.folder is None:
         experiment = experiment.model_copy(update={"folder": os.getcwd()})
+    context = RunContext(experiment) if context is None else context.for_(experiment)
     executor = executor or one_by_one(experiment, folder.path, device)
     # Report a wrong model, corpus or size before anything is written.
-    _, data = loaded(experiment)
+    data = context.data
     check_trainer(experiment)
-    plan_of(experiment, experiment.proxy_scale, experiment.parametrization, experiment.recipe)
-    flops = flops_of(experiment, experiment.proxy_scale)
+    context.plan(experiment.proxy_scale, experiment.parametrization, experiment.recipe)
+    flops = context.flops(experiment.proxy_scale)
     if flops is None and experiment.budget.flops is not None:
         raise RequestError("budget.flops cannot be counted without mutransfer's own data: use budget.seconds.")
     _refuse_other_experiment(experiment, folder)
@@ -348,7 +351,7 @@ def tune(
             idle = True
             # Report progress from the start of the first trial: before that, an executor may measure and compile for minutes.
             beginning = functools.partial(progress, finished, experiment.trials, best_so_far(study))
-            for _ in run_trials(experiment, claims, dead, executor, flops, beginning):
+            for _ in run_trials(context, claims, dead, executor, flops, beginning):
                 idle = False
                 TRIALS.write(trials_frame(claims.trials()), folder.trials)
                 progress(min(claims.finished(), experiment.trials), experiment.trials, best_so_far(study))
@@ -360,7 +363,7 @@ def tune(
         TRIALS.write(frame, folder.trials)
         again = None
         if experiment.repeats is not None:
-            repeating = Replicates(experiment, study, usable(study), owner, leases)
+            repeating = Replicates(context, study, usable(study), owner, leases)
             folder.note_progress("repeats", planned=len(repeating.wanted), ended=False)
             again = repeating.run(folder, executor, flops, progress)
             folder.note_progress("repeats", planned=len(repeating.wanted), ended=True)

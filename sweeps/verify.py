@@ -20,7 +20,7 @@ from mutransfer.scale import Scale
 from mutransfer.schemas import BASINS
 
 from .experiment import Experiment
-from .jobs import Executor, Job, flops_of, loaded, plan_of, run_jobs
+from .jobs import Executor, Job, RunContext, run_jobs
 from .user_trainers import needed
 
 __all__ = ["basins", "grid", "regret_limit_of", "loss_unit"]
@@ -36,7 +36,7 @@ Rows = dict[tuple[str, int, int, float], dict[str, Any]]  # (parametrization, wi
 
 
 def basins(
-    experiment: Experiment,
+    context: RunContext,
     recipe: Recipe,
     widths: Sequence[int],
     *,
@@ -59,7 +59,7 @@ def basins(
     the second.
 
     Args:
-        experiment: the proxy's experiment: model, data, steps.
+        context: context of the proxy's experiment: model, data, steps.
         recipe: all other hyperparameters, and the center of the grid.
         widths: at least two widths.
         folder: run folder.
@@ -74,19 +74,18 @@ def basins(
         RequestError: there are fewer than two widths, the model does not support one of them, the folder has another data hash,
             or a run failed.
     """
-    widths = sorted(set(widths))
+    experiment, widths = context.experiment, sorted(set(widths))
     if len(widths) < 2:
         raise RequestError(f"a drift needs at least two widths, but {widths} is {len(widths)}: see --widths.")
     # Report wrong requests before anything is written.
-    alike = {width: _alike(experiment, _scale(experiment, width), parametrizations, recipe) for width in widths}
-    flops = {width: flops_of(experiment, _scale(experiment, width)) for width in widths}
+    alike = {width: _alike(context, _scale(experiment, width), parametrizations, recipe) for width in widths}
+    flops = {width: context.flops(_scale(experiment, width)) for width in widths}
     middle = {
-        (name, width): _middle(experiment, _scale(experiment, width), name, recipe, step)
+        (name, width): _middle(context, _scale(experiment, width), name, recipe, step)
         for name, width in itertools.product(parametrizations, widths)
     }
     center = math.log2(recipe.lr)
-    _, data = loaded(experiment)
-    folder.note_environment(data_sha256=data and data.sha256)
+    folder.note_environment(data_sha256=context.data and context.data.sha256)
     done = _known(folder, recipe, step)
     behind = (
         0.0  # operations of one step, summed over the finished runs of this call: wide runs come first and take longest
@@ -121,7 +120,7 @@ def basins(
         if not waiting:
             break
         # Longest runs first, so none is left running alone at the end.
-        for job, outcome in run_jobs(executor, experiment, sorted(missing, key=lambda job: -job.scale.width)):
+        for job, outcome in run_jobs(executor, context, sorted(missing, key=lambda job: -job.scale.width)):
             name, width, seed, k = job.key
             # A grid with a missing point gives no optimum.
             needed(outcome, f"the run of {name} at width {width} with lr {job.recipe.lr:.3g} and seed {seed}")
@@ -157,10 +156,10 @@ def _note(
     folder.note_progress("verify", planned=planned, ended=ended, arguments=arguments, question=question)
 
 
-def _alike(experiment: Experiment, scale: Scale, parametrizations: Sequence[str], recipe: Recipe) -> dict[str, str]:
+def _alike(context: RunContext, scale: Scale, parametrizations: Sequence[str], recipe: Recipe) -> dict[str, str]:
     """Map each parametrization to the first one with the same plan at ``scale``; at the base scale, all plans are the same."""
-    plans = {name: plan_of(experiment, scale, name, recipe) for name in parametrizations}
-    if experiment.trainer is not None:  # a user trainer may read the parametrization's name
+    plans = {name: context.plan(scale, name, recipe) for name in parametrizations}
+    if context.experiment.trainer is not None:  # a user trainer may read the parametrization's name
         return {name: name for name in plans}
     return {
         name: next(first for first, other in plans.items() if other.rows == plan.rows) for name, plan in plans.items()
@@ -189,16 +188,14 @@ def _known(folder: RunFolder, recipe: Recipe, step: float) -> Rows:
     return known
 
 
-def _middle(experiment: Experiment, scale: Scale, name: str, recipe: Recipe, step: float) -> int:
+def _middle(context: RunContext, scale: Scale, name: str, recipe: Recipe, step: float) -> int:
     """Return the grid point around which a grid is first laid; 0 for the experiment's own parametrization.
 
     Another parametrization is likely to be best where no matrix gets a higher learning rate than under the experiment's own.
     """
-    reference = {row.name: row.lr for row in plan_of(experiment, scale, experiment.parametrization, recipe).rows}
+    reference = {row.name: row.lr for row in context.plan(scale, context.experiment.parametrization, recipe).rows}
     ratios = [
-        reference[row.name] / row.lr
-        for row in plan_of(experiment, scale, name, recipe).rows
-        if row.lr and reference[row.name]
+        reference[row.name] / row.lr for row in context.plan(scale, name, recipe).rows if row.lr and reference[row.name]
     ]
     return round(math.log2(min(ratios, default=1.0)) / step)
 
@@ -245,24 +242,24 @@ def _known_loss(row: dict[str, Any], sign: int) -> float:
     return math.inf if diverged else sign * row["loss"]
 
 
-def loss_unit(experiment: Experiment) -> str:
+def loss_unit(context: RunContext) -> str:
     """Return the unit of the experiment's losses: "nats", or a phrase for a user's own loss or metric."""
-    if experiment.trainer is None:
-        family, _ = loaded(experiment)
-        if experiment.model.startswith("hf:") or family.loss is cross_entropy:
-            return "nats"
+    experiment = context.experiment
+    if experiment.trainer is None and (experiment.model.startswith("hf:") or context.family.loss is cross_entropy):
+        return "nats"
     return "in the metric's unit" if experiment.maximize else "in the loss's unit"
 
 
-def regret_limit_of(experiment: Experiment, basins: pd.DataFrame, given: float | None = None) -> float:
+def regret_limit_of(context: RunContext, basins: pd.DataFrame, given: float | None = None) -> float:
     """Return the regret limit of the transferred learning rate: ``given``, 0.02 nats, or 2% of the size of another loss.
 
     The size is the absolute value of the best mean loss at the smallest width.
     """
     if given is not None:
         return given
-    if loss_unit(experiment) == "nats":
+    if loss_unit(context) == "nats":
         return REGRET_LIMIT
+    experiment = context.experiment
     rows = basins[(basins["width"] == basins["width"].min()) & ~basins["diverged"].astype(bool)]
     rows = rows[rows["parametrization"] == experiment.parametrization]
     means = rows.groupby("log2_lr")["loss"].mean()

@@ -68,7 +68,7 @@ def demo(
     from ..sweeps.autoselect import Forecast, TimedExecutor, limited, run_seconds
     from ..sweeps.executors import executor_for
     from ..sweeps.experiment import Experiment
-    from ..sweeps.jobs import SequentialExecutor, family_of
+    from ..sweeps.jobs import RunContext, SequentialExecutor
     from ..sweeps.tune import tune
     from .check import begin, judge, summary
     from .console import Progress
@@ -77,24 +77,23 @@ def demo(
 
     start = time.perf_counter()
     experiment, where = Experiment.read({**EXPERIMENT, "seed": seed}, "demo"), device_of(device)
-    folder = RunFolder(out).make()
+    folder, context = RunFolder(out).make(), RunContext(experiment)
     how = "processes" if where == "cpu" else "one"
     # So small a proxy gains nothing from a second thread, and on a busy machine it would mostly wait for that thread.
     with executor_for(experiment, how, device=where) as executor, limited(1):
         scales = [experiment.proxy_scale.with_(width=width) for width in WIDTHS]
-        seconds = {scale: run_seconds(experiment, scale, where) for scale in scales}
+        seconds = {scale: run_seconds(context, scale, where) for scale in scales}
         forecast = Forecast(_phases(experiment, seconds, executor.capacity))
         forecast.begin("tuning")
         with Progress(f"tuning the proxy, width {WIDTHS[0]}", forecast.left) as progress:
             sequential = TimedExecutor(SequentialExecutor(where), forecast, seconds)
-            found = tune(experiment, folder, executor=sequential, device=where, progress=progress)
+            found = tune(experiment, folder, executor=sequential, device=where, progress=progress, context=context)
         gain = f" (default recipe: {found.default:.3f})" if found.default is not None else ""
         say(f"best recipe: lr {found.best.lr:.4g}, loss {found.value:.3f}{gain}")
         verified, optima = verify_run(
-            experiment, found.best, folder, WIDTHS, TimedExecutor(executor, forecast, seconds),
+            context, found.best, folder, WIDTHS, TimedExecutor(executor, forecast, seconds),
             seeds=SEEDS, control="sp", device=where, forecast=forecast,
         )  # fmt: skip
-    family, _ = family_of(experiment)
     arguments = {
         "--widths": ",".join(map(str, CHECK_WIDTHS)),
         "--parametrization": "mup",
@@ -103,14 +102,16 @@ def demo(
     }
     begin(folder, experiment.subject(), arguments)
     forecast.begin("check and report")
-    checked, frame = judge(family, CHECK_WIDTHS, "mup", "adamw", where, steps=4, seeds=3, lr=None)
-    control, control_frame = judge(family, CHECK_WIDTHS, "sp", "adamw", where, steps=4, seeds=3, lr=None, patience=1)
+    checked, frame = judge(context.family, CHECK_WIDTHS, "mup", "adamw", where, steps=4, seeds=3, lr=None)
+    control, control_frame = judge(
+        context.family, CHECK_WIDTHS, "sp", "adamw", where, steps=4, seeds=3, lr=None, patience=1
+    )
     import pandas as pd
 
     COORDINATES.write(pd.concat([frame, control_frame], ignore_index=True), folder.coordinates)
     write_json(folder.check, summary(checked, "mup", control, "sp") | {"modules": None})
     folder.note_progress("check", **folder.progress("check") | {"ended": True})
-    observed_model(folder, WIDTHS[-1]).save(folder.target)
+    observed_model(folder, WIDTHS[-1], context=context).save(folder.target)
     report = write_report(folder.path)
     verdict = "pass" if verified["verdict"] == checked.status == "pass" else "fail"
     took = time.perf_counter() - start

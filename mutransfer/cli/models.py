@@ -87,12 +87,13 @@ def family_for(
 
     role_overrides = roles_from(roles or (), "--role")
     if (experiment := experiment_of(model)) is not None:
-        from ..sweeps.jobs import loaded
+        from ..sweeps.jobs import RunContext
 
         if data is not None:  # its path is relative to the current folder
             typed = data if experiment.folder is None else run_dir.anchored("data", data, experiment.folder)
             experiment = experiment.model_copy(update={"data": typed})
-        family, source = loaded(experiment)
+        context = RunContext(experiment)
+        family, source = context.family, context.data
         at = family.base.with_(width=base_width or family.base.width, depth=base_depth or family.base.depth)
         return with_roles(family.with_base(at), role_overrides), source
     source = load_data(data or DEFAULT_DATA[model], sequence_length) if data or model in DEFAULT_DATA else None

@@ -14,6 +14,7 @@ from .console import AsJson, UnusedDevice, emit, say
 if TYPE_CHECKING:
     from ..planning.target import TargetConfig
     from ..run_dir import RunFolder
+    from ..sweeps.jobs import RunContext
 
 
 def add_to(app: typer.Typer) -> None:
@@ -73,10 +74,12 @@ def observed_model(
     tokens: int | None = None,
     seed: int = 0,
     written_to: Path | None = None,
+    context: RunContext | None = None,
 ) -> TargetConfig:
     """Return the `TargetConfig` of a run folder at another scale; sizes default to the proxy's.
 
-    ``written_to`` is the folder that the config will be written to, by default the run folder.
+    ``written_to`` is the folder that the config will be written to, by default the run folder. The family and data of
+    ``context`` are used if they are the run's.
     """
     from ..errors import RequestError
     from ..io import read_json
@@ -84,10 +87,11 @@ def observed_model(
     from ..planning.target import of_evidence, regularizers, target_config
     from ..recipe import Recipe
     from ..sweeps.experiment import Experiment
-    from ..sweeps.jobs import loaded
+    from ..sweeps.jobs import RunContext
 
     experiment, recipe = Experiment.of_run(folder), Recipe.load(folder.best)
-    family, data = loaded(experiment)
+    context = RunContext(experiment) if context is None else context.for_(experiment)
+    family, data = context.family, context.data
     scale = family.base.with_(width=width, depth=depth or experiment.proxy.depth)
     batch_size = batch_size or experiment.batch_size
     per_example = experiment.sequence_length if data is not None and data.kind == "tokens" else 1

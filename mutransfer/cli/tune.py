@@ -59,12 +59,14 @@ def tune(
     from ..run_dir import RunFolder
     from ..sweeps.executors import executor_for
     from ..sweeps.experiment import Experiment
+    from ..sweeps.jobs import RunContext
     from ..sweeps.tune import tune as run
 
     overrides = list(changes or [])
     overrides += [f"trials={trials}"] if trials is not None else []
     overrides += [f"seed={seed}"] if seed is not None else []
     loaded = Experiment.load(experiment, overrides)
+    context = RunContext(loaded)
     folder = RunFolder(
         out
         or Path("runs")
@@ -78,13 +80,14 @@ def tune(
             loaded, executor, at_once, where,
             # Workers that share a study may also share the folder, but a checkpoint belongs to one process.
             precision=precision, checkpoints=None if storage else folder.path / "checkpoints",
-            folder=folder.path,
+            folder=folder.path, context=context,
         ) as trial_executor,
         Progress(f"tuning {loaded.model} at width {loaded.proxy.width}") as progress,
     ):  # fmt: skip
         found = run(
             loaded, folder,
             storage=storage, name=study, lease=lease, executor=trial_executor, device=where, progress=progress,
+            context=context,
         )  # fmt: skip
     frame = found.trials
     result = {

@@ -16,8 +16,7 @@ if TYPE_CHECKING:
 
     from ..run_dir import RunFolder
     from ..sweeps.autoselect import Forecast
-    from ..sweeps.experiment import Experiment
-    from ..sweeps.jobs import Executor
+    from ..sweeps.jobs import Executor, RunContext
 
 COLUMNS = {
     "parametrization": "", "width": "", "log2_lr": ".2f", "drift": "+.2f", "drift_low": "+.2f", "drift_high": "+.2f",
@@ -73,6 +72,7 @@ def verify(
     from ..run_dir import RunFolder
     from ..sweeps.executors import executor_for
     from ..sweeps.experiment import Experiment
+    from ..sweeps.jobs import RunContext
 
     folder = RunFolder(run).existing()
     experiment, recipe = Experiment.of_run(folder), Recipe.load(folder.best)
@@ -87,7 +87,7 @@ def verify(
     how = executor or ("processes" if where == "cpu" and experiment.trainer is None else "one")
     with executor_for(experiment, how, at_once, where, folder=folder.path) as run_executor:
         result, optima = verify_run(
-            experiment, recipe, folder, sizes, run_executor,
+            RunContext(experiment), recipe, folder, sizes, run_executor,
             seeds=seeds, control=control, control_trials=control_trials, step=step, device=where,
             regret_limit=regret_limit,
         )  # fmt: skip
@@ -96,7 +96,7 @@ def verify(
 
 
 def verify_run(
-    experiment: Experiment, recipe: Any, folder: RunFolder, widths: Sequence[int], executor: Executor, *,
+    context: RunContext, recipe: Any, folder: RunFolder, widths: Sequence[int], executor: Executor, *,
     seeds: int, control: str | None, control_trials: int | None = None, step: float = 1.0, device: str = "cpu",
     regret_limit: float | None = None, forecast: Forecast | None = None,
 ) -> tuple[dict[str, Any], pd.DataFrame]:  # fmt: skip
@@ -112,7 +112,7 @@ def verify_run(
     from ..sweeps.verify import basins, loss_unit, regret_limit_of
     from .console import plain, say
 
-    name = experiment.parametrization
+    experiment, name = context.experiment, context.experiment.parametrization
     widths = sorted(
         {experiment.proxy.width, *widths}
     )  # the drift is measured from the width at which the recipe was tuned
@@ -120,7 +120,7 @@ def verify_run(
     trials, tuned = finished_trials(experiment, folder), None
     count = trials if control_trials is None else control_trials
     if kinds[1:] and count:
-        say(announcement(experiment, kinds[1], widths[-1], count, seeds))
+        say(announcement(context, kinds[1], widths[-1], count, seeds))
     left = None if forecast is None else forecast.left
     if forecast is not None:
         forecast.begin("basins")
@@ -131,7 +131,7 @@ def verify_run(
         ) as progress,
     ):
         frame = basins(
-            experiment, recipe, widths,
+            context, recipe, widths,
             folder=folder, executor=executor, parametrizations=kinds, seeds=seeds, step=step, progress=progress,
         )  # fmt: skip
     if kinds[1:] and count:
@@ -139,19 +139,19 @@ def verify_run(
             forecast.begin("control")
         with Progress(f"tuning {control} at width {widths[-1]}, {count} trials and {seeds} seeds", left) as progress:
             tuned = tune_control(
-                experiment, folder, kinds[1], widths[-1],
+                context, folder, kinds[1], widths[-1],
                 executor=executor, trials=count, seeds=seeds, device=device, progress=progress,
             )  # fmt: skip
     transferred = math.log2(recipe.lr)  # the rate that `transfer` writes
-    limit = regret_limit_of(experiment, frame, regret_limit)
-    unit = loss_unit(experiment)
+    limit = regret_limit_of(context, frame, regret_limit)
+    unit = loss_unit(context)
     found = optima(frame, transferred, maximize=experiment.maximize, regret_limit=limit)
     main_rows = found[found["parametrization"] == name]
     status, reasons = judge_transfer(main_rows, regret_limit=limit, unit=unit)
     first, last = main_rows.iloc[0], main_rows.iloc[-1]
     widest = experiment.proxy_scale.with_(width=int(last["width"]))
     compared = comparison(frame, kinds, recipe, experiment.proxy.width, tuned, maximize=experiment.maximize)
-    paid = price(experiment, folder, widest)
+    paid = price(context, folder, widest)
     result = {
         "verdict": status,
         "reasons": reasons,

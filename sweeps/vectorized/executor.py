@@ -29,7 +29,7 @@ from mutransfer.proxies.training import Outcome
 from mutransfer.scale import Scale
 
 from ..experiment import Experiment
-from ..jobs import Done, Events, Job, Report, Reports, SequentialExecutor, Session, family_of, plan_of
+from ..jobs import Done, Events, Job, Report, Reports, RunContext, SequentialExecutor, Session
 from .batch_training import Slot, Snapshot, VectorizedTraining
 from .compile import Step
 from .support import NOT_FOR_ONE, is_out_of_memory, refusal
@@ -236,7 +236,7 @@ class VectorizedExecutor:
             if not submitted:
                 break
             scale = submitted[0].scale
-            reason = refusal(session.experiment, scale, self.device)
+            reason = refusal(session.context, scale, self.device)
             if reason is None:
                 yield from self._together(session, scale, submitted)
             else:
@@ -265,7 +265,7 @@ class VectorizedExecutor:
                 submitted.extend((yield from session.take(room - len(submitted))))
             while room > 0 and submitted and submitted[0].scale == scale:
                 room -= 1
-                running = self._running(experiment, submitted.popleft())
+                running = self._running(session.context, submitted.popleft())
                 if (stopped := (yield from self._replayed(running, session))) is not None:
                     yield Done(running.job, stopped)
                 else:
@@ -275,7 +275,7 @@ class VectorizedExecutor:
             try:
                 if batch is None:
                     first = waiting[: self.capacity]
-                    batch = SlotBatch(lambda jobs: self._training(experiment, jobs, clips), first)
+                    batch = SlotBatch(lambda jobs: self._training(session.context, jobs, clips), first)
                     del waiting[: len(first)]
                 for index in batch.free[: len(waiting)]:
                     batch.put(index, waiting[0])
@@ -294,10 +294,10 @@ class VectorizedExecutor:
             if validated:
                 self._save(batch, waiting)
 
-    def _running(self, experiment: Experiment, job: Job) -> Running:
-        plan = plan_of(experiment, job.scale, job.parametrization, job.recipe)
+    def _running(self, context: RunContext, job: Job) -> Running:
+        experiment, plan = context.experiment, context.plan(job.scale, job.parametrization, job.recipe)
         marks = frozenset(rung for rung in job.rungs if 0 < rung < experiment.steps)
-        sha256 = family_of(experiment)[1].sha256
+        sha256 = context.required_data.sha256
         course = course_of(experiment, plan, job.seed, sha256, self.precision) if self.checkpoints else ""
         running = Running(job, course, Slot(plan, job.seed, marks))
         if self.checkpoints is not None and (entry := self.checkpoints.take(course)) is not None:
@@ -313,13 +313,14 @@ class VectorizedExecutor:
                 return running.outcome(loss, stopped=True)
         return None
 
-    def _training(self, experiment: Experiment, jobs: Sequence[Running], clips: bool) -> VectorizedTraining:
-        family, data = family_of(experiment)
+    def _training(self, context: RunContext, jobs: Sequence[Running], clips: bool) -> VectorizedTraining:
+        experiment = context.experiment
         same = experiment.model_dump_json(exclude=NOT_COMPILED)
         known = self._known.setdefault(f"{same} at {jobs[0].job.scale}, {len(jobs)} at once", {})
         training = VectorizedTraining(
-            family, [each.slot for each in jobs], data, steps=experiment.steps, batch_size=experiment.batch_size,
-            device=self.device, precision=torch.bfloat16 if self.precision == "bfloat16" else None,
+            context.family, [each.slot for each in jobs], context.required_data, steps=experiment.steps,
+            batch_size=experiment.batch_size, device=self.device,
+            precision=torch.bfloat16 if self.precision == "bfloat16" else None,
             clips=clips or any(each.job.recipe.clip is not None for each in jobs),
             # A program has a fixed size: compiling pays off only if all slots are refilled again and again.
             compile=self.compile and len(jobs) == self.capacity, known=known, snapshots=[each.snapshot for each in jobs],

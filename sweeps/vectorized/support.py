@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
@@ -12,8 +11,7 @@ from mutransfer.planning.plan import Plan
 from mutransfer.proxies.training import Training
 from mutransfer.scale import Scale
 
-from ..experiment import Experiment
-from ..jobs import family_of, plan_of
+from ..jobs import RunContext
 from .batch_training import Slot, VectorizedTraining
 from .step import FUSED
 
@@ -45,26 +43,26 @@ TOLERANCE = (
 SEEDS = (0, 1)
 
 
-def refusal(experiment: Experiment, scale: Scale | None = None, device: str = "cpu") -> str | None:
-    """Return why trials of ``experiment`` at ``scale`` (default: the proxy's) cannot be fused, or None if they can.
+def refusal(context: RunContext, scale: Scale | None = None, device: str = "cpu") -> str | None:
+    """Return why trials of the experiment at ``scale`` (default: the proxy's) cannot be fused, or None if they can.
 
     Raises:
         RequestError: the trials cannot be trained at all.
     """
+    experiment = context.experiment
     if experiment.trainer is not None:
         return f"{experiment.trainer} trains them, one at a time"
     if experiment.optimizer not in FUSED:
         return f"{experiment.optimizer} has no update of many trials at once ({', '.join(FUSED)} have)"
-    return _tried(experiment.model_dump_json(exclude={"trials"}), scale or experiment.proxy_scale, device)
+    scale, asked = scale or experiment.proxy_scale, experiment.model_dump_json(exclude={"trials"})
+    return context.once(("refusal", asked, scale, device), lambda: _tried(context, scale, device))
 
 
-@functools.lru_cache(maxsize=16)
-def _tried(key: str, scale: Scale, device: str) -> str | None:
-    experiment = Experiment.model_validate_json(key)
-    plan = plan_of(experiment, scale, experiment.parametrization, experiment.recipe)
-    apart = _apart(experiment, plan, device, 0)
+def _tried(context: RunContext, scale: Scale, device: str) -> str | None:
+    plan = context.plan(scale, context.experiment.parametrization, context.experiment.recipe)
+    apart = _apart(context, plan, device, 0)
     try:
-        together = _together(experiment, plan, device)
+        together = _together(context, plan, device)
     except Exception as error:
         if is_out_of_memory(error):
             return "there is no memory for two of them at once"
@@ -72,29 +70,39 @@ def _tried(key: str, scale: Scale, device: str) -> str | None:
     for alone, joint in zip(apart, together, strict=True):
         both_diverged = not math.isfinite(alone) and not math.isfinite(joint)
         if not both_diverged and not abs(alone - joint) <= TOLERANCE * abs(alone):
-            if _apart(experiment, plan, device, 1) != apart:
+            if _apart(context, plan, device, 1) != apart:
                 return None  # the loss is random, as with dropout: it cannot be compared
             return f"next to another trial, the model's loss after {STEPS} steps is {joint:.6g} instead of {alone:.6g}"
     return None
 
 
-def _together(experiment: Experiment, plan: Plan, device: str) -> list[float]:
-    family, data = family_of(experiment)
+def _together(context: RunContext, plan: Plan, device: str) -> list[float]:
     slots = [Slot(plan, seed) for seed in SEEDS]
-    size = min(experiment.batch_size, EXAMPLES)
-    training = VectorizedTraining(family, slots, data, steps=STEPS, batch_size=size, device=device)
+    training = VectorizedTraining(
+        context.family, slots, context.required_data, steps=STEPS, batch_size=_size(context), device=device
+    )
     training.advance(STEPS)
     return training.validate(range(len(SEEDS)))
 
 
-def _apart(experiment: Experiment, plan: Plan, device: str, draws: int) -> list[float]:
-    family, data = family_of(experiment)
+def _apart(context: RunContext, plan: Plan, device: str, draws: int) -> list[float]:
     losses = []
     for seed in SEEDS:
-        size = min(experiment.batch_size, EXAMPLES)
-        training = Training(family, plan, data, steps=STEPS, batch_size=size, seed=seed, device=device)
+        training = Training(
+            context.family,
+            plan,
+            context.required_data,
+            steps=STEPS,
+            batch_size=_size(context),
+            seed=seed,
+            device=device,
+        )
         with torch.random.fork_rng():
             torch.manual_seed(draws)
             training.advance(STEPS)
         losses.append(training.validate())
     return losses
+
+
+def _size(context: RunContext) -> int:
+    return min(context.experiment.batch_size, EXAMPLES)

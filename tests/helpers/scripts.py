@@ -14,7 +14,7 @@ import psutil
 from mutransfer.run_dir import RunFolder
 from mutransfer.sweeps.commands import Commands
 from mutransfer.sweeps.experiment import Experiment
-from mutransfer.sweeps.jobs import Job, run_jobs
+from mutransfer.sweeps.jobs import Job, RunContext, run_jobs
 from mutransfer.sweeps.tune import Tuned
 
 from .small import each, experiment
@@ -78,5 +78,5 @@ def states(found: Tuned) -> list[str]:
 def run_one(given: Experiment, folder: RunFolder, report: Any = None, rungs: tuple[int, ...] = (3, 5)) -> Any:
     job = Job(7, given.proxy_scale, "mup", given.recipe, 3, rungs)
     reports = each(report or (lambda *_: False))
-    ((_, outcome),) = run_jobs(Commands(folder.make().path), given, [job], reports)
+    ((_, outcome),) = run_jobs(Commands(folder.make().path), RunContext(given), [job], reports)
     return outcome

@@ -27,7 +27,6 @@ import mutransfer.cli
 torch.set_num_threads(1)
 import optuna, pandas, scipy.stats, grpc, psycopg, sqlalchemy.orm
 import mutransfer.sweeps.tune, mutransfer.sweeps.experiment, mutransfer.cli.tune
-from mutransfer.sweeps.jobs import flops_of, plan_of
 print("ready", flush=True)
 for line in sys.stdin:
     job = json.loads(line)

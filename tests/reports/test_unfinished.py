@@ -15,7 +15,7 @@ from mutransfer.recipe import Recipe
 from mutransfer.reports import write_report
 from mutransfer.run_dir import RunFolder
 from mutransfer.schemas import BASINS, COORDINATES, TRIALS
-from mutransfer.sweeps.jobs import Done, Events, Job, Session
+from mutransfer.sweeps.jobs import Done, Events, Job, RunContext, Session
 from mutransfer.sweeps.tune import tune
 
 from ..helpers.small import Planted, experiment, octaves
@@ -61,7 +61,7 @@ def folder(tmp_path: Path) -> RunFolder:
 
 def verify(folder: RunFolder, after: int = 10**6, seeds: int = 3) -> None:
     try:
-        verify_run(experiment(), RECIPE, folder, (8, 16), Stopped(after, basin), seeds=seeds, control="sp")
+        verify_run(RunContext(experiment()), RECIPE, folder, (8, 16), Stopped(after, basin), seeds=seeds, control="sp")
     except KeyboardInterrupt:
         assert after < 10**6
 
@@ -165,7 +165,7 @@ def test_an_interrupted_search(folder: RunFolder) -> None:
     assert "Search: unfinished" not in text
     assert f"proxy loss of the recipe {found.value:.4g} mean over 3 seeds" in text
     # More trials, interrupted: what the shorter search found is not shown beside them.
-    verify_run(asked, found.best, folder, (8, 16), Planted(basin), seeds=3, control=None)
+    verify_run(RunContext(asked), found.best, folder, (8, 16), Planted(basin), seeds=3, control=None)
     with pytest.raises(KeyboardInterrupt):
         tune(experiment(repeats={"top": 2, "seeds": 3}, trials=8), folder, executor=Stopped(2, searched))
     text = page(folder)

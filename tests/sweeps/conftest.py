@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mutransfer.printing import log_to_stderr
 from mutransfer.run_dir import RunFolder
+from mutransfer.sweeps.experiment import Experiment
+from mutransfer.sweeps.jobs import RunContext
 
 from ..helpers.scripts import MODEL, ours, until
 from ..helpers.small import within
@@ -18,6 +21,22 @@ from ..helpers.small import within
 def _logs_as_the_command_line() -> Iterator[None]:
     with log_to_stderr():
         yield
+
+
+KNOWN: dict[str, Any] = {}
+
+
+@pytest.fixture(autouse=True)
+def _what_is_loaded_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over the tests of a process, which would otherwise spend most of their time tracing the same few models."""
+    made = RunContext.__init__
+
+    def shared(self: RunContext, experiment: Experiment, subjects: dict[str, Any] | None = None) -> None:
+        made(self, experiment, KNOWN if subjects is None else subjects)
+        while len(KNOWN) > 4:
+            KNOWN.pop(next(iter(KNOWN)))
+
+    monkeypatch.setattr(RunContext, "__init__", shared)
 
 
 @pytest.fixture

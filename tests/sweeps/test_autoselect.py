@@ -16,7 +16,7 @@ from mutransfer.errors import RequestError
 from mutransfer.sweeps import autoselect
 from mutransfer.sweeps.autoselect import Timed, chosen
 from mutransfer.sweeps.executors import LazyExecutor, executor_for
-from mutransfer.sweeps.jobs import Job, SequentialExecutor, run_jobs
+from mutransfer.sweeps.jobs import Job, RunContext, SequentialExecutor, run_jobs
 from mutransfer.sweeps.processes import ProcessExecutor
 from mutransfer.sweeps.vectorized.executor import VectorizedExecutor
 
@@ -42,7 +42,7 @@ def plant(monkeypatch: pytest.MonkeyPatch) -> Plant:
 
 def test_narrow_models_are_fused_as_long_as_more_pay(plant: Plant) -> None:
     plant(5e-3, {4: 4e-3, 8: 3e-3, 16: 2.5e-3, 32: 2.45e-3, 64: 1e-9}, (1.1, 1.6))
-    choice = chosen(experiment(steps=1000), 400)
+    choice = chosen(RunContext(experiment(steps=1000)), 400)
     assert (choice.how, choice.at_once, choice.compile) == ("fused", 32, True)  # 64 is not tried once 32 hardly pays
     assert str(choice).startswith(
         "trials are trained 32 at a time, fused, compiled: a step of one trial takes 5.00 ms one by one; about 2.75 ms in 2 "
@@ -56,39 +56,39 @@ def test_narrow_models_are_fused_as_long_as_more_pay(plant: Plant) -> None:
 
 def test_wide_models_go_to_processes(plant: Plant) -> None:
     plant(50e-3, {4: 49e-3})
-    choice = chosen(experiment(steps=1000), 60)
+    choice = chosen(RunContext(experiment(steps=1000)), 60)
     assert (choice.how, choice.at_once, choice.compile) == ("processes", 2, False)
     plant(50e-3, {4: 49e-3}, (1.5, 1.6))
-    choice = chosen(experiment(steps=1000), 60)
+    choice = chosen(RunContext(experiment(steps=1000)), 60)
     assert (choice.how, choice.at_once, choice.compile) == ("processes", 2, True)
 
 
 def test_a_sweep_that_does_not_last_is_not_compiled(plant: Plant) -> None:
     plant(5e-3, {4: 2e-3, 8: 1e-3})
-    choice = chosen(experiment(steps=400), 24)
+    choice = chosen(RunContext(experiment(steps=400)), 24)
     assert (choice.how, choice.at_once, choice.compile) == ("fused", 8, False)  # a third of the trials at most
 
 
 def test_memory_ends_the_search_for_more(plant: Plant) -> None:
     plant(5e-3, {4: 1e-3})
-    assert chosen(experiment(steps=1000), 400).at_once == 4
+    assert chosen(RunContext(experiment(steps=1000)), 400).at_once == 4
 
 
 def test_a_number_that_memory_does_not_suffice_for_is_halved(plant: Plant) -> None:
     plant(5e-3, {2: 1e-3})
-    assert chosen(experiment(steps=1000), 400, at_once=8, only="fused").at_once == 2
+    assert chosen(RunContext(experiment(steps=1000)), 400, at_once=8, only="fused").at_once == 2
     plant(5e-3, {})
     with pytest.raises(RequestError, match="there is not enough memory for one trial"):
-        chosen(experiment(steps=1000), 400, at_once=8, only="fused")
+        chosen(RunContext(experiment(steps=1000)), 400, at_once=8, only="fused")
 
 
 def test_a_given_number_is_kept(plant: Plant) -> None:
     plant(5e-3, {6: 1e-3})
-    assert chosen(experiment(steps=1000), 400, at_once=6, only="fused").at_once == 6
+    assert chosen(RunContext(experiment(steps=1000)), 400, at_once=6, only="fused").at_once == 6
 
 
 def test_a_short_sweep_is_not_measured_for_long() -> None:
-    choice = chosen(experiment(), 4)
+    choice = chosen(RunContext(experiment()), 4)
     assert (choice.how, choice.at_once) == ("one", 1)
     assert math.isfinite(choice.seconds)
 
@@ -145,12 +145,13 @@ def test_checkpoints_are_where_they_are_told(tmp_path: Path) -> None:
 WITHOUT_A_COMPILER = """
 import warnings
 from mutransfer.sweeps.autoselect import fused_step, single_step
+from mutransfer.sweeps.jobs import RunContext
 from tests.helpers.small import experiment
 warnings.simplefilter("ignore")
-assert single_step(experiment(), "cpu", 1, False) is not None
-assert single_step(experiment(), "cpu", 1, True) is None
-assert fused_step(experiment(), 2, "cpu", None, False) is not None
-assert fused_step(experiment(), 2, "cpu", None, True) is None
+assert single_step(RunContext(experiment()), "cpu", 1, False) is not None
+assert single_step(RunContext(experiment()), "cpu", 1, True) is None
+assert fused_step(RunContext(experiment()), 2, "cpu", None, False) is not None
+assert fused_step(RunContext(experiment()), 2, "cpu", None, True) is None
 """
 
 
@@ -168,8 +169,8 @@ def test_what_cannot_be_compiled_is_no_choice(tmp_path: Path) -> None:
 def test_compiled_models_train_the_same() -> None:
     given = experiment()
     job = Job(0, given.proxy_scale, "mup", given.recipe, 0)
-    ((_, apart),) = run_jobs(SequentialExecutor(), given, [job])
-    ((_, compiled),) = run_jobs(SequentialExecutor(compile=True), given, [job])
+    ((_, apart),) = run_jobs(SequentialExecutor(), RunContext(given), [job])
+    ((_, compiled),) = run_jobs(SequentialExecutor(compile=True), RunContext(given), [job])
     assert compiled.loss == pytest.approx(apart.loss, rel=1e-5)
 
 

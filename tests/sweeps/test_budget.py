@@ -19,9 +19,8 @@ from mutransfer.price import FlopCounter
 from mutransfer.run_dir import RunFolder
 from mutransfer.scale import Scale
 from mutransfer.schemas import BASINS, REPEATS, TRIALS
-from mutransfer.sweeps import tune
 from mutransfer.sweeps.experiment import Budget
-from mutransfer.sweeps.jobs import flops_of
+from mutransfer.sweeps.jobs import RunContext
 from mutransfer.sweeps.tune import Spent, price
 
 from ..helpers.small import experiment
@@ -90,24 +89,25 @@ def filled(path: Path) -> RunFolder:
 
 def test_the_price_of_tuning_repeats_and_verify_beside_one_run(tmp_path: Path) -> None:
     asked, target = experiment(), Scale(64, 2)
-    found = price(asked, filled(tmp_path / "run"), target)
+    context = RunContext(asked)
+    found = price(context, filled(tmp_path / "run"), target)
     whole = found["target_flops"]
-    assert whole == (flops_of(asked, target) or 0) * asked.steps
+    assert whole == (context.flops(target) or 0) * asked.steps
     assert found == {
         "tuning_flops": 4e6, "repeats_flops": 4e6, "verify_flops": 21e6, "target_flops": whole, "ratio": 4e6 / whole,
         "uncounted": [],
     }  # fmt: skip
-    missing = price(asked, RunFolder(tmp_path / "other").make(), target)
+    missing = price(context, RunFolder(tmp_path / "other").make(), target)
     assert [missing[key] for key in ("tuning_flops", "repeats_flops", "verify_flops", "ratio")] == 4 * [None]
 
 
 def test_what_no_figure_includes_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cost = tune.cost_of
+    cost = RunContext.cost
     monkeypatch.setattr(
-        tune, "cost_of", lambda *asked: replace(cost(*asked), total=1e6, uncounted=("mylib::op", "aten::_fft_r2c"))
+        RunContext, "cost", lambda *asked: replace(cost(*asked), total=1e6, uncounted=("mylib::op", "aten::_fft_r2c"))
     )
     asked = experiment()
-    found = price(asked, filled(tmp_path / "run"), Scale(64, 2))
+    found = price(RunContext(asked), filled(tmp_path / "run"), Scale(64, 2))
     assert found["uncounted"] == ["mylib::op", "aten::_fft_r2c"]
     text = "\n".join(price_lines(found, 64))
     for words in ("tuning took 4.00e+06 FLOPs", "repeats took 4.00e+06", "verify took 2.10e+07", "one run at width 64"):
@@ -117,7 +117,7 @@ def test_what_no_figure_includes_is_said(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_muons_iteration_is_part_of_a_step() -> None:
     """One hidden matrix of 32 × 32 in an MLP of depth 2."""
-    plain, muon = (flops_of(experiment(optimizer=name), Scale(32, 2)) or 0 for name in ("adamw", "muon"))
+    plain, muon = (RunContext(experiment(optimizer=name)).flops(Scale(32, 2)) or 0 for name in ("adamw", "muon"))
     with FlopCounter() as counter:
         orthogonalized(torch.randn(32, 32), torch.float32, (3.4445, -4.775, 2.0315), 5, 1e-7)
     assert muon - plain == counter.flops.total > 0

@@ -10,6 +10,7 @@ import pytest
 from mutransfer.recipe import Recipe
 from mutransfer.run_dir import RunFolder
 from mutransfer.sweeps.commands import Commands, ParsedReport, parse_report
+from mutransfer.sweeps.jobs import RunContext
 from mutransfer.sweeps.tune import tune
 from mutransfer.sweeps.verify import basins
 
@@ -187,7 +188,9 @@ def test_a_program_that_is_not_there_is_said_before_anything_is_written(folder: 
 def test_widths_are_compared_with_a_command(folder: RunFolder) -> None:
     body = "tell(step=8, loss=1 + (lr + 5) ** 2 + plan['scale']['width'] / 1000 + seed)"
     given = own(body)
-    frame = basins(given, given.recipe, [8, 16], folder=folder.make(), executor=Commands(folder.path, 2), seeds=2)
+    frame = basins(
+        RunContext(given), given.recipe, [8, 16], folder=folder.make(), executor=Commands(folder.path, 2), seeds=2
+    )
     first = frame[frame["log2_lr"] == -5]
     assert sorted(first["loss"]) == pytest.approx([1.008, 1.016, 2.008, 2.016])
     assert (folder.path / "trials" / "mup_16_1_1" / "plan.json").is_file()

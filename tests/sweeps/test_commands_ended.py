@@ -18,7 +18,7 @@ from mutransfer.run_dir import RunFolder
 from mutransfer.schemas import TRIALS
 from mutransfer.sweeps.commands import Commands
 from mutransfer.sweeps.executors import executor_for
-from mutransfer.sweeps.jobs import Job, run_jobs
+from mutransfer.sweeps.jobs import Job, RunContext, run_jobs
 from mutransfer.sweeps.tune import tune
 
 from ..helpers.scripts import BOWL, ours, own, run_one, states, until
@@ -109,7 +109,7 @@ def test_an_error_ends_the_commands_at_work(folder: RunFolder, tmp_path: Path) -
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        list(run_jobs(Commands(folder.make().path, 2), given, jobs, each(report)))
+        list(run_jobs(Commands(folder.make().path, 2), RunContext(given), jobs, each(report)))
     assert ours(tmp_path) == []
 
 

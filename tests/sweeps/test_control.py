@@ -23,7 +23,7 @@ from mutransfer.sweeps.control import (
     tune_control,
 )
 from mutransfer.sweeps.experiment import Experiment
-from mutransfer.sweeps.jobs import Job, flops_of
+from mutransfer.sweeps.jobs import Job, RunContext
 from mutransfer.sweeps.tune import tune
 from mutransfer.sweeps.verify import basins
 
@@ -56,7 +56,12 @@ def landscape(job: Job) -> float:
 def tuned(folder: RunFolder, executor: Any = None, **options: Any) -> Control:
     options = {"trials": 6, "seeds": 5, **options}
     return tune_control(
-        options.pop("experiment", given()), folder, "sp", WIDE, executor=executor or Planted(landscape), **options
+        RunContext(options.pop("experiment", given())),
+        folder,
+        "sp",
+        WIDE,
+        executor=executor or Planted(landscape),
+        **options,
     )
 
 
@@ -105,13 +110,13 @@ def test_the_control_finds_its_own_values_and_is_compared_with_the_same_seeds(fo
     assert list(control.runs["seed"]) == [0, 1, 2, 3, 4]
     trials, each = (
         TRIALS.read(control_folder(folder, "sp", WIDE).trials),
-        flops_of(given(), given().proxy_scale.with_(width=WIDE)),
+        RunContext(given()).flops(given().proxy_scale.with_(width=WIDE)),
     )
     assert each is not None
     assert control.flops == pytest.approx(each * (trials["steps"].sum() + 5 * given().steps))
 
     frame = basins(
-        given(),
+        RunContext(given()),
         recipe,
         (PROXY, WIDE),
         folder=folder,
@@ -159,7 +164,7 @@ def test_the_search_goes_on_where_it_stopped_and_leaves_the_proxys_study_alone(f
     assert list(more.runs["seed"]) == list(range(7))
     assert list(tuned(folder, idle, seeds=2).runs["seed"]) == [0, 1]
     tune_control(
-        given(), folder, "sp", 16, executor=Planted(landscape), trials=2, seeds=1
+        RunContext(given()), folder, "sp", 16, executor=Planted(landscape), trials=2, seeds=1
     )  # another width, another study
     after = contents(folder.path)
     assert {name: after[name] for name in before} == before
@@ -179,7 +184,7 @@ def test_commands_of_a_trainer_have_their_files_with_the_control(folder: RunFold
     tuned_by = given(trainer={"command": f"sh {script} {{plan}}"}, search={"lr": SEARCH["lr"]}, trials=2)
     tune(tuned_by, folder, executor=Commands(folder.path))
     before = contents(folder.path)
-    tune_control(tuned_by, folder, "sp", WIDE, executor=Commands(folder.path), trials=2, seeds=1)
+    tune_control(RunContext(tuned_by), folder, "sp", WIDE, executor=Commands(folder.path), trials=2, seeds=1)
     after = contents(folder.path)
     assert {name: after[name] for name in before} == before
     assert (control_folder(folder, "sp", WIDE).path / "trials" / "seed_0" / "recipe.json").is_file()

@@ -7,8 +7,7 @@ import pytest
 from mutransfer.scale import Scale
 from mutransfer.sweeps import autoselect
 from mutransfer.sweeps.autoselect import UNSURE, Forecast, Timed, TimedExecutor, run_seconds, single_step
-from mutransfer.sweeps.experiment import Experiment
-from mutransfer.sweeps.jobs import Job, family_of, run_jobs
+from mutransfer.sweeps.jobs import Job, RunContext, run_jobs
 
 from ..helpers.small import Planted, experiment
 
@@ -72,7 +71,7 @@ def test_runs_are_counted_by_what_they_take_not_by_how_many_they_are() -> None:
     assert watched.capacity == 1
     jobs = [Job(k, scale, "mup", given.recipe, 0) for k, scale in enumerate((wide, narrow))]
     left = []
-    for _ in run_jobs(watched, given, jobs):
+    for _ in run_jobs(watched, RunContext(given), jobs):
         left.append(expected.left())
     assert left == [10, 0]
 
@@ -80,13 +79,13 @@ def test_runs_are_counted_by_what_they_take_not_by_how_many_they_are() -> None:
 def test_a_run_takes_its_steps_two_validations_and_what_comes_before_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
-    def timed(experiment: Experiment, device: str, threads: int | None, scale: Scale) -> Timed:
-        seen.append(single_step(experiment, device, threads, scale=scale))
+    def timed(context: RunContext, device: str, threads: int | None, scale: Scale) -> Timed:
+        seen.append(single_step(context, device, threads, scale=scale))
         return Timed(step=0.5, first=7.0)
 
     monkeypatch.setattr(autoselect, "single_step", timed)
     given = experiment(steps=30)
-    batches = len(family_of(given)[1].validation())
-    assert run_seconds(given, Scale(16, 2)) == pytest.approx(7 + 0.5 * (30 + 2 * batches / 3))
+    batches = len(RunContext(given).required_data.validation())
+    assert run_seconds(RunContext(given), Scale(16, 2)) == pytest.approx(7 + 0.5 * (30 + 2 * batches / 3))
     assert seen[0] is not None
     assert 0 < seen[0].step < seen[0].first + 10

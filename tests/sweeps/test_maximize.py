@@ -20,6 +20,7 @@ from mutransfer.run_dir import RunFolder
 from mutransfer.schemas import TRIALS
 from mutransfer.sweeps.executors import executor_for
 from mutransfer.sweeps.experiment import Experiment
+from mutransfer.sweeps.jobs import RunContext
 from mutransfer.sweeps.pruners import Halving
 from mutransfer.sweeps.samplers import foreseen
 from mutransfer.sweeps.tune import tune
@@ -92,7 +93,7 @@ def test_the_best_is_the_highest_from_tune_to_report(tmp_path: Path) -> None:
 
     recipe = Recipe.load(folder.best).with_(lr=2**-6)
     with executor_for(given, "one", folder=folder.path) as executor:
-        result, optima = verify_run(given, recipe, folder, [8, 16, 32], executor, seeds=3, control=None)
+        result, optima = verify_run(RunContext(given), recipe, folder, [8, 16, 32], executor, seeds=3, control=None)
     assert result["verdict"] == "pass", result["reasons"]
     assert optima["log2_lr"].tolist() == pytest.approx([-6, -6, -6], abs=0.1)
     assert result["limits"]["unit"] == "in the metric's unit"
@@ -109,7 +110,9 @@ def test_a_rate_that_costs_accuracy_fails(tmp_path: Path) -> None:
     given = asked()
     with executor_for(given, "one", folder=folder.path) as executor:
         recipe = Recipe(lr=2**-8, warmup=0.0)
-        result, _ = verify_run(given, recipe, folder, [8, 16], executor, seeds=3, control=None, regret_limit=0.02)
+        result, _ = verify_run(
+            RunContext(given), recipe, folder, [8, 16], executor, seeds=3, control=None, regret_limit=0.02
+        )
     assert result["verdict"] == "fail"
     assert result["regret"]["mup"][16]["value"] == pytest.approx(0.04, abs=0.005)
 

@@ -15,7 +15,7 @@ from mutransfer.proxies.training import Outcome
 from mutransfer.recipe import Recipe
 from mutransfer.run_dir import RunFolder
 from mutransfer.sweeps.experiment import Experiment
-from mutransfer.sweeps.jobs import Done, Events, Job, Reports, SequentialExecutor, Session, run_jobs
+from mutransfer.sweeps.jobs import Done, Events, Job, Reports, RunContext, SequentialExecutor, Session, run_jobs
 from mutransfer.sweeps.processes import ProcessExecutor, ending
 from mutransfer.sweeps.tune import tune
 from mutransfer.sweeps.verify import basins
@@ -57,7 +57,9 @@ def test_reports_reach_the_parent_and_agree_with_one_by_one(two: ProcessExecutor
             return job.key == 2 and step == 5
 
         given = experiment()
-        return heard, {job.key: outcome for job, outcome in run_jobs(executor, given, jobs(4, given), each(report))}
+        return heard, {
+            job.key: outcome for job, outcome in run_jobs(executor, RunContext(given), jobs(4, given), each(report))
+        }
 
     parent = os.getpid()
     heard, outcomes = heard_by(two)
@@ -150,7 +152,7 @@ def test_a_failed_run_leaves_no_hole_in_a_basin(folder: RunFolder, two: ProcessE
                 yield event
 
     with pytest.raises(RequestError, match=r"the run of mup at width 16 .* failed because it was lost: fix that"):
-        basins(experiment(), Recipe(), [8, 16], folder=folder, executor=Lost())
+        basins(RunContext(experiment()), Recipe(), [8, 16], folder=folder, executor=Lost())
     assert not folder.basins.exists()
 
 
@@ -166,16 +168,18 @@ def test_whatever_ends_the_sweep_ends_the_processes_at_work(
         raise error
 
     with pytest.raises(type(error)):
-        list(run_jobs(two, given, jobs(2, given), each(report)))
+        list(run_jobs(two, RunContext(given), jobs(2, given), each(report)))
     assert children() == []
-    assert [job.key for job, _ in run_jobs(two, experiment(), jobs(1, experiment()))] == [0]  # and others can follow
+    assert [job.key for job, _ in run_jobs(two, RunContext(experiment()), jobs(1, experiment()))] == [
+        0
+    ]  # and others can follow
 
 
 def test_a_bug_in_a_process_shows_where_it_is(two: ProcessExecutor) -> None:
     given = experiment()
     job = Job(0, given.proxy_scale, "mup", 3, 0)  # type: ignore[arg-type]
     with pytest.raises(TypeError) as caught:
-        list(run_jobs(two, given, [job]))
+        list(run_jobs(two, RunContext(given), [job]))
     assert "in _serve" in caught.value.__notes__[0]
 
 

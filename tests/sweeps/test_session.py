@@ -21,6 +21,7 @@ from mutransfer.sweeps.jobs import (
     Ready,
     Report,
     Reports,
+    RunContext,
     SequentialExecutor,
     Session,
     run_jobs,
@@ -67,7 +68,7 @@ def test_jobs_are_drawn_when_there_is_room_and_end_in_any_order() -> None:
             yield job
 
     ended = []
-    for job, _ in run_jobs(scripted, given, watched()):
+    for job, _ in run_jobs(scripted, RunContext(given), watched()):
         ended.append(job.key)
         assert len(drawn) == (3 if len(ended) <= 3 else 5)
     assert ended == [2, 1, 0, 4, 3]
@@ -77,7 +78,9 @@ def test_jobs_are_drawn_when_there_is_room_and_end_in_any_order() -> None:
 
 def test_only_what_is_stopped_is_stopped() -> None:
     given = experiment()
-    outcomes = dict(run_jobs(Scripted(3), given, jobs(given, 6), each(lambda job, step, loss: job.key in (1, 5))))
+    outcomes = dict(
+        run_jobs(Scripted(3), RunContext(given), jobs(given, 6), each(lambda job, step, loss: job.key in (1, 5)))
+    )
     assert [job.key for job, outcome in outcomes.items() if outcome.stopped] == [1, 5]
 
 
@@ -90,11 +93,14 @@ def test_a_key_that_was_stopped_may_come_again() -> None:
         asked.append(len(reports))
         return [job.key] if len(asked) == 1 else []
 
-    assert [outcome.stopped for _, outcome in run_jobs(Scripted(1), given, [job, job], once)] == [True, False]
+    assert [outcome.stopped for _, outcome in run_jobs(Scripted(1), RunContext(given), [job, job], once)] == [
+        True,
+        False,
+    ]
 
 
 def test_a_session_without_jobs_ends_at_once() -> None:
-    with Session(Scripted(4), experiment()) as session:
+    with Session(Scripted(4), RunContext(experiment())) as session:
         assert list(session) == [Ready(4)]
 
 
@@ -204,7 +210,7 @@ def own(name: str, **changes: Any) -> Experiment:
 
 
 def outcomes(given: Experiment) -> list[Outcome]:
-    return [outcome for _, outcome in run_jobs(SequentialExecutor(), given, jobs(given, 1))]
+    return [outcome for _, outcome in run_jobs(SequentialExecutor(), RunContext(given), jobs(given, 1))]
 
 
 @pytest.mark.parametrize("name", ["tidy", "deaf", "sulks"])
@@ -219,7 +225,7 @@ def test_a_trainer_that_waits_for_an_answer_is_ended_with_the_loop(
         raise error
 
     with pytest.raises(error):
-        list(run_jobs(SequentialExecutor(), given, jobs(given, 1), report))
+        list(run_jobs(SequentialExecutor(), RunContext(given), jobs(given, 1), report))
     if name != "sulks":
         assert (shop / "ended").read_text() == "x"
 

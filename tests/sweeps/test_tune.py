@@ -10,7 +10,7 @@ import pytest
 from mutransfer.run_dir import RunFolder
 from mutransfer.scale import Scale
 from mutransfer.schemas import TRIALS
-from mutransfer.sweeps.jobs import Job, SequentialExecutor, run_jobs
+from mutransfer.sweeps.jobs import Job, RunContext, SequentialExecutor, run_jobs
 from mutransfer.sweeps.tune import tune
 
 from ..helpers.small import Counting, Planted, each, experiment, journal, within
@@ -164,7 +164,7 @@ def test_a_real_run_stops_at_the_rung_where_it_is_told_to() -> None:
 
     given = experiment()
     job = Job(0, given.proxy_scale, "mup", given.recipe, 0, rungs=(3, 5, 7))
-    ((_, outcome),) = run_jobs(SequentialExecutor(), given, [job], each(stop_at_the_second))
+    ((_, outcome),) = run_jobs(SequentialExecutor(), RunContext(given), [job], each(stop_at_the_second))
     assert [step for step, _ in heard] == [3, 5]
     assert outcome.stopped
     assert (outcome.steps, outcome.loss) == heard[1]

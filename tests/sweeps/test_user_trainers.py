@@ -14,7 +14,7 @@ from mutransfer.run_dir import RunFolder
 from mutransfer.sweeps.commands import Commands
 from mutransfer.sweeps.executors import executor_for
 from mutransfer.sweeps.experiment import Experiment
-from mutransfer.sweeps.jobs import Job, SequentialExecutor, run_jobs
+from mutransfer.sweeps.jobs import Job, RunContext, SequentialExecutor, run_jobs
 from mutransfer.sweeps.processes import ProcessExecutor
 from mutransfer.sweeps.tune import tune
 from mutransfer.sweeps.user_trainers import TrialRun
@@ -62,9 +62,9 @@ def test_it_trains_by_the_plan_and_everywhere_alike(folder: RunFolder) -> None:
     assert "data_sha256" not in noted
 
     job = Job(0, given.proxy_scale, "mup", found.best, 0)
-    ((_, alone),) = run_jobs(SequentialExecutor(), given, [job])
+    ((_, alone),) = run_jobs(SequentialExecutor(), RunContext(given), [job])
     with executor_for(given, "processes", 1) as executor:
-        ((_, beside),) = run_jobs(executor, given, [job])
+        ((_, beside),) = run_jobs(executor, RunContext(given), [job])
     assert alone.loss == beside.loss == found.value
 
 
@@ -98,7 +98,9 @@ def test_it_is_never_measured_nor_fused(
 
 def test_widths_are_compared_with_it(folder: RunFolder) -> None:
     given = own("train")
-    frame = basins(given, given.recipe, [8, 16], folder=folder.make(), executor=SequentialExecutor(), seeds=1)
+    frame = basins(
+        RunContext(given), given.recipe, [8, 16], folder=folder.make(), executor=SequentialExecutor(), seeds=1
+    )
     assert frame["loss"].notna().all()
     assert frame["flops"].isna().all()
     assert frame["loss"].nunique() == len(frame)

@@ -15,7 +15,7 @@ from mutransfer.errors import RequestError
 from mutransfer.recipe import Recipe
 from mutransfer.run_dir import RunFolder
 from mutransfer.schemas import BASINS
-from mutransfer.sweeps.jobs import Job, SequentialExecutor, run_jobs
+from mutransfer.sweeps.jobs import Job, RunContext, SequentialExecutor, run_jobs
 from mutransfer.sweeps.processes import ProcessExecutor
 from mutransfer.sweeps.verify import LIMIT, REACH, basins
 
@@ -37,7 +37,7 @@ def parabola(offsets: dict[int, float]) -> Planted:
 
 def measure(folder: RunFolder, executor: Any, widths: tuple[int, ...] = (8, 16), **options: Any) -> pd.DataFrame:
     options = {"recipe": RECIPE, "seeds": 2, **options}
-    return basins(experiment(), options.pop("recipe"), widths, folder=folder, executor=executor, **options)
+    return basins(RunContext(experiment()), options.pop("recipe"), widths, folder=folder, executor=executor, **options)
 
 
 def points(frame: pd.DataFrame, width: int) -> list[float]:
@@ -201,12 +201,12 @@ def test_processes_and_one_by_one_train_the_same(tmp_path: Path) -> None:
         for width in (8, 16)
         for seed in (0, 1)
     ]
-    alone = {job.key: outcome for job, outcome in run_jobs(SequentialExecutor(), given, jobs)}
+    alone = {job.key: outcome for job, outcome in run_jobs(SequentialExecutor(), RunContext(given), jobs)}
     before = children()
     with ProcessExecutor(2) as executor:
-        beside = {job.key: outcome for job, outcome in run_jobs(executor, given, jobs)}
+        beside = {job.key: outcome for job, outcome in run_jobs(executor, RunContext(given), jobs)}
         with pytest.raises(RequestError, match="unknown parametrization"):
-            list(run_jobs(executor, given, [Job("wrong", given.proxy_scale, "nup", RECIPE, 0)]))
+            list(run_jobs(executor, RunContext(given), [Job("wrong", given.proxy_scale, "nup", RECIPE, 0)]))
     assert beside.keys() == alone.keys()
     for key, outcome in alone.items():
         assert beside[key].loss == pytest.approx(outcome.loss, rel=1e-6)
@@ -236,7 +236,13 @@ def test_what_cannot_be_measured_is_said_before_anything_is_written(
     before = contents(folder.path)
     settings = {"widths": (8, 16), **options}
     with pytest.raises(RequestError, match=said):
-        basins(experiment(**change), RECIPE.with_(lr=0.5), folder=folder, executor=SequentialExecutor(), **settings)
+        basins(
+            RunContext(experiment(**change)),
+            RECIPE.with_(lr=0.5),
+            folder=folder,
+            executor=SequentialExecutor(),
+            **settings,
+        )
     assert contents(folder.path) == before
 
 

@@ -18,7 +18,7 @@ from mutransfer.proxies.load import load_family
 from mutransfer.run_dir import RunFolder
 from mutransfer.scale import Scale
 from mutransfer.sweeps.experiment import Experiment
-from mutransfer.sweeps.jobs import plan_of
+from mutransfer.sweeps.jobs import RunContext
 from mutransfer.tracing.roles import ROLES, roles_from
 
 from ..helpers import families
@@ -142,7 +142,7 @@ def test_roles_travel_from_the_experiment_to_every_run_and_the_target(tmp_path: 
     asked.save(tmp_path / "experiment.yaml")
     assert Experiment.load(tmp_path / "experiment.yaml") == asked
     for given, expected in ((asked, "bottleneck"), (experiment(proxy={"width": 8, "depth": 3}), "output")):
-        planned = plan_of(given, given.proxy_scale.with_(width=32), "mup", given.recipe)
+        planned = RunContext(given).plan(given.proxy_scale.with_(width=32), "mup", given.recipe)
         assert {row.name: row.role for row in planned.rows}["readout.weight"] == expected
     folder = RunFolder(tmp_path)
     write_json(folder.best, json.loads(asked.recipe.model_dump_json()))

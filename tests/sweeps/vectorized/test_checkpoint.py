@@ -16,7 +16,7 @@ import pytest
 from mutransfer.errors import RequestError
 from mutransfer.run_dir import RunFolder
 from mutransfer.sweeps.experiment import Experiment
-from mutransfer.sweeps.jobs import Job, Report, run_jobs
+from mutransfer.sweeps.jobs import Job, Report, RunContext, run_jobs
 from mutransfer.sweeps.tune import tune
 from mutransfer.sweeps.vectorized.batch_training import VectorizedTraining
 from mutransfer.sweeps.vectorized.executor import Checkpoints, VectorizedExecutor
@@ -52,7 +52,7 @@ def interrupted(asked: Experiment, folder: Path, at: tuple[int, int]) -> None:
 
     executor = VectorizedExecutor(4, checkpoints=Checkpoints(folder, share=1))
     with pytest.raises(KeyboardInterrupt):
-        for _ in run_jobs(executor, asked, jobs(asked), report):
+        for _ in run_jobs(executor, RunContext(asked), jobs(asked), report):
             pass
 
 
@@ -92,7 +92,7 @@ def test_another_recipe_seed_or_length_is_another_trial(tmp_path: Path, trained:
         done(VectorizedExecutor(4, checkpoints=copy), asked, other)
         assert sum(trained) == 9
     longer = experiment(steps=10)
-    assert refusal(longer) is None  # tries three steps
+    assert refusal(RunContext(longer)) is None  # tries three steps
     trained.clear()
     done(VectorizedExecutor(4, checkpoints=Checkpoints(tmp_path)), longer, jobs(longer, 1))
     assert sum(trained) == 10
@@ -116,7 +116,11 @@ def test_each_write_replaces_the_one_before(tmp_path: Path) -> None:
         seen.append(len(files(tmp_path)))
         return []
 
-    list(run_jobs(VectorizedExecutor(3, checkpoints=Checkpoints(tmp_path, share=1)), asked, jobs(asked), report))
+    list(
+        run_jobs(
+            VectorizedExecutor(3, checkpoints=Checkpoints(tmp_path, share=1)), RunContext(asked), jobs(asked), report
+        )
+    )
     assert max(seen) == 1
 
 

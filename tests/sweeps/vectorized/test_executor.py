@@ -15,7 +15,7 @@ from mutransfer.recipe import Recipe
 from mutransfer.run_dir import RunFolder
 from mutransfer.scale import Scale
 from mutransfer.sweeps.experiment import Experiment, with_values
-from mutransfer.sweeps.jobs import Executor, Job, SequentialExecutor, run_jobs
+from mutransfer.sweeps.jobs import Executor, Job, RunContext, SequentialExecutor, run_jobs
 from mutransfer.sweeps.tune import tune
 from mutransfer.sweeps.vectorized.executor import VectorizedExecutor
 from mutransfer.sweeps.vectorized.support import refusal
@@ -43,7 +43,7 @@ def done(
         told.append((job.key, step, loss))
         return loss > worst
 
-    return {job.key: outcome for job, outcome in run_jobs(executor, asked, todo, each(report))}, told
+    return {job.key: outcome for job, outcome in run_jobs(executor, RunContext(asked), todo, each(report))}, told
 
 
 def same(ours: dict[Any, Outcome], theirs: dict[Any, Outcome], rel: float = 1e-4) -> None:
@@ -84,7 +84,9 @@ def test_stopped_jobs_make_room_for_the_next() -> None:
 
     ended: list[int] = []
     ours = {}
-    for job, outcome in run_jobs(VectorizedExecutor(3), asked, watched(), each(lambda job, step, loss: loss > worst)):
+    for job, outcome in run_jobs(
+        VectorizedExecutor(3), RunContext(asked), watched(), each(lambda job, step, loss: loss > worst)
+    ):
         # One look ahead, to see which scale is next.
         assert len(drawn) - len(ended) <= 4
         ended.append(job.key)
@@ -140,7 +142,7 @@ def test_time_is_shared() -> None:
 def test_what_cannot_be_fused_runs_one_by_one_and_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "own.py").write_text(BRANCHING, encoding="utf-8")
     asked = experiment(model=f"{tmp_path}/own.py:build")
-    assert "torch.vmap" in str(refusal(asked))
+    assert "torch.vmap" in str(refusal(RunContext(asked)))
     same(done(VectorizedExecutor(3), asked, jobs(asked, 3))[0], done(SequentialExecutor(), asked, jobs(asked, 3))[0])
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("trials at width 8 run one by one: the model does not run under torch.vmap (")
@@ -192,17 +194,17 @@ def build(width, depth):
 
 def test_a_model_that_changes_beside_others_is_refused(tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text(COUNTING, encoding="utf-8")
-    reason = refusal(experiment(model=f"{tmp_path}/own.py:build"))
+    reason = refusal(RunContext(experiment(model=f"{tmp_path}/own.py:build")))
     assert reason is not None
     assert "next to another trial, the model's loss after 3 steps is" in reason
 
 
 def test_what_an_own_trainer_trains_is_not_fused() -> None:
-    assert "own.py:train trains them" in str(refusal(experiment(trainer="own.py:train")))
+    assert "own.py:train trains them" in str(refusal(RunContext(experiment(trainer="own.py:train"))))
 
 
 def test_an_optimizer_without_an_update_is_refused_by_name() -> None:
-    reason = refusal(experiment(optimizer="adagrad"))
+    reason = refusal(RunContext(experiment(optimizer="adagrad")))
     assert reason == "adagrad has no update of many trials at once (adamw, adam, sgd, muon, muon-match-rms-adamw have)"
 
 
@@ -211,7 +213,7 @@ def test_dropout_is_fused_though_it_cannot_be_compared(tmp_path: Path) -> None:
     text = text.replace("h = -h", "h = torch.nn.functional.dropout(h, 0.5, self.training)")
     (tmp_path / "own.py").write_text(text, encoding="utf-8")
     asked = experiment(model=f"{tmp_path}/own.py:build")
-    assert refusal(asked) is None
+    assert refusal(RunContext(asked)) is None
     outcomes, _ = done(VectorizedExecutor(3), asked, jobs(asked, 3))
     assert all(math.isfinite(each.loss) for each in outcomes.values())
 
@@ -237,7 +239,7 @@ def test_trials_at_one_rung_are_reported_together() -> None:
 
     asked = experiment(steps=6)
     todo = [Job(k, asked.proxy_scale, "mup", Recipe(lr=2.0 ** -(4 + k), warmup=0.0), 0, (3,)) for k in range(6)]
-    outcomes = {job.key: outcome for job, outcome in run_jobs(VectorizedExecutor(6), asked, todo, halved)}
+    outcomes = {job.key: outcome for job, outcome in run_jobs(VectorizedExecutor(6), RunContext(asked), todo, halved)}
     assert heard == [[3] * 6]
     assert sum(outcome.stopped for outcome in outcomes.values()) == 4
     assert max(o.loss for o in outcomes.values() if not o.stopped) < min(o.loss for o in outcomes.values() if o.stopped)

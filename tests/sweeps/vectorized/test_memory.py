@@ -20,15 +20,15 @@ import torch
 torch.set_num_threads(1)
 from mutransfer.sweeps.experiment import Experiment
 from mutransfer.sweeps.vectorized.executor import VectorizedExecutor
-from mutransfer.sweeps.jobs import Job, SequentialExecutor, run_jobs
+from mutransfer.sweeps.jobs import Job, SequentialExecutor, run_jobs, RunContext
 
 asked = Experiment.read(json.loads(sys.argv[1]), "test")
 todo = [Job(k, asked.proxy_scale, "mup", asked.recipe.with_(lr=2.0 ** (-k - 3)), k, (2,)) for k in range(12)]
-apart = {job.key: outcome.loss for job, outcome in run_jobs(SequentialExecutor(), asked, todo[:3])}
+apart = {job.key: outcome.loss for job, outcome in run_jobs(SequentialExecutor(), RunContext(asked), todo[:3])}
 in_use = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (in_use + int(sys.argv[2]), -1))
 fused = VectorizedExecutor(int(sys.argv[3]))
-together = {job.key: outcome.loss for job, outcome in run_jobs(fused, asked, todo)}
+together = {job.key: outcome.loss for job, outcome in run_jobs(fused, RunContext(asked), todo)}
 resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
 print(json.dumps({"capacity": fused.capacity, "ended": len(together), "pairs": [(apart[k], together[k]) for k in apart]}))
 """
