@@ -66,13 +66,18 @@ def tabulated(seed: int, file: Path) -> np.ndarray:
     return losses
 
 
-class LookedUp:
+class LookedUp(Executor):
     """An executor whose trials, ``capacity`` at a time, take their losses from a table instead of training."""
 
     def __init__(self, capacity: int, losses: np.ndarray, asked: Experiment, floor: float) -> None:
-        self.capacity, self._floor = capacity, floor
+        self._capacity, self._floor = capacity, floor
         heights = np.log(np.where(np.isfinite(losses), losses, np.nanmax(losses)) - floor)
         self._heights = RegularGridInterpolator(axes(asked), heights, bounds_error=False, fill_value=None)
+
+    @property
+    def capacity(self) -> int:
+        """See `Executor`."""
+        return self._capacity
 
     def losses(self, recipe: Recipe) -> list[float]:
         """Return the losses of ``recipe`` at its rungs and at the end."""

@@ -31,7 +31,7 @@ TRIALS = 1000  # of the sweep that the planner plans for: long enough for what i
 
 
 @dataclass
-class Compiled:
+class Compiled(Executor):
     """One by one, the model and its loss compiled: what `model.compile()` gives a careful user.
 
     ``mode`` is torch.compile's; "reduce-overhead" replays CUDA graphs on a GPU.
@@ -39,7 +39,7 @@ class Compiled:
 
     device: str
     mode: str | None = None
-    capacity: int = 1
+    capacity = 1
 
     def events(self, session: Session) -> Events:
         """See `mutransfer.sweeps.jobs.Executor`."""

@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
@@ -309,7 +310,7 @@ class Forecast:
         return pace * (self._rest + sum(self._open.values()))
 
 
-class TimedExecutor:
+class TimedExecutor(Executor):
     """Executor that wraps another one and records its finished runs in a forecast.
 
     Args:
@@ -325,6 +326,14 @@ class TimedExecutor:
     def capacity(self) -> int:
         """See `Executor`."""
         return self.inner.capacity
+
+    def expect(self, jobs: int) -> None:
+        """See `Executor`."""
+        self.inner.expect(jobs)
+
+    def within(self, folder: Path) -> TimedExecutor:
+        """See `Executor`."""
+        return TimedExecutor(self.inner.within(folder), self.forecast, self.seconds)
 
     def events(self, session: Session) -> Events:
         """See `Executor`."""

@@ -28,7 +28,7 @@ from mutransfer.proxies.importing import modules_in
 from mutransfer.proxies.training import Outcome
 
 from .experiment import Trainer
-from .jobs import Done, Events, Job, Report, Reports, RunContext, Session
+from .jobs import Done, Events, Executor, Job, Report, Reports, RunContext, Session
 from .processes import ending
 from .user_trainers import TrialRun, call, load_trainer, needed
 
@@ -168,7 +168,7 @@ def check_command(trainer: Trainer, folder: str | None = None) -> None:
         )
 
 
-class Commands:
+class Commands(Executor):
     """Executor that runs jobs with the experiment's ``trainer.command``, ``count`` at a time.
 
     Each job has a folder below ``folder``/trials with recipe.json and plan.json (docs/how-to/user-trainer.md), out (empty when
@@ -177,7 +177,16 @@ class Commands:
     """
 
     def __init__(self, folder: Path, count: int = 1) -> None:
-        self.folder, self.capacity = folder, count
+        self.folder, self._count = folder, count
+
+    @property
+    def capacity(self) -> int:
+        """See `Executor`."""
+        return self._count
+
+    def within(self, folder: Path) -> Commands:
+        """See `Executor`; jobs of two run folders may have the same keys."""
+        return Commands(folder, self._count)
 
     def events(self, session: Session) -> Events:
         """See `Executor`."""

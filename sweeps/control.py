@@ -21,7 +21,6 @@ from mutransfer.recipe import Recipe
 from mutransfer.run_dir import RunFolder
 from mutransfer.schemas import BASINS, TRIALS
 
-from .commands import Commands
 from .experiment import Experiment, Range
 from .jobs import Executor, Job, RunContext, run_jobs
 from .results import at_edges
@@ -162,8 +161,7 @@ def tune_control(
     """
     variant = control_experiment(context.experiment, parametrization, width, trials)
     inside = control_folder(folder, parametrization, width)
-    if isinstance(executor, Commands):  # it names the folders of trials by their numbers, which start again here
-        executor = Commands(inside.path, executor.capacity)
+    executor = executor.within(inside.path)  # the numbers of trials start again here
     total = trials + seeds
     found = tune(
         variant, inside, executor=executor, device=device, context=context,

@@ -68,16 +68,16 @@ def executor_for(
                 )
 
 
-class LazyExecutor:
+class LazyExecutor(Executor):
     """Executor that is chosen on first use: errors in a request are reported before anything is measured."""
 
     def __init__(self, choose: Callable[[int | None], Executor]) -> None:
         self._choose = choose
         self._missing: int | None = None
 
-    def expect(self, missing: int) -> None:
-        """Set the number of remaining jobs, since part of the experiment may already be done."""
-        self._missing = missing
+    def expect(self, jobs: int) -> None:
+        """See `Executor`; the number of jobs decides what is worth measuring."""
+        self._missing = jobs
 
     @functools.cached_property
     def chosen(self) -> Executor:

@@ -1,4 +1,4 @@
-"""Training runs of a sweep as plain data that any process can execute, what they share, and the protocol that runs them.
+"""Training runs of a sweep as plain data that any process can execute, what they share, and the base of what runs them.
 
 An `Executor` separates the choice of runs from their execution: the study and the basins do not depend on processes, devices
 or vectorization. Both sides meet in a `Session`: the caller submits jobs and takes events, as in
@@ -18,10 +18,12 @@ import contextvars
 import functools
 import itertools
 import os
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 from greenlet import GreenletExit, greenlet
 
@@ -214,21 +216,28 @@ Event = Ready | Reports | Done
 Events = Generator[Event, None, None]
 
 
-class Executor(Protocol):
+class Executor(ABC):
     """Trains jobs."""
 
     @property
+    @abstractmethod
     def capacity(self) -> int:
         """The maximum number of jobs that run at the same time."""
-        ...
 
+    @abstractmethod
     def events(self, session: Session) -> Events:
         """Train the jobs submitted to ``session``, and yield what happens until no job is left.
 
         A job that has reported continues when the generator is advanced again, or ends there if it was stopped by then. Closing
         the generator ends all running jobs without an outcome.
         """
-        ...
+
+    def expect(self, jobs: int) -> None:  # noqa: B027 - most executors do the same for any number of jobs
+        """Prepare for ``jobs`` more jobs, since part of the experiment may already be done."""
+
+    def within(self, folder: Path) -> Executor:
+        """Return this executor with ``folder`` as the run folder, for those that write files for each job."""
+        return self
 
 
 class Session:
@@ -307,7 +316,7 @@ def run_jobs(
                     yield job, outcome
 
 
-class SequentialExecutor:
+class SequentialExecutor(Executor):
     """Executor that runs every job in this process, one after the other."""
 
     capacity = 1

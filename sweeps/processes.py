@@ -24,7 +24,7 @@ from mutransfer.printing import in_worker
 from mutransfer.proxies.training import Outcome
 
 from .experiment import Experiment
-from .jobs import Done, Events, Job, Report, Reports, RunContext, Session, do
+from .jobs import Done, Events, Executor, Job, Report, Reports, RunContext, Session, do
 
 __all__ = ["ProcessExecutor", "ending"]
 
@@ -41,7 +41,7 @@ class _Worker:
     begun: float = 0.0
 
 
-class ProcessExecutor:
+class ProcessExecutor(Executor):
     """Executor that runs jobs in ``count`` parallel single-threaded processes on the CPU; use it as a context manager.
 
     If a process dies (out of memory, a crash inside a library), only its job is lost, and its outcome is ``failed``; a new
@@ -49,9 +49,14 @@ class ProcessExecutor:
     """
 
     def __init__(self, count: int, *, compile: bool = False) -> None:
-        self.capacity, self.compile = count, compile
+        self._count, self.compile = count, compile
         self._workers: list[_Worker] = []
         self._open = False
+
+    @property
+    def capacity(self) -> int:
+        """See `Executor`."""
+        return self._count
 
     def __enter__(self) -> ProcessExecutor:
         self._open = True

@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Container, Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from optuna.distributions import BaseDistribution
 from optuna.exceptions import UpdateFinishedTrialError
@@ -23,6 +23,8 @@ from ._optuna_internals import FrozenStudy
 __all__ = ["RetryingStorage", "made_by_others", "outage"]
 
 logger = logging.getLogger(__name__)
+
+S = TypeVar("S", bound=BaseStorage)
 
 # PostgreSQL: classes 08 (connection) and 57P (shutting down, starting up), too many connections; conflicting transactions, one of
 # which has to be retried.
@@ -87,7 +89,7 @@ SAY_EVERY = 15.0  # seconds between log lines
 HURRY = 2.0  # seconds for which to wait after `hurry`
 
 
-class RetryingStorage(BaseStorage):
+class RetryingStorage(BaseStorage, Generic[S]):
     """Optuna storage that waits while its server is down, restarting or out of connections.
 
     An answer may be lost after the server has executed a request, so repeating a request must be safe. Attributes, parameters
@@ -102,9 +104,7 @@ class RetryingStorage(BaseStorage):
         longest: seconds after which waiting ends with a `RequestError`.
     """
 
-    def __init__(
-        self, open_: Callable[[], BaseStorage], where: str, *, reopen: bool = False, longest: float = LONGEST
-    ) -> None:
+    def __init__(self, open_: Callable[[], S], where: str, *, reopen: bool = False, longest: float = LONGEST) -> None:
         self._open, self._where, self._reopens, self._longest = open_, where, reopen, longest
         self._storage = open_()
         self._lock = threading.Lock()
@@ -141,7 +141,7 @@ class RetryingStorage(BaseStorage):
                 return answer
 
     @property
-    def storage(self) -> BaseStorage:
+    def storage(self) -> S:
         """The underlying storage."""
         return self._storage
 

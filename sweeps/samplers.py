@@ -21,7 +21,9 @@ from scipy import stats
 from ._optuna_internals import StudyView, contains, set_preliminary_samples
 from .workers import FIXED, REPEATS, origin, valid_trials
 
-__all__ = ["Auto", "FEW", "GaussianProcess", "Independent", "START", "foreseen", "inside", "tpe"]
+__all__ = [
+    "Auto", "FEW", "GaussianProcess", "Independent", "Quasirandom", "Random", "START", "Sampler", "foreseen", "inside", "tpe",
+]  # fmt: skip
 
 # Preliminary samples of the acquisition function. Optuna's default, 2048, takes two thirds of the time of `ask` while trials run.
 LOOKED_AT = 512
@@ -30,7 +32,15 @@ ROUNDING = (
 )
 
 
-class GaussianProcess(optuna.samplers.GPSampler):
+class Sampler(BaseSampler):
+    """Optuna sampler of a sweep, which may have to wait for results before the next trial."""
+
+    def waits(self, study: Study) -> bool:
+        """Return whether the next new trial depends on trials that are not finished yet."""
+        return False
+
+
+class GaussianProcess(optuna.samplers.GPSampler, Sampler):
     """Optuna's Gaussian process sampler (expected improvement) that also uses pruned trials and avoids running ones.
 
     Optuna's own sampler ignores pruned and waiting trials, and proposes their points again and again.
@@ -112,12 +122,24 @@ FEW = 250
 START = 8  # trials drawn at random before a model is fitted
 
 
-def tpe(seed: int) -> BaseSampler:
+class _Parzen(optuna.samplers.TPESampler, Sampler):
+    pass
+
+
+class Random(optuna.samplers.RandomSampler, Sampler):
+    """Optuna's random sampler."""
+
+
+class Quasirandom(optuna.samplers.QMCSampler, Sampler):
+    """Optuna's quasi-Monte Carlo sampler."""
+
+
+def tpe(seed: int) -> Sampler:
     """Return Optuna's tree-structured Parzen estimator, multivariate, with a constant liar that avoids running trials."""
-    return optuna.samplers.TPESampler(n_startup_trials=START, multivariate=True, constant_liar=True, seed=seed)
+    return _Parzen(n_startup_trials=START, multivariate=True, constant_liar=True, seed=seed)
 
 
-class Auto(BaseSampler):
+class Auto(Sampler):
     """Sampler that uses a Gaussian process for a study's first `FEW` trials, and TPE from then on.
 
     The two differ most for a batch of trials that is suggested at once: see docs/explanation/throughput.md.
@@ -162,7 +184,7 @@ class _Point(NamedTuple):
     place: float = 0.0
 
 
-class Independent(optuna.samplers.BaseSampler):
+class Independent(Sampler):
     """Sampler of successive line searches (u-µP, 2407.17465, Figure 1a): as good as a joint search if couplings are weak.
 
     The first of ``trials`` points is the recipe itself. A line over the learning rate follows, then a line over each other
@@ -191,7 +213,7 @@ class Independent(optuna.samplers.BaseSampler):
         self._ranges = [name for name in names if isinstance(space[name], FloatDistribution)] or names
 
     def waits(self, study: optuna.Study) -> bool:
-        """Return whether the next point depends on trials that are not finished yet."""
+        """See Sampler."""
         trials = study.get_trials(deepcopy=False)
         phase = self._point(sum(_is_own(trial) for trial in trials)).phase
         return any(

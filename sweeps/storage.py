@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import optuna
@@ -33,6 +33,8 @@ from ._optuna_internals import CachedStorage, InterruptibleJournalStorage, close
 from .retry import RetryingStorage, made_by_others
 
 __all__ = ["Journal", "Opened", "naming_the_storage", "only_one", "only_worker", "opened", "own_journal"]
+
+S = TypeVar("S", bound=BaseStorage)
 
 
 @contextlib.contextmanager
@@ -114,12 +116,16 @@ class Opened:
         where: its address, for messages.
         shared: whether other workers may use it at the same time.
         own: whether it is the run folder's journal, which holds one study.
+        hurry: limits all further waiting for a server, because the process is about to end.
+        close: closes its connections.
     """
 
     backend: BaseStorage
     where: str
     shared: bool
     own: bool = False
+    hurry: Callable[[], None] = lambda: None
+    close: Callable[[], None] = lambda: None
 
 
 def own_journal(folder: RunFolder) -> Opened:
@@ -145,11 +151,11 @@ def opened(address: str) -> Iterator[Opened]:
     """
     shared = address.partition(":")[0].partition("+")[0].lower() != "sqlite"
     with contextlib.nullcontext() if shared else only_worker(address):
-        backend = _reached(address)
+        storage = _reached(address)
         try:
-            yield Opened(backend, masked(address), shared)
+            yield storage
         finally:
-            _close(backend)
+            storage.close()
 
 
 @contextlib.contextmanager
@@ -167,20 +173,11 @@ def naming_the_storage(storage: Opened) -> Iterator[None]:
         ) from error
 
 
-def _close(backend: BaseStorage) -> None:
-    if isinstance(backend, RetryingStorage):
-        backend = backend.storage
-    if isinstance(backend, CachedStorage):
-        close_database(backend)
-    elif isinstance(backend, GrpcStorageProxy):
-        backend.close()
-
-
-def _reached(address: str) -> BaseStorage:
+def _reached(address: str) -> Opened:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         try:
-            return _opener(address)()
+            return _open(address)
         except RequestError:
             raise
         except ImportError as error:
@@ -196,30 +193,46 @@ def _reached(address: str) -> BaseStorage:
             raise RequestError(f"cannot open the storage {masked(address)} ({reason}): {move}.") from None
 
 
-def _opener(address: str) -> Callable[[], BaseStorage]:
+def _open(address: str) -> Opened:
     scheme, colon, rest = address.partition(":")
     kind, server = scheme.partition("+")[0].lower(), rest.startswith("//")
     if colon and kind == "journal" and rest:
-        return lambda: InterruptibleJournalStorage(Journal(Path(rest.removeprefix("//"))))
+        return _journal(Path(rest.removeprefix("//")), address)
     if not colon and address.endswith(".journal"):
-        return lambda: InterruptibleJournalStorage(Journal(Path(address)))
+        return _journal(Path(address), address)
     if kind == "sqlite":
-        return lambda: optuna.storages.get_storage(address)
+        return _sqlite(address)
     if kind in DATABASES and server:
-        return lambda: RetryingStorage(lambda: _database(address), address)
+        return _retrying(address, lambda: _database(address), close_database)
     if kind in ("redis", "rediss") and server:
-        return lambda: RetryingStorage(
-            lambda: InterruptibleJournalStorage(JournalRedisBackend(address, prefix="mutransfer")), address
+        return _retrying(
+            address,
+            lambda: InterruptibleJournalStorage(JournalRedisBackend(address, prefix="mutransfer")),
+            lambda _: None,
         )
     if kind == "grpc" and server:
-        return lambda: RetryingStorage(lambda: _proxy(address), address, reopen=True)
+        return _retrying(address, lambda: _proxy(address), GrpcStorageProxy.close, reopen=True)
     raise RequestError(f"the storage {masked(address)!r} is of an unknown kind: write {KNOWN}.")
 
 
-def _database(address: str) -> BaseStorage:
+def _journal(path: Path, address: str) -> Opened:
+    return Opened(InterruptibleJournalStorage(Journal(path)), masked(address), True)
+
+
+def _sqlite(address: str) -> Opened:
+    backend = CachedStorage(RDBStorage(address))
+    return Opened(backend, masked(address), False, close=lambda: close_database(backend))
+
+
+def _retrying(address: str, open_: Callable[[], S], close: Callable[[S], None], *, reopen: bool = False) -> Opened:
+    storage = RetryingStorage(open_, address, reopen=reopen)
+    return Opened(storage, masked(address), True, hurry=storage.hurry, close=lambda: close(storage.storage))
+
+
+def _database(address: str) -> CachedStorage:
     _make_tables(address)
     # The pre-ping detects a connection that a server restart has closed; the timeout covers a host that drops packets.
-    return optuna.storages.get_storage(_tables(address, pool_pre_ping=True))
+    return CachedStorage(_tables(address, pool_pre_ping=True))
 
 
 def _make_tables(address: str) -> None:
@@ -252,7 +265,7 @@ def _with_driver(address: str) -> str:
     return address
 
 
-def _proxy(address: str) -> BaseStorage:
+def _proxy(address: str) -> GrpcStorageProxy:
     try:
         found = urlsplit(address)
         host, port = found.hostname, found.port

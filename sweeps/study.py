@@ -17,18 +17,18 @@ from mutransfer.schemas import TRIALS
 from ._optuna_internals import storage_of, study_id
 from .experiment import BETAS, Experiment
 from .pruners import Halving, judged_once
-from .samplers import START, Auto, GaussianProcess, Independent, inside, tpe
+from .samplers import START, Auto, GaussianProcess, Independent, Quasirandom, Random, Sampler, inside, tpe
 from .storage import Opened
-from .workers import FINISHED
+from .workers import FINISHED, TrialQueue
 
-__all__ = ["baseline", "distributions", "open_study", "trials_frame"]
+__all__ = ["baseline", "open_queue", "trials_frame"]
 
 NAME = "mutransfer"
 LAID_OUT = "trials at first"
 
 
-def open_study(experiment: Experiment, storage: Opened, name: str | None, owner: str) -> optuna.Study:
-    """Open or create the study in ``storage`` for the worker ``owner``.
+def open_queue(experiment: Experiment, storage: Opened, name: str | None, owner: str) -> TrialQueue:
+    """Open or create the study in ``storage``, and return the queue from which the worker ``owner`` takes its trials.
 
     Raises:
         RequestError: the storage cannot be read or holds the study of another experiment.
@@ -53,8 +53,11 @@ def open_study(experiment: Experiment, storage: Opened, name: str | None, owner:
     laid_out = study.user_attrs.get(LAID_OUT)
     if laid_out is None:  # raising `trials` later adds points and leaves these unchanged
         study.set_user_attr(LAID_OUT, laid_out := experiment.trials)
-    study.sampler = _sampler(experiment, len(trials), owner if storage.shared else "", laid_out)
-    return study
+    study.sampler = sampler = _sampler(experiment, len(trials), owner if storage.shared else "", laid_out)
+    return TrialQueue(
+        study, _distributions(experiment), experiment.trials, baseline(experiment), owner,
+        waits=sampler.waits, hurry=storage.hurry,
+    )  # fmt: skip
 
 
 def _refuse_other_study(study: optuna.Study, experiment: Experiment, storage: Opened) -> None:
@@ -84,7 +87,7 @@ def _refuse_other_study(study: optuna.Study, experiment: Experiment, storage: Op
         )
 
 
-def distributions(experiment: Experiment) -> dict[str, BaseDistribution]:
+def _distributions(experiment: Experiment) -> dict[str, BaseDistribution]:
     """Return the search space as Optuna's distributions."""
     space: dict[str, BaseDistribution] = {}
     for name, range_ in experiment.search.items():
@@ -100,7 +103,7 @@ def distributions(experiment: Experiment) -> dict[str, BaseDistribution]:
 def baseline(experiment: Experiment) -> dict[str, Any] | None:
     """Return the recipe's values of the searched hyperparameters, for the first trial; None if any is outside its range."""
     chosen = _recipe_values(experiment)
-    fits = all(inside(each, chosen[name]) for name, each in distributions(experiment).items())
+    fits = all(inside(each, chosen[name]) for name, each in _distributions(experiment).items())
     return chosen if fits else None
 
 
@@ -109,7 +112,7 @@ def _recipe_values(experiment: Experiment) -> dict[str, Any]:
     return {name: values[name] for name in experiment.search}
 
 
-def _sampler(experiment: Experiment, trials: int, worker: str, laid_out: int) -> optuna.samplers.BaseSampler:
+def _sampler(experiment: Experiment, trials: int, worker: str, laid_out: int) -> Sampler:
     """Return the sampler, seeded by (seed, trials so far, worker).
 
     With the same seed, two workers that start together and see the same trials would draw the same start-up trials. ``worker``
@@ -128,11 +131,11 @@ def _sampler(experiment: Experiment, trials: int, worker: str, laid_out: int) ->
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
                 # With one seed, a resumed sequence continues where it ended, but two workers would draw the same points.
-                return optuna.samplers.QMCSampler(scramble=True, seed=seed if worker else experiment.seed)
+                return Quasirandom(scramble=True, seed=seed if worker else experiment.seed)
         case "independent":
-            return Independent(distributions(experiment), _recipe_values(experiment), laid_out)
+            return Independent(_distributions(experiment), _recipe_values(experiment), laid_out)
         case _:
-            return optuna.samplers.RandomSampler(seed=seed)
+            return Random(seed=seed)
 
 
 def _pruner(experiment: Experiment) -> optuna.pruners.BasePruner:

@@ -27,15 +27,12 @@ from mutransfer.run_dir import RunFolder
 from mutransfer.scale import Scale
 from mutransfer.schemas import BASINS, REPEATS, TRIALS, Schema
 
-from ._optuna_internals import storage_of
-from .executors import LazyExecutor, check_trainer, one_by_one
+from .executors import check_trainer, one_by_one
 from .experiment import Budget, Experiment, with_values
 from .jobs import Done, Executor, Job, Ready, Reports, RunContext, Session
 from .results import LOOK_EVERY, Replicates, Tuned, best_so_far, summary, usable
-from .retry import RetryingStorage
-from .samplers import Independent
 from .storage import naming_the_storage, only_one, opened, own_journal
-from .study import baseline, distributions, open_study, trials_frame
+from .study import open_queue, trials_frame
 from .user_trainers import Failures
 from .workers import FINISHED, LEASE, Heartbeats, TrialQueue, worker_name
 
@@ -173,9 +170,6 @@ def _ask(
 ) -> Trial | None:
     """Start a trial; return None if the sampler waits for results, the budget is used up, or all places are held."""
     claims.requeue(dead())
-    sampler = claims.study.sampler
-    if isinstance(sampler, Independent) and not claims.waiting() and sampler.waits(claims.study):
-        return None
     if not affordable(experiment, claims, flops):
         return None
     with warnings.catch_warnings():
@@ -200,8 +194,6 @@ def _requeued_if_interrupted(claims: TrialQueue) -> Iterator[None]:
         # If this fails too (a full disk, an interruption inside the storage), the trials are requeued when the run resumes,
         # or by another worker.
         with contextlib.suppress(Exception):
-            if isinstance(storage := storage_of(claims.study), RetryingStorage):
-                storage.hurry()
             claims.requeue_own()
         raise
 
@@ -337,14 +329,13 @@ def tune(
         store = store or own_journal(folder)
         held.enter_context(naming_the_storage(store))
         owner = worker_name()
-        study = open_study(experiment, store, name, owner)
-        claims = TrialQueue(study, distributions(experiment), experiment.trials, baseline(experiment), owner)
+        claims = open_queue(experiment, store, name, owner)
+        study = claims.study
         leases = held.enter_context(Heartbeats(study, owner, lease)) if store.shared else None
         if leases is None:
             claims.requeue(trial for trial in claims.trials() if trial.state is TrialState.RUNNING)
         dead = list if leases is None else leases.lapsed
-        if isinstance(executor, LazyExecutor):
-            executor.expect(max(1, experiment.trials - claims.finished()))
+        executor.expect(max(1, experiment.trials - claims.finished()))
         while (finished := claims.finished()) < experiment.trials and (
             affordable(experiment, claims, flops) or count_running(claims)
         ):

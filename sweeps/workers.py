@@ -17,7 +17,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -72,6 +72,8 @@ class TrialQueue:
         total: number of finished trials to reach, over all workers.
         first: parameters of the first trial of the study; None to sample these too.
         owner: unique name of this worker.
+        waits: returns whether the sampler needs the results of running trials before the next new one.
+        hurry: called before the last requests of a worker that ends, which should not wait long for the storage.
     """
 
     def __init__(
@@ -81,7 +83,11 @@ class TrialQueue:
         total: int,
         first: dict[str, Any] | None,
         owner: str,
+        *,
+        waits: Callable[[optuna.Study], bool] = lambda study: False,
+        hurry: Callable[[], None] = lambda: None,
     ) -> None:
+        self._waits, self._hurry = waits, hurry
         self.study, self._space, self._total, self._first, self.owner = study, space, total, first, owner
         self._storage = storage_of(study)
         self.begun: dict[int, Trial] = {}
@@ -94,17 +100,13 @@ class TrialQueue:
         """Return the number of finished trials, over all workers."""
         return sum(trial.state in FINISHED for trial in self.trials())
 
-    def waiting(self) -> bool:
-        """Return whether any trial is waiting to be started."""
-        return any(trial.state is TrialState.WAITING for trial in valid_trials(self.trials())[: self._total])
-
     def next(self) -> Trial | None:
-        """Start a waiting trial or a new one; return None if all places are held, possibly by other workers' trials."""
+        """Start a waiting trial or a new one; return None if all places are held or the sampler waits for running trials."""
         self.requeue(self._unknown())
         while True:
             holders = valid_trials(self.trials())[: self._total]
             waiting = next((trial for trial in holders if trial.state is TrialState.WAITING), None)
-            if waiting is None and len(holders) == self._total:
+            if waiting is None and (len(holders) == self._total or self._waits(self.study)):
                 return None
             with contextlib.suppress(
                 UpdateFinishedTrialError
@@ -130,7 +132,8 @@ class TrialQueue:
             self._fail(trial_id(trial))
 
     def requeue_own(self) -> None:
-        """Requeue all trials that this worker has started and not finished."""
+        """Requeue all trials that this worker, which is about to end, has started and not finished."""
+        self._hurry()
         self.begun.clear()
         self.requeue(self._unknown())
 

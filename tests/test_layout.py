@@ -137,7 +137,7 @@ def test_a_wrong_import_is_seen(file: str, line: str, tmp_path: Path) -> None:
     [
         ("mutransfer/new.py", "from .planning import plan"),
         ("mutransfer/export/new.py", "from ..planning.plan import Plan"),
-        ("mutransfer/cli/new.py", "from ..sweeps.study import open_study"),
+        ("mutransfer/cli/new.py", "from ..sweeps.study import open_queue"),
         ("proxies/data/new.py", "from ..training import train"),
         ("sweeps/new.py", "from mutransfer.proxies.training import train"),
         ("reports/new.py", "from mutransfer.schemas import BASINS"),

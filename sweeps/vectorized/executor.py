@@ -29,7 +29,7 @@ from mutransfer.proxies.training import Outcome
 from mutransfer.scale import Scale
 
 from ..experiment import Experiment
-from ..jobs import Done, Events, Job, Report, Reports, RunContext, SequentialExecutor, Session
+from ..jobs import Done, Events, Executor, Job, Report, Reports, RunContext, SequentialExecutor, Session
 from .batch_training import Slot, Snapshot, VectorizedTraining
 from .compile import Step
 from .support import NOT_FOR_ONE, is_out_of_memory, refusal
@@ -205,7 +205,7 @@ NOT_COMPILED = {
 }  # fmt: skip
 
 
-class VectorizedExecutor:
+class VectorizedExecutor(Executor):
     """Executor that trains ``count`` jobs as one program in this process.
 
     Jobs of another scale wait until the running jobs have ended. Jobs that cannot be fused are trained one by one, and a line on
@@ -223,9 +223,14 @@ class VectorizedExecutor:
         self, count: int, device: str = "cpu", *, precision: Precision = "float32", compile: bool = False,
         checkpoints: Checkpoints | None = None,
     ) -> None:  # fmt: skip
-        self.capacity = count
+        self._capacity = count
         self.device, self.precision, self.compile, self.checkpoints = device, precision, compile, checkpoints
         self._known: dict[str, dict[str, Step | None]] = {}
+
+    @property
+    def capacity(self) -> int:
+        """See `Executor`; halved when memory does not suffice."""
+        return self._capacity
 
     def events(self, session: Session) -> Events:
         """See `Executor`."""
@@ -335,7 +340,7 @@ class VectorizedExecutor:
         at_once = len(running) or min(len(waiting), self.capacity)
         if at_once <= 1:
             raise RequestError(NOT_FOR_ONE) from error
-        self.capacity = at_once // 2
+        self._capacity = at_once // 2
         logger.info(f"out of memory with {at_once} trials at once: continuing with {self.capacity}.")
         if self.device != "cpu":
             torch.cuda.empty_cache()

@@ -18,7 +18,7 @@ from mutransfer.proxies.training import Outcome
 from mutransfer.recipe import Recipe
 from mutransfer.run_dir import RunFolder
 from mutransfer.sweeps.experiment import Experiment
-from mutransfer.sweeps.jobs import Done, Events, Job, Report, Reports, SequentialExecutor, Session
+from mutransfer.sweeps.jobs import Done, Events, Executor, Job, Report, Reports, SequentialExecutor, Session
 
 SMALL: dict[str, Any] = {
     "model": "mlp",
@@ -38,13 +38,16 @@ def experiment(**changes: Any) -> Experiment:
     return Experiment.read({**SMALL, **changes}, "test")
 
 
-class Counting:
+class Counting(Executor):
     """Another executor, with the jobs it was given."""
 
     def __init__(self, inner: Any = None) -> None:
         self.inner = inner or SequentialExecutor()
-        self.capacity = self.inner.capacity
         self.jobs: list[Job] = []
+
+    @property
+    def capacity(self) -> int:
+        return self.inner.capacity
 
     def events(self, session: Session) -> Events:
         for event in self.inner.events(session):
@@ -53,7 +56,7 @@ class Counting:
             yield event
 
 
-class Planted:
+class Planted(Executor):
     """No training: the loss is a function of the job, reported at its rungs and at the end; the start is 10."""
 
     capacity = 1
@@ -73,7 +76,7 @@ class Planted:
             yield Done(job, Outcome(loss, 10.0, steps, stopped_at is not None, 0.01))
 
 
-class Failing:
+class Failing(Executor):
     """Raises ``error`` in place of the outcome number ``at`` (from 0), once."""
 
     capacity = 1

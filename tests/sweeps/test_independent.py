@@ -75,14 +75,14 @@ def test_a_line_waits_for_the_learning_rate() -> None:
 def test_workers_that_die_and_begin_together_do_every_point_once() -> None:
     alone, shared = study(), study()
     go(alone, 22)
-    workers = [TrialQueue(shared, SPACE, 22, DEFAULTS, name) for name in "abc"]
+    sampler = shared.sampler
+    assert isinstance(sampler, Independent)
+    workers = [TrialQueue(shared, SPACE, 22, DEFAULTS, name, waits=sampler.waits) for name in "abc"]
     turn = 0
     while workers[0].finished() < 22:
         turn += 1
         worker = workers[turn % 3]
-        sampler = shared.sampler
-        assert isinstance(sampler, Independent)
-        if (worker.waiting() or not sampler.waits(shared)) and worker.next() is not None and turn % 2:
+        if worker.next() is not None and turn % 2:
             continue  # begins another before it ends this one
         if turn % 7 == 0:
             worker.requeue_own()

@@ -15,7 +15,7 @@ from mutransfer.run_dir import RunFolder
 from mutransfer.sweeps.experiment import Experiment
 from mutransfer.sweeps.jobs import Done, Events, Session
 from mutransfer.sweeps.storage import own_journal
-from mutransfer.sweeps.study import open_study
+from mutransfer.sweeps.study import open_queue
 from mutransfer.sweeps.tune import tune
 
 from ..helpers.small import Counting, Planted, contents, experiment, octaves, within
@@ -135,7 +135,7 @@ def test_a_journal_that_is_none_is_named(folder: RunFolder) -> None:
 
 
 def test_opening_a_study_says_nothing(folder: RunFolder, capfd: pytest.CaptureFixture[str]) -> None:
-    open_study(experiment(), own_journal(folder.make()), None, "worker")
+    open_queue(experiment(), own_journal(folder.make()), None, "worker")
     assert capfd.readouterr() == ("", "")
 
 

@@ -15,7 +15,17 @@ from mutransfer.proxies.training import Outcome
 from mutransfer.recipe import Recipe
 from mutransfer.run_dir import RunFolder
 from mutransfer.sweeps.experiment import Experiment
-from mutransfer.sweeps.jobs import Done, Events, Job, Reports, RunContext, SequentialExecutor, Session, run_jobs
+from mutransfer.sweeps.jobs import (
+    Done,
+    Events,
+    Executor,
+    Job,
+    Reports,
+    RunContext,
+    SequentialExecutor,
+    Session,
+    run_jobs,
+)
 from mutransfer.sweeps.processes import ProcessExecutor, ending
 from mutransfer.sweeps.tune import tune
 from mutransfer.sweeps.verify import basins
@@ -82,11 +92,15 @@ def test_trials_in_processes_are_pruned(folder: RunFolder, two: ProcessExecutor)
     assert (pruned["steps"] < 8).all()
 
 
-class Killing:
+class Killing(Executor):
     """Kills the process of the job ``key`` at its first report, as the system does when memory runs out."""
 
     def __init__(self, inner: ProcessExecutor, keys: Callable[[int], bool]) -> None:
-        self.inner, self.capacity, self.keys = inner, inner.capacity, keys
+        self.inner, self.keys = inner, keys
+
+    @property
+    def capacity(self) -> int:
+        return self.inner.capacity
 
     def events(self, session: Session) -> Events:
         for event in self.inner.events(session):

@@ -17,6 +17,7 @@ from mutransfer.sweeps.experiment import Experiment
 from mutransfer.sweeps.jobs import (
     Done,
     Events,
+    Executor,
     Job,
     Ready,
     Report,
@@ -33,13 +34,17 @@ from .small import each, experiment, journal
 from .tuned import bowl, states
 
 
-class Scripted:
+class Scripted(Executor):
     """Starts what it has room for; all report together at their first rung, and end in the reverse order."""
 
     def __init__(self, capacity: int, loss: Callable[[Job], float] = bowl) -> None:
-        self.capacity, self.loss = capacity, loss
+        self._capacity, self.loss = capacity, loss
         self.batches: list[int] = []
         self.closed = 0
+
+    @property
+    def capacity(self) -> int:
+        return self._capacity
 
     def events(self, session: Session) -> Events:
         try:
