@@ -152,14 +152,18 @@ class RunContents:
             return f"{0 if rows is None else len(rows)} of {planned} runs are done: {go_on}"
         return f"It did not finish: {go_on}"
 
-    def _subject(self) -> dict[str, Any]:
-        """Return the model and the rules that scale it, as given in experiment.yaml."""
+    def _settings(self) -> dict[str, Any]:
+        """Return the content of experiment.yaml; empty if it does not exist or cannot be read."""
         try:
             content = yaml.safe_load(self.experiment)
         except yaml.YAMLError:
             content = None
-        keys = ("parametrization", "optimizer", "model", "options")
-        return {key: content[key] for key in keys if key in content} if isinstance(content, dict) else {}
+        return content if isinstance(content, dict) else {}
+
+    def _subject(self) -> dict[str, Any]:
+        """Return the model and the rules that scale it, as given in experiment.yaml."""
+        content = self._settings()
+        return {key: content[key] for key in ("parametrization", "optimizer", "model", "options") if key in content}
 
     @property
     def trials_done(self) -> int:
@@ -181,8 +185,7 @@ class RunContents:
     @property
     def maximize(self) -> bool:
         """Whether the experiment maximizes the metric that its trainer reports."""
-        lines = [line.split("#")[0].split() for line in self.experiment.splitlines()]
-        return ["direction:", "maximize"] in lines
+        return self._settings().get("direction") == "maximize"
 
     def missing(self, name: str) -> str:
         """Return a sentence that says that ``name`` (a file of a run folder) is missing and which command creates it."""

@@ -21,7 +21,7 @@ from optuna.trial import TrialState
 from mutransfer.errors import RequestError
 from mutransfer.schemas import TRIALS
 
-__all__ = ["drawable", "fence_of", "hyperparameters", "is_lost", "plotted", "search_space", "study_of"]
+__all__ = ["as_losses", "drawable", "fence_of", "hyperparameters", "is_lost", "plotted", "search_space", "study_of"]
 
 # plot function → the module in which it looks up `plt`
 HOMES = {

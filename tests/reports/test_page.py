@@ -18,6 +18,7 @@ from mutransfer.errors import RequestError
 from mutransfer.io import write_json
 from mutransfer.reports import page as page_module
 from mutransfer.reports import write_report
+from mutransfer.reports.contents import RunContents
 from mutransfer.reports.page import download, downloads
 from mutransfer.schemas import BASINS, COORDINATES, PARAMETERS, TRIALS
 
@@ -291,3 +292,20 @@ def test_ranges_read_well(slopes, text, said):
     from mutransfer.reports.html_tables import slope_table
 
     assert slope_table(slopes.assign(expected=text)).rows[0][5] == (said, text)
+
+
+@pytest.mark.parametrize(
+    ("text", "maximize"),
+    [
+        ("direction: maximize\n", True),
+        ('"direction": "maximize"  # accuracy\n', True),
+        ("{model: mlp, direction: maximize}\n", True),
+        ("direction: minimize\n", False),
+        ("trainer:\n  direction: maximize\n", False),
+        ("direction: [\n", False),
+    ],
+)
+def test_the_direction_is_read_in_any_style_of_yaml(tmp_path, text, maximize):
+    (tmp_path / "experiment.yaml").write_text(text)
+    write_json(tmp_path / "best.json", {"lr": 0.1})
+    assert RunContents.read(tmp_path).maximize is maximize
