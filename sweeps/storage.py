@@ -1,8 +1,9 @@
 """Open a study's storage by its address (a database, a gRPC proxy, Redis, or one journal file) and lock folders and files.
 
-Locks are kernel locks, which are released when a process ends or is killed. Optuna's own journal locks are files: they outlive
-a killed process, which blocks others (for half a minute, or forever if the path is relative), and a Ctrl-C during their release
-turns into a FileNotFoundError. `flock` works on local disks, and on NFS and Lustre if they are mounted with locks.
+Locks are kernel locks, which are released when a process ends or is killed: filelock's `FileLock`, and `flock` on the journal
+itself. Optuna's own journal locks are files: they outlive a killed process, which blocks others (for half a minute, or forever if
+the path is relative), and a Ctrl-C during their release turns into a FileNotFoundError. `flock` works on local disks, and on NFS
+and Lustre if they are mounted with locks.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import optuna
+from filelock import FileLock, Timeout
 from optuna.storages import BaseStorage, GrpcStorageProxy, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalRedisBackend
 
@@ -76,12 +78,17 @@ def only_worker(address: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _held(path: Path, busy: str) -> Iterator[None]:
-    with open(path, "w", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RequestError(busy) from None
+    path.parent.stat()  # some versions of filelock make a missing folder
+    # A soft lock, filelock's way on file systems without flock, is a file that outlives a killed process.
+    lock = FileLock(path, timeout=0, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise RequestError(busy) from None
+    try:
         yield
+    finally:
+        lock.release()
 
 
 KNOWN = (
@@ -331,6 +338,8 @@ class Journal(JournalFileBackend):
     @contextlib.contextmanager
     def _held(self) -> Iterator[int]:
         """Yield the truncated file, open at its end and locked for this process."""
+        # Not a FileLock, which locks a file beside it: the lock must be on the file that is truncated and appended to, by
+        # whatever path it is opened, and workers of earlier versions lock it as well. FileLock also polls where flock waits.
         file = os.open(self._file_path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         try:
             try:
