@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from .errors import RequestError
+from .errors import FrameError
 from .schemas import OPTIMA
 
 __all__ = [
@@ -143,10 +143,10 @@ def optima(
         seed: random seed of the draws.
 
     Raises:
-        RequestError: there are no runs, or a width has a different set of seeds than the smallest one.
+        FrameError: there are no runs, or a width has a different set of seeds than the smallest one.
     """
     if basins.empty:
-        raise RequestError("there are no learning-rate basins: run `mutransfer verify RUN` first.")
+        raise FrameError("there are no learning-rate basins: run `mutransfer verify RUN` first.")
     if maximize:
         basins = basins.assign(loss=-basins["loss"])
     rows: list[dict[str, Any]] = []
@@ -155,7 +155,7 @@ def optima(
         seeds = next(iter(tables.values())).index
         for width, table in tables.items():
             if list(table.index) != list(seeds):
-                raise RequestError(
+                raise FrameError(
                     f"width {width} of {name} has seeds {list(table.index)}, but the smallest width has {list(seeds)}."
                 )
         if transferred is None:

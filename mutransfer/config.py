@@ -6,7 +6,7 @@ from typing import Any, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from .errors import RequestError, nearest
+from .errors import SettingsError, nearest
 
 __all__ = ["Settings", "parse"]
 
@@ -42,11 +42,11 @@ def parse(model: type[T], data: Any, where: str) -> T:
         where: the file or flag the data came from, for the error message.
 
     Raises:
-        RequestError: the data is invalid. The message is one sentence with the dotted key, the value, what was expected,
+        SettingsError: the data is invalid. The message is one sentence with the dotted key, the value, what was expected,
             and for an unknown key the nearest known one.
     """
     if not isinstance(data, dict):
-        raise RequestError(
+        raise SettingsError(
             f"{where} should hold keys and values but holds {type(data).__name__}: see `mutransfer init`."
         )
     try:
@@ -55,10 +55,10 @@ def parse(model: type[T], data: Any, where: str) -> T:
         raise _refusal(model, error, where) from None
 
 
-def _refusal(model: type[BaseModel], error: ValidationError, where: str) -> RequestError:
+def _refusal(model: type[BaseModel], error: ValidationError, where: str) -> SettingsError:
     # Report unknown keys first: an unknown "lrr" explains a missing "lr".
     problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
-    return RequestError(f"{where}: {_sentence(model, problems[0])}")
+    return SettingsError(f"{where}: {_sentence(model, problems[0])}")
 
 
 def _sentence(model: type[BaseModel], problem: Any) -> str:

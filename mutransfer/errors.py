@@ -1,4 +1,4 @@
-"""`RequestError`, and helpers that write its message: one sentence with the problem and the next move."""
+"""`RequestError` and its kinds, and helpers that write their messages: one sentence with the problem and the next move."""
 
 from __future__ import annotations
 
@@ -6,15 +6,67 @@ import difflib
 import traceback
 from collections.abc import Iterable
 
-__all__ = ["RequestError", "assertion", "describe", "nearest"]
+__all__ = [
+    "BuildError", "DataError", "FileError", "FrameError", "InitError", "LayerError", "MissingBaseError", "ModelError",
+    "RequestError", "RoleError", "SettingsError", "StorageError", "TrainerError", "assertion", "closest", "describe", "nearest",
+]  # fmt: skip
 
 
 class RequestError(ValueError):
     """Raised when a request is invalid or cannot be fulfilled.
 
     The message is one sentence for the user: it names the parameter, key or file with its value, what was expected,
-    and the next move. The command line prints it without a traceback and exits with code 2.
+    and the next move. The command line prints it without a traceback and exits with code 2. Its subclasses say what the
+    request failed on; a message is never parsed.
     """
+
+
+class SettingsError(RequestError):
+    """A recipe, a plan, an experiment, a size or another set of values has an unknown key or an invalid value."""
+
+
+class FileError(RequestError):
+    """A file is missing, cannot be read or written, or holds something other than expected."""
+
+
+class FrameError(RequestError):
+    """A data frame, or the file that holds it, lacks a column, or has too few rows to fit or to draw."""
+
+
+class DataError(RequestError):
+    """The training data is unknown, missing or empty, or does not fit the model."""
+
+
+class MissingBaseError(RequestError):
+    """The model has no base size, and none was given."""
+
+
+class TrainerError(RequestError):
+    """A user trainer cannot be loaded or started, or reports something other than a loss."""
+
+
+class StorageError(RequestError):
+    """The storage of a study cannot be opened, read or written, or holds another study."""
+
+
+class ModelError(RequestError):
+    """The user's model cannot be planned as it is."""
+
+
+class BuildError(ModelError):
+    """The model cannot be built at a size, or does not run on its example batch."""
+
+
+class InitError(ModelError):
+    """It cannot be determined how a parameter is initialized."""
+
+
+class RoleError(ModelError):
+    """The role of a parameter cannot be determined, or the one given for it does not apply."""
+
+
+class LayerError(ModelError):
+    """A layer has no counterpart at another size, grows in a way that no rule covers, or cannot absorb a factor."""
 
 
 # Names that other libraries use for the same settings.
@@ -29,14 +81,21 @@ ALIASES = {
 }  # fmt: skip
 
 
+def closest(word: str, known: Iterable[str]) -> str | None:
+    """Return the known word closest to ``word``, or None if none is close."""
+    choices = sorted(known)
+    if (meant := ALIASES.get(word.casefold().replace("-", "_"))) in choices:
+        return meant
+    folded = {choice.casefold(): choice for choice in choices}
+    close = difflib.get_close_matches(word.casefold(), folded, n=1, cutoff=0.6)
+    return folded[close[0]] if close else None
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return "did you mean 'x'?" for the known word closest to ``word``, or a list of all known words if none is close."""
     choices = sorted(known)
-    if (meant := ALIASES.get(word.casefold().replace("-", "_"))) in choices:
-        return f"did you mean {meant!r}?"
-    folded = {choice.casefold(): choice for choice in choices}
-    close = difflib.get_close_matches(word.casefold(), folded, n=1, cutoff=0.6)
-    return f"did you mean {folded[close[0]]!r}?" if close else f"known names are {', '.join(choices)}."
+    meant = closest(word, choices)
+    return f"known names are {', '.join(choices)}." if meant is None else f"did you mean {meant!r}?"
 
 
 def describe(error: BaseException) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ._torch_internals import tree_map_only
-from .errors import RequestError, describe
+from .errors import BuildError, RequestError, describe
 from .printing import once
 from .scale import Scale
 
@@ -55,7 +55,7 @@ class Family:
         """Build the model at ``scale`` on ``device``, with lazy parameters materialized.
 
         Raises:
-            RequestError: see `materialize`.
+            BuildError: see `materialize`.
         """
         model = self.build(scale).to(device)
         if is_lazy(model):
@@ -66,7 +66,7 @@ class Family:
         """Materialize lazy parameters (`torch.nn.LazyLinear`) with a forward pass of ``batch`` in evaluation mode.
 
         Raises:
-            RequestError: a parameter or buffer has no shape afterwards, because the pass raised or does not use it.
+            BuildError: a parameter or buffer has no shape afterwards, because the pass raised or does not use it.
         """
         training = {module: module.training for module in model.modules()}
         why = "the example batch does not use it"
@@ -78,7 +78,7 @@ class Family:
         for module, before in training.items():
             module.training = before
         if (name := is_lazy(model)) is not None:
-            raise RequestError(
+            raise BuildError(
                 f"{name} is lazy, and a forward pass of the example batch did not materialize it ({why}): give its layer "
                 "in_features (or in_channels, num_features)."
             )
@@ -87,18 +87,18 @@ class Family:
         """Return the loss on ``batch``; ``of`` describes the batch in error messages.
 
         Raises:
-            RequestError: the model or the loss raised, or the loss has no gradient although gradients are enabled.
+            BuildError: the model or the loss raised, or the loss has no gradient although gradients are enabled.
         """
         try:
             loss = self.loss(model, batch)
         except RequestError:
             raise
         except Exception as error:
-            raise RequestError(
+            raise BuildError(
                 f"the loss of {self.name} raised on {of} ({describe(error)}): check that model, batch and loss fit together."
             ) from error
         if torch.is_grad_enabled() and not loss.requires_grad:
-            raise RequestError(
+            raise BuildError(
                 f"the loss of {self.name} has no gradient: return it without detaching it, and not under torch.no_grad()."
             )
         return loss

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .errors import RequestError
+from .errors import FileError
 
 __all__ = ["FULL_DISK", "masked", "naming_the_disk", "read_json", "write_bytes", "write_json", "write_text"]
 
@@ -22,17 +22,17 @@ FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 @contextlib.contextmanager
 def naming_the_disk(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Convert the error of a full disk, or of a path that cannot be written, into a `RequestError` that names ``path``."""
+    """Convert the error of a full disk, or of a path that cannot be written, into a `FileError` that names ``path``."""
     try:
         yield
     except OSError as error:
         if error.errno in FULL_DISK:
-            raise RequestError(
+            raise FileError(
                 f"no space left to write {path} ({os.strerror(error.errno or 0)}): free some disk space or choose another "
                 "--out, then run the same command again; finished work is kept."
             ) from error
         if error.errno in {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}:
-            raise RequestError(
+            raise FileError(
                 f"cannot write {path} ({os.strerror(error.errno or 0)}): choose a writable --out."
             ) from error
         raise
@@ -42,7 +42,7 @@ def write_bytes(path: str | os.PathLike[str], content: bytes) -> Path:
     """Write ``content`` to ``path`` atomically, creating its folders: a reader or a crash sees the old file or the new one.
 
     Raises:
-        RequestError: the disk is full or ``path`` cannot be written; no partial file is left.
+        FileError: the disk is full or ``path`` cannot be written; no partial file is left.
     """
     path = Path(path)
     with naming_the_disk(path):
@@ -78,16 +78,16 @@ def read_json(path: str | os.PathLike[str], what: str) -> Any:
     """Return the content of the JSON file ``path``.
 
     Raises:
-        RequestError: the file is missing or is not JSON; the message says that ``what`` was expected.
+        FileError: the file is missing or is not JSON; the message says that ``what`` was expected.
     """
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise RequestError(f"there is no {path}: expected {what}.") from None
+        raise FileError(f"there is no {path}: expected {what}.") from None
     except IsADirectoryError:
-        raise RequestError(f"{path} is a folder: expected {what}.") from None
+        raise FileError(f"{path} is a folder: expected {what}.") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise RequestError(f"{path} is not valid JSON ({error}): expected {what}.") from None
+        raise FileError(f"{path} is not valid JSON ({error}): expected {what}.") from None
 
 
 # scheme://user:password@host; greedy, because a password that is not percent-encoded may contain / or @.

@@ -47,7 +47,7 @@ from ._torch_internals import (
     tree_leaves,
     tree_map_only,
 )
-from .errors import RequestError
+from .errors import BuildError
 from .family import Family
 from .flop_formulas import FORMULAS, HIGHER_ORDER, Formula, grouped_mm, is_free
 from .optimizers.rules import OPTIMIZERS, Muon
@@ -150,7 +150,7 @@ class FakeValues(TorchDispatchMode):
                 if not _is_product(func):
                     storages |= {_storage(each) for each in _tensors((args, kwargs))}
             if entries > LARGEST:
-                raise RequestError(
+                raise BuildError(
                     f"the forward pass needs values ({operation}) that take more than {LARGEST:.0e} entries to compute, but its "
                     "operations are counted without running it: compute them from smaller tensors, or leave them out of the loss."
                 )
@@ -236,7 +236,7 @@ def step_cost(family: Family, scale: Scale, batch: Any) -> Flops:
     run on real ones.
 
     Raises:
-        RequestError: the model cannot be built, or needs values that cannot be computed without running it.
+        BuildError: the model cannot be built, or needs values that cannot be computed without running it.
     """
     size = 0
     try:
@@ -244,7 +244,7 @@ def step_cost(family: Family, scale: Scale, batch: Any) -> Flops:
             model = build(family, scale)
             size = sum(each.numel() for each in model.parameters())
             return _counted(family, model, tree_map_only(torch.Tensor, values.fake, batch))
-    except RequestError:
+    except BuildError:
         if not 0 < size <= REAL:
             raise
     except Exception:

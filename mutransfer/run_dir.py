@@ -19,7 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from .errors import RequestError
+from .errors import DataError, FileError, RequestError
 from .io import masked, naming_the_disk, read_json, write_json
 
 __all__ = ["RunFolder", "anchored", "environment", "found", "from_here", "path_of", "recorded", "with_path"]
@@ -49,15 +49,15 @@ class RunFolder:
         """Create the folder.
 
         Raises:
-            RequestError: it cannot be created or written.
+            FileError: it cannot be created or written.
         """
         with naming_the_disk(self.path):
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
             except FileNotFoundError:  # despite parents=True: only where nothing can be created, as in /proc
-                raise RequestError(f"cannot create the folder {self.path}: choose a writable --out.") from None
+                raise FileError(f"cannot create the folder {self.path}: choose a writable --out.") from None
             if not os.access(self.path, os.W_OK):
-                raise RequestError(f"cannot write into {self.path}: choose a writable --out.")
+                raise FileError(f"cannot write into {self.path}: choose a writable --out.")
         return self
 
     def existing(self) -> RunFolder:
@@ -81,14 +81,14 @@ class RunFolder:
         """Record versions, machine, command and ``facts``; refuse to mix results of different data.
 
         Raises:
-            RequestError: the folder holds results on data with another SHA-256.
+            DataError: the folder holds results on data with another SHA-256.
         """
         before = self.read_environment()
         if "places" in facts:  # places recorded before a move still lead to the moved files
             facts["places"] = {**before.get("places", {}), **facts["places"]}
         known, now = before.get("data_sha256"), facts.get("data_sha256")
         if known and now and known != now:
-            raise RequestError(
+            raise DataError(
                 f"{self.path} holds results on data with SHA-256 {known[:12]}…, but the data is now {now[:12]}… (another "
                 "corpus or Python version): losses are not comparable, so use another --out."
             )
@@ -282,7 +282,7 @@ def found(
         what: a name for the recorded object, for the error message; None to accept missing files.
 
     Raises:
-        RequestError: a file exists neither at its path relative to the record nor at its recorded absolute path.
+        FileError: a file exists neither at its path relative to the record nor at its recorded absolute path.
     """
     homes = _candidates(folder, places, record_dir)
     home = next((each for each in homes if all(_exists(key, ref, each) for key, ref in references.items())), folder)
@@ -301,7 +301,7 @@ def found(
             now[key] = with_path(key, reference, there)
         elif what is not None:
             places_tried = " nor ".join(dict.fromkeys(map(os.path.normpath, choice)))
-            raise RequestError(
+            raise FileError(
                 f"the {NAMES[key]} of {what} is missing (there is neither {places_tried}): put it back at one of these paths."
                 if len(choice) > 1
                 else f"the {NAMES[key]} of {what} is missing (there is no {places_tried}): put it back."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 
-from .errors import RequestError
+from .errors import SettingsError
 
 __all__ = ["Scale"]
 
@@ -20,7 +20,7 @@ class Scale:
         tokens: training examples (tokens for language models) of the whole run; None if unspecified.
 
     Raises:
-        RequestError: a size is not a positive integer.
+        SettingsError: a size is not a positive integer.
     """
 
     width: int
@@ -33,7 +33,7 @@ class Scale:
             if value is None and name in ("batch", "tokens"):
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise RequestError(f"{name} is {value!r}: give a whole number of at least 1.")
+                raise SettingsError(f"{name} is {value!r}: give a whole number of at least 1.")
 
     def with_(self, **changes: int | None) -> Scale:
         """Return this scale with some sizes replaced."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .errors import RequestError
+from .errors import FrameError, RequestError
 from .io import write_bytes, write_text
 
 __all__ = ["BASINS", "COORDINATES", "OPTIMA", "PARAMETERS", "REPEATS", "SLOPES", "TRIALS", "Schema", "varying"]
@@ -36,14 +36,14 @@ class Schema:
         """Return ``rows`` as a frame with this schema's columns, order and dtypes.
 
         Raises:
-            RequestError: a column is missing, or is unknown and the schema is not open.
+            FrameError: a column is missing, or is unknown and the schema is not open.
         """
         frame = pd.DataFrame(rows, columns=None if len(rows) else list(self.columns))
         frame = frame.assign(**{column: float("nan") for column in self.optional if column not in frame})
         missing = [column for column in self.columns if column not in frame]
         extra = [column for column in frame if column not in self.columns]
         if missing or (extra and not self.open):
-            raise RequestError(
+            raise FrameError(
                 f"the {self.name} frame needs the columns {', '.join(self.columns)}: "
                 + (f"missing {', '.join(missing)}" if missing else f"unknown {', '.join(map(str, extra))}")
                 + "."
@@ -55,7 +55,9 @@ class Schema:
         """Write ``frame`` atomically, as Parquet if ``path`` ends in .parquet, else as CSV; floats keep every digit.
 
         Raises:
-            RequestError: Parquet is requested but pyarrow is not installed, or the file cannot be written.
+            FrameError: a column is missing or unknown.
+            RequestError: Parquet is requested but pyarrow is not installed.
+            FileError: the file cannot be written.
         """
         validated = self.frame(frame)
         if Path(path).suffix == PARQUET:
@@ -67,7 +69,7 @@ class Schema:
         """Read a CSV or Parquet file that `write` wrote.
 
         Raises:
-            RequestError: the file does not exist, is not valid CSV or Parquet, or lacks a column.
+            FrameError: the file does not exist, is not valid CSV or Parquet, or lacks a column.
         """
         parquet = Path(path).suffix == PARQUET
         try:
@@ -79,12 +81,12 @@ class Schema:
                 # "NA" and "null" may be module names: only an empty cell is a missing value.
                 frame = pd.read_csv(io.StringIO(text), keep_default_na=False, na_values=[""])
         except FileNotFoundError:
-            raise RequestError(
+            raise FrameError(
                 f"there is no {path}: expected the {self.name} frame as {'Parquet' if parquet else 'CSV'}."
             ) from None
         except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError, OSError, ValueError) as error:
             kind = "Parquet file" if parquet else "CSV"
-            raise RequestError(f"{path} is not a {kind} of the {self.name} frame ({str(error).strip()}).") from None
+            raise FrameError(f"{path} is not a {kind} of the {self.name} frame ({str(error).strip()}).") from None
         return self.frame(frame)
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mutransfer._torch_internals import detect_fake_mode
-from mutransfer.errors import RequestError, nearest
+from mutransfer.errors import BuildError, DataError, FileError, RequestError, nearest
 from mutransfer.family import Family
 from mutransfer.scale import Scale
 
@@ -57,7 +57,8 @@ def task_for(model: str, cls: type, config: Any, data: Data | None, batch_size: 
         batch_size: number of examples in the batch.
 
     Raises:
-        RequestError: if the data does not fit the model, or no example can be generated for its kind of input.
+        DataError: if the data does not fit the model.
+        RequestError: if no example can be generated for its kind of input.
     """
     reads = cls.main_input_name  # type: ignore[attr-defined]
     name = cls.__name__
@@ -78,7 +79,7 @@ def task_for(model: str, cls: type, config: Any, data: Data | None, batch_size: 
         tokens = _random_integers((batch_size, length + 1), text.vocab_size, draw)
         return (tokens[:, :-1], tokens[:, 1:]), loss
     if data is not None:
-        raise RequestError(
+        raise DataError(
             f"{name} of {model} needs {reads} with matching labels, which the data {data.name!r} does not have: omit --data, "
             "or write a Family with your batch and loss in a file.py and pass file.py:name."
         )
@@ -164,16 +165,16 @@ class _Images:
 
     def check(self, model: str, data: Data) -> None:
         if data.kind != "images":
-            raise RequestError(
+            raise DataError(
                 f"{model} reads images, but the data {data.name!r} holds {data.kind}: choose data that holds images."
             )
         if data.classes > self.classes:
-            raise RequestError(
+            raise DataError(
                 f"the data {data.name!r} has {data.classes} classes, but {model} distinguishes {self.classes}: set "
                 f'"num_labels": {data.classes} in the config or in the experiment\'s options.'
             )
         if data.inputs not in (1, self.channels):
-            raise RequestError(
+            raise DataError(
                 f"the data {data.name!r} has {data.inputs} channels, but {model} reads {self.channels}: choose other data."
             )
 
@@ -187,17 +188,17 @@ class _Images:
 
 def _check_tokens(model: str, data: Data, text: Any) -> None:
     if data.kind != "tokens":
-        raise RequestError(
+        raise DataError(
             f"{model} reads tokens, but the data {data.name!r} holds {data.kind}: choose data that holds tokens."
         )
     if data.classes > text.vocab_size:
-        raise RequestError(
+        raise DataError(
             f"the data {data.name!r} has {data.classes} different tokens, but the vocab_size of {model} is {text.vocab_size}: "
             "choose data with fewer, or a larger vocab_size."
         )
     length, limit = data.batch(0, 1, 0)[0].shape[1], _max_positions(text)
     if limit and length > limit:
-        raise RequestError(
+        raise DataError(
             f"the data's sequences have {length} tokens, but the max_position_embeddings of {model} is {limit}: shorten "
             "sequence_length, or raise max_position_embeddings."
         )
@@ -247,7 +248,7 @@ class Sized:
         try:
             return self.make(changes, self.fields.depth)
         except Exception as error:
-            raise RequestError(
+            raise BuildError(
                 f"{self.reference} could not be built at width {scale.width}, depth {scale.depth}: it raised "
                 f"{describe_exception(error)}."
             ) from error
@@ -275,8 +276,11 @@ def load_transformers(
         options: ``width_fields`` and ``depth_fields`` list the fields that grow; any other key replaces a field of the config.
 
     Raises:
-        RequestError: if transformers is not installed, the file is not a config that it knows, the data does not fit the
-            model, or the fields that grow cannot be inferred.
+        RequestError: if transformers is not installed, the file is not a config that it knows, or the fields that grow cannot be
+            inferred.
+        FileError: if the file cannot be read.
+        BuildError: if the model cannot be built.
+        DataError: if the data does not fit the model.
     """
     options = dict(options or {})
     width, depth = (_names(key, options.pop(key, [])) for key in ("width_fields", "depth_fields"))
@@ -314,15 +318,13 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         raw = json.loads(file.read_text(encoding="utf-8"), parse_constant=_parse_constant)
     except FileNotFoundError:
-        raise RequestError(
-            f"there is no file {file}: give the config.json of a transformers model as hf:PATH."
-        ) from None
+        raise FileError(f"there is no file {file}: give the config.json of a transformers model as hf:PATH.") from None
     except OSError as error:
-        raise RequestError(f"{file} cannot be read ({error.strerror}): give the config.json of a model.") from None
+        raise FileError(f"{file} cannot be read ({error.strerror}): give the config.json of a model.") from None
     except ValueError as error:
-        raise RequestError(f"{file} is not JSON ({error}): give the config.json of a transformers model.") from None
+        raise FileError(f"{file} is not JSON ({error}): give the config.json of a transformers model.") from None
     if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
-        raise RequestError(f'{file} has no "model_type": give the config.json of a transformers model.')
+        raise FileError(f'{file} has no "model_type": give the config.json of a transformers model.')
     return raw
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from mutransfer.errors import RequestError, nearest
+from mutransfer.errors import BuildError, RequestError, closest, nearest
 from mutransfer.scale import Scale
 
 from .importing import describe_exception
@@ -64,12 +64,12 @@ class Fields:
         """Return the value of every growing field at another width and depth.
 
         Raises:
-            RequestError: if a value would not be an integer; the message names the number that the width or depth must be a
+            BuildError: if a value would not be an integer; the message names the number that the width or depth must be a
                 multiple of. Also if the depth changes and the config has no field for it.
         """
         config_width, config_depth = self.size
         if depth != config_depth and not self.depth:
-            raise RequestError(f"depth {depth}: the config has no field for its number of layers, so omit the depth.")
+            raise BuildError(f"depth {depth}: the config has no field for its number of layers, so omit the depth.")
         grown = {
             name: _times(name, value, "width", width, config_width, self.width) for name, value in self.width.items()
         }
@@ -142,7 +142,7 @@ def _times(name: str, value: Whole, axis: str, size: int, unit: int, fields: dic
     if any(entry * size % unit for entry in entries):
         step = math.lcm(*(unit // math.gcd(unit, entry) for other in fields.values() for entry in _entries(other)))
         uneven = next(entry for entry in entries if entry * size % unit)
-        raise RequestError(
+        raise BuildError(
             f"{axis} {size} would make {name} {uneven}·{size}/{unit} = {uneven * size / unit:.4g}: use a multiple of {step}, "
             f"or name the fields that grow with --{axis}-field."
         )
@@ -266,8 +266,9 @@ def infer(values: dict[str, Any], alias: dict[str, str], build: Build, width: li
         depth: depth fields named by the user; empty to infer them.
 
     Raises:
-        RequestError: if the model cannot be built as it is or with its width doubled; if a named field does not exist, is not
-            an integer or changes nothing; or if no field can be identified as the width.
+        BuildError: if the model cannot be built as it is or with its width doubled.
+        RequestError: if a named field does not exist, is not an integer or changes nothing; or if no field can be identified as
+            the width.
     """
     whole = {name: value for name, value in values.items() if _is_whole(value)}
     wide = [_known(name, "--width-field", whole, alias) for name in width] or _proposed(
@@ -279,13 +280,13 @@ def infer(values: dict[str, Any], alias: dict[str, str], build: Build, width: li
     try:
         probe = Probe(build, whole, deep)
     except Exception as error:
-        raise RequestError(
+        raise BuildError(
             f"the config's model cannot be built at its own size: it raised {describe_exception(error)}."
         ) from error
     try:
         wider = probe.doubled(wide)
     except Exception as error:
-        raise RequestError(
+        raise BuildError(
             f"with {', '.join(wide)} doubled the model cannot be built ({describe_exception(error)}): name the fields that grow "
             "with --width-field."
         ) from error
@@ -332,8 +333,8 @@ def _known(name: str, flag: str, whole: dict[str, Whole], alias: dict[str, str])
 
 
 def _nearest(name: str, whole: Iterable[str]) -> str:
-    hint = nearest(name, whole)
-    return hint if hint.startswith("known") else f"{hint[:-1]}, one of {', '.join(sorted(whole))}?"
+    meant = closest(name, whole)
+    return f"did you mean {meant!r}, one of {', '.join(sorted(whole))}?" if meant else nearest(name, whole)
 
 
 def _is_whole(value: Any) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from mutransfer.errors import RequestError, assertion
+from mutransfer.errors import BuildError, RequestError, assertion
 from mutransfer.printing import shown_once
 from mutransfer.scale import Scale
 
@@ -31,7 +31,7 @@ _sources: dict[str, Path] = {}  # helper module → folder it was imported from
 def guarded(
     build: Callable[[Scale], Any], model: str, file: str | None = None, folder: Path | None = None
 ) -> Callable[[Scale], torch.nn.Module]:
-    """Return ``build`` wrapped so that its failures become one-sentence `RequestError`s.
+    """Return ``build`` wrapped so that its failures become one-sentence `BuildError`s.
 
     Args:
         build: builds the model at a scale.
@@ -47,12 +47,12 @@ def guarded(
         except RequestError:
             raise
         except (Exception, SystemExit) as error:
-            raise RequestError(
+            raise BuildError(
                 f"{model} could not be built at width {scale.width}, depth {scale.depth}: it raised "
                 f"{describe_exception(error, file)}."
             ) from error
         if not isinstance(built, torch.nn.Module):
-            raise RequestError(
+            raise BuildError(
                 f"{model} returned {type(built).__name__} for width {scale.width}: return a torch.nn.Module."
             )
         return built

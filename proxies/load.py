@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from mutransfer.errors import RequestError, nearest
+from mutransfer.errors import DataError, MissingBaseError, RequestError, closest, nearest
 from mutransfer.family import Family
 from mutransfer.scale import Scale
 from mutransfer.tracing.roles import check_roles, with_roles
@@ -68,14 +68,15 @@ def builtin(name: str, data: Data, base: Scale, batch_size: int = 32, **options:
         options: further arguments of the model (such as a transformer's ``head_dim`` or ``tied``).
 
     Raises:
-        RequestError: if the model or an option is unknown, the data is of another kind, or the model cannot be built at
-            ``base``.
+        RequestError: if the model or an option is unknown.
+        DataError: if the data is of another kind.
+        BuildError: if the model cannot be built at ``base``.
     """
     if name not in BUILTIN:
         raise RequestError(f"unknown model {name!r}: {nearest(name, BUILTIN)}")
     make, kind = BUILTIN[name]
     if data.kind != kind:
-        raise RequestError(
+        raise DataError(
             f"{name} reads {kind}, but the data {data.name!r} holds {data.kind}: choose data that holds {kind}."
         )
     build = make(data, **options)
@@ -113,8 +114,11 @@ def load_family(
         roles: name pattern → role; these take precedence over the family's own roles.
 
     Raises:
-        RequestError: if there is no such model, it cannot be imported or built, its base or data is missing, or a role is
-            unknown.
+        RequestError: if there is no such model, or it cannot be imported.
+        BuildError: if it cannot be built at its base, or does not return a module.
+        MissingBaseError: if it has no base of its own and ``base`` is None.
+        DataError: if its data is missing or does not fit it.
+        RoleError: if a role is unknown.
     """
     family = _load(model, data, base, batch_size, options or {})
     return with_roles(family, check_roles(roles or {}, "roles"))
@@ -150,9 +154,9 @@ def _load(model: str, data: Data | None, base: Scale | None, batch_size: int, op
 
 def _builtin(model: str, data: Data | None, base: Scale | None, batch_size: int, options: dict[str, Any]) -> Family:
     if data is None:
-        raise RequestError(f"the built-in {model} needs data, but none is given: pass --data {DEFAULT_DATA[model]}.")
+        raise DataError(f"the built-in {model} needs data, but none is given: pass --data {DEFAULT_DATA[model]}.")
     if base is None:
-        raise RequestError(_baseless(model))
+        raise MissingBaseError(_baseless(model))
     reserved = options.keys() & {"name", "data", "base", "batch_size"}
     if reserved:
         raise RequestError(f"{model} has no option {min(reserved)!r}: see its class in mutransfer.proxies.models.")
@@ -169,18 +173,16 @@ def _from_function(
     if not callable(found):
         raise RequestError(f"{model} is of type {type(found).__name__}: give a Family, or {BUILD}.")
     if base is None:
-        raise RequestError(_baseless(model))
+        raise MissingBaseError(_baseless(model))
     batch = getattr(module, "batch", None)
     if callable(batch):
         try:
             batch = batch()
         except Exception as error:
-            raise RequestError(
-                f"batch() next to {model} raised {describe_exception(error, module.__file__)}."
-            ) from error
+            raise DataError(f"batch() next to {model} raised {describe_exception(error, module.__file__)}.") from error
     if batch is None:
         if data is None:
-            raise RequestError(
+            raise DataError(
                 f"there is no example batch for {model}: define `batch` next to it, make it a Family, or pass --data."
             )
         batch = data.batch(0, batch_size, 0)
@@ -205,8 +207,8 @@ def _named(module: ModuleType, where: str, name: str) -> Any:
 def _not_a_reference(model: str) -> str:
     if model.rstrip(":").endswith(".py") or "/" in model or "." in model:
         return f"the model {model!r} lacks the name of a Family or function: write {model.rstrip(':')}:name."
-    hint = nearest(model, BUILTIN)
-    return f"unknown model {model!r}: {hint if hint.startswith('did') else f'give {FORMS}.'}"
+    meant = closest(model, BUILTIN)
+    return f"unknown model {model!r}: {f'did you mean {meant!r}?' if meant else f'give {FORMS}.'}"
 
 
 def _baseless(model: str) -> str:

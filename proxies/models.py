@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from mutransfer.errors import RequestError
+from mutransfer.errors import BuildError
 
 __all__ = ["MLP", "ResNet", "Transformer", "TransformerShape"]
 
@@ -70,15 +70,13 @@ class ResNet(nn.Module):
         classes: number of logits.
 
     Raises:
-        RequestError: if the width is not a multiple of the number of normalization groups.
+        BuildError: if the width is not a multiple of the number of normalization groups.
     """
 
     def __init__(self, inputs: int, width: int, depth: int, classes: int) -> None:
         super().__init__()
         if width % GROUPS:
-            raise RequestError(
-                f"resnet's width {width} is not a multiple of its {GROUPS} norm groups: try {_up(width)}."
-            )
+            raise BuildError(f"resnet's width {width} is not a multiple of its {GROUPS} norm groups: try {_up(width)}.")
         self.stem = nn.Conv2d(inputs, width, 3, padding=1, bias=False)
         self.blocks = nn.ModuleList(ResidualBlock(width) for _ in range(depth))
         self.norm = nn.GroupNorm(GROUPS, width)
@@ -121,7 +119,7 @@ class TransformerShape:
         std: standard deviation of the initial weights at this width; None for the default of `Transformer`.
 
     Raises:
-        RequestError: if the heads do not fit the width.
+        BuildError: if the heads do not fit the width.
     """
 
     width: int
@@ -139,18 +137,18 @@ class TransformerShape:
 
     def __post_init__(self) -> None:
         if (self.head_dim is None) == (self.heads is None):
-            raise RequestError("a transformer fixes either head_dim or heads: give one and set the other to None.")
+            raise BuildError("a transformer fixes either head_dim or heads: give one and set the other to None.")
         unit, what = (self.head_dim, "head dim") if self.heads is None else (self.heads, "head count")
         if self.width % (unit or 1):
-            raise RequestError(
+            raise BuildError(
                 f"width {self.width} is not a multiple of the {what} {unit}: use a multiple of {unit}, or another {what}."
             )
         if self.n_heads % self.n_kv:
-            raise RequestError(
+            raise BuildError(
                 f"{self.n_heads} query heads cannot share {self.n_kv} key/value heads: make the first a multiple of the second."
             )
         if self.size_D % 2:
-            raise RequestError(f"head dim {self.size_D} is odd, but rotary embeddings rotate pairs: use an even one.")
+            raise BuildError(f"head dim {self.size_D} is odd, but rotary embeddings rotate pairs: use an even one.")
 
     @property
     def n_heads(self) -> int:

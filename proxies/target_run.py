@@ -17,7 +17,7 @@ from typing import IO, Any, cast
 
 import torch
 
-from mutransfer.errors import RequestError
+from mutransfer.errors import DataError, FileError, RequestError
 from mutransfer.io import naming_the_disk
 from mutransfer.planning.target import TargetConfig
 
@@ -42,7 +42,7 @@ def save(training: Training, path: Path, identity: str) -> None:
         identity: string that identifies the run; `restore` checks it.
 
     Raises:
-        RequestError: if the disk is full or ``path`` cannot be written.
+        FileError: if the disk is full or ``path`` cannot be written.
     """
     state = {"format": FORMAT, "target": identity, "random": _random(training.device), **training.state_dict()}
     # The name is fixed so that the next save overwrites a partial file left behind by a killed run.
@@ -94,22 +94,22 @@ def restore(training: Training, path: Path, identity: str) -> None:
         identity: string that identifies the run; it must equal the one given to `save`.
 
     Raises:
-        RequestError: if the checkpoint cannot be read, belongs to another target, or does not fit the model.
+        FileError: if the checkpoint cannot be read, belongs to another target, or does not fit the model.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         found = state.get("target") if isinstance(state, dict) and state.get("format") == FORMAT else None
     except (RuntimeError, EOFError, KeyError, ValueError, OSError, pickle.UnpicklingError) as error:
-        raise RequestError(
+        raise FileError(
             f"{path} cannot be read ({type(error).__name__}): move it away to start over, or replace it with an intact copy."
         ) from None
     if found != identity:
         problem = "belongs to another target" if found else "is not a checkpoint of mutransfer"
-        raise RequestError(f"{path} {problem}: choose another --out, or move it away to start over.")
+        raise FileError(f"{path} {problem}: choose another --out, or move it away to start over.")
     try:
         training.load_state_dict(state)
     except (RuntimeError, KeyError, ValueError) as error:
-        raise RequestError(
+        raise FileError(
             f"{path} does not fit the model that its code builds now ({' '.join(str(error).split())[:160]}): restore the code "
             "that wrote it, or move the checkpoint away to start over."
         ) from None
@@ -209,7 +209,7 @@ def run_target(
 def _refuse_other_data(target: TargetConfig, data: Data) -> None:
     expected = target.provenance.get("data_sha256")
     if expected is not None and expected != data.sha256:
-        raise RequestError(
+        raise DataError(
             f"the data {target.data!r} has the SHA-256 {data.sha256[:16]}… here but {str(expected)[:16]}… where the recipe was "
             "tuned: train on the same data (for bytes: use the same Python version), or tune again on this data."
         )

@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from mutransfer.errors import RequestError
+from mutransfer.errors import FileError
 from mutransfer.io import read_json
 from mutransfer.recipe import Recipe
 from mutransfer.run_dir import RunFolder
@@ -62,15 +62,15 @@ class RunContents:
         """Read the run folder ``path``.
 
         Raises:
-            RequestError: if there is no such folder, it contains nothing to report, or the content of a file does not match
+            FileError: if there is no such folder, it contains nothing to report, or the content of a file does not match
                 its name.
         """
         if not path.is_dir():
-            raise RequestError(
+            raise FileError(
                 f"there is no folder {path}: expected a run folder, which `mutransfer tune --out {path}` creates."
             )
         if not any((path / name).is_file() for name in MADE_BY):
-            raise RequestError(
+            raise FileError(
                 f"{path} holds nothing to report ({', '.join(MADE_BY)}): run `mutransfer demo --out {shlex.quote(str(path))}`, "
                 "or `mutransfer tune EXPERIMENT.yaml` with the same --out."
             )
@@ -201,7 +201,7 @@ class RunContents:
         """The target's settings per parameter (schema PARAMETERS).
 
         Raises:
-            RequestError: if a row of target.json lacks a column.
+            FrameError: if a row of target.json lacks a column.
         """
         rows = self.target.get("parameters") or []
         known = [{key: row[key] for key in PARAMETERS.columns if key in row} for row in rows]
@@ -258,7 +258,7 @@ def _object(path: Path) -> dict[str, Any]:
         return {}
     content = read_json(path, "a JSON object")
     if not isinstance(content, dict):
-        raise RequestError(f"{path} holds a {type(content).__name__}: expected a JSON object; create it again.")
+        raise FileError(f"{path} holds a {type(content).__name__}: expected a JSON object; create it again.")
     return content
 
 
@@ -268,4 +268,4 @@ def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise RequestError(f"{path} is not UTF-8 text ({error}): create it again with `mutransfer tune`.") from None
+        raise FileError(f"{path} is not UTF-8 text ({error}): create it again with `mutransfer tune`.") from None

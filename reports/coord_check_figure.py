@@ -15,7 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from mutransfer.errors import RequestError
+from mutransfer.errors import FrameError
 from mutransfer.reports.style import (
     GREY,
     INK,
@@ -191,7 +191,7 @@ class CoordinateFigure(ReportFigure):
     is the checked one; any other in ``coordinates`` is drawn in grey as a control.
 
     Raises:
-        RequestError: if a frame lacks a column, there is no slope, or the coordinates do not include the slopes'
+        FrameError: if a frame lacks a column, there is no slope, or the coordinates do not include the slopes'
             parametrization.
     """
 
@@ -207,7 +207,7 @@ class CoordinateFigure(ReportFigure):
         object.__setattr__(self, "coordinates", COORDINATES.frame(self.coordinates))
         object.__setattr__(self, "slopes", slopes)
         if slopes.empty or slopes["parametrization"].iloc[0] not in set(self.coordinates["parametrization"]):
-            raise RequestError("there are no slopes with their coordinates to draw: run `mutransfer check MODEL`.")
+            raise FrameError("there are no slopes with their coordinates to draw: run `mutransfer check MODEL`.")
         ranked = ranked_rows(slopes)
         worst = set(ranked.groupby("group")["excess"].max().nlargest(MOST_GROUPS).index)
         names = {str(name): set(found) for name, found in ranked.groupby("group", sort=False)["module"]}

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.trial import TrialState
 
-from mutransfer.errors import RequestError
+from mutransfer.errors import FrameError
 from mutransfer.schemas import TRIALS
 
 __all__ = ["as_losses", "drawable", "fence_of", "hyperparameters", "is_lost", "plotted", "search_space", "study_of"]
@@ -99,12 +99,12 @@ def drawable(trials: pd.DataFrame) -> pd.DataFrame:
     """Return the trials (schema TRIALS) if there are enough to draw the search.
 
     Raises:
-        RequestError: if a column is missing, no hyperparameter varies, or fewer than two trials ended with a loss.
+        FrameError: if a column is missing, no hyperparameter varies, or fewer than two trials ended with a loss.
     """
     trials = TRIALS.frame(trials)
     complete = int((trials["state"].eq("COMPLETE") & ~is_lost(trials)).sum())
     if complete < FEWEST or not hyperparameters(trials):
-        raise RequestError(
+        raise FrameError(
             f"{complete} trials ended with a loss and {len(hyperparameters(trials))} hyperparameters took more than one value, "
             f"which is too few to compare (at least {FEWEST} and 1): run `mutransfer tune EXPERIMENT.yaml` to continue the "
             "search."

@@ -16,7 +16,7 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from mutransfer.errors import RequestError
+from mutransfer.errors import FrameError
 from mutransfer.io import write_text
 from mutransfer.reports.contents import RunContents
 from mutransfer.reports.coord_check_figure import CoordinateFigure
@@ -116,7 +116,7 @@ def _analysed(run: RunContents) -> tuple[Any | None, pd.DataFrame | None, dict[s
 
         try:
             verdict = judge(run.coordinates[run.coordinates["parametrization"] == run.checked])
-        except RequestError as error:
+        except FrameError as error:
             notes["coordinates"] = f"No slopes from coordinates.csv: {error}"
     if run.basins is not None and run.verify.get("verdict"):  # without a verdict the optima may still move
         from mutransfer.basins import REGRET_LIMIT
@@ -129,7 +129,7 @@ def _analysed(run: RunContents) -> tuple[Any | None, pd.DataFrame | None, dict[s
             limit = (run.verify.get("limits") or {}).get("regret", REGRET_LIMIT)
             carried = None if transferred is None else float(transferred)
             optima = fit(rows, carried, maximize=run.maximize, regret_limit=float(limit))
-        except RequestError as error:
+        except FrameError as error:
             notes["basins"] = f"No optima from basins.csv: {error}"
     return verdict, optima, notes
 
@@ -163,7 +163,7 @@ def _figures(
     for name, make in wanted.items():
         try:
             figures[name] = make()
-        except RequestError as error:
+        except FrameError as error:
             notes.setdefault(name, f"Not drawn: {error}")
     return figures
 

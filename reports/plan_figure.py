@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
-from mutransfer.errors import RequestError
+from mutransfer.errors import FrameError
 from mutransfer.reports.style import DIVERGING, GREY, INK, ReportFigure, literal, number, plain, power_of_two, styled
 from mutransfer.schemas import PARAMETERS
 
@@ -32,7 +32,7 @@ class PlanFigure(ReportFigure):
     """Grid of role × setting with the factor on the base model's value, from the settings per parameter (schema PARAMETERS).
 
     Raises:
-        RequestError: if the frame lacks a column, or has no parameter.
+        FrameError: if the frame lacks a column, or has no parameter.
     """
 
     parameters: pd.DataFrame
@@ -41,7 +41,7 @@ class PlanFigure(ReportFigure):
     def __post_init__(self) -> None:
         object.__setattr__(self, "parameters", PARAMETERS.frame(self.parameters))
         if self.parameters.empty:
-            raise RequestError(
+            raise FrameError(
                 "the parameters frame is empty, so there is no plan to draw: run `mutransfer transfer RUN`."
             )
 

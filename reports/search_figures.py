@@ -17,7 +17,7 @@ from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 
-from mutransfer.errors import RequestError
+from mutransfer.errors import FrameError
 from mutransfer.reports.optuna_study import (
     as_losses,
     drawable,
@@ -55,7 +55,7 @@ class HistoryFigure(ReportFigure):
     """History of a search: the trials of a study (schema TRIALS) in the order of their numbers.
 
     Raises:
-        RequestError: if the frame lacks a column, or no trial has finished.
+        FrameError: if the frame lacks a column, or no trial has finished.
     """
 
     trials: pd.DataFrame
@@ -65,9 +65,7 @@ class HistoryFigure(ReportFigure):
     def __post_init__(self) -> None:
         object.__setattr__(self, "trials", TRIALS.frame(self.trials))
         if not self.trials["state"].isin(FINISHED).any():
-            raise RequestError(
-                "no trial has finished yet: run `mutransfer tune EXPERIMENT.yaml` to continue the search."
-            )
+            raise FrameError("no trial has finished yet: run `mutransfer tune EXPERIMENT.yaml` to continue the search.")
 
     def frame(self) -> pd.DataFrame:
         """Return the trials, one row each (schema TRIALS, followed by the hyperparameters)."""
@@ -167,7 +165,7 @@ class SliceFigure(ReportFigure):
     """`optuna.visualization.matplotlib.plot_slice` of the complete trials (schema TRIALS), with diverged ones along the top.
 
     Raises:
-        RequestError: if the frame lacks a column, or there are too few trials or hyperparameters to compare.
+        FrameError: if the frame lacks a column, or there are too few trials or hyperparameters to compare.
     """
 
     trials: pd.DataFrame
@@ -284,7 +282,7 @@ class ParallelFigure(ReportFigure):
     bad trial would compress all others into a line. Diverged trials are drawn above the fence.
 
     Raises:
-        RequestError: if the frame lacks a column, or fewer than two hyperparameters vary.
+        FrameError: if the frame lacks a column, or fewer than two hyperparameters vary.
     """
 
     trials: pd.DataFrame
@@ -294,7 +292,7 @@ class ParallelFigure(ReportFigure):
     def __post_init__(self) -> None:
         object.__setattr__(self, "trials", as_losses(drawable(self.trials), self.maximize))
         if len(hyperparameters(self.trials)) < 2:
-            raise RequestError(
+            raise FrameError(
                 "only one hyperparameter took more than one value, and parallel coordinates need at least two."
             )
 
@@ -406,7 +404,7 @@ class ImportanceFigure(ReportFigure):
     Uses Optuna's default evaluator, PED-ANOVA (2304.10255). It ignores diverged trials, so the caption gives their number.
 
     Raises:
-        RequestError: if the frame lacks a column, or there are too few trials or hyperparameters to rank.
+        FrameError: if the frame lacks a column, or there are too few trials or hyperparameters to rank.
     """
 
     trials: pd.DataFrame
@@ -417,7 +415,7 @@ class ImportanceFigure(ReportFigure):
         object.__setattr__(self, "trials", as_losses(drawable(self.trials), self.maximize))
         losses, count = self.trials["value"][self._complete], len(hyperparameters(self.trials))
         if len(losses) < FEWEST or count < 2 or losses.nunique() < 2:
-            raise RequestError(
+            raise FrameError(
                 f"{len(losses)} complete trials with {losses.nunique()} different losses over {count} hyperparameters are too "
                 f"few for importances (at least {FEWEST}, 2 and 2): run `mutransfer tune EXPERIMENT.yaml` to continue the search."
             )

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from mutransfer.errors import RequestError
+from mutransfer.errors import FrameError
 from mutransfer.reports.style import (
     GREY,
     INK,
@@ -141,7 +141,7 @@ class BasinFigure(ReportFigure):
     Without optima, for example while runs are missing, only the lines are drawn.
 
     Raises:
-        RequestError: if a frame lacks a column, or there is no run.
+        FrameError: if a frame lacks a column, or there is no run.
     """
 
     basins: pd.DataFrame
@@ -153,7 +153,7 @@ class BasinFigure(ReportFigure):
         object.__setattr__(self, "basins", BASINS.frame(self.basins))
         object.__setattr__(self, "optima", OPTIMA.frame(self.optima))
         if self.basins.empty:
-            raise RequestError("the basins frame holds no run to draw: run `mutransfer verify RUN`.")
+            raise FrameError("the basins frame holds no run to draw: run `mutransfer verify RUN`.")
 
     def frame(self) -> pd.DataFrame:
         """Return the basins: one row per run (schema BASINS)."""
@@ -258,7 +258,7 @@ class WiderFigure(ReportFigure):
     at each width's own best learning rate from ``basins``.
 
     Raises:
-        RequestError: if a frame lacks a column, or there is no optimum.
+        FrameError: if a frame lacks a column, or there is no optimum.
     """
 
     basins: pd.DataFrame
@@ -270,7 +270,7 @@ class WiderFigure(ReportFigure):
         object.__setattr__(self, "basins", BASINS.frame(self.basins))
         object.__setattr__(self, "optima", OPTIMA.frame(self.optima))
         if self.optima.empty:
-            raise RequestError("the optima frame is empty, so there is no curve to draw: run `mutransfer verify RUN`.")
+            raise FrameError("the optima frame is empty, so there is no curve to draw: run `mutransfer verify RUN`.")
 
     def frame(self) -> pd.DataFrame:
         """Return one row per parametrization, width and learning rate ("transferred", "own best"): loss, low, high.

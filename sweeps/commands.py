@@ -20,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mutransfer.errors import RequestError
+from mutransfer.errors import TrainerError
 from mutransfer.export import export
 from mutransfer.io import naming_the_disk, write_text
 from mutransfer.planning.target import TargetConfig
@@ -159,10 +159,10 @@ LOOK_EVERY = 0.05  # seconds between checks of commands that print nothing
 
 
 def check_command(trainer: Trainer, folder: str | None = None) -> None:
-    """Raise a RequestError if the program of ``trainer``'s command, which runs in ``folder``, does not exist."""
+    """Raise a TrainerError if the program of ``trainer``'s command, which runs in ``folder``, does not exist."""
     program = shlex.split(str(trainer.command))[0]
     if "{" not in program and shutil.which(os.path.join(folder or "", program) if "/" in program else program) is None:
-        raise RequestError(
+        raise TrainerError(
             f"trainer.command begins with {program!r}, which was not found: check its name and PATH; run a script with "
             "its interpreter, as in python train.py."
         )
@@ -333,7 +333,7 @@ class CommandRun:
             )
         if code == 0:
             if (last := self.attempt.last) is None:
-                raise RequestError(
+                raise TrainerError(
                     f"the trainer's command ended without a loss ({where}): let it print JSON lines such as "
                     '{"step": 100, "loss": 2.3} to stdout.'
                 )
@@ -381,7 +381,7 @@ def train_target(
         ``tokens_per_second`` and ``checkpoint``, which are None because only the trainer knows them.
 
     Raises:
-        RequestError: the trainer no longer exists, or it failed.
+        TrainerError: the trainer no longer exists, or it failed.
     """
     trainer = trainer_of(target)
     assert trainer is not None

@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 
 from mutransfer import run_dir
 from mutransfer.config import Settings
-from mutransfer.errors import RequestError, nearest
+from mutransfer.errors import FileError, SettingsError, nearest
 from mutransfer.io import write_text
 from mutransfer.optimizers.rules import optimizer_rule
 from mutransfer.parametrizations.tables import table
@@ -345,20 +345,18 @@ class Experiment(Settings):
         """Read an experiment file, with ``changes`` like ``recipe.lr=0.01`` applied before it is validated.
 
         Raises:
-            RequestError: the file does not exist or is not valid YAML, or it has an unknown key or a value out of range.
+            FileError: the file does not exist or is not valid YAML, or it has an unknown key or a value out of range.
         """
         try:
             data = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
         except FileNotFoundError:
-            raise RequestError(f"there is no {path}: write one with `mutransfer init`.") from None
+            raise FileError(f"there is no {path}: write one with `mutransfer init`.") from None
         except IsADirectoryError:
-            raise RequestError(f"{path} is a folder: name the experiment file in it.") from None
+            raise FileError(f"{path} is a folder: name the experiment file in it.") from None
         except OSError as error:
-            raise RequestError(
-                f"cannot read {path} ({os.strerror(error.errno or 0)}): name an experiment file."
-            ) from None
+            raise FileError(f"cannot read {path} ({os.strerror(error.errno or 0)}): name an experiment file.") from None
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise RequestError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
+            raise FileError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
         home = RunFolder(Path(os.path.abspath(path)).parent)
         if isinstance(data, dict):
             # In run folders of earlier versions, paths were relative to the current folder.
@@ -377,7 +375,8 @@ class Experiment(Settings):
         """Read the experiment of a run folder, which may have been moved since, with or without the files it names.
 
         Raises:
-            RequestError: the experiment cannot be read, or a file that it names no longer exists.
+            FileError: the experiment cannot be read, or a file that it names no longer exists.
+            SettingsError: it has an unknown key or a value out of range.
         """
         return cls.load(run.experiment)._moved(run, f"the run {run.path}")
 
@@ -419,19 +418,19 @@ def with_values(recipe: Recipe, values: dict[str, Any]) -> Recipe:
 def _apply(data: dict[str, Any], change: str) -> None:
     key, equals, text = change.partition("=")
     if not equals or not key:
-        raise RequestError(f"--set {change!r} is not of the form key=value, as in recipe.lr=0.01.")
+        raise SettingsError(f"--set {change!r} is not of the form key=value, as in recipe.lr=0.01.")
     *path, last = key.split(".")
     for part in path:
         if data.get(part) is None:
             data[part] = {}  # also replaces an empty section
         data = data[part]
         if not isinstance(data, dict):
-            raise RequestError(f"--set {change!r}: {part} holds a value and no further keys.")
+            raise SettingsError(f"--set {change!r}: {part} holds a value and no further keys.")
     try:
         # YAML 1.1 reads 1e-3 as a string, which is never intended here.
         data[last] = float(text) if _is_number(text) and not text.lstrip("+-").isdigit() else yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise RequestError(f"--set {change!r} is not valid YAML: {' '.join(str(error).split())}.") from None
+        raise SettingsError(f"--set {change!r} is not valid YAML: {' '.join(str(error).split())}.") from None
 
 
 def _is_number(text: str) -> bool:

@@ -15,7 +15,7 @@ from optuna.storages import BaseStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from mutransfer.errors import RequestError, describe
+from mutransfer.errors import StorageError, describe
 from mutransfer.io import masked
 
 from ._optuna_internals import FrozenStudy
@@ -101,7 +101,7 @@ class RetryingStorage(BaseStorage, Generic[S]):
         where: its address, for messages.
         reopen: whether to open the storage again during an outage. A gRPC channel would wait up to two minutes before it tries
             again; a database reconnects on its own and should keep its cache.
-        longest: seconds after which waiting ends with a `RequestError`.
+        longest: seconds after which waiting ends with a `StorageError`.
     """
 
     def __init__(self, open_: Callable[[], S], where: str, *, reopen: bool = False, longest: float = LONGEST) -> None:
@@ -128,7 +128,7 @@ class RetryingStorage(BaseStorage, Generic[S]):
                 if reason is None:
                     raise
                 if time.monotonic() - begun > self._longest:
-                    raise RequestError(
+                    raise StorageError(
                         f"the storage {masked(self._where)} has not answered for {self._longest:.0f} s ({masked(reason)}): "
                         "start it and run the same command again; finished trials are kept."
                     ) from error

@@ -27,7 +27,7 @@ from filelock import FileLock, Timeout
 from optuna.storages import BaseStorage, GrpcStorageProxy, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalRedisBackend
 
-from mutransfer.errors import RequestError, describe
+from mutransfer.errors import RequestError, StorageError, describe
 from mutransfer.io import masked, naming_the_disk
 from mutransfer.run_dir import RunFolder
 
@@ -44,7 +44,7 @@ def only_one(folder: RunFolder) -> Iterator[None]:
     """Lock the run folder for this process: a second sweep in it would retry the trials that the first one is running.
 
     Raises:
-        RequestError: another process holds the lock.
+        StorageError: another process holds the lock.
     """
     busy = f"another process is at work in {folder.path}: wait for it or use another --out."
     with _held(folder.path / ".lock", busy):
@@ -56,7 +56,7 @@ def only_worker(address: str) -> Iterator[None]:
     """Lock the SQLite file of the URL ``address``: SQLite writers wait for each other, and its locks fail on network disks.
 
     Raises:
-        RequestError: another worker holds the lock, or the file cannot be opened.
+        StorageError: another worker holds the lock, or the file cannot be opened.
     """
     path = urlsplit(address).path.removeprefix("/")
     if not path:  # an in-memory database
@@ -71,7 +71,7 @@ def only_worker(address: str) -> Iterator[None]:
         held.enter_context(_held(Path(f"{path}.lock"), busy))
     except OSError as error:
         reason = os.strerror(error.errno or 0)
-        raise RequestError(f"cannot open the storage {address} ({reason}): check its folder and its address.") from None
+        raise StorageError(f"cannot open the storage {address} ({reason}): check its folder and its address.") from None
     with held:
         yield
 
@@ -84,7 +84,7 @@ def _held(path: Path, busy: str) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout:
-        raise RequestError(busy) from None
+        raise StorageError(busy) from None
     try:
         yield
     finally:
@@ -139,12 +139,12 @@ def own_journal(folder: RunFolder) -> Opened:
     """Open the journal in a run folder that this process has locked.
 
     Raises:
-        RequestError: the file is not a journal or cannot be read.
+        StorageError: the file is not a journal or cannot be read.
     """
     try:
         backend = InterruptibleJournalStorage(Journal(folder.journal))
     except (KeyError, AssertionError, json.JSONDecodeError) as error:
-        raise RequestError(f"cannot read the study in {folder.journal} ({error}): name another --out.") from None
+        raise StorageError(f"cannot read the study in {folder.journal} ({error}): name another --out.") from None
     return Opened(backend, str(folder.journal), False, own=True)
 
 
@@ -153,7 +153,7 @@ def opened(address: str) -> Iterator[Opened]:
     """Open the storage at ``address``; a SQLite file is locked for this process because it serves one worker at a time.
 
     Raises:
-        RequestError: the storage cannot be reached, its driver is missing, the address is invalid, or another worker holds
+        StorageError: the storage cannot be reached, its driver is missing, the address is invalid, or another worker holds
             the file.
     """
     shared = address.partition(":")[0].partition("+")[0].lower() != "sqlite"
@@ -167,14 +167,14 @@ def opened(address: str) -> Iterator[Opened]:
 
 @contextlib.contextmanager
 def naming_the_storage(storage: Opened) -> Iterator[None]:
-    """Turn a permanent error of the storage's driver (a full disk, a missing permission) into a `RequestError`."""
+    """Turn a permanent error of the storage's driver (a full disk, a missing permission) into a `StorageError`."""
     try:
         yield
     except Exception as error:
         kinds = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
         if not isinstance(error, optuna.exceptions.StorageInternalError) and not kinds & PACKAGES:
             raise
-        raise RequestError(
+        raise StorageError(
             f"the storage {storage.where} failed ({masked(describe(_innermost(error)))}): fix that and run the same command "
             "again; finished trials are kept."
         ) from error
@@ -189,7 +189,7 @@ def _reached(address: str) -> Opened:
             raise
         except ImportError as error:
             missing = _missing(error)
-            raise RequestError(
+            raise StorageError(
                 f"the storage {masked(address)} needs the Python package {missing}: {DRIVERS.get(missing, 'install it')}."
             ) from None
         except Exception as error:  # any error of its driver
@@ -197,7 +197,7 @@ def _reached(address: str) -> Opened:
                 reason, move = os.strerror(error.errno or 0), "check its folder and its address"
             else:
                 reason, move = masked(describe(_innermost(error))), "check that it runs and its address"
-            raise RequestError(f"cannot open the storage {masked(address)} ({reason}): {move}.") from None
+            raise StorageError(f"cannot open the storage {masked(address)} ({reason}): {move}.") from None
 
 
 def _open(address: str) -> Opened:
@@ -219,7 +219,7 @@ def _open(address: str) -> Opened:
         )
     if kind == "grpc" and server:
         return _retrying(address, lambda: _proxy(address), GrpcStorageProxy.close, reopen=True)
-    raise RequestError(f"the storage {masked(address)!r} is of an unknown kind: write {KNOWN}.")
+    raise StorageError(f"the storage {masked(address)!r} is of an unknown kind: write {KNOWN}.")
 
 
 def _journal(path: Path, address: str) -> Opened:
@@ -279,7 +279,7 @@ def _proxy(address: str) -> GrpcStorageProxy:
     except ValueError:
         host = port = None
     if not host or not port:
-        raise RequestError(f"the storage {masked(address)!r} has no host and port: write grpc://HOST:PORT.")
+        raise StorageError(f"the storage {masked(address)!r} has no host and port: write grpc://HOST:PORT.")
     proxy = GrpcStorageProxy(host=host, port=port)
     proxy.wait_server_ready(timeout=ANSWER_WITHIN)
     return proxy
@@ -313,7 +313,7 @@ class Journal(JournalFileBackend):
     write of a partial line was never confirmed, so it can be cut off safely. This is done here and before every append.
 
     Raises:
-        RequestError: the file is not a journal, or its file system has no locks.
+        StorageError: the file is not a journal, or its file system has no locks.
         OSError: the file cannot be written.
     """
 
@@ -326,7 +326,7 @@ class Journal(JournalFileBackend):
         """Append ``logs``, one line each, and return once they are on the disk.
 
         Raises:
-            RequestError: the disk is full or cannot be written.
+            FileError: the disk is full or cannot be written.
         """
         lines = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs).encode()
         with naming_the_disk(self._file_path), self._held() as file:
@@ -347,13 +347,13 @@ class Journal(JournalFileBackend):
             except OSError as error:
                 if error.errno not in {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS}:
                     raise
-                raise RequestError(
+                raise StorageError(
                     f"the file system of {self._file_path} has no locks, without which workers would overwrite each other: "
                     "mount it with locks, or name a --storage on a server, such as postgresql://HOST/DATABASE."
                 ) from None
             begin = os.pread(file, len(FIRST), 0)
             if not FIRST.startswith(begin):  # do not truncate: it may be an unrelated file
-                raise RequestError(f"{self._file_path} is not a study journal: name another --storage or --out.")
+                raise StorageError(f"{self._file_path} is not a study journal: name another --storage or --out.")
             whole = _end_of_last_line(file)
             if whole < os.fstat(file).st_size:
                 os.ftruncate(file, whole)

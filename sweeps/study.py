@@ -11,7 +11,7 @@ import pandas as pd
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.trial import FrozenTrial
 
-from mutransfer.errors import RequestError
+from mutransfer.errors import RequestError, StorageError
 from mutransfer.schemas import TRIALS
 
 from ._optuna_internals import storage_of, study_id
@@ -31,7 +31,7 @@ def open_queue(experiment: Experiment, storage: Opened, name: str | None, owner:
     """Open or create the study in ``storage``, and return the queue from which the worker ``owner`` takes its trials.
 
     Raises:
-        RequestError: the storage cannot be read or holds the study of another experiment.
+        StorageError: the storage cannot be read or holds the study of another experiment.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
@@ -46,7 +46,7 @@ def open_queue(experiment: Experiment, storage: Opened, name: str | None, owner:
     except RequestError:
         raise
     except (KeyError, ValueError) as error:
-        raise RequestError(
+        raise StorageError(
             f"cannot read the study in {storage.where} ({error}): name another --storage or --out."
         ) from None
     _refuse_other_study(study, experiment, storage)
@@ -61,10 +61,10 @@ def open_queue(experiment: Experiment, storage: Opened, name: str | None, owner:
 
 
 def _refuse_other_study(study: optuna.Study, experiment: Experiment, storage: Opened) -> None:
-    """Raise a RequestError if the study belongs to another experiment: trials of that would count and could be the best."""
+    """Raise a StorageError if the study belongs to another experiment: trials of that would count and could be the best."""
     if storage.own and len(names := optuna.get_all_study_names(storage_of(study))) > 1:
         storage_of(study).delete_study(study_id(study))
-        raise RequestError(
+        raise StorageError(
             f"the run folder holds the study {min(set(names) - {study.study_name})!r}: leave out --study, or use another --out."
         )
     asked = experiment.question()
@@ -72,7 +72,7 @@ def _refuse_other_study(study: optuna.Study, experiment: Experiment, storage: Op
     if known is None:
         if trials := study.get_trials(deepcopy=False):
             searched = ", ".join(sorted({name for trial in trials for name in trial.params})) or "nothing"
-            raise RequestError(
+            raise StorageError(
                 f"the study {study.study_name!r} in {storage.where} was not made by mutransfer (its {len(trials)} trials search "
                 f"{searched}): name another --study."
             )
@@ -81,7 +81,7 @@ def _refuse_other_study(study: optuna.Study, experiment: Experiment, storage: Op
     known = {**Experiment().question(), **known}  # keys that earlier versions did not have
     if known != asked:
         key = next(key for key in asked if known.get(key) != asked[key])
-        raise RequestError(
+        raise StorageError(
             f"the study {study.study_name!r} was made with {key} = {known.get(key)}, but this experiment has {asked[key]}: name "
             "another --study, or put it back."
         )

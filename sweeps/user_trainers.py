@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from mutransfer.errors import RequestError, nearest
+from mutransfer.errors import RequestError, TrainerError, nearest
 from mutransfer.planning.plan import Plan
 from mutransfer.proxies.importing import describe_exception, helpers_of, import_file, import_module
 from mutransfer.proxies.training import Outcome
@@ -107,17 +107,17 @@ def load_trainer(reference: str) -> Callable[..., Any]:
     """Return the function that ``reference`` names; relative paths start at the current folder.
 
     Raises:
-        RequestError: the function does not exist, cannot be imported, or does not take ``(recipe, plan, seed, report)``.
+        TrainerError: the function does not exist, cannot be imported, or does not take ``(recipe, plan, seed, report)``.
     """
     where, _, name = reference.rpartition(":")
     module = import_file(Path(where), FORMS) if _is_file(where) else import_module(where, FORMS)
     if not hasattr(module, name):
         functions = [key for key, value in vars(module).items() if inspect.isfunction(value)]
         hint = nearest(name, functions) if functions else f"define a function {name}{SIGNATURE} there."
-        raise RequestError(f"{where} has no {name!r}: {hint}")
+        raise TrainerError(f"{where} has no {name!r}: {hint}")
     function = getattr(module, name)
     if not callable(function):
-        raise RequestError(f"{reference} is of type {type(function).__name__}: give a function {name}{SIGNATURE}.")
+        raise TrainerError(f"{reference} is of type {type(function).__name__}: give a function {name}{SIGNATURE}.")
     try:
         signature = inspect.signature(function)
     except ValueError:  # compiled functions may have no signature
@@ -125,7 +125,7 @@ def load_trainer(reference: str) -> Callable[..., Any]:
     try:
         signature.bind(*range(4))
     except TypeError as error:
-        raise RequestError(f"{reference} is called as {name}{SIGNATURE} but takes {signature} ({error}).") from None
+        raise TrainerError(f"{reference} is called as {name}{SIGNATURE} but takes {signature} ({error}).") from None
     return function
 
 
@@ -142,7 +142,8 @@ def call(
     trial independent of the process that runs it and of earlier trials. An exception raised by the function is a failed run.
 
     Raises:
-        RequestError: the function cannot be imported, or it reports or returns something that is not a number.
+        RequestError: the function cannot be imported.
+        TrainerError: it reports or returns something that is not a number.
     """
     function = load_trainer(reference)
     where = reference.rpartition(":")[0]
@@ -185,7 +186,7 @@ def _step(step: Any, reference: str) -> int:
     with contextlib.suppress(TypeError):
         if (whole := operator.index(step)) >= 0 and not isinstance(step, bool):
             return whole
-    raise RequestError(f"{reference} reported at step {step!r}: give the number of optimizer steps done.")
+    raise TrainerError(f"{reference} reported at step {step!r}: give the number of optimizer steps done.")
 
 
 def _loss(loss: Any, what: str) -> float:
@@ -193,7 +194,7 @@ def _loss(loss: Any, what: str) -> float:
         if not isinstance(loss, (bool, str)):
             return float(loss.detach() if isinstance(loss, torch.Tensor) else loss)
     shown = "None" if loss is None else f"{type(loss).__name__} {loss!s:.60}".replace("\n", " ")
-    raise RequestError(f"{what} {shown}: give the loss, one number ({math.nan} if there is none).")
+    raise TrainerError(f"{what} {shown}: give the loss, one number ({math.nan} if there is none).")
 
 
 class Failures:
@@ -212,17 +213,17 @@ class Failures:
         """Count the outcome of trial ``number``; ``finished`` is the number of finished trials in the study.
 
         Raises:
-            RequestError: too many trials in a row have failed.
+            TrainerError: too many trials in a row have failed.
         """
         self.in_a_row = self.in_a_row + 1 if outcome.failed else 0
         if self.in_a_row < (self.capacity + 2 if finished else min(self.capacity, 2)) or not outcome.failed:
             return
         if finished:
-            raise RequestError(
+            raise TrainerError(
                 f"{self.in_a_row} trials in a row failed, the last, trial {number}, because {outcome.failed}: fix that and run "
                 "the same command again; finished trials are kept."
             )
-        raise RequestError(
+        raise TrainerError(
             f"trial {number} failed because {outcome.failed}, and none has finished yet: fix that and run the same command "
             "again."
         )
@@ -232,10 +233,10 @@ def needed(outcome: Outcome, what: str) -> Outcome:
     """Return ``outcome`` unchanged; ``what`` describes its run, which no other run can replace.
 
     Raises:
-        RequestError: the run failed.
+        TrainerError: the run failed.
     """
     if outcome.failed:
-        raise RequestError(
+        raise TrainerError(
             f"{what} failed because {outcome.failed}: fix that and run the same command again; finished runs are kept."
         )
     return outcome

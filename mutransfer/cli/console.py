@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..errors import RequestError
+from ..errors import FileError, RequestError
 from ..io import naming_the_disk
 from ..printing import results
 
@@ -84,10 +84,10 @@ def emit(result: dict[str, Any], as_json: bool, text: str) -> None:
     try:
         with naming_the_disk("the result to standard output"):
             print(line, file=stream, flush=True)
-    except (BrokenPipeError, RequestError) as error:
+    except (BrokenPipeError, FileError) as error:
         # The rest of the buffer cannot be written at exit either, and Python would then replace the exit code.
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-        if isinstance(error, RequestError):
+        if isinstance(error, FileError):
             raise
 
 

@@ -129,12 +129,12 @@ def load_own(
     model: str, data: Data | None, base: Scale | None, batch_size: int, options: dict[str, Any] | None
 ) -> Family:
     """Return the user's Family at its own base, or the family of a bare build function at ``base``."""
-    from ..errors import RequestError
+    from ..errors import MissingBaseError
     from ..proxies.load import load_family
 
     try:
         return load_family(model, data, None, batch_size=batch_size, options=options)
-    except RequestError as error:
-        if base is None or "has no base width" not in str(error):
+    except MissingBaseError:
+        if base is None:
             raise
     return load_family(model, data, base, batch_size=batch_size, options=options)

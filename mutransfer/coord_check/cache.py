@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 
 from .._torch_internals import tree_leaves
-from ..errors import RequestError
+from ..errors import FrameError
 from ..schemas import COORDINATES
 
 __all__ = ["CheckCache"]
@@ -54,7 +54,7 @@ class CheckCache:
         if path.exists():
             try:
                 return COORDINATES.read(path)
-            except RequestError:
+            except FrameError:
                 pass  # the file was damaged by another program: measure again
         found = make()
         COORDINATES.write(found, path)

@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 
 from .._torch_internals import tree_leaves
-from ..errors import RequestError, nearest
+from ..errors import DataError, RequestError, nearest
 from ..family import Family, unwrapped
 from ..optimizers.rules import OPTIMIZERS
 from ..param_names import planned_names
@@ -385,7 +385,7 @@ def record(
     if steps < 1 or not seeds:
         raise RequestError(f"{steps} steps and {len(seeds)} seeds were requested: give at least one of each.")
     if any(isinstance(each, torch.Tensor) and each.isnan().any() for each in tree_leaves(family.batch)):
-        raise RequestError(f"the example batch of {family.name} holds NaN: give one without.")
+        raise DataError(f"the example batch of {family.name} holds NaN: give one without.")
     family = family.printing_once()
     column = OPTIMIZERS[optimizer].column if optimizer in OPTIMIZERS else "adam"
     base = family.base.with_(depth=depth or family.base.depth)

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from ..errors import RequestError, nearest
+from ..errors import FrameError, RequestError, nearest
 from ..optimizers.rules import OPTIMIZERS
 from ..parametrizations.spec import Band, Table
 from ..parametrizations.tables import HEALTHY, HEALTHY_DECAY, HEALTHY_DEPTH, TABLES
@@ -65,21 +65,19 @@ def verdict(coordinates: pd.DataFrame, margin: float = MARGIN, *, decay_policy: 
         decay_policy: intended scaling of lr · weight decay: independent, coupled or sqrt (docs/explanation/rules.md).
 
     Raises:
-        RequestError: the decay policy is unknown, the frame contains two parametrizations or fewer than two sizes, or widths and
-            depths both vary.
+        RequestError: the decay policy is unknown.
+        FrameError: the frame contains two parametrizations or fewer than two sizes, or widths and depths both vary.
     """
     if decay_policy not in HEALTHY_DECAY:
         raise RequestError(f"unknown decay policy {decay_policy!r}: {nearest(decay_policy, HEALTHY_DECAY)}")
     names = coordinates["parametrization"].unique()
     if len(names) != 1:
-        raise RequestError(
-            f"a verdict covers one parametrization, but the frame holds {sorted(names)}: filter it first."
-        )
+        raise FrameError(f"a verdict covers one parametrization, but the frame holds {sorted(names)}: filter it first.")
     axis = varying(coordinates)
     if coordinates[axis].nunique() < 2:
-        raise RequestError("a slope needs at least two widths or depths: record more.")
+        raise FrameError("a slope needs at least two widths or depths: record more.")
     if axis == "depth" and coordinates["width"].nunique() > 1:
-        raise RequestError("widths and depths both vary, but a slope is fitted along one of them: vary one at a time.")
+        raise FrameError("widths and depths both vary, but a slope is fitted along one of them: vary one at a time.")
     last = int(coordinates["step"].max())
     column, rules = OPTIMIZERS[str(coordinates["optimizer"].iloc[0])].column, TABLES.get(names[0])
     rows: list[dict[str, object]] = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..errors import RequestError, nearest
+from ..errors import RequestError, closest
 from ..planning.target import TargetConfig
 from . import pytorch
 
@@ -22,8 +22,8 @@ def export(target: TargetConfig, to: str) -> tuple[str, str]:
         RequestError: the format is unknown, or not supported in this version.
     """
     if to not in FORMATS:
-        hint = nearest(to, FORMATS)
-        raise RequestError(f"unknown format {to!r}: {hint if hint.startswith('did') else 'use --to pytorch.'}")
+        meant = closest(to, FORMATS)
+        raise RequestError(f"unknown format {to!r}: {f'did you mean {meant!r}?' if meant else 'use --to pytorch.'}")
     if to not in WRITERS:
         raise RequestError(
             f"the format {to!r} is not supported in this version: use --to pytorch, whose JSON any plain-torch script can read."

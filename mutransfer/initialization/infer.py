@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from .._torch_internals import disable_current_modes
-from ..errors import RequestError
+from ..errors import InitError
 from .init import Init, Part, Program, UnreplayableError
 from .record import TRUNCATED, Constant, OperationRecorder, Step, Window, apart, box, steps_to
 
@@ -243,14 +243,14 @@ class InitTracer(OperationRecorder):
         """Return the initialization of every parameter of the model that was built under this recorder.
 
         Raises:
-            RequestError: an initialization cannot be determined; the message gives the parameter's name and shape and the
+            InitError: an initialization cannot be determined; the message gives the parameter's name and shape and the
                 operation.
         """
         inits = {}
         for name, parameter in model.named_parameters():
             init = self.find(parameter)
             if isinstance(init, str):
-                raise RequestError(
+                raise InitError(
                     f"cannot tell how {name} {list(parameter.shape)} is initialized ({init}): fill it in the model's "
                     "constructor from torch's own operations, such as normal_, uniform_ or a constant."
                 )

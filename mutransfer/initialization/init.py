@@ -20,7 +20,7 @@ from typing import Any, Literal, Self
 import torch
 
 from .._torch_internals import argument_schemas, disable_current_modes, local_shape_and_offset
-from ..errors import RequestError
+from ..errors import InitError, RequestError
 from .record import TRUNCATED, Constant, Step, Window, tensors_in
 
 __all__ = ["Init", "Part", "Program", "UnreplayableError", "draw_"]
@@ -148,7 +148,7 @@ class Init:
         ``factor``.
 
         Raises:
-            RequestError: the two consist of different pieces.
+            InitError: the two consist of different pieces.
         """
         if matrix and self.program and target.program and self.program.outside and target.program.outside:
             sizes = [math.hypot(program.mean, program.std) for program in (self.program, target.program)]
@@ -161,7 +161,7 @@ class Init:
         if self.program is not None:
             return target.scaled(gauge if target.fixed else self.std * factor / target.std)
         if len(self.parts) != len(target.parts):
-            raise RequestError(
+            raise InitError(
                 f"is initialized in {1 + len(self.parts)} pieces in the base and {1 + len(target.parts)} in the target: let the "
                 "constructor initialize the same pieces at every size."
             )
@@ -314,7 +314,7 @@ class Program:
         """Return a new CPU tensor of the recorded dtype; the global random state is left unchanged.
 
         Raises:
-            RequestError: some of its entries were never written.
+            InitError: some of its entries were never written.
         """
         storages: list[torch.UntypedStorage | None] = [None] * len(self.sizes)
 
@@ -356,7 +356,7 @@ class Program:
                         at(number, dtype, size, stride, offset).copy_(tensor)
             tensor = at(*self.result)
             if tensor.isnan().any():
-                raise RequestError("a constructor leaves some entries of torch.empty unfilled: fill the whole tensor.")
+                raise InitError("a constructor leaves some entries of torch.empty unfilled: fill the whole tensor.")
             return tensor
 
     @property

@@ -23,7 +23,7 @@ from mup.layer import MuReadout
 from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from ..errors import RequestError
+from ..errors import FileError, LayerError, RequestError, RoleError
 from ..family import Family
 from ..initialization import Init
 from ..io import write_text
@@ -57,7 +57,8 @@ def write_bsh(source: Family | Observation, path: str | os.PathLike[str]) -> Pat
         path: the output file, conventionally ``*.bsh``.
 
     Raises:
-        RequestError: the family cannot be built, or its parameters differ between widths.
+        BuildError: the family cannot be built.
+        LayerError: its parameters differ between widths.
     """
     shapes = _base_shapes(source) if isinstance(source, Family) else _observed(source)
     plain = {name: list(axes) for name, axes in shapes.items()}
@@ -68,21 +69,19 @@ def read_bsh(path: str | os.PathLike[str]) -> BaseShapes:
     """Read a base shape file as parameter name → the size of each axis at the base, or None if the axis does not grow.
 
     Raises:
-        RequestError: the file is missing, or not in mup's format.
+        FileError: the file is missing, or not in mup's format.
     """
     try:
         data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise RequestError(
-            f"cannot read {path} ({error.strerror}): pass a base shape file that mup has saved."
-        ) from None
+        raise FileError(f"cannot read {path} ({error.strerror}): pass a base shape file that mup has saved.") from None
     except (yaml.YAMLError, UnicodeDecodeError):
-        raise RequestError(f"{path} is not YAML: pass a base shape file as saved by mup.make_base_shapes.") from None
+        raise FileError(f"{path} is not YAML: pass a base shape file as saved by mup.make_base_shapes.") from None
     if not isinstance(data, dict) or not data:
-        raise RequestError(f"{path} does not map parameter names to shapes: save it with mup.make_base_shapes.")
+        raise FileError(f"{path} does not map parameter names to shapes: save it with mup.make_base_shapes.")
     for name, axes in data.items():
         if not isinstance(axes, list) or not all(_is_axis(size) for size in axes):
-            raise RequestError(f"{path} gives {name} the shape {axes!r}: expected a list of sizes and nulls.")
+            raise FileError(f"{path} gives {name} the shape {axes!r}: expected a list of sizes and nulls.")
     return {str(name): tuple(axes) for name, axes in data.items()}
 
 
@@ -94,14 +93,14 @@ def based_on(family: Family, shapes: BaseShapes) -> Family:
         shapes: result of `read_bsh`.
 
     Raises:
-        RequestError: no width of this family has these shapes; the message names a parameter that differs.
+        LayerError: no width of this family has these shapes; the message names a parameter that differs.
     """
     here = _base_shapes(family)
     owners = planned_names(shapes, here)
     wanted = {owners[name]: axes for name, axes in shapes.items()}
     if unmatched := sorted(wanted.keys() ^ here.keys()):
         where = "the base shapes have" if unmatched[0] in wanted else "the model has"
-        raise RequestError(
+        raise LayerError(
             f"{where} a parameter {unmatched[0]!r} that the other lacks: pass the base shapes of this model and depth."
         )
     for name, axes in wanted.items():
@@ -115,7 +114,7 @@ def based_on(family: Family, shapes: BaseShapes) -> Family:
             return _with_width(family, width)
     width, found = tried[0]
     name = next(name for name in found if found[name] != wanted[name])
-    raise RequestError(
+    raise LayerError(
         f"{name} has the base shape {_format_axes(wanted[name])}, but {_format_axes(found[name])} in {family.name} at width "
         f"{width}: pass the base shapes of this family, or change its fixed sizes."
     )
@@ -131,7 +130,7 @@ def _base_shapes(family: Family) -> BaseShapes:
             shapes_of(build(family, family.base.with_(width=times * family.base.width))) for times in (1, WIDER)
         )
     if unmatched := sorted(base.keys() ^ wider.keys()):
-        raise RequestError(
+        raise LayerError(
             f"{unmatched[0]} exists at one width but not at another: a family must have the same parameters at every width."
         )
     return {name: tuple(a if a != b else None for a, b in zip(base[name], wider[name], strict=True)) for name in base}
@@ -146,7 +145,7 @@ def _observed(seen: Observation) -> BaseShapes:
 
 def _check_growing_axes(name: str, wanted: tuple[int | None, ...], here: tuple[int | None, ...]) -> None:
     if [size is None for size in wanted] != [size is None for size in here]:
-        raise RequestError(
+        raise LayerError(
             f"{name} has the base shape {_format_axes(wanted)}, but {_format_axes(here)} in the model: different axes grow, so "
             "these are the base shapes of another model."
         )
@@ -247,12 +246,12 @@ def _infinite(name: str, parameter: Any) -> tuple[tuple[int, ...], list[int]]:
     """Return the shape at the base and the axes that grow."""
     infshape = getattr(parameter, "infshape", None)
     if infshape is None:
-        raise RequestError(
+        raise LayerError(
             f"{name} {list(parameter.shape)} has no base shapes: call mup.set_base_shapes(model, base, delta=delta) after "
             "anything that creates new parameters (deepcopy, to_empty, sharding), or plan the model's family, which needs none."
         )
     if list(infshape.shape()) != list(parameter.shape):
-        raise RequestError(
+        raise LayerError(
             f"{name} has shape {list(parameter.shape)} and base shapes for {list(infshape.shape())}: call mup.set_base_shapes "
             "on this model."
         )
@@ -266,7 +265,7 @@ def _role(name: str, parameter: Any, infinite: list[int], owners: list[nn.Module
     The fan-in is a matrix's second axis, except in transposed convolutions. Readouts are the weights of `MuReadout`.
     """
     if len(infinite) > 2:
-        raise RequestError(
+        raise RoleError(
             f"{name} {list(parameter.shape)} has {len(infinite)} growing axes: mup and our tables support at most two."
         )
     readout = all(isinstance(owner, MuReadout) for owner in owners)
@@ -294,7 +293,7 @@ def _groups_grow(name: str, parameter: Any, module: _ConvTransposeNd) -> bool:
         return module.groups > 1
     bias = getattr(module.bias, "infshape", None)
     if bias is None:
-        raise RequestError(
+        raise RoleError(
             f"cannot infer whether the groups of {name} {list(parameter.shape)} grow with the width: give it a bias, whose "
             "base shape shows it, or plan the model's family."
         )

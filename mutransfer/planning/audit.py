@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from ..errors import RequestError
+from ..errors import FileError
 from ..io import read_json
 from ..optimizers.rules import OPTIMIZERS
 from ..param_names import planned_names
@@ -46,7 +46,7 @@ def audit(plan: Plan, dump: dict[str, Any] | str | os.PathLike[str]) -> pd.DataF
             1e-6 of its value. A parameter that one side lacks has the setting "parameter".
 
     Raises:
-        RequestError: the file is missing or damaged, holds no optimizer, or its parameters have no names.
+        FileError: the file is missing or damaged, holds no optimizer, or its parameters have no names.
     """
     if not isinstance(dump, dict):
         dump = _read(Path(dump))
@@ -96,22 +96,22 @@ def _read(path: Path) -> dict[str, Any]:
         else:  # zip files are memory-mapped: auditing a large checkpoint reads no weights
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=start == b"PK" or None)
     except FileNotFoundError:
-        raise RequestError(f"there is no {path}: {EXPECTED}.") from None
+        raise FileError(f"there is no {path}: {EXPECTED}.") from None
     except IsADirectoryError:
-        raise RequestError(f"{path} is a folder: {EXPECTED}, in one file.") from None
+        raise FileError(f"{path} is a folder: {EXPECTED}, in one file.") from None
     except PermissionError:
-        raise RequestError(f"cannot read {path}: make it readable.") from None
+        raise FileError(f"cannot read {path}: make it readable.") from None
     except pickle.UnpicklingError:
-        raise RequestError(
+        raise FileError(
             f"{path} holds more than tensors and plain values, which is not safe to load: save "
             "{'optimizer': optimizer.state_dict(), 'model': model.state_dict()} alone."
         ) from None
     except (RuntimeError, EOFError, KeyError, OSError) as error:
-        raise RequestError(
+        raise FileError(
             f"{path} is not a readable checkpoint ({' '.join(str(error).split())[:120]}): save it again."
         ) from None
     if not isinstance(found, dict):
-        raise RequestError(f"{path} holds {type(found).__name__}: {EXPECTED}.")
+        raise FileError(f"{path} holds {type(found).__name__}: {EXPECTED}.")
     return found
 
 
@@ -119,7 +119,7 @@ def _groups(dump: dict[str, Any]) -> list[dict[str, Any]]:
     state = dump if "param_groups" in dump else dump.get("optimizer")
     groups = state.get("param_groups") if isinstance(state, dict) else None
     if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups) or not groups:
-        raise RequestError(f"the dump has the keys {', '.join(sorted(map(str, dump))) or 'none'}: {EXPECTED}.")
+        raise FileError(f"the dump has the keys {', '.join(sorted(map(str, dump))) or 'none'}: {EXPECTED}.")
     return groups
 
 
@@ -130,12 +130,12 @@ def _by_name(groups: list[dict[str, Any]], plan: Plan) -> list[tuple[str, dict[s
         names = group.get("param_names", parameters)  # distributed checkpoints hold names instead of indices
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             rule = OPTIMIZERS[plan.optimizer]
-            raise RequestError(
+            raise FileError(
                 f"parameter group {i} of the dump has no names (param_names): build the optimizer with "
                 f"{rule.home or 'your'}.{rule.torch_name}(plan.param_groups(model)), which keeps them."
             )
         if isinstance(parameters, list) and len(parameters) != len(names):
-            raise RequestError(
+            raise FileError(
                 f"parameter group {i} of the dump has {len(names)} names for {len(parameters)} parameters: save it again."
             )
         named += [(name, group) for name in names]
@@ -165,7 +165,7 @@ def _shapes(plan: Plan, dump: dict[str, Any]) -> Iterator[Difference]:
     if dump.get("model") is None:
         return
     if not isinstance(dump["model"], dict):
-        raise RequestError(f"the dump's model is of type {type(dump['model']).__name__}: expected model.state_dict().")
+        raise FileError(f"the dump's model is of type {type(dump['model']).__name__}: expected model.state_dict().")
     model = {str(name): value for name, value in dump["model"].items()}
     owners = planned_names(model, {row.name for row in plan.rows})
     model = {owners[name]: value for name, value in model.items()}

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..errors import RequestError
+from ..errors import InitError, LayerError, RequestError
 from ..family import Family
 from ..initialization import Init, InitTracer
 from ..optimizers.rules import optimizer_rule
@@ -53,7 +53,7 @@ def observed_model(
     """Observe ``family`` at ``scale``, built on fake tensors, and return what plans under ``parametrization`` need.
 
     Raises:
-        RequestError: as `plan`.
+        LayerError: as `plan`.
     """
     seen = observation or observe(family)
     if scale.depth != family.base.depth and table(parametrization).depth is not None:
@@ -64,7 +64,7 @@ def observed_model(
     shapes, inits = shapes_of(model), watcher.named(model)
     if scale.depth == family.base.depth and shapes.keys() != seen.specs.keys():
         unmatched = sorted(shapes.keys() ^ seen.specs.keys())[0]
-        raise RequestError(
+        raise LayerError(
             f"{unmatched} exists at width {scale.width} or in the base model, but not in both: build the same modules."
         )
     base_axes = {name: len(spec.shape) for name, spec in seen.specs.items()}
@@ -98,8 +98,10 @@ def plan(
             2405.15743).
 
     Raises:
-        RequestError: a name is unknown, the role or initialization of a parameter cannot be determined, or an axis changed
-            although it does not grow with the width.
+        RequestError: a name is unknown, or a law does not apply.
+        ModelError: its kind says what about the model: `BuildError` (it cannot be built or run), `RoleError` and `InitError` (the
+            role or initialization of a parameter cannot be determined) or `LayerError` (such as an axis that changed although
+            it does not grow with the width).
     """
     if recipe is None or not isinstance(recipe, Recipe):
         recipe = Recipe() if recipe is None else Recipe.load(recipe)
@@ -154,12 +156,12 @@ def _row(builder: PlanBuilder, name: str, target: Init) -> ParameterPlan:
     try:
         # Table factors apply to random weights; a constant (a gain of 1, a bias of 0) is only scaled by the gauge.
         init = spec.init.carried(target, factor, total.gauge, matrix=bool({"in", "gather"} & {*spec.axes}))
-    except RequestError as error:
-        raise RequestError(f"{name} {list(builder.shapes[name])} {error}") from None
+    except InitError as error:
+        raise InitError(f"{name} {list(builder.shapes[name])} {error}") from None
     apart, columns = builder.apart.get(name, (1.0, ()))
     if columns and init.kind != "constant":
         if init.parts or init.program:
-            raise RequestError(
+            raise InitError(
                 f"{name} {list(builder.shapes[name])} has both growing and fixed columns, and is initialized in pieces or by "
                 "recorded operations: draw it from one distribution, or split the layer in two."
             )

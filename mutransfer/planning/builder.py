@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from ..errors import RequestError
+from ..errors import LayerError, RequestError
 from ..optimizers.rules import Growth, OptimizerRule
 from ..parametrizations.spec import FOLDS, Factors
 from ..parametrizations.tables import Table
@@ -164,7 +164,7 @@ class PlanBuilder:
             lr *= deeper ** float(self.rules.depth.lr(rule.column))
             eps *= deeper ** float(self.rules.depth.eps) if rule.eps_of_gradient else 1.0
         if spec.mixed and m != (1.0, 1.0) and rule.column != "adam":
-            raise RequestError(
+            raise LayerError(
                 f"{name} {list(self.shapes[name])} is one matrix whose rows have different roles (some grow with the width, "
                 f"some do not), and {self.rule.name} needs a learning rate for each: split it, or use adamw."
             )
@@ -181,7 +181,7 @@ class PlanBuilder:
         would have in a parameter of its own (`fold`). If a role is given, all columns share one ratio, and a note says so.
 
         Raises:
-            RequestError: no multiplier has this effect, or none can be registered.
+            LayerError: no multiplier has this effect, or none can be registered.
         """
         spec, shape, rule = self.spec(name), self.shapes[name], self.rule.of(self.spec(name))
         if not spec.columns:
@@ -219,7 +219,7 @@ class PlanBuilder:
         elif self._density(name) != 1:
             why = "it is sparse"
         if why:
-            raise RequestError(
+            raise LayerError(
                 f"{name} {list(shape)} sums over two kinds of columns: {described}. {self.rules.name} scales the former as "
                 f"{spec.role} and the latter as {fixed}, but a parameter has only one learning rate, and no multiplier on its "
                 f"input makes up for that: {why}. {spec.split_advice(shape)} To use one ratio for all columns anyway, name the "
@@ -276,7 +276,7 @@ def fold_all(builder: PlanBuilder) -> None:
     """Fold every multiplier that the table, the recipe and the model's own forward pass require into parameters.
 
     Raises:
-        RequestError: no parameter can absorb a multiplier, or the one that could is also used elsewhere.
+        LayerError: no parameter can absorb a multiplier, or the one that could is also used elsewhere.
     """
     _fold_constants(builder)
     _fold_ends(builder)
@@ -337,7 +337,7 @@ def _fold_ties(builder: PlanBuilder) -> None:
         if size == 1 and alpha == 1:
             continue
         if not spec.carriers:
-            raise RequestError(
+            raise LayerError(
                 f"the readout is tied to {name}, but no parameter before it can absorb its factor {size * alpha:g}: give "
                 "the model a final norm with a gain, or untie the readout."
             )
@@ -354,7 +354,7 @@ def _refuse_other_use(seen: Observation, tied: ParamSpec, readout: str) -> None:
     also = [name for name, spec in seen.specs.items() if name != readout and spec.meets & tied.carriers]
     if also or tied.shared_carriers:
         fed = also[0] if also else "something else"
-        raise RequestError(
+        raise LayerError(
             f"the readout tied to {readout} passes its factor to {min(tied.carriers)}, which also feeds {fed}: give the "
             "readout its own norm, or untie it."
         )
@@ -375,13 +375,13 @@ def _fold_attention(builder: PlanBuilder) -> None:
     if c == 1 and alpha == 1:
         return
     if seen.shared_queries:
-        raise RequestError(
+        raise LayerError(
             f"attention needs a factor {c * alpha:.4g} on the queries alone, but {min(seen.shared_queries)} "
             "also produces keys, values or something else: use a separate query "
             "projection, or keep the head dim fixed and alpha_attention at 1."
         )
     if not seen.queries:
-        raise RequestError(
+        raise LayerError(
             "attention needs a factor on the queries, but no parameter can absorb it: use a query projection."
         )
     builder.fold(seen.queries, size=c, alpha=alpha)
@@ -396,7 +396,7 @@ def _fold_dots(builder: PlanBuilder) -> None:
         if c == 1:
             continue
         if not each.carriers or any(builder.seen.specs[name].mixed for name in each.carriers):
-            raise RequestError(each.refusal(c))
+            raise LayerError(each.refusal(c))
         builder.fold(each.carriers, size=c**0.5 if each.both else c)
         builder.notes.append(
             f"the result of {', '.join(sorted(each.carriers))} is multiplied by other activations and summed over "
@@ -427,7 +427,7 @@ def _fold_branches(builder: PlanBuilder) -> None:
             if open_branches
             else "no residual branch was found"
         )
-        raise RequestError(
+        raise LayerError(
             f"residual branches need a factor {asked * alpha:.4g}, but {found}: end every branch in a linear layer or a gain."
         )
     for name in ends:
@@ -457,6 +457,6 @@ def _fold_depth_constants(builder: PlanBuilder) -> None:
 
 def _refuse_way_out(spec: ParamSpec) -> None:
     if not spec.inside:
-        raise RequestError(
+        raise LayerError(
             f"{spec.name} ends a residual branch and is also used outside of it: give the branch its own layer."
         )

@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from .._torch_internals import multiply_all_
-from ..errors import RequestError, nearest
+from ..errors import LayerError, RequestError, SettingsError, nearest
 from ..family import is_lazy
 from ..initialization import Init, draw_
 from ..io import read_json, write_json
@@ -303,18 +303,18 @@ class Plan:
         """Rebuild a plan from the data of `as_dict`.
 
         Raises:
-            RequestError: the data is not a plan; the message names its source, ``where``.
+            SettingsError: the data is not a plan; the message names its source, ``where``.
         """
         if not isinstance(data, dict) or "parameters" not in data or "recipe" not in data:
-            raise RequestError(f"{where} is not a plan: expected the keys scale, base, recipe and parameters.")
+            raise SettingsError(f"{where} is not a plan: expected the keys scale, base, recipe and parameters.")
         try:
             rows = tuple(_read_row(row) for row in data["parameters"])
             scales = Scale(**data["scale"]), Scale(**data["base"])
             names = table(data["parametrization"]).name, str(data["optimizer"])
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise RequestError(f"{where} holds a damaged plan ({error}): write it again.") from None
+            raise SettingsError(f"{where} holds a damaged plan ({error}): write it again.") from None
         if names[1] not in OPTIMIZERS:
-            raise RequestError(f"{where} is for the optimizer {names[1]!r}: {nearest(names[1], OPTIMIZERS)}")
+            raise SettingsError(f"{where} is for the optimizer {names[1]!r}: {nearest(names[1], OPTIMIZERS)}")
         recipe = Recipe.read(data["recipe"], f"{where}, recipe")
         return cls(*scales, *names, recipe, rows, tuple(data.get("notes", ())))
 
@@ -336,7 +336,8 @@ def matched(plan: Plan, model: torch.nn.Module) -> dict[str, torch.nn.Parameter]
     """Return the trainable parameters of ``model``, wrapped or not, by their names in ``plan``.
 
     Raises:
-        RequestError: a parameter exists on one side only or has another shape, or the forward multipliers are not the plan's.
+        LayerError: a parameter exists on one side only or has another shape.
+        RequestError: the forward multipliers are not the plan's, or a parameter is lazy.
     """
     planned = {row.name: row.shape for row in plan.rows}
     found = {name: each for name, each in model.named_parameters() if each.requires_grad}
@@ -349,7 +350,7 @@ def matched(plan: Plan, model: torch.nn.Module) -> dict[str, torch.nn.Parameter]
     _refuse_difference(planned.keys() - parameters.keys(), "the plan has", "the model does not")
     for name, shape in planned.items():
         if tuple(parameters[name].shape) != shape:
-            raise RequestError(
+            raise LayerError(
                 f"{name} has shape {list(parameters[name].shape)} in the model and {list(shape)} in the plan for width "
                 f"{plan.scale.width}: build the model at the plan's scale."
             )
@@ -358,7 +359,7 @@ def matched(plan: Plan, model: torch.nn.Module) -> dict[str, torch.nn.Parameter]
 
 def _refuse_difference(names: Iterable[str], here: str, there: str) -> None:
     for name in sorted(names):
-        raise RequestError(
+        raise LayerError(
             f"{here} a parameter {name!r} that {there}: plan and build the same family, with the same tying."
         )
 

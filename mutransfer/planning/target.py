@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from .. import run_dir
 from .._torch_internals import FakeTensorMode, tree_map_only
-from ..errors import RequestError, nearest
+from ..errors import BuildError, RequestError, SettingsError, nearest
 from ..family import Family
 from ..initialization import InitTracer
 from ..io import read_json, write_json
@@ -72,7 +72,7 @@ class TargetConfig:
         read_from: the folder of the file that the config was read from.
 
     Raises:
-        RequestError: a value has the wrong type, or cannot be stored as JSON.
+        SettingsError: a value has the wrong type, or cannot be stored as JSON.
     """
 
     model: str
@@ -91,10 +91,10 @@ class TargetConfig:
         for name, least in (("sequence_length", 1), ("batch_size", 1), ("steps", 1), ("seed", 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise RequestError(f"{name} is {value!r}: give a whole number of at least {least}.")
+                raise SettingsError(f"{name} is {value!r}: give a whole number of at least {least}.")
         for name in ("model", "data"):
             if not isinstance(getattr(self, name), str) or not getattr(self, name):
-                raise RequestError(f"{name} is {getattr(self, name)!r}: give its name as on the command line.")
+                raise SettingsError(f"{name} is {getattr(self, name)!r}: give its name as on the command line.")
         for name in ("options", "provenance"):
             value = getattr(self, name)
             try:
@@ -102,10 +102,10 @@ class TargetConfig:
             except (TypeError, ValueError):
                 plain = None
             if not isinstance(plain, dict):
-                raise RequestError(f"{name} is {value!s:.200}: give a dictionary that can be stored as JSON.")
+                raise SettingsError(f"{name} is {value!s:.200}: give a dictionary that can be stored as JSON.")
             object.__setattr__(self, name, plain)
         if not all(isinstance(text, str) for text in self.warnings):
-            raise RequestError(f"warnings is {self.warnings!s:.200}: give a sequence of strings.")
+            raise SettingsError(f"warnings is {self.warnings!s:.200}: give a sequence of strings.")
 
     def found(self) -> tuple[dict[str, str], str | None]:
         """Return the references to model, data and trainer relative to the current folder, and the folder that they are in.
@@ -113,7 +113,7 @@ class TargetConfig:
         Recorded paths are looked up relative to the target's file first, then at their original location (`run_dir.found`).
 
         Raises:
-            RequestError: one of them no longer exists.
+            FileError: one of them no longer exists.
         """
         call = (self.provenance.get("trainer") or {}).get("call")
         references = {"model": self.model, "data": self.data, **({} if call is None else {"call": str(call)})}
@@ -260,7 +260,7 @@ def target_config(
         "proxy": {**proxy.as_dict(), "steps": proxy_steps}, "tuned": list(tuned), "unproven": list(unproven),
     }  # fmt: skip
     if isinstance(proxy_steps, bool) or not isinstance(proxy_steps, int) or proxy_steps < 1:
-        raise RequestError(f"proxy_steps is {proxy_steps!r}: give a whole number of at least 1.")
+        raise SettingsError(f"proxy_steps is {proxy_steps!r}: give a whole number of at least 1.")
     target = TargetConfig(
         model, options, data, sequence_length, plan, batch_size, steps, seed, {**origin, **provenance}
     )
@@ -296,15 +296,15 @@ def _refuse_other_files(data: Any, path: Any) -> None:
     if found != FORMAT:
         is_recipe = isinstance(data, dict) and "lr" in data
         what = f"has the format {found!r}" if found else "holds a recipe" if is_recipe else "has no format key"
-        raise RequestError(
+        raise SettingsError(
             f"{path} {what}, so it is not a target config ({FORMAT}): make one with `mutransfer transfer RUN --width W`."
         )
     for key in KEYS:
         if key not in data:
-            raise RequestError(f"{path}: the key {key!r} is missing: run `mutransfer transfer` again.")
+            raise SettingsError(f"{path}: the key {key!r} is missing: run `mutransfer transfer` again.")
     for key in data:
         if key not in KEYS:
-            raise RequestError(f"{path}: unknown key {key!r}: {nearest(key, KEYS)}")
+            raise SettingsError(f"{path}: unknown key {key!r}: {nearest(key, KEYS)}")
 
 
 def _text(error: BaseException) -> str:
@@ -442,7 +442,7 @@ def regularizers(family: Family) -> dict[str, float]:
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, InitTracer(), torch.random.fork_rng(devices=[]):
         try:
             model = build(family, scale)
-        except RequestError:  # some models have a minimum depth
+        except BuildError:  # some models have a minimum depth
             model = build(family, family.base)
         found = {}
         for name, module in model.named_modules():

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ..errors import RequestError
+from ..errors import LayerError
 from .dataflow import Attention
 from .ops import Value
 from .products import Ended
@@ -41,22 +41,20 @@ def compared(seen: Sequence[Attention], larger: Sequence[Attention]) -> Heads:
     """Compare the attention of a model with that of a larger one, layer by layer.
 
     Raises:
-        RequestError: the two sizes have different numbers of attention layers, or the layers differ in how their head dims or
+        LayerError: the two sizes have different numbers of attention layers, or the layers differ in how their head dims or
             scales grow.
     """
     if len(seen) != len(larger):
-        raise RequestError(
-            "the number of attention layers depends on the width: build the same modules at every width."
-        )
+        raise LayerError("the number of attention layers depends on the width: build the same modules at every width.")
     pairs = list(zip(seen, larger, strict=True))
     if len({wide.head_dim / base.head_dim for base, wide in pairs}) > 1:
         dims = sorted({base.head_dim for base, _ in pairs})
-        raise RequestError(
+        raise LayerError(
             f"attention layers differ in head dim ({dims}), and only some of them grow: use one head dim for all."
         )
     powers = [math.log(b.scale / a.scale, b.head_dim / a.head_dim) for a, b in pairs if a.head_dim != b.head_dim]
     if powers and max(powers) - min(powers) > 1e-6:
-        raise RequestError(
+        raise LayerError(
             f"attention layers scale their logits by different powers of the head dim ({sorted(powers)}): use one power for all."
         )
     if not pairs:

@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 
 from .._torch_internals import ConvNd
-from ..errors import RequestError
+from ..errors import BuildError, LayerError, ModelError, RoleError
 from ..family import Family
 from ..initialization import Init, InitTracer
 from ..param_names import pattern_of
@@ -43,7 +43,7 @@ def with_depth_constants(family: Family, seen: Observation) -> Observation:
     residual branch is repeated.
 
     Raises:
-        RequestError: the layers of one stack multiply by different powers of the depth.
+        LayerError: the layers of one stack multiply by different powers of the depth.
     """
     if seen.depths_compared:
         return seen
@@ -51,7 +51,7 @@ def with_depth_constants(family: Family, seen: Observation) -> Observation:
     deep = shallow.with_(depth=DEEPER * shallow.depth)
     try:
         few, many = (_watched(family, scale, seen.seed) for scale in (shallow, deep))
-    except RequestError:  # some models have a fixed or minimum depth
+    except BuildError:  # some models have a fixed or minimum depth
         return replace(seen, depths_compared=True)
     uses, more = few.uses(), many.uses()
     powers: dict[str, set[float]] = {}
@@ -60,7 +60,7 @@ def with_depth_constants(family: Family, seen: Observation) -> Observation:
             powers.setdefault(pattern_of(name), set()).add(common(constants(each, more[name], DEEPER)).power)
     conflicting = sorted(template for template, found in powers.items() if len(found) > 1)
     if conflicting:
-        raise RequestError(
+        raise LayerError(
             f"the forward pass multiplies {conflicting[0]} by different powers of the depth "
             f"({sorted(powers[conflicting[0]])}) in different layers, but a rule for the depth needs a single one: use the "
             "same multiplier in all layers."
@@ -89,7 +89,7 @@ def _layers(family: Family, seen: Observation) -> dict[str, tuple[str, ...]]:
     try:
         with on_fake_tensors():
             names = shapes_of(build(family, family.base.with_(depth=deeper * family.base.depth))).keys()
-    except RequestError:
+    except BuildError:
         return {}
     counts, more = (Counter(map(pattern_of, each)) for each in (seen.specs, names))
     length, longer = _stacks(seen.specs), _stacks(names)
@@ -131,7 +131,8 @@ def at_target(family: Family, seen: Observation, scale: Scale) -> Observation:
     """Return ``seen`` with the head dims of the model at ``scale``, traced with as many layers as the base.
 
     Raises:
-        RequestError: as in `compared`.
+        LayerError: as in `compared`.
+        BuildError: the model cannot be built at ``scale``, or does not run.
     """
     if not seen.attentions and not seen.dots:
         return seen
@@ -140,7 +141,7 @@ def at_target(family: Family, seen: Observation, scale: Scale) -> Observation:
     few = family.base.with_(width=scale.width, depth=min(family.base.depth, LAYERS))
     try:
         target = _watched(family, few, seen.seed)
-    except RequestError:  # some models have a minimum depth
+    except BuildError:  # some models have a minimum depth
         few = few.with_(depth=family.base.depth)
         target = _watched(family, few, seen.seed)
     if len(target.dots.attentions) != len(seen.attentions):
@@ -178,7 +179,7 @@ def extended_in_depth(
             lambda name, origin: shapes[name] == seen.specs[origin].shape,
             kinds(seen.specs),
         )
-    except RequestError:
+    except LayerError:
         return None
     if any(seen.specs[origin[name]].shape != shape for name, shape in shapes.items()):
         return None
@@ -224,8 +225,10 @@ def observe(family: Family) -> Observation:
     the experts chosen by a router) is run for real, if the model is small.
 
     Raises:
-        RequestError: the role or initialization of a parameter cannot be determined (the message gives its name and shape and
-            the operation), or the model does not run on the example batch.
+        RoleError: the role of a parameter cannot be determined; the message gives its name and shape and the operation.
+        InitError: the initialization of a parameter cannot be determined.
+        LayerError: the parameters or the attention layers differ between widths.
+        BuildError: the model cannot be built, or does not run on the example batch.
     """
     family = family.printing_once()
     if family.base.depth > LAYERS:
@@ -233,7 +236,7 @@ def observe(family: Family) -> Observation:
             model = build(family, family.base)
         try:
             seen = _watch(family.with_base(family.base.with_(depth=LAYERS)))
-        except RequestError:  # some models have a minimum depth
+        except ModelError:  # a few layers may not build, or may leave parameters unused that the whole model uses
             return _watch(family)
         return extended_in_depth(seen, shapes_of(model), inits.named(model)) or _watch(family)
     return _watch(family)
@@ -250,7 +253,7 @@ def _watch(family: Family) -> Observation:
         shapes, wide = shapes_of(model), shapes_of(wider)
         if wide.keys() != shapes.keys():
             unmatched = sorted(wide.keys() ^ shapes.keys())[0]
-            raise RequestError(
+            raise LayerError(
                 f"{unmatched} exists at one width but not at the other: a family must have the same parameters at all widths."
             )
         check_patterns(check_roles(family.roles, f"roles of {family.name}"), shapes, family.name)
@@ -480,7 +483,7 @@ def _axes_for(role: str, name: str, grows: tuple[bool, ...], uses: list[Use], do
     growing = [axis for axis, grow in enumerate(grows) if grow]
     fitting = ["hidden"] if len(growing) > 1 and "in" in seen else possible(len(growing))
     if role not in fitting and not (dotted and role == "output"):
-        raise RequestError(
+        raise RoleError(
             f"{name} was given the role {role}, but {len(growing)} of its axes grow with the width: use {' or '.join(fitting)}."
         )
     into = {"hidden": growing[-1:], "output": growing, "bottleneck": growing}.get(role, [])

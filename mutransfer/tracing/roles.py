@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ..errors import RequestError, nearest
+from ..errors import RoleError, nearest
 from ..family import Family
 from .dataflow import Use
 
@@ -36,15 +36,13 @@ def check_roles(roles: Any, where: str) -> dict[str, str]:
     """Return ``roles`` as a dictionary; ``where`` names their source.
 
     Raises:
-        RequestError: not a dictionary from pattern to role, or an unknown role.
+        RoleError: not a dictionary from pattern to role, or an unknown role.
     """
     if not isinstance(roles, Mapping) or not all(isinstance(pattern, str) for pattern in roles):
-        raise RequestError(f"{where} is {roles!r:.100}: give a dictionary from name pattern to role.")
+        raise RoleError(f"{where} is {roles!r:.100}: give a dictionary from name pattern to role.")
     for pattern, role in roles.items():
         if role not in ROLES:
-            raise RequestError(
-                f"{where} gives {pattern} the role {role!r}, which is unknown: {nearest(str(role), ROLES)}"
-            )
+            raise RoleError(f"{where} gives {pattern} the role {role!r}, which is unknown: {nearest(str(role), ROLES)}")
     return dict(roles)
 
 
@@ -52,25 +50,25 @@ def check_patterns(roles: Mapping[str, str], names: Collection[str], family: str
     """Raise if a pattern matches no parameter: a misspelled override would leave the role that it was meant to correct.
 
     Raises:
-        RequestError: the message suggests the parameter with the nearest name.
+        RoleError: the message suggests the parameter with the nearest name.
     """
     for pattern in roles:
         if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
             close = difflib.get_close_matches(pattern, names, n=1, cutoff=0)
             hint = f"did you mean {close[0]!r}?" if close else "it has no trainable parameters."
-            raise RequestError(f"the role pattern {pattern!r} matches no parameter of {family}: {hint}")
+            raise RoleError(f"the role pattern {pattern!r} matches no parameter of {family}: {hint}")
 
 
 def roles_from(texts: Iterable[str], flag: str) -> dict[str, str]:
     """Parse ``PATTERN=ROLE`` as written on a command line.
 
     Raises:
-        RequestError: the text has another form, or the role is unknown.
+        RoleError: the text has another form, or the role is unknown.
     """
     pairs = [text.rpartition("=") for text in texts]
     for pattern, _, role in pairs:
         if not pattern or not role:
-            raise RequestError(
+            raise RoleError(
                 f"{flag} {pattern + role!r} is not of the form PATTERN=ROLE, as in '*.router.weight=output'."
             )
     return check_roles({pattern: role for pattern, _, role in pairs}, flag)
@@ -98,7 +96,7 @@ def settled(name: str, base: Sequence[int], wide: Sequence[int], use: Use, wider
     channels, which are summed over within groups. ``base`` and ``wide`` are the parameter's shapes in the two uses.
 
     Raises:
-        RequestError: both parts grow.
+        RoleError: both parts grow.
     """
     axes = list(use.axes)
     for axis, (size, wide_size) in enumerate(zip(base, wide, strict=True)):
@@ -113,7 +111,7 @@ def settled(name: str, base: Sequence[int], wide: Sequence[int], use: Use, wider
         ):
             continue
         if count != wide_count and size * wide_count != wide_size * count:
-            raise RequestError(
+            raise RoleError(
                 f"cannot tell the role of {name} {list(base)}: the operation {use.op!r} sums over a part of its axis {axis}, and "
                 "both that part and the rest grow; give each of the two its own axis."
             )
@@ -132,16 +130,16 @@ def roles_of(name: str, shape: tuple[int, ...], grows: tuple[bool, ...], uses: l
     """Return the role of every use: all the same, or those of an embedding and of the readout that is tied to it.
 
     Raises:
-        RequestError: no use, a use whose role cannot be determined, or uses that contradict each other.
+        RoleError: no use, a use whose role cannot be determined, or uses that contradict each other.
     """
     if not uses:
-        raise RequestError(
+        raise RoleError(
             f"{name} {list(shape)} is never used in the forward pass: remove it, freeze it (requires_grad=False), or name its "
             f"role in the family, {_override(name, shape, grows)}."
         )
     roles = [role_of(name, shape, use, grows) for use in uses]
     if len(set(roles)) > 1 and set(roles) != {"input", "output"}:
-        raise RequestError(
+        raise RoleError(
             f"{name} {list(shape)} is used as {' and as '.join(sorted(set(roles)))}: only a readout tied to an embedding "
             "is supported, so give the other use its own parameter."
         )
@@ -163,32 +161,32 @@ def role_of(name: str, shape: tuple[int, ...], use: Use, grows: tuple[bool, ...]
     """Return the role of the parameter in one use (see the table of roles in docs/explanation/rules.md).
 
     Raises:
-        RequestError: an axis that grows enters an operation without a rule.
+        RoleError: an axis that grows enters an operation without a rule.
     """
     growing = [label for grow, label in zip(grows, use.axes, strict=True) if grow]
     if use.op == "weight_norm":
-        raise RequestError(
+        raise RoleError(
             f"{name} {list(shape)} is the magnitude of a weight that is normalized over its outputs as well; it grows with the "
             "square root of the width and has no rule: use weight_norm with dim=0, one magnitude per output."
         )
     if "unknown" in growing:
         if use.op == "_trilinear":  # a given role would count only one of the two axes that it sums over
-            raise RequestError(
+            raise RoleError(
                 f"{name} {list(shape)} is a bilinear form, which sums over two axes and has no rule: use a linear layer for each "
                 "of its two inputs and multiply their results."
             )
-        raise RequestError(
+        raise RoleError(
             f"cannot tell the role of {name} {list(shape)}: it enters the operation {use.op!r}, for which no axis rule is "
             "known; write that step as a matmul, an embedding, a convolution or an entrywise operation, or name the role in "
             f"the family, {_override(name, shape, grows)}."
         )
     if len(growing) > 1 and set(growing) == {"each"} and len(use.axes) > 1 and "in" not in use.axes:
-        raise RequestError(
+        raise RoleError(
             f"cannot tell the role of {name} {list(shape)}: two of its axes grow and the operation {use.op!r} sums over "
             f"neither; name the role in the family, roles={{{name!r}: 'input'}}."
         )
     if use.alone and growing == ["out"]:
-        raise RequestError(
+        raise RoleError(
             f"cannot tell the role of {name} {list(shape)}: it is multiplied by another parameter ({use.op!r}) before any "
             f"activation; multiply the activations with one after the other, or name the role in the family, roles={{{name!r}: "
             "'bottleneck'}."

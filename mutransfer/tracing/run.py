@@ -29,7 +29,7 @@ from .._torch_internals import (
     disable_current_modes,
     tree_map_only,
 )
-from ..errors import RequestError, describe
+from ..errors import BuildError, RequestError, describe
 from ..family import Family, is_lazy, unwrapped
 from ..initialization import InitTracer
 from ..scale import Scale
@@ -269,19 +269,21 @@ def build(family: Family, scale: Scale) -> torch.nn.Module:
     A wrapper by `torch.compile` is removed; parameter names are the same except for its prefix.
 
     Raises:
-        RequestError: the build raised or returned something other than a module, or the example batch does not determine the
+        BuildError: the build raised or returned something other than a module, or the example batch does not determine the
             shapes of lazy parameters.
     """
     seeded(0)
     try:
         with on_cpu():
             model = family.build(scale)
-    except RequestError:
+    except BuildError:
         raise
+    except RequestError as error:  # raised by the user's code: whatever its kind, the model cannot be built
+        raise BuildError(str(error)) from error
     except Exception as error:
-        raise RequestError(f"building {family.name} at {scale} on fake tensors failed ({describe(error)}).") from error
+        raise BuildError(f"building {family.name} at {scale} on fake tensors failed ({describe(error)}).") from error
     if not isinstance(model, torch.nn.Module):
-        raise RequestError(f"build({scale}) returned {type(model).__name__}: return a torch.nn.Module.")
+        raise BuildError(f"build({scale}) returned {type(model).__name__}: return a torch.nn.Module.")
     model = unwrapped(model)
     if is_lazy(model):
         batch = _on_cpu(family.batch)
@@ -296,12 +298,12 @@ def forward(family: Family, model: torch.nn.Module, scale: Scale, inits: InitTra
     ``seed`` seeds the random number generators.
 
     Raises:
-        RequestError: the model does not run on the example batch, or its loss is not a number.
+        BuildError: the model does not run on the example batch, or its loss is not a number.
     """
     try:
         with quiet():
             return _watched(family, model, _on_cpu(family.batch), inits, seed)
-    except RequestError:
+    except BuildError:
         raise
     except Exception as error:
         if sum(each.numel() for each in model.parameters()) > REAL:
@@ -312,7 +314,7 @@ def forward(family: Family, model: torch.nn.Module, scale: Scale, inits: InitTra
         model = build(family, scale)
         try:
             return _watched(family, model, family.batch_on("cpu"), None, seed)
-        except RequestError:
+        except BuildError:
             raise
         except Exception as error:
             raise _does_not_run(family, error, "on its example batch") from error
@@ -335,8 +337,8 @@ def quiet() -> Iterator[None]:
         logger.disabled = before
 
 
-def _does_not_run(family: Family, error: Exception, how: str) -> RequestError:
-    return RequestError(
+def _does_not_run(family: Family, error: Exception, how: str) -> BuildError:
+    return BuildError(
         f"{family.name} does not run {how} ({describe(error)}): check that build, batch and loss fit together, or give a "
         "smaller base."
     )
@@ -347,10 +349,13 @@ def _watched(family: Family, model: torch.nn.Module, batch: object, inits: InitT
     seeded(seed)
     before = drawn_from()
     with torch.no_grad(), unfused(), on_cpu(), tracer:
-        loss = family.loss(model, batch)
+        try:
+            loss = family.loss(model, batch)
+        except RequestError as error:  # raised by the user's code, as in `build`
+            raise BuildError(str(error)) from error
     draws = drawn_from() != before
     if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
-        raise RequestError(f"loss(model, batch) returned {loss!r:.80}: return a tensor with one entry.")
+        raise BuildError(f"loss(model, batch) returned {loss!r:.80}: return a tensor with one entry.")
     return tracer.finish(loss, draws)
 
 

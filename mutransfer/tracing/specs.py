@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..errors import RequestError
+from ..errors import LayerError
 from ..initialization import Init
 from .columns import Columns
 from .dataflow import Attention
@@ -40,14 +40,14 @@ def match_layers(
         kinds: name in the base → what two layers of one kind have in common, such as their shapes and growing axes.
 
     Raises:
-        RequestError: a parameter on one side has no counterpart on the other.
+        LayerError: a parameter on one side has no counterpart on the other.
     """
     if target.keys() == base.keys():
         return {name: name for name in target}
     found = dict(_matched(_tree(target), _tree(base), fits or (lambda *_: True), kinds or {}))
     missing = sorted(set(base) - set(found.values()))
     if missing:
-        raise RequestError(f"{missing[0]} is in the base but has no counterpart in the target: build the same modules.")
+        raise LayerError(f"{missing[0]} is in the base but has no counterpart in the target: build the same modules.")
     return {name: found[name] for name in target}
 
 
@@ -114,9 +114,9 @@ def _could_be(target: Tree, base: Tree, fits: Fits) -> bool:
     return _looks(target) == _looks(base) and all(fits(a[0], b[0]) for a, b in zip(ours, theirs, strict=True))
 
 
-def _unmatched(tree: Tree) -> RequestError:
+def _unmatched(tree: Tree) -> LayerError:
     name = next(iter(_leaves(tree)))[0]
-    return RequestError(
+    return LayerError(
         f"{name} is in the target, but nothing in the base looks like it: use a base depth with every kind of layer."
     )
 
@@ -206,16 +206,16 @@ class ParamSpec:
         mixed columns, all are counted, or with ``apart`` only those that grow.
 
         Raises:
-            RequestError: another axis differs.
+            LayerError: another axis differs.
         """
         name = name or self.name
         if len(shape) != len(self.shape):
-            raise RequestError(f"{name} has shape {list(shape)} in the target and {list(self.shape)} in the base.")
+            raise LayerError(f"{name} has shape {list(shape)} in the target and {list(self.shape)} in the base.")
         m_in = m_out = 1.0
         for axis, (label, grows, size, base) in enumerate(zip(self.axes, self.grows, shape, self.shape, strict=True)):
             if not grows:
                 if size not in (base, base * deeper):
-                    raise RequestError(
+                    raise LayerError(
                         f"axis {axis} of {name} is {size} in the target and {base} in the base, yet does not grow when "
                         "the width doubles: build both with the same data, vocabulary and fixed sizes."
                     )
@@ -225,7 +225,7 @@ class ParamSpec:
             else:
                 m_out *= size / base
         if self.turned and m_in != m_out:
-            raise RequestError(
+            raise LayerError(
                 f"{name} is used in both orientations, so each of its axes is summed over once, but they grow by {m_in:g} and "
                 f"{m_out:g} from the base to {list(shape)}: let both grow equally, or give each use its own parameter."
             )

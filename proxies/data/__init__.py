@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mutransfer.errors import RequestError, nearest
+from mutransfer.errors import DataError, nearest
 
 from .base import Batch as Batch
 from .base import Data as Data
@@ -21,22 +21,22 @@ def load_data(spec: str, sequence_length: int = 128) -> Data:
         sequence_length: T, tokens per sequence; ignored for images.
 
     Raises:
-        RequestError: if the name is unknown, or the files are missing, unreadable or too small.
+        DataError: if the name is unknown, or the files are missing, unreadable or too small.
     """
     name, colon, path = spec.partition(":")
     known = {choice.partition(":")[0]: choice for choice in NAMES}
     if spec == "none":
-        raise RequestError(
+        raise DataError(
             "the data is none because the user trainer loads its own: start that trainer with the settings that `mutransfer "
             f"transfer RUN --width W --to pytorch` writes, or name one of {', '.join(NAMES)}."
         )
     if name not in known:
-        raise RequestError(f"unknown data {spec!r}: {nearest(name, known)}")
+        raise DataError(f"unknown data {spec!r}: {nearest(name, known)}")
     if known[name].endswith(":PATH"):
         if not path:
-            raise RequestError(f"the data {spec!r} has no path: write {known[name]}.")
+            raise DataError(f"the data {spec!r} has no path: write {known[name]}.")
     elif colon:
-        raise RequestError(f"the data {name!r} takes no path, but {spec!r} gives one: write {name}.")
+        raise DataError(f"the data {name!r} takes no path, but {spec!r} gives one: write {name}.")
 
     # Import only the requested source: importing scikit-learn alone takes a second.
     match name:

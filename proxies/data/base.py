@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mutransfer.errors import RequestError
+from mutransfer.errors import DataError
 
 __all__ = [
     "Batch",
@@ -130,20 +130,20 @@ def split_at_the_end(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def check_sequence_length(sequence_length: int) -> None:
-    """Raise `RequestError` if the sequence length is less than one token."""
+    """Raise `DataError` if the sequence length is less than one token."""
     if sequence_length < 1:
-        raise RequestError(f"the sequence length is {sequence_length}: it should be at least 1 token.")
+        raise DataError(f"the sequence length is {sequence_length}: it should be at least 1 token.")
 
 
 def require_tokens(where: object, training: np.ndarray, held_out: np.ndarray, sequence_length: int) -> None:
-    """Raise `RequestError` unless both parts have at least 2·(sequence_length + 1) tokens, which is two windows."""
+    """Raise `DataError` unless both parts have at least 2·(sequence_length + 1) tokens, which is two windows."""
     check_sequence_length(sequence_length)
     part, found = min(("training", len(training)), ("held-out", len(held_out)), key=lambda pair: pair[1])
     needed = 2 * (sequence_length + 1)
     if found < needed:
         longest = found // 2 - 1
         shorter = f" or a sequence length of at most {longest}" if longest >= 1 else ""
-        raise RequestError(
+        raise DataError(
             f"{where} has {found} tokens in its {part} part, but sequences of {sequence_length} tokens need at least "
             f"{needed}: give a larger corpus{shorter}."
         )

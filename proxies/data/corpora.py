@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import DTypeLike
 
-from mutransfer.errors import RequestError
+from mutransfer.errors import DataError
 
 from .base import Tokens, require_tokens, split_at_the_end
 
@@ -37,12 +37,12 @@ __all__ = [
 
 @contextlib.contextmanager
 def naming_the_file(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Turn a failure to read ``path``, or a file below it, into a `RequestError` that names the file."""
+    """Turn a failure to read ``path``, or a file below it, into a `DataError` that names the file."""
     try:
         yield
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)
-        raise RequestError(
+        raise DataError(
             f"cannot read {error.filename or path} ({reason}): make it readable or give another path."
         ) from error
 
@@ -55,16 +55,16 @@ def existing(path: str, expected: str) -> Path:
         expected: description of an acceptable path, for error messages.
 
     Raises:
-        RequestError: if ``path`` is neither a regular file nor a folder.
+        DataError: if ``path`` is neither a regular file nor a folder.
     """
     if not path or "\0" in path:
-        raise RequestError(f"{path!r} is not a path: give {expected}.")
+        raise DataError(f"{path!r} is not a path: give {expected}.")
     found = Path(path).expanduser()
     with naming_the_file(found):
         if not found.exists():
-            raise RequestError(f"there is no {found}: give {expected}.")
+            raise DataError(f"there is no {found}: give {expected}.")
         if not (found.is_file() or found.is_dir()):
-            raise RequestError(f"{found} is neither a regular file nor a folder: give {expected}.")
+            raise DataError(f"{found} is neither a regular file nor a folder: give {expected}.")
     return found
 
 
@@ -77,7 +77,7 @@ def read_tree(root: Path, skip_folder: Callable[[str], bool], keep: Callable[[st
         The content of each file by its path relative to ``root`` (with ``/``), sorted by path.
 
     Raises:
-        RequestError: if a folder or a file cannot be read.
+        DataError: if a folder or a file cannot be read.
     """
 
     def refuse(error: OSError) -> None:
@@ -137,7 +137,7 @@ def load_text(path: str, sequence_length: int) -> Tokens:
         sequence_length: T, tokens (bytes) per sequence.
 
     Raises:
-        RequestError: if the path is missing, unreadable, empty, or holds too few bytes.
+        DataError: if the path is missing, unreadable, empty, or holds too few bytes.
     """
     source = existing(path, "a text file or a folder of text files")
     if source.is_dir():
@@ -149,7 +149,7 @@ def load_text(path: str, sequence_length: int) -> Tokens:
         training, held_out = split_at_the_end(map_tokens(source, np.uint8))
         split = LAST_TENTH
     if not len(training):
-        raise RequestError(f"{source} is empty (0 tokens): give a file or folder with text in it.")
+        raise DataError(f"{source} is empty (0 tokens): give a file or folder with text in it.")
     require_tokens(source, training, held_out, sequence_length)
     return Tokens(
         name="text",
@@ -214,12 +214,12 @@ def load_standard_library(sequence_length: int, root: str | None = None) -> Toke
         root: folder of Python source to use instead of the running Python's.
 
     Raises:
-        RequestError: if there is no source on this machine (as with some embedded Pythons), or too little of it.
+        DataError: if there is no source on this machine (as with some embedded Pythons), or too little of it.
     """
     folder = existing(root or sysconfig.get_paths()["stdlib"], "a folder of Python source")
     files = read_tree(folder, _skipped, _is_source)
     if not files:
-        raise RequestError(f"{folder} holds no Python source files: give your own text as text:PATH.")
+        raise DataError(f"{folder} holds no Python source files: give your own text as text:PATH.")
     held_out = {path: content for path, content in files.items() if _is_held_out(path)}
     training_bytes = row(content for path, content in files.items() if path not in held_out)
     held_out_bytes = row(held_out.values())
@@ -272,14 +272,14 @@ def load_token_file(path: str, sequence_length: int) -> Tokens:
         sequence_length: T, tokens per sequence.
 
     Raises:
-        RequestError: if a file is missing, unreadable, empty, too small, or not a raw array of uint16.
+        DataError: if a file is missing, unreadable, empty, too small, or not a raw array of uint16.
     """
     source = existing(path, "a .bin file of uint16 tokens or a folder with train.bin and val.bin")
     if source.is_dir():
         names = [source / "train.bin", source / "val.bin"]
         for name in names:
             if not name.is_file():
-                raise RequestError(f"there is no {name}: give a folder with train.bin and val.bin, or one .bin file.")
+                raise DataError(f"there is no {name}: give a folder with train.bin and val.bin, or one .bin file.")
         training, held_out = (_map(name) for name in names)
         scans = [_scan(name) for name in names]
         sha256 = hashlib.sha256("".join(digest for digest, _ in scans).encode()).hexdigest()
@@ -311,12 +311,12 @@ def _map(path: Path) -> np.ndarray:
     with naming_the_file(path):
         size = path.stat().st_size
     if not size:
-        raise RequestError(f"{path} is empty (0 tokens): write uint16 tokens to it, as nanoGPT's prepare.py does.")
+        raise DataError(f"{path} is empty (0 tokens): write uint16 tokens to it, as nanoGPT's prepare.py does.")
     if size % 2:
-        raise RequestError(f"{path} has {size} bytes, an odd number: it should be a raw array of uint16 tokens.")
+        raise DataError(f"{path} has {size} bytes, an odd number: it should be a raw array of uint16 tokens.")
     tokens = map_tokens(path, "<u2")
     if size >= 4 and int(tokens[0]) + (int(tokens[1]) << 16) == HEADED_MAGIC:
-        raise RequestError(
+        raise DataError(
             f"{path} begins with llm.c's header of 1024 bytes, which would be read as tokens: remove it, for example with "
             f"`tail -c +1025 {path.name} > bare.bin`."
         )

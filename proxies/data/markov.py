@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from scipy.special import entr
 
-from mutransfer.errors import RequestError
+from mutransfer.errors import DataError
 
 from .base import VALIDATION_SEQUENCES, Batch, Data, batches_of, check_sequence_length, generator, next_token
 
@@ -75,20 +75,18 @@ def load_markov(
         language: seed of the successors and their probabilities.
 
     Raises:
-        RequestError: if the sizes do not define a language, or give more than 4096 contexts.
+        DataError: if the sizes do not define a language, or give more than 4096 contexts.
     """
     check_sequence_length(sequence_length)
     contexts = vocabulary**order
     if order < 1 or not 2 <= branching <= vocabulary or contexts > LARGEST_CONTEXTS:
-        raise RequestError(
+        raise DataError(
             f"a Markov language of order {order} with {vocabulary} symbols and {branching} successors cannot be built: "
             f"the order should be at least 1, the successors 2 to {vocabulary}, and the number of contexts ({contexts}) at most "
             f"{LARGEST_CONTEXTS}."
         )
     if sequence_length < order:
-        raise RequestError(
-            f"sequences of {sequence_length} tokens are shorter than the order {order}: make them longer."
-        )
+        raise DataError(f"sequences of {sequence_length} tokens are shorter than the order {order}: make them longer.")
     random = generator("markov language", language, vocabulary, order, branching)
     others = 1 + np.argsort(random.random((contexts, vocabulary - 1)), axis=1)[:, : branching - 1]
     successors = np.concatenate([np.zeros((contexts, 1), dtype=np.int64), others], axis=1)
