@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mutransfer as mt
-from mutransfer.errors import RequestError
+from mutransfer.errors import RequestError, SettingsError
 from mutransfer.scale import Scale
 
 from .helpers import families
@@ -147,6 +147,35 @@ def test_a_damaged_plan_is_answered_in_a_sentence(key: str, value: Any, tmp_path
     path.write_text(json.dumps(data), encoding="utf-8")
     with pytest.raises(RequestError, match=re.escape(str(path))):
         mt.Plan.load(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "sentence"),
+    [
+        ("scale", KeyError, " is damaged (the key 'scale' is missing): write it again."),
+        ("scale", [64], " is damaged (scale: [64] holds no keys and values): write it again."),
+        ("base.width", 0, " is damaged (base: width is 0: give a whole number of at least 1): write it again."),
+        ("optimizer", "adamww", " is for the optimizer 'adamww': did you mean 'adamw'?"),
+        ("parameters.1.lr", None, " is damaged (parameters.1.lr is None: it should be a valid number): write it again."),
+        ("parameters.1.lrr", 1, " is damaged (unknown key 'parameters.1.lrr': did you mean 'lr'?): write it again."),
+        ("parameters.1.shape", [1.5], " is damaged (parameters.1.shape.0 is 1.5: it should be a valid integer): write it again."),
+        ("parameters.1.init.kind", "x", " is damaged (parameters.1.init: unknown initialization 'x'): write it again."),
+        ("recipe.lr", 0, ", recipe: lr is 0: it should be greater than 0."),
+    ],
+)  # fmt: skip
+def test_the_sentence_names_what_is_damaged_and_the_next_move(key: str, value: Any, sentence: str) -> None:
+    family = families.mlp()
+    data = damaged(mt.plan(family, family.base).as_dict(), key, value)
+    with pytest.raises(SettingsError) as caught:
+        mt.Plan.from_dict(data, "plan.json")
+    assert str(caught.value) == "plan.json" + sentence
+
+
+def test_a_plan_is_written_again_byte_for_byte(tmp_path: Path) -> None:
+    family = families.transformer(width=16, depth=1, tied=True)
+    plan = mt.plan(family, Scale(64, 2))
+    first = plan.save(tmp_path / "plan.json").read_bytes()
+    assert mt.Plan.load(tmp_path / "plan.json").save(tmp_path / "again.json").read_bytes() == first
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", "null"])

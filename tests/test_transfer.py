@@ -202,6 +202,11 @@ def edited(tmp_path: Path, change: Any) -> Path:
         (lambda data: data.update(parameters=["x"]), "damaged"),
         (lambda data: data["parameters"][0]["init"].update(kind="cauchy"), "damaged"),
         (lambda data: data.update(optimizer="adamw"), "damaged"),
+        (lambda data: data.pop("tokens"), "is damaged (the key 'tokens' is missing): run `mutransfer transfer` again."),
+        (
+            lambda data: data.update(batch_size=True),
+            "is damaged (batch_size is True: it should be a valid integer): run",
+        ),
         (lambda data: data.update(clip=2.0), "clip contradicts"),
         (lambda data: data["schedule"].update(steps=7), "schedule contradicts"),
         (lambda data: data["recipe"].update(lr=1.0), "lr of embedding.weight is"),

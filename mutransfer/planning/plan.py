@@ -8,20 +8,21 @@ by a norm that is the same for both.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pandas as pd
 import torch
+from pydantic import AfterValidator, BeforeValidator, ConfigDict
 from torch import nn
 from torch.nn.utils import parametrize
 
 from .._torch_internals import multiply_all_
+from ..config import Number, Settings, Whole, exact, read_by
 from ..errors import LayerError, RequestError, SettingsError, nearest
 from ..family import is_lazy
 from ..initialization import Init, draw_
@@ -44,6 +45,7 @@ __all__ = [
 FORMAT = "mutransfer-plan/1"
 
 
+@exact
 @dataclass(frozen=True)
 class ParameterPlan:
     """Initialization and optimizer settings of one parameter; the columns are those of `schemas.PARAMETERS`.
@@ -55,20 +57,20 @@ class ParameterPlan:
     """
 
     name: str
-    shape: tuple[int, ...]
+    shape: tuple[Whole, ...]
     role: str
-    m_in: float
-    m_out: float
-    init: Init
-    lr: float
-    weight_decay: float
-    eps: float | None
-    lr_factor: float
-    wd_factor: float
-    eps_factor: float | None
-    init_factor: float | None
-    gauge: float
-    multiplier: float = 1.0
+    m_in: Number
+    m_out: Number
+    init: Annotated[Init, read_by(Init.from_dict)]
+    lr: Number
+    weight_decay: Number
+    eps: Number | None
+    lr_factor: Number
+    wd_factor: Number
+    eps_factor: Number | None
+    init_factor: Number | None
+    gauge: Number
+    multiplier: Number = 1.0
     columns: tuple[ColumnBlock, ...] = ()
 
     def times(self, settings: Factors, factors: Factors | None = None) -> ParameterPlan:
@@ -307,29 +309,15 @@ class Plan:
         """
         if not isinstance(data, dict) or "parameters" not in data or "recipe" not in data:
             raise SettingsError(f"{where} is not a plan: expected the keys scale, base, recipe and parameters.")
-        try:
-            rows = tuple(_read_row(row) for row in data["parameters"])
-            scales = Scale(**data["scale"]), Scale(**data["base"])
-            names = table(data["parametrization"]).name, str(data["optimizer"])
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise SettingsError(f"{where} holds a damaged plan ({error}): write it again.") from None
-        if names[1] not in OPTIMIZERS:
-            raise SettingsError(f"{where} is for the optimizer {names[1]!r}: {nearest(names[1], OPTIMIZERS)}")
-        recipe = Recipe.read(data["recipe"], f"{where}, recipe")
-        return cls(*scales, *names, recipe, rows, tuple(data.get("notes", ())))
-
-
-def _read_row(row: dict[str, Any]) -> ParameterPlan:
-    data = {key: value for key, value in row.items() if key != "init_std"}
-    columns = tuple(ColumnBlock(**each) for each in row.get("columns", ()))
-    plan = ParameterPlan(
-        **{**data, "shape": tuple(row["shape"]), "init": Init.from_dict(row["init"]), "columns": columns}
-    )
-    numbers = plan.m_in, plan.m_out, plan.lr, plan.weight_decay, plan.lr_factor, plan.wd_factor, plan.gauge
-    optional = [number for number in (plan.eps, plan.eps_factor, plan.init_factor) if number is not None]
-    if not all(math.isfinite(number) for number in (*numbers, *optional)):
-        raise TypeError(f"a setting of {plan.name} is not a finite number")
-    return plan
+        found = _PlanFile.read(data, where, "write it again")
+        if found.optimizer not in OPTIMIZERS:
+            raise SettingsError(
+                f"{where} is for the optimizer {found.optimizer!r}: {nearest(found.optimizer, OPTIMIZERS)}"
+            )
+        recipe = Recipe.read(found.recipe, f"{where}, recipe")
+        return cls(
+            found.scale, found.base, found.parametrization, found.optimizer, recipe, found.parameters, found.notes
+        )
 
 
 def matched(plan: Plan, model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
@@ -364,6 +352,12 @@ def _refuse_difference(names: Iterable[str], here: str, there: str) -> None:
         )
 
 
+def _without_std(row: Any) -> Any:
+    """Return a row without the standard deviation, which follows from ``init``."""
+    return {key: value for key, value in row.items() if key != "init_std"} if isinstance(row, dict) else row
+
+
+@exact
 @dataclass(frozen=True)
 class ColumnBlock:
     """Entries ``begin`` to ``end`` of the axis that a layer sums over, whose inputs are multiplied by ``multiplier``.
@@ -371,11 +365,25 @@ class ColumnBlock:
     ``gauge`` is how much larger these entries are, relative to the layer's other columns, than in the table's source.
     """
 
-    axis: int
-    begin: int
-    end: int
-    multiplier: float
-    gauge: float
+    axis: Whole
+    begin: Whole
+    end: Whole
+    multiplier: Number
+    gauge: Number
+
+
+class _PlanFile(Settings):
+    """A plan as `Plan.save` writes it; a target config holds the same keys among others."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    scale: Annotated[Scale, read_by(lambda data: Scale(**data))]
+    base: Annotated[Scale, read_by(lambda data: Scale(**data))]
+    parametrization: Annotated[str, AfterValidator(lambda name: table(name).name)]
+    optimizer: str
+    recipe: Any
+    parameters: tuple[Annotated[ParameterPlan, BeforeValidator(_without_std)], ...]
+    notes: tuple[str, ...] = ()
 
 
 class ColumnMultiplier:

@@ -12,14 +12,16 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BeforeValidator, Field
 from torch.overrides import TorchFunctionMode
 
 from .. import run_dir
 from .._torch_internals import FakeTensorMode, tree_map_only
-from ..errors import BuildError, RequestError, SettingsError, nearest
+from ..config import Settings, Whole, read_by
+from ..errors import BuildError, RequestError, SettingsError
 from ..family import Family
 from ..initialization import InitTracer
 from ..io import read_json, write_json
@@ -52,6 +54,47 @@ KEYS = (
     "format", "model", "options", "data", "sequence_length", "scale", "base", "parametrization", "optimizer", "recipe",
     "parameters", "groups", "schedule", "clip", "batch_size", "steps", "tokens", "seed", "provenance", "warnings", "notes",
 )  # fmt: skip
+
+Count, Name = Annotated[Whole, Field(ge=1)], Annotated[str, Field(min_length=1)]
+
+
+def _as_json(value: Any) -> Any:
+    """Return an independent copy of ``value`` as JSON data, with tuples as lists."""
+    try:
+        return json.loads(json.dumps(value, allow_nan=False))
+    except (TypeError, ValueError):
+        raise ValueError(f"{value!s:.200} cannot be stored as JSON: give a dictionary that can.") from None
+
+
+class TargetValues(Settings):
+    """The settings of a target run besides its plan; see `TargetConfig`."""
+
+    model: Name
+    options: Annotated[dict[str, Any], BeforeValidator(_as_json)]
+    data: Name
+    sequence_length: Count
+    batch_size: Count
+    steps: Count
+    seed: Annotated[Whole, Field(ge=0)]
+    provenance: Annotated[dict[str, Any], BeforeValidator(_as_json)]
+    warnings: tuple[str, ...]
+
+
+class _TargetFile(TargetValues):
+    """A target config as `TargetConfig.save` writes it; `Plan.from_dict` reads the plan in it, and the rest follows from both."""
+
+    format: str
+    scale: Any
+    base: Any
+    parametrization: Any
+    optimizer: Annotated[str, read_by(lambda data: str(data["name"]))]
+    recipe: Any
+    parameters: Any
+    groups: Any
+    schedule: Any
+    clip: Any
+    tokens: Any
+    notes: Any
 
 
 @dataclass(frozen=True)
@@ -88,24 +131,9 @@ class TargetConfig:
     read_from: Path = field(default=Path(), compare=False)
 
     def __post_init__(self) -> None:
-        for name, least in (("sequence_length", 1), ("batch_size", 1), ("steps", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise SettingsError(f"{name} is {value!r}: give a whole number of at least {least}.")
-        for name in ("model", "data"):
-            if not isinstance(getattr(self, name), str) or not getattr(self, name):
-                raise SettingsError(f"{name} is {getattr(self, name)!r}: give its name as on the command line.")
+        checked = TargetValues(**{name: getattr(self, name) for name in TargetValues.model_fields})
         for name in ("options", "provenance"):
-            value = getattr(self, name)
-            try:
-                plain = json.loads(json.dumps(value, allow_nan=False))  # an independent copy, with tuples as lists
-            except (TypeError, ValueError):
-                plain = None
-            if not isinstance(plain, dict):
-                raise SettingsError(f"{name} is {value!s:.200}: give a dictionary that can be stored as JSON.")
-            object.__setattr__(self, name, plain)
-        if not all(isinstance(text, str) for text in self.warnings):
-            raise SettingsError(f"warnings is {self.warnings!s:.200}: give a sequence of strings.")
+            object.__setattr__(self, name, getattr(checked, name))
 
     def found(self) -> tuple[dict[str, str], str | None]:
         """Return the references to model, data and trainer relative to the current folder, and the folder that they are in.
@@ -169,25 +197,19 @@ class TargetConfig:
         """Read a config that `save` wrote.
 
         Raises:
-            RequestError: the file is missing, is not a target config, is damaged, or was edited so that its parts contradict
-                each other.
+            FileError: the file is missing or not JSON.
+            SettingsError: it is not a target config, is damaged, or was edited so that its parts contradict each other.
         """
         data = read_json(path, "a target config, as `mutransfer transfer` writes it")
         _refuse_other_files(data, path)
+        found = _TargetFile.read(data, str(path), "run `mutransfer transfer` again")
+        plan = Plan.from_dict({**data, "optimizer": found.optimizer}, str(path))
+        values = {name: getattr(found, name) for name in TargetValues.model_fields}
+        target = cls(plan=plan, read_from=Path(path).parent, **values)
         try:
-            plan = Plan.from_dict({**data, "optimizer": data["optimizer"]["name"]}, str(path))
-            table(plan.parametrization)
-            names = ("model", "options", "data", "sequence_length", "batch_size", "steps", "seed", "provenance")
-            target = cls(
-                plan=plan, warnings=tuple(data["warnings"]), read_from=Path(path).parent,
-                **{name: data[name] for name in names},
-            )  # fmt: skip
             again = json.loads(json.dumps(target.as_dict()))
-        except RequestError as error:
-            sentence = str(error)
-            raise RequestError(sentence if str(path) in sentence else f"{path}: {sentence}") from None
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise RequestError(f"{path} holds a damaged target config ({_text(error)}): write it again.") from None
+        except RequestError as error:  # the recipe does not fit the optimizer
+            raise type(error)(f"{path}: {error}") from None
         target._refuse_contradictions(again, data, path)
         return target
 
@@ -195,7 +217,7 @@ class TargetConfig:
         """Raise if a key that follows from others was edited: the edit would otherwise be silently ignored."""
         for key in KEYS:
             if again[key] != data[key]:
-                raise RequestError(
+                raise SettingsError(
                     f"{path}: {key} contradicts the rest of the file, from which it is derived: change the recipe and run "
                     "`mutransfer transfer` again instead of editing it."
                 )
@@ -205,7 +227,7 @@ class TargetConfig:
             for row in self.plan.rows:
                 lr, _ = rule.of(row).base(recipe)
                 if row.multiplier == 1 and not math.isclose(row.lr, lr * row.lr_factor, rel_tol=1e-9):
-                    raise RequestError(
+                    raise SettingsError(
                         f"{path}: lr of {row.name} is {row.lr:g}, which is not the recipe's lr {lr:g} times its factor "
                         f"{row.lr_factor:g}: run `mutransfer transfer` again instead of editing it."
                     )
@@ -299,16 +321,6 @@ def _refuse_other_files(data: Any, path: Any) -> None:
         raise SettingsError(
             f"{path} {what}, so it is not a target config ({FORMAT}): make one with `mutransfer transfer RUN --width W`."
         )
-    for key in KEYS:
-        if key not in data:
-            raise SettingsError(f"{path}: the key {key!r} is missing: run `mutransfer transfer` again.")
-    for key in data:
-        if key not in KEYS:
-            raise SettingsError(f"{path}: unknown key {key!r}: {nearest(key, KEYS)}")
-
-
-def _text(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 TABLE_1 = "TP-V 2203.03466, Table 1"
