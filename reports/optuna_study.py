@@ -1,79 +1,25 @@
-"""Rebuild an Optuna study from a trials frame, and draw Optuna's plots without pyplot."""
+"""Rebuild an Optuna study from a trials frame: its search space, its trials, and the importances of its hyperparameters."""
 
 from __future__ import annotations
 
 import contextlib
-import importlib
-import threading
+import math
 import warnings
-from collections.abc import Iterator, Sequence
-from types import SimpleNamespace
+from collections.abc import Iterator
 from typing import Any
 
-import matplotlib
 import optuna
 import pandas as pd
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+from optuna.importance import PedAnovaImportanceEvaluator
 from optuna.trial import TrialState
 
 from mutransfer.errors import FrameError
 from mutransfer.schemas import TRIALS
 
-__all__ = ["as_losses", "drawable", "fence_of", "hyperparameters", "is_lost", "plotted", "search_space", "study_of"]
-
-# plot function → the module in which it looks up `plt`
-HOMES = {
-    "plot_slice": "optuna.visualization.matplotlib._slice",
-    "plot_param_importances": "optuna.visualization.matplotlib._param_importances",
-    "plot_parallel_coordinate": "optuna.visualization.matplotlib._parallel_coordinate",
-}
-_LOCK = threading.Lock()
-
-
-class _Pyplot:
-    """Replacement for the parts of pyplot that Optuna's plots use.
-
-    The real pyplot would choose a backend for the whole process (that of a window system, if there is one) and keep a
-    reference to every figure, and the plots would set the style "ggplot" for everything drawn afterwards.
-    """
-
-    def __init__(self) -> None:
-        self.style = SimpleNamespace(use=lambda name: None)
-        self.figure = Figure()
-
-    def subplots(self, *shape: int, figsize: Any = None, **options: Any) -> tuple[Figure, Any]:
-        self.figure = Figure(figsize=figsize, layout="constrained")
-        FigureCanvasAgg(self.figure)  # bar labels are measured while they are drawn
-        return self.figure, self.figure.subplots(*shape, **options)
-
-    def get_cmap(self, name: str) -> Any:
-        return matplotlib.colormaps[name]
-
-    def xticks(self, ticks: Sequence[float], labels: Sequence[str], **style: Any) -> None:
-        self.figure.axes[0].set_xticks(ticks, labels, **style)
-
-
-def plotted(name: str, study: optuna.Study, **options: Any) -> Figure:
-    """Return the figure that the function ``name`` of ``optuna.visualization.matplotlib`` draws of ``study``."""
-    with _replaced_pyplot(_Pyplot(), HOMES[name]) as pyplot, warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        getattr(optuna.visualization.matplotlib, name)(study, **options)
-    return pyplot.figure
-
-
-@contextlib.contextmanager
-def _replaced_pyplot(pyplot: _Pyplot, home: str) -> Iterator[_Pyplot]:
-    """Replace ``plt`` in Optuna's module ``home`` by ``pyplot``, in one thread at a time."""
-    module: Any = importlib.import_module(home)
-    with _LOCK:
-        original, module.plt = module.plt, pyplot
-        try:
-            yield pyplot
-        finally:
-            module.plt = original
-
+__all__ = [
+    "as_losses", "drawable", "fence_of", "hyperparameters", "importances", "is_lost", "positions", "search_space", "study_of",
+]  # fmt: skip
 
 LOG_FROM = 3.0  # a positive hyperparameter that spans at least this factor gets a log axis
 FEWEST = 2
@@ -140,6 +86,19 @@ def search_space(trials: pd.DataFrame) -> dict[str, BaseDistribution]:
     return space
 
 
+def positions(trials: pd.DataFrame, name: str) -> pd.Series:
+    """Return where the values of one hyperparameter lie on an axis: numbers as they are, categories by their index.
+
+    Categories are in the order of their distribution's choices (`search_space`); a missing value is NaN.
+    """
+    values, space = _numbers(trials[name]), search_space(trials)[name]
+    if not isinstance(space, CategoricalDistribution):
+        assert values is not None
+        return values
+    index = {str(choice): float(i) for i, choice in enumerate(space.choices)}
+    return trials[name].map(lambda value: math.nan if pd.isna(value) else index[str(value)]).astype("float64")
+
+
 def as_losses(trials: pd.DataFrame, maximize: bool) -> pd.DataFrame:
     """Return a copy of the trials with values to minimize: a metric to maximize is negated."""
     return trials.assign(value=-trials["value"]) if maximize else trials.copy()
@@ -167,6 +126,13 @@ def study_of(trials: pd.DataFrame, values: pd.Series) -> optuna.Study:
         study = optuna.create_study(direction="minimize")
         study.add_trials(made)
     return study
+
+
+def importances(study: optuna.Study) -> dict[str, float]:
+    """Return the share of each hyperparameter in the sum of all importances, in descending order (PED-ANOVA, 2304.10255)."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        return optuna.importance.get_param_importances(study, evaluator=PedAnovaImportanceEvaluator())
 
 
 def _numbers(column: pd.Series) -> pd.Series | None:

@@ -1,9 +1,8 @@
-"""Figures of a search: its history and, drawn by Optuna, slices, parallel coordinates and hyperparameter importances."""
+"""Figures of a search: its history, slices, parallel coordinates and hyperparameter importances."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator, PercentFormatter
-from optuna.distributions import CategoricalDistribution, FloatDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 
 from mutransfer.errors import FrameError
 from mutransfer.reports.optuna_study import (
@@ -23,8 +21,9 @@ from mutransfer.reports.optuna_study import (
     drawable,
     fence_of,
     hyperparameters,
+    importances,
     is_lost,
-    plotted,
+    positions,
     search_space,
     study_of,
 )
@@ -162,7 +161,7 @@ HEADROOM = 0.1  # fraction of the height, reserved for the crosses
 
 @dataclass(frozen=True, eq=False)
 class SliceFigure(ReportFigure):
-    """`optuna.visualization.matplotlib.plot_slice` of the complete trials (schema TRIALS), with diverged ones along the top.
+    """Loss of the complete trials (schema TRIALS) against each hyperparameter, with diverged trials along the top.
 
     Raises:
         FrameError: if the frame lacks a column, or there are too few trials or hyperparameters to compare.
@@ -202,51 +201,56 @@ class SliceFigure(ReportFigure):
         """Return the figure."""
         bad = is_lost(self.trials)
         values = self.trials["value"].where(self.trials["state"].eq("COMPLETE") & ~bad)
-        shown = self.trials[
-            [column for column in self.trials if column not in hyperparameters(self.trials)] + self.names
-        ]
-        fence, count = fence_of(values), len(self.names)
-        study = study_of(shown, values.where(values <= fence))
+        fence, count, space = fence_of(values), len(self.names), search_space(self.trials)
+        order = self.trials["number"].sort_values().index  # later trials are drawn over earlier ones
+        losses = values.where(values <= fence)[order]
         with styled():
-            figure = plotted("plot_slice", study, target_name="negated metric" if self.maximize else "validation loss")
-            figure.set_size_inches(max(2.0 * count + 1.2, 5.6), 3.3)
-            figure.suptitle("")
-            *panels, bar = figure.axes
-            bar.set_ylabel("trial")
-            _height(panels[0], values[values <= fence])
-            beyond = self.trials[values > fence]
-            best = self.trials.loc[values.idxmin()]
+            figure = Figure(figsize=(max(2.0 * count + 1.2, 5.6), 3.3), layout="constrained")
+            panels = figure.subplots(1, count, sharey=True, squeeze=False)[0]
             for axes, name in zip(panels, self.names, strict=True):
-                self._panel(axes, name, best)
-                self._on_top(axes, name, self.trials[bad], "x", 1 - 0.4 * HEADROOM, "lost")
-                self._on_top(axes, name, beyond, "^", 1 - 0.9 * HEADROOM, "beyond")
+                x = positions(self.trials, name)
+                _value_axis(axes, name, space[name])
+                shown = losses.notna() & x[order].notna()
+                dots = axes.scatter(
+                    x[order][shown], losses[shown], c=self.trials["number"][order][shown], cmap=ORDER, s=20,
+                    edgecolor="white", linewidth=0.4, alpha=0.9, gid="complete",
+                )  # fmt: skip
+                dots.set_clim(*self.trials["number"][order][losses.notna()].agg(["min", "max"]))
+                if not math.isnan(at := x[values.idxmin()]):
+                    axes.plot([at], [values.min()], "o", markersize=10, mfc="none", color=INK, gid="best")
+                _on_top(axes, x[bad], "x", 1 - 0.4 * HEADROOM, "lost")
+                _on_top(axes, x[values > fence], "^", 1 - 0.9 * HEADROOM, "beyond")
+            panels[0].set_ylabel("negated metric" if self.maximize else "validation loss")
+            _height(panels[0], values[values <= fence])
+            figure.colorbar(dots, ax=panels, label="trial")
         return figure
 
-    def _panel(self, axes: Axes, name: str, best: pd.Series) -> None:
-        """Restyle one of Optuna's panels and mark the best trial in it."""
-        axes.collections[0].set(cmap=ORDER, sizes=[20], edgecolor="white", linewidth=0.4, alpha=0.9, gid="complete")
-        axes.set_title("")
-        axes.set_xlabel(plain(name, 22), parse_math=False)
-        space = search_space(self.trials)[name]
-        if isinstance(space, CategoricalDistribution):
-            axes.set_xticks(_places(axes, space.choices), [plain(str(choice), 12) for choice in space.choices])
-            axes.set_xlim(-0.6, len(space.choices) - 0.4)
-            literal(axes.get_xticklabels())
-        elif isinstance(space, FloatDistribution):
-            value_axis(axes.xaxis, space.low, space.high, powers=name == "lr")
-            pad = 0.05 * (math.log(space.high / space.low) if space.log else space.high - space.low)
-            factor = math.exp(pad)
-            axes.set_xlim(
-                *((space.low / factor, space.high * factor) if space.log else (space.low - pad, space.high + pad))
-            )
-        at = _places(axes, [best[name]])
-        axes.plot(at, [best["value"]] * len(at), "o", markersize=10, mfc="none", color=INK, gid="best")
 
-    def _on_top(self, axes: Axes, name: str, trials: pd.DataFrame, mark: str, height: float, gid: str) -> None:
-        """Mark trials that cannot be drawn at their loss, at ``height`` (a fraction of the panel)."""
-        x = _places(axes, trials[name])
-        style: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "color": colour("sp"), "markersize": 4.5}
-        axes.plot(x, [height] * len(x), mark, mfc="none", gid=gid, **style)
+def _value_axis(axes: Axes, name: str, space: BaseDistribution) -> None:
+    """Label the x axis of a panel: with the categories, or with numbers between the ends of the range."""
+    axes.set_xlabel(plain(name, 22), parse_math=False)
+    if isinstance(space, CategoricalDistribution):
+        axes.set_xticks(range(len(space.choices)), [plain(str(choice), 12) for choice in space.choices])
+        axes.set_xlim(-0.6, len(space.choices) - 0.4)
+        literal(axes.get_xticklabels())
+        return
+    assert isinstance(space, FloatDistribution)
+    low, high = space.low, space.high
+    if space.log:
+        axes.set_xscale("log")
+        factor = (high / low) ** 0.05
+        axes.set_xlim(low / factor, high * factor)
+    else:
+        pad = 0.05 * (high - low)
+        axes.set_xlim(low - pad, high + pad)
+    value_axis(axes.xaxis, low, high, powers=name == "lr")
+
+
+def _on_top(axes: Axes, x: pd.Series, mark: str, height: float, gid: str) -> None:
+    """Mark trials that cannot be drawn at their loss, at ``height`` (a fraction of the panel)."""
+    at = x.dropna()
+    style: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "color": colour("sp"), "markersize": 4.5}
+    axes.plot(at, [height] * len(at), mark, mfc="none", gid=gid, **style)
 
 
 def _height(axes: Axes, values: pd.Series) -> None:
@@ -259,24 +263,13 @@ def _height(axes: Axes, values: pd.Series) -> None:
         axes.set_ylim(low - 0.07 * span, high + (0.04 + 1.3 * HEADROOM) * span)
 
 
-def _places(axes: Axes, values: Iterable[Any]) -> list[float]:
-    """Return the positions of values on the x axis.
-
-    Optuna draws categories by their ``repr``, and a category that is not on the axis yet gets the next position.
-    """
-    known = [value for value in values if not pd.isna(value)]
-    if not axes.xaxis.have_units():
-        return [float(value) for value in known]
-    return [float(axes.xaxis.convert_units(repr(str(value)))) for value in known]
-
-
 MOST_AXES = 8
 SHELF = 0.08  # height at which diverged trials are drawn above the shown losses, as a fraction of the loss axis
 
 
 @dataclass(frozen=True, eq=False)
 class ParallelFigure(ReportFigure):
-    """`optuna.visualization.matplotlib.plot_parallel_coordinate` of the complete trials and the diverged ones.
+    """Parallel coordinates of the complete trials (schema TRIALS) and the diverged ones: one line per trial.
 
     Losses above Tukey's fence (the upper quartile plus 1.5 times the interquartile range) are drawn at the fence, because one
     bad trial would compress all others into a line. Diverged trials are drawn above the fence.
@@ -325,6 +318,8 @@ class ParallelFigure(ReportFigure):
         )
         if beyond:
             text += f" Drawn at the height of {number(fence)}: {counted(beyond, 'trial')} with a larger loss."
+        if self.trials.loc[self.clipped[0].notna(), self.names].isna().any(axis=None):
+            text += " A line that ends at “not set” is of a trial without that hyperparameter."
         if is_lost(self.trials).any():
             text += " Dashed lines from the top are trials that diverged or failed."
         hidden = len(hyperparameters(self.trials)) - len(self.names)
@@ -333,23 +328,31 @@ class ParallelFigure(ReportFigure):
     def draw(self) -> Figure:
         """Return the figure."""
         heights, fence, beyond = self.clipped
-        space, gone = search_space(self.trials), is_lost(self.trials).any()
-        # The best trials are drawn last, on top of the others.
-        ranked = self.trials.assign(number=heights.rank(ascending=False, method="first", na_option="top").astype(int))
+        drawn = heights.sort_values(
+            ascending=False, kind="stable"
+        ).dropna()  # the best trials last, on top of the others
+        trials, space = self.trials.loc[drawn.index], search_space(self.trials)
+        bottom, top = float(drawn.min()), float(drawn.max())
+        if bottom == top:
+            bottom, top = bottom - (0.05 * abs(bottom) or 0.5), top + (0.05 * abs(top) or 0.5)
         with styled():
-            figure = plotted("plot_parallel_coordinate", study_of(ranked, heights), params=self.names)
-            main, bar, *others = figure.axes
-            figure.set_size_inches(max(1.35 * len(self.names) + 2.4, 6.4), 3.9)
-            main.set_title("")
-            main.grid(visible=False)
-            main.set_xticks(
-                range(len(self.names) + 1),
-                ["−metric" if self.maximize else "loss", *(plain(name, 18) for name in self.names)],
-                rotation=0,
-            )
-            (lines,) = (found for found in main.collections if isinstance(found, LineCollection))
+            figure = Figure(figsize=(max(1.35 * len(self.names) + 2.4, 6.4), 3.9), layout="constrained")
+            main = figure.subplots()
+            _frame(main, spine="left")
+            main.set_xlim(0, len(self.names))
+            main.set_ylim(bottom, top)
+            shares = []
+            for i, name in enumerate(self.names, 1):
+                axes = main.twinx()
+                _frame(axes, spine="right", at=i / len(self.names))
+                shares.append(_share(axes, name, positions(self.trials, name)[drawn.index], space[name]))
+            y = np.column_stack([drawn, *(bottom + (top - bottom) * share for share in shares)])
+            x = np.arange(len(self.names) + 1)
+            lines = LineCollection([np.column_stack([x, row]) for row in y], array=drawn.to_numpy())
             _restyle(lines, fence)
-            bottom = float(heights.min())
+            main.add_collection(lines)
+            main.set_xticks(x, ["−metric" if self.maximize else "loss", *(plain(name, 18) for name in self.names)])
+            literal(main.get_xticklabels())
             ticks = [
                 tick
                 for tick in MaxNLocator(5).tick_values(bottom, fence)
@@ -358,27 +361,63 @@ class ParallelFigure(ReportFigure):
             main.set_yticks(
                 [*ticks, fence], [*map(number, ticks), ("≥\u00a0" if beyond else "") + number(float(f"{fence:.3g}"))]
             )
-            if bottom < fence:
-                bar.set_ylim(bottom, fence)
-            bar.set_ylabel("negated metric" if self.maximize else "validation loss")
-            for axes, name in zip(others, self.names, strict=True):
-                axes.grid(visible=False)
-                axes.spines["right"].set_visible(True)
-                if isinstance(values := space[name], FloatDistribution):
-                    value_axis(axes.yaxis, values.low, values.high, powers=name == "lr")
-                else:
-                    choices = [plain(label.get_text(), 14) for label in axes.get_yticklabels()]
-                    axes.set_yticks(axes.get_yticks(), choices)
-                    literal(axes.get_yticklabels())
-                for label in axes.get_yticklabels():
-                    label.set_bbox({"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 0.6})
-            literal(main.get_xticklabels())
-            if gone:
+            bar = figure.colorbar(lines, ax=main, label="negated metric" if self.maximize else "validation loss")
+            if drawn.min() < fence:
+                bar.ax.set_ylim(float(drawn.min()), fence)
+            if is_lost(trials).any():
                 dashes = Line2D(
                     [], [], color=colour("sp"), linestyle=(0, (3, 2)), linewidth=1, label="diverged or failed"
                 )
                 figure.legend(handles=[dashes], loc="outside upper left")
         return figure
+
+
+MISSING = 0.08  # height above the lower end of an axis at which its range begins if some trials have no value on it
+
+
+def _frame(axes: Axes, spine: str, at: float = 0.0) -> None:
+    """Show one spine of ``axes``, ``at`` a fraction of its width, and no grid."""
+    axes.grid(visible=False)
+    for side, line in axes.spines.items():
+        line.set_visible(side == spine)
+    if spine == "right":
+        axes.spines["right"].set_position(("axes", at))
+        axes.xaxis.set_visible(False)
+
+
+def _share(axes: Axes, name: str, x: pd.Series, space: BaseDistribution) -> pd.Series:
+    """Label a vertical axis of hyperparameter values, and return the height of each value, from 0 to 1."""
+    start = MISSING if x.isna().any() else 0.0
+    if isinstance(space, CategoricalDistribution):
+        low, high, log = 0.0, len(space.choices) - 1.0, False
+        axes.set_ylim(low - start / (1 - start) * (high - low), high)
+        axes.set_yticks(range(len(space.choices)), [plain(str(choice), 14) for choice in space.choices])
+        literal(axes.get_yticklabels())
+    else:
+        assert isinstance(space, FloatDistribution)
+        low, high, log = space.low, space.high, space.log
+        if log:
+            axes.set_yscale("log")
+            axes.set_ylim(low / (high / low) ** (start / (1 - start)), high)
+        else:
+            axes.set_ylim(low - start / (1 - start) * (high - low), high)
+        value_axis(axes.yaxis, low, high, powers=name == "lr")
+        if start and not log:
+            axes.set_yticks([tick for tick in axes.get_yticks() if low <= tick <= high])
+    labels = axes.get_yticklabels()
+    if start:
+        at = axes.spines["right"].get_position()[1], 0.0
+        away: dict[str, Any] = {
+            "xycoords": "axes fraction",
+            "textcoords": "offset points",
+            "va": "center",
+            "fontsize": 8,
+        }
+        labels.append(axes.annotate("not set", at, (4, 0), **away))
+    for label in labels:
+        label.set_bbox({"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 0.6})
+    share = (np.log(x / low) / math.log(high / low)) if log else (x - low) / (high - low)
+    return (start + (1 - start) * share).fillna(0.0)
 
 
 def _restyle(lines: LineCollection, fence: float) -> None:
@@ -399,9 +438,10 @@ FEWEST = 20  # minimum number of complete trials: the best tenth has to be more 
 
 @dataclass(frozen=True, eq=False)
 class ImportanceFigure(ReportFigure):
-    """`optuna.visualization.matplotlib.plot_param_importances` of the trials (schema TRIALS) that ended with a loss.
+    """Importances of the hyperparameters among the trials (schema TRIALS) that ended with a loss.
 
-    Uses Optuna's default evaluator, PED-ANOVA (2304.10255). It ignores diverged trials, so the caption gives their number.
+    They are those of PED-ANOVA (2304.10255), as Optuna implements it (`optuna.importance`). It ignores diverged trials, so the
+    caption gives their number.
 
     Raises:
         FrameError: if the frame lacks a column, or there are too few trials or hyperparameters to rank.
@@ -442,31 +482,19 @@ class ImportanceFigure(ReportFigure):
 
     def draw(self) -> Figure:
         """Return the figure."""
-        study = study_of(self.trials, self.trials["value"].where(self._complete))
+        shares = importances(study_of(self.trials, self.trials["value"].where(self._complete)))
         with styled():
-            figure = plotted("plot_param_importances", study)
-            (axes,) = figure.axes
-            figure.set_size_inches(6.4, 0.9 + 0.3 * len(axes.patches))
-            axes.set(title="", xlabel="share of the importance", ylabel="")
-            axes.set_title("", loc="left")
-            if legend := axes.get_legend():
-                legend.remove()
+            figure = Figure(figsize=(6.4, 0.9 + 0.3 * len(shares)), layout="constrained")
+            axes = figure.subplots()
+            bars = axes.barh(range(len(shares)), list(shares.values()), height=0.62, color=colour("mup"))
+            labels = [f"{share:.0%}" if share >= 0.01 else "under 1%" for share in shares.values()]
+            axes.bar_label(bars, labels, padding=4, fontsize=8.5)
+            axes.set_yticks(range(len(shares)), [plain(name) for name in shares])
+            literal(axes.get_yticklabels())
+            axes.invert_yaxis()
             axes.grid(visible=False, axis="y")
             axes.tick_params(axis="y", length=0)
-            bars: list[Any] = list(axes.patches)
-            for bar in bars:
-                bar.set(color=colour("mup"), height=0.62)
-            for label in axes.texts:
-                _format_share(label)
+            axes.set_xlabel("share of the importance")
             axes.xaxis.set_major_formatter(PercentFormatter(1.0))
-            axes.set_xlim(0, 1.12 * max(bar.get_width() for bar in bars))
-            axes.set_yticks(axes.get_yticks(), [plain(label.get_text()) for label in axes.get_yticklabels()])
-            literal(axes.get_yticklabels())
+            axes.set_xlim(0, 1.12 * max(shares.values()))
         return figure
-
-
-def _format_share(label: Text) -> None:
-    """Format the label of a bar as a percentage, slightly off the end of the bar."""
-    share = label.get_text()
-    text = f"{float(share):.0%}" if share[:1].isdigit() else "under 1%"
-    label.set(text=f" {text}", fontsize=8.5)

@@ -1,7 +1,8 @@
-"""Optuna's plots in our style: from the frame alone, on no global state, with the diverged trials in them."""
+"""Figures of a search: from the frame alone, on no global state, with the diverged trials in them."""
 
 from __future__ import annotations
 
+import subprocess
 import sys
 
 import matplotlib
@@ -14,7 +15,7 @@ from matplotlib.figure import Figure
 
 from mutransfer.errors import RequestError
 from mutransfer.reports import ImportanceFigure, ParallelFigure, SliceFigure
-from mutransfer.reports.optuna_study import HOMES, fence_of, search_space, study_of
+from mutransfer.reports.optuna_study import fence_of, positions, search_space, study_of
 from mutransfer.schemas import TRIALS
 
 from ..helpers.sets import extended_but
@@ -52,7 +53,6 @@ def test_csv_redraws_it(make, searched, tmp_path):
 
 @pytest.mark.parametrize("make", ALL)
 def test_nothing_global_is_touched(make, searched):
-    theirs = {home: sys.modules[home].plt for home in HOMES.values() if home in sys.modules}
     before = dict(matplotlib.rcParams), matplotlib.get_backend(auto_select=False), optuna.logging.get_verbosity()
     make(searched).png()
     after = dict(matplotlib.rcParams), matplotlib.get_backend(auto_select=False), optuna.logging.get_verbosity()
@@ -60,7 +60,6 @@ def test_nothing_global_is_touched(make, searched):
     from matplotlib import _pylab_helpers
 
     assert not _pylab_helpers.Gcf.figs
-    assert all(sys.modules[home].plt is plt for home, plt in theirs.items())
 
 
 @pytest.mark.parametrize("make", ALL)
@@ -106,11 +105,80 @@ def test_one_diverged_trial_does_not_squash_the_parallel_coordinates(searched):
     assert f"{(complete > fence_of(complete)).sum()} trials with a larger loss" in ParallelFigure(searched).caption
 
 
+def test_every_line_crosses_the_axes_at_its_values(searched):
+    drawn = ParallelFigure(searched).draw()
+    main, *others = drawn.axes[: 1 + len(ParallelFigure(searched).names)]
+    heights = ParallelFigure(searched).clipped[0].dropna().sort_values(ascending=False, kind="stable")
+    lines = np.array(segments(drawn).get_segments())
+    np.testing.assert_allclose(lines[:, 0, 1], heights)
+    space = search_space(searched)
+    for i, (axes, name) in enumerate(zip(others, ParallelFigure(searched).names, strict=True), 1):
+        assert axes.get_yscale() == ("log" if getattr(space[name], "log", False) else "linear")
+        places = axes.transData.inverted().transform(
+            main.transData.transform(np.column_stack([lines[:, i, 0], lines[:, i, 1]]))
+        )
+        np.testing.assert_allclose(places[:, 1], positions(searched, name)[heights.index], rtol=1e-9, atol=1e-9)
+    labels = [label.get_text() for label in others[ParallelFigure(searched).names.index("schedule")].get_yticklabels()]
+    assert labels == list(space["schedule"].choices)
+
+
+def test_a_trial_without_a_value_is_drawn_below_the_range(searched):
+    seldom = searched.assign(seldom=searched["lr"].where(searched["number"] % 5 == 0))
+    figure = ParallelFigure(seldom)
+    drawn = figure.draw()
+    axes = drawn.axes[1 + figure.names.index("seldom")]
+    assert axes.get_yscale() == "log"
+    assert axes.get_ylim()[0] < seldom["seldom"].min()
+    assert [text.get_text() for text in axes.texts] == ["not set"]
+    at = np.array(segments(drawn).get_segments())[:, 1 + figure.names.index("seldom"), 1]
+    missing = seldom.loc[figure.clipped[0].dropna().index, "seldom"].isna().sum()
+    assert (at == drawn.axes[0].get_ylim()[0]).sum() == missing > 0
+    assert "“not set”" in figure.caption
+    assert "“not set”" not in ParallelFigure(searched).caption
+
+
+def test_a_slice_is_on_the_scale_of_its_hyperparameter(searched):
+    figure, space = SliceFigure(searched), search_space(searched)
+    panels = dict(zip(figure.names, figure.draw().axes, strict=False))
+    for name, axes in panels.items():
+        assert axes.get_xscale() == ("log" if getattr(space[name], "log", False) else "linear")
+        values = positions(searched, name)
+        low, high = axes.get_xlim()
+        assert low < values.min() < values.max() < high
+    assert [label.get_text() for label in panels["schedule"].get_xticklabels()] == ["cosine", "linear", "wsd"]
+
+
+def test_a_metric_to_maximize_has_its_best_at_the_bottom(searched):
+    metric = searched.assign(value=-searched["value"])
+    for make in ALL:
+        assert make(metric, maximize=True).frame().equals(metric)
+    best, other = (next(line for line in make.draw().axes[0].lines if line.get_gid() == "best")
+                   for make in (SliceFigure(metric, maximize=True), SliceFigure(searched)))  # fmt: skip
+    assert best.get_xydata().tolist() == other.get_xydata().tolist()
+
+
+def test_nothing_imports_pyplot(searched, tmp_path):
+    TRIALS.write(searched, tmp_path / "trials.csv")
+    code = (
+        "import sys; from mutransfer.reports import ImportanceFigure, ParallelFigure, SliceFigure\n"
+        "from mutransfer.schemas import TRIALS\n"
+        "trials = TRIALS.read(sys.argv[1])\n"
+        "for make in (SliceFigure, ParallelFigure, ImportanceFigure): make(trials).png()\n"
+        "print('matplotlib.pyplot' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "trials.csv"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["False"]
+
+
 def test_importance_is_that_of_what_matters(searched):
     axes = ImportanceFigure(searched).draw().axes[0]
     names = [label.get_text() for label in axes.get_yticklabels()]
     widths = [bar.get_width() for bar in axes.patches]
     assert names[int(np.argmax(widths))] == "lr"
+    assert widths == sorted(widths, reverse=True)
+    assert axes.yaxis_inverted()  # the most important one is at the top
     assert sum(widths) == pytest.approx(1.0)
 
 
