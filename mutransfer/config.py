@@ -6,15 +6,17 @@ from collections.abc import Callable, Iterable
 from dataclasses import fields, is_dataclass
 from typing import Annotated, Any, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, PlainValidator, Strict, ValidationError, with_config
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, Strict, ValidationError, with_config
 
 from .errors import SettingsError, describe, nearest
 
-__all__ = ["Number", "Settings", "Whole", "exact", "parse", "read_by"]
+__all__ = ["Number", "Positive", "Settings", "Whole", "exact", "parse", "read_by"]
 
 T = TypeVar("T", bound=BaseModel)
 # Types and configuration of dataclasses that are read from files which a program wrote.
-Number, Whole = Annotated[float, Strict()], Annotated[int, Strict()]
+Number = Annotated[float, Strict()]
+Whole = Annotated[int, Strict()]
+Positive = Annotated[Whole, Field(ge=1)]
 exact = with_config(ConfigDict(extra="forbid", allow_inf_nan=False))
 
 

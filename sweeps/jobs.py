@@ -368,7 +368,10 @@ class _Suspended:
     def _report(self, step: int, loss: float) -> bool:
         if self._closed:  # the function has caught the first GreenletExit
             raise GreenletExit
-        return self._greenlet.parent.switch((step, loss))
+        parent = self._greenlet.parent
+        assert parent is not None
+        stop: bool = parent.switch((step, loss))
+        return stop
 
     def __exit__(self, *_: object) -> None:
         """End the function if it is suspended: ``report`` raises GreenletExit there."""

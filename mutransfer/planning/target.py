@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from .. import run_dir
 from .._torch_internals import FakeTensorMode, tree_map_only
-from ..config import Settings, Whole, read_by
+from ..config import Positive, Settings, Whole, read_by
 from ..errors import BuildError, RequestError, SettingsError
 from ..family import Family
 from ..initialization import InitTracer
@@ -55,7 +55,7 @@ KEYS = (
     "parameters", "groups", "schedule", "clip", "batch_size", "steps", "tokens", "seed", "provenance", "warnings", "notes",
 )  # fmt: skip
 
-Count, Name = Annotated[Whole, Field(ge=1)], Annotated[str, Field(min_length=1)]
+Name = Annotated[str, Field(min_length=1)]
 
 
 def _as_json(value: Any) -> Any:
@@ -72,9 +72,9 @@ class TargetValues(Settings):
     model: Name
     options: Annotated[dict[str, Any], BeforeValidator(_as_json)]
     data: Name
-    sequence_length: Count
-    batch_size: Count
-    steps: Count
+    sequence_length: Positive
+    batch_size: Positive
+    steps: Positive
     seed: Annotated[Whole, Field(ge=0)]
     provenance: Annotated[dict[str, Any], BeforeValidator(_as_json)]
     warnings: tuple[str, ...]

@@ -327,20 +327,20 @@ class Decompositions:
 
     def _added(self, op: Operation, name: str) -> list[Operation]:
         """Return the steps of ``stream + factor * added``; empty if the operation is not such a sum."""
-        stream, *others = op.args
+        stream, a, b = (*op.args, None, None)[:3]
         beta, factor = op.kwargs.get("beta", 1), op.kwargs.get("value", op.kwargs.get("alpha", 1))
         steps: list[Operation] = []
         match name:
             case "addcmul":
-                steps = [self._step(op, "mul", *others[:2], numbers=op.numbers[1:3])]
+                steps = [self._step(op, "mul", a, b, numbers=op.numbers[1:3])]
             case "addcdiv":
-                steps = [self._step(op, "div", *others[:2], numbers=op.numbers[1:3])]
+                steps = [self._step(op, "div", a, b, numbers=op.numbers[1:3])]
             case "lerp":
-                steps = [self._step(op, "sub", others[0], stream)]
-                steps.append(self._step(op, "mul", steps[0].out, others[1], numbers=(None, *op.numbers[2:3])))
+                steps = [self._step(op, "sub", a, stream)]
+                steps.append(self._step(op, "mul", steps[0].out, b, numbers=(None, *op.numbers[2:3])))
             case "addmm" | "addmv" | "baddbmm":
                 contract = {"addmm": "mm", "addmv": "mv", "baddbmm": "bmm"}[name]
-                steps = [self._step(op, contract, *others[:2])]
+                steps = [self._step(op, contract, a, b)]
             case _:
                 return []
         if factor != 1:

@@ -143,7 +143,7 @@ def _source(branch: int, stream: int, graph: ValueGraph, above: list[int], befor
     """
     if above[branch] >> stream & 1:
         return stream if all(above[each] >> stream & 1 for each in _history(branch, before)) else 0
-    whole, region = graph.pieces.get(stream, (0, None))
+    whole, region = graph.pieces.get(stream, (0, (0, ())))
     if not whole or not above[branch] >> whole & 1:
         return 0
     pending, seen = [branch], {branch}
@@ -151,7 +151,7 @@ def _source(branch: int, stream: int, graph: ValueGraph, above: list[int], befor
         node = pending.pop()
         if node == whole:
             return whole
-        its_whole, its_region = graph.pieces.get(node, (0, None))
+        its_whole, its_region = graph.pieces.get(node, (0, (0, ())))
         if its_whole != whole or meet(its_region, region):
             more = {parent for parent in graph.parents[node] if parent >= whole} - seen
             seen |= more
