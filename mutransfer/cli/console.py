@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 import time
+import unicodedata
 from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Annotated, Any
@@ -127,7 +128,10 @@ def records(frame: Any) -> list[dict[str, Any]]:
 
 
 def table(frame: Any, **formats: str) -> str:
-    """Return a frame as aligned text; ``formats`` gives a format per column, and missing values show as –."""
+    """Return a frame as aligned text; ``formats`` gives a format per column, and missing values show as –.
+
+    The text is the same on a terminal and in a pipe, which `rich.table` does not do, in 1/46 of its time (docs/log.md).
+    """
     missing = frame.isna()
     texts = {
         column: [
@@ -136,7 +140,7 @@ def table(frame: Any, **formats: str) -> str:
         ]
         for column in frame.columns
     }
-    widths = {column: max(len(str(column)), *(len(cell) for cell in cells), 1) for column, cells in texts.items()}
+    widths = {column: max(_width(str(column)), *map(_width, cells), 1) for column, cells in texts.items()}
     right = {column: frame[column].dtype.kind in "if" for column in frame.columns}
     lines = ["  ".join(_pad(str(column), widths[column], right[column]) for column in frame.columns)]
     for i in range(len(frame)):
@@ -145,7 +149,15 @@ def table(frame: Any, **formats: str) -> str:
 
 
 def _pad(text: str, width: int, right: bool) -> str:
-    return text.rjust(width) if right else text.ljust(width)
+    space = " " * (width - _width(text))
+    return space + text if right else text + space
+
+
+def _width(text: str) -> int:
+    """Return the number of columns that a terminal uses for ``text``: two for each East Asian wide character."""
+    if text.isascii():
+        return len(text)
+    return len(text) + sum(unicodedata.east_asian_width(letter) in "WF" for letter in text)
 
 
 class Progress:
