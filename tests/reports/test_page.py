@@ -14,7 +14,7 @@ from html.parser import HTMLParser
 import pandas as pd
 import pytest
 
-from mutransfer.errors import RequestError
+from mutransfer.errors import FrameError, RequestError
 from mutransfer.io import write_json
 from mutransfer.reports import page as page_module
 from mutransfer.reports import write_report
@@ -211,7 +211,7 @@ def test_any_one_file_is_enough(run, core, keep):
 
 def test_what_the_core_refuses_is_a_sentence_on_the_page(run, core, monkeypatch):
     def refuse(coordinates):
-        raise RequestError("one width is no slope: add `--widths`.")
+        raise FrameError("one width is no slope: add `--widths`.")
 
     monkeypatch.setattr(sys.modules["mutransfer.coord_check"], "verdict", refuse)
     assert "one width is no slope" in Page(write_report(without(run, "basins", "trials"))).text
