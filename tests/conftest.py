@@ -9,12 +9,16 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 
 from .helpers import sets
 
 torch.set_num_threads(1)  # small models: more threads only add noise
+
+hypothesis.settings.register_profile("unhurried", deadline=None)  # a busy machine is no failure
+hypothesis.settings.load_profile("unhurried")
 
 # What a shell starts in the background ignores Ctrl-C, and so would every process that a test starts and interrupts.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -25,10 +26,14 @@ BASE = mt.Scale(32, 2, batch=8, tokens=8000)
 RECIPE = {"lr": 2**-7, "weight_decay": 0.1, "betas": (0.9, 0.95), "eps": 1e-8}
 
 
-def planned(name: str, scale: mt.Scale = BASE, optimizer: str = "adamw", **recipe: Any) -> mt.Plan:
+@functools.cache
+def family() -> mt.Family:
     plain = families.transformer()
-    family = mt.Family(plain.build, plain.batch, plain.loss, BASE)
-    return plan_of(family, scale, "mup", optimizer, mt.Recipe.read({**RECIPE, "law": name, **recipe}, "recipe"))
+    return mt.Family(plain.build, plain.batch, plain.loss, BASE)
+
+
+def planned(name: str, scale: mt.Scale = BASE, optimizer: str = "adamw", **recipe: Any) -> mt.Plan:
+    return plan_of(family(), scale, "mup", optimizer, mt.Recipe.read({**RECIPE, "law": name, **recipe}, "recipe"))
 
 
 @given(st.sampled_from(sorted(LAWS)), RATIOS, RATIOS, RATIOS, RATIOS, RATIOS, RATIOS)
