@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from greenlet import GreenletExit, greenlet
+from greenlet import GreenletExit, getcurrent, greenlet
 
 from mutransfer.errors import RequestError, describe
 from mutransfer.family import Family
@@ -350,6 +350,7 @@ class _Suspended:
     outcome: Outcome
 
     def __init__(self, function: Callable[[Callable[[int, float], bool]], Outcome]) -> None:
+        self._loop = getcurrent()
         self._greenlet = greenlet(lambda stop: function(self._report))
         self._greenlet.gr_context = contextvars.copy_context()  # such as numpy's error state
         self._closed = False
@@ -368,9 +369,7 @@ class _Suspended:
     def _report(self, step: int, loss: float) -> bool:
         if self._closed:  # the function has caught the first GreenletExit
             raise GreenletExit
-        parent = self._greenlet.parent
-        assert parent is not None
-        stop: bool = parent.switch((step, loss))
+        stop: bool = self._loop.switch((step, loss))
         return stop
 
     def __exit__(self, *_: object) -> None:
