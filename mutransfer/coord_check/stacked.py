@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.func import functional_call
+from torch.func import functional_call, stack_module_state
 
 from ..family import Family
 from .measure import Inputs, Pass, Tensors, Watched, watch
@@ -51,19 +51,19 @@ class StackedModels:
         batch: Any,
     ) -> None:
         self.family, self.model, self.size, self.batch = family, models[0], len(models), batch
-        self.program = _Loss(family, self.model, batch)
+        # Wrapped, because `stack_module_state` compares classes, and a builder may define its model's class anew for each.
+        programs = [_Loss(family, each, batch) for each in models]
+        self.program = programs[0]
         originals = dict(self.model.named_parameters())
         self.optimizer = make_optimizer(self.model)
         if self.size == 1:
             self.parameters: Tensors = dict(originals)
             self.buffers: Tensors = {}
         else:
-            self.parameters = {
-                name: _stacked(models, name).requires_grad_(originals[name].requires_grad) for name in originals
-            }
-            self.buffers = {
-                name: torch.stack([_buffer(m, name) for m in models]) for name, _ in self.model.named_buffers()
-            }
+            self.parameters, self.buffers = (
+                {name.removeprefix("model."): each for name, each in stacks.items()}
+                for stacks in stack_module_state(programs)
+            )
             self._replace_parameters({id(each): self.parameters[name] for name, each in originals.items()})
 
     def forward(self, watched: Watched, start: Pass | None, first: Tensors | None) -> tuple[torch.Tensor, Pass]:
@@ -162,11 +162,3 @@ def _runs_under_vmap(stack: StackedModels) -> bool:
         for name, each in kept.items():
             stack.buffers[name].copy_(each)
     return True
-
-
-def _stacked(models: Sequence[torch.nn.Module], name: str) -> torch.Tensor:
-    return torch.stack([model.get_parameter(name).detach() for model in models])
-
-
-def _buffer(model: torch.nn.Module, name: str) -> torch.Tensor:
-    return model.get_buffer(name)

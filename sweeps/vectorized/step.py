@@ -243,6 +243,8 @@ class Stack:
     """
 
     def __init__(self, family: Family, model: nn.Module, size: int, trained: set[str], moving: set[str]) -> None:
+        # Not `torch.func.stack_module_state`: it needs all K models at once, and stacks the buffers that no pass changes as well.
+        # Slots are filled, and refilled, with one model at a time.
         self.size, self.model, self.program = size, model, _Loss(family, model)
         parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
         self.trained = {name: _empty(each, size) for name, each in parameters.items() if name in trained}

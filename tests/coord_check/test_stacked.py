@@ -161,3 +161,49 @@ def test_a_seed_that_blows_up_leaves_its_neighbours_alone() -> None:
     for seed in (0, 2):
         ours, others = (each[each["seed"] == seed].reset_index(drop=True) for each in (spoiled, healthy))
         pd.testing.assert_frame_equal(ours, others)
+
+
+def tied_in_a_class_of_its_own(scale: mt.Scale) -> nn.Module:
+    class Tied(nn.Module):  # a builder may define it, so that no two models have the same class
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.norm = nn.Embedding(17, scale.width), nn.LayerNorm(scale.width)
+            self.mixed = nn.Linear(scale.width, scale.width).requires_grad_(False)
+            self.readout = nn.Linear(scale.width, 17, bias=False)
+            self.readout.weight = self.embed.weight
+            self.register_buffer("count", torch.zeros((), dtype=torch.long))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.readout(self.norm(self.mixed(self.embed(x))))
+
+    return Tied()
+
+
+def test_a_stack_holds_what_its_models_hold() -> None:
+    """Tied matrices once, frozen ones without a gradient, and models whose builder defines their class each time."""
+    models = [tied_in_a_class_of_its_own(mt.Scale(8)) for _ in range(3)]
+    family = mt.Family(tied_in_a_class_of_its_own, families.token_batch(), families.loss, mt.Scale(8))
+    stack = stacked.StackedModels(
+        family,
+        models,
+        lambda model: torch.optim.SGD(each for each in model.parameters() if each.requires_grad),
+        family.batch,
+    )
+    names = [name for name, _ in models[0].named_parameters()]
+    assert list(stack.parameters) == names
+    assert "readout.weight" not in names
+    for name in names:
+        assert stack.parameters[name].is_leaf
+        assert stack.parameters[name].requires_grad == models[0].get_parameter(name).requires_grad
+        for i, model in enumerate(models):
+            assert torch.equal(stack.parameters[name][i], model.get_parameter(name))
+    assert {name: (each.dtype, tuple(each.shape)) for name, each in stack.buffers.items()} == {
+        "count": (torch.long, (3,))
+    }
+    losses, _ = stack.forward(stacked.Watched({}, {}), None, None)
+    alone = torch.stack([families.loss(each, family.batch) for each in models])
+    torch.testing.assert_close(losses, alone)
+    stack.backward(losses)
+    for i, (model, loss) in enumerate(zip(models, alone, strict=True)):
+        (grad,) = torch.autograd.grad(loss, model.embed.weight, retain_graph=True)
+        torch.testing.assert_close(stack.parameters["embed.weight"].grad[i], grad)
