@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -280,7 +281,8 @@ def _posterior(basin: _Basin, per_width: list[_Basin]) -> tuple[np.ndarray, np.n
     scale = float(np.ptp(basin.means)) or 1.0
     prior = np.array([0.0] * min(len(z), 3) + [1 / size**2 if size > 1e-9 * scale else math.inf for size in sizes])
     design, prior = design[:, np.isfinite(prior)], prior[np.isfinite(prior)]
-    variance = max(noise / len(basin.losses), (1e-10 * scale) ** 2)
+    # The square of a spread below 1e-152 would be 0, and divided by.
+    variance = max(noise / len(basin.losses), (1e-10 * scale) ** 2, sys.float_info.min)
     # Invert the stacked rows, not their products: without noise, the prior would be rounded away in a sum with 1 / variance.
     inverse = np.linalg.pinv(np.vstack([design / math.sqrt(variance), np.diag(np.sqrt(prior))]), rcond=1e-14)
     covariance = inverse @ inverse.T

@@ -316,6 +316,11 @@ def test_a_regret_is_worth_the_compute_that_buys_as_much() -> None:
     assert worth(optima(rising, -6.0), rising) is None
 
 
+def test_losses_that_differ_by_less_than_a_square_can_hold() -> None:
+    found = optima(made(lambda width, seed, x: 1e-200 * x if width == 16 else 0.0, seeds=[0], grid=[0, 1]), 0.0)
+    assert found["best_loss"].tolist() == pytest.approx([0.0, 0.0], abs=1e-100)
+
+
 @settings(deadline=None, max_examples=60)
 @given(st.data())
 def test_whatever_was_measured_there_is_a_verdict(data: st.DataObject) -> None:
