@@ -252,13 +252,8 @@ def test_the_run_folders_reference_names_every_file() -> None:
 
 def test_the_api_reference_has_every_public_name() -> None:
     page = (ROOT / "docs/reference/api/mutransfer.md").read_text(encoding="utf-8")
-    homes = re.findall(r"^::: (\S+)$", page, re.MULTILINE)
-    found = {name.rpartition(".")[2] for name in homes}
-    assert set(mt.__all__) <= found
-    for path in (ROOT / "docs/reference/api").glob("*.md"):
-        for name in re.findall(r"^::: (\S+)$", path.read_text(encoding="utf-8"), re.MULTILINE):
-            module, _, attribute = name.rpartition(".")
-            assert hasattr(importlib.import_module(module), attribute), name
+    found = {name.rpartition(".")[2] for name in re.findall(r"^::: (\S+)$", page, re.MULTILINE)}
+    assert set(mt.__all__) <= found  # that each has a home with a docstring, the strict build says
 
 
 # Links and the site.
