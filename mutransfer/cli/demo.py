@@ -72,7 +72,7 @@ def demo(
     from ..sweeps.tune import tune
     from .check import begin, judge, summary
     from .console import Progress
-    from .transfer import observed_model
+    from .transfer import target_of_run
     from .verify import text_of, verify_run
 
     start = time.perf_counter()
@@ -111,7 +111,7 @@ def demo(
     COORDINATES.write(pd.concat([frame, control_frame], ignore_index=True), folder.coordinates)
     write_json(folder.check, summary(checked, "mup", control, "sp") | {"modules": None})
     folder.note_progress("check", **folder.progress("check") | {"ended": True})
-    observed_model(folder, WIDTHS[-1], context=context).save(folder.target)
+    target_of_run(folder, WIDTHS[-1], context=context).save(folder.target)
     report = write_report(folder.path)
     verdict = "pass" if verified["verdict"] == checked.status == "pass" else "fail"
     took = time.perf_counter() - start

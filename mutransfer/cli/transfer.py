@@ -45,7 +45,7 @@ def transfer(
     from ..run_dir import RunFolder
 
     home = out.parent if out is not None and to is None else run
-    target = observed_model(RunFolder(run).existing(), width, depth, batch_size, tokens, seed, written_to=home)
+    target = target_of_run(RunFolder(run).existing(), width, depth, batch_size, tokens, seed, written_to=home)
     exported = export(target, to) if to is not None else None
     written = []
     if exported is not None:
@@ -66,7 +66,7 @@ def transfer(
     return 0
 
 
-def observed_model(
+def target_of_run(
     folder: RunFolder,
     width: int,
     depth: int | None = None,

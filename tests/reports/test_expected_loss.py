@@ -14,7 +14,7 @@ from ..helpers.sets import extended_but
 WIDTHS, SEEDS, NOISE = (64, 128, 256, 512), 5, 0.01
 
 
-def observed_model(width: int, **changes) -> dict:
+def target_of(width: int, **changes) -> dict:
     plain = {"parametrization": "mup", "scale": {"width": width, "depth": 4}, "batch_size": 16, "steps": 200}
     return plain | {"provenance": {"proxy": {"batch": 16, "steps": 200}}} | changes
 
@@ -39,7 +39,7 @@ def test_the_interval_holds_a_run_of_the_target(floor, width):
 
     inside = 0
     for seed in range(200):
-        told = expected_loss(runs(truth, seed, aways=(0,)), -7.0, observed_model(width))
+        told = expected_loss(runs(truth, seed, aways=(0,)), -7.0, target_of(width))
         run = truth(width) * np.exp(generator.normal(0, NOISE))
         inside += told.low <= run <= told.high
     assert inside >= 183  # 95% of 200, less 2.3 standard deviations
@@ -49,18 +49,18 @@ def test_gains_that_stop_are_inside_too():
     def stops(w):
         return max(3.0 * (w / 64) ** -0.3, 3.0 * (512 / 64) ** -0.3)
 
-    told = expected_loss(runs(stops), -7.0, observed_model(4096))
+    told = expected_loss(runs(stops), -7.0, target_of(4096))
     assert told.low < stops(4096) < told.high
 
 
 def test_a_measured_width_is_not_extrapolated():
     frame = runs(lambda w: 3.0 * (w / 64) ** -0.3)
     there = frame[(frame["width"] == 256) & (frame["log2_lr"] == -7.0)]["loss"]
-    told = expected_loss(frame, -7.0, observed_model(256))
+    told = expected_loss(frame, -7.0, target_of(256))
     assert told.loss == pytest.approx(there.mean(), rel=1e-12)  # the mean that the tables show
     assert "mean of 5 seeds measured at this width" in told.words
     assert "one more run" in told.words
-    far = expected_loss(frame, -7.0, observed_model(8192))
+    far = expected_loss(frame, -7.0, target_of(8192))
     assert far.high / far.low > told.high / told.low
     assert "a factor of 16 beyond" in far.words
 
@@ -72,16 +72,16 @@ def falling(w):
 @pytest.mark.parametrize(
     ("frame", "target", "words"),
     [
-        (runs(falling, widths=(64, 128)), observed_model(1024), "not enough widths"),
-        (runs(falling, seeds=1), observed_model(1024), "one seed"),
-        (runs(falling), observed_model(200), "lies between"),
-        (runs(lambda w: 3.0 + w / 64), observed_model(1024), "does not fall"),
-        (runs(falling).assign(parametrization="sp"), observed_model(1024), "no run of the target"),
-        (runs(falling), observed_model(1024, steps=400), "duration"),
-        (runs(falling), observed_model(1024, batch_size=32), "batch"),
-        (runs(falling), observed_model(1024, scale={"width": 1024, "depth": 8}), "depth"),
-        (runs(falling), observed_model(1024, provenance={}), "batch and duration"),
-        (runs(falling).assign(loss=lambda f: f["loss"].where(f["seed"] > 0)), observed_model(1024), "diverged"),
+        (runs(falling, widths=(64, 128)), target_of(1024), "not enough widths"),
+        (runs(falling, seeds=1), target_of(1024), "one seed"),
+        (runs(falling), target_of(200), "lies between"),
+        (runs(lambda w: 3.0 + w / 64), target_of(1024), "does not fall"),
+        (runs(falling).assign(parametrization="sp"), target_of(1024), "no run of the target"),
+        (runs(falling), target_of(1024, steps=400), "duration"),
+        (runs(falling), target_of(1024, batch_size=32), "batch"),
+        (runs(falling), target_of(1024, scale={"width": 1024, "depth": 8}), "depth"),
+        (runs(falling), target_of(1024, provenance={}), "batch and duration"),
+        (runs(falling).assign(loss=lambda f: f["loss"].where(f["seed"] > 0)), target_of(1024), "diverged"),
     ],
 )
 def test_without_evidence_nothing_is_told(frame, target, words):

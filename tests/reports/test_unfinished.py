@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from mutransfer.cli.check import begin
-from mutransfer.cli.transfer import observed_model
+from mutransfer.cli.transfer import target_of_run
 from mutransfer.cli.verify import verify_run
 from mutransfer.io import read_json, write_json
 from mutransfer.recipe import Recipe
@@ -123,7 +123,7 @@ def test_an_earlier_verdict_does_not_stand_beside_an_unfinished_one(folder: RunF
 @pytest.mark.extended
 def test_a_verdict_on_another_recipe_is_not_shown(folder: RunFolder) -> None:
     verify(folder)
-    target = observed_model(folder, 32)
+    target = target_of_run(folder, 32)
     target.save(folder.target)
     assert "Expected loss of one run at width 32" in page(folder)
     RECIPE.with_(lr=2**-5).save(folder.best)
@@ -141,7 +141,7 @@ def test_a_verdict_on_another_recipe_is_not_shown(folder: RunFolder) -> None:
 
 @pytest.mark.extended
 def test_a_verification_later_than_the_target_takes_its_warning_back(folder: RunFolder) -> None:
-    observed_model(folder, 32).save(folder.target)
+    target_of_run(folder, 32).save(folder.target)
     assert any("never verified" in text for text in read_json(folder.target, "a target")["warnings"])
     verify(folder)
     assert "never verified" not in page(folder)
