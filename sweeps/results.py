@@ -1,4 +1,4 @@
-"""Results of a study: its trials, the best recipe, replicates of the best trials over seeds, and warnings about them."""
+"""Results of a study: its trials, the best recipe, replicates over seeds, warnings about them, and what a target takes over."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import optuna
@@ -13,6 +14,9 @@ import pandas as pd
 from optuna.trial import FrozenTrial, TrialState
 
 from mutransfer.errors import RequestError
+from mutransfer.io import read_json
+from mutransfer.planning.build import plan
+from mutransfer.planning.target import TargetConfig, of_evidence, regularizers, target_config
 from mutransfer.proxies.training import Outcome
 from mutransfer.recipe import Recipe
 from mutransfer.run_dir import RunFolder
@@ -24,7 +28,17 @@ from .study import baseline
 from .user_trainers import needed
 from .workers import FINISHED, Heartbeats
 
-__all__ = ["LOOK_EVERY", "Replicates", "Tuned", "at_edges", "best_so_far", "means", "summary", "usable"]
+__all__ = [
+    "LOOK_EVERY",
+    "Replicates",
+    "Tuned",
+    "at_edges",
+    "best_so_far",
+    "means",
+    "summary",
+    "target_of_run",
+    "usable",
+]
 
 DONE = "mutransfer:repeat:"  # prefix of the study attribute that holds a run's row, by trial and seed
 CLAIM = "mutransfer:repeating:"  # prefix of the study attribute that names the worker of a run
@@ -276,3 +290,70 @@ def _at_edges(experiment: Experiment, params: dict[str, Any]) -> list[str]:
         f"the best {name} {value:.4g} is at the {end} end of its range: widen search.{name}.{end}."
         for name, value, end in at_edges(experiment, params)
     ]
+
+
+def target_of_run(
+    folder: RunFolder,
+    width: int,
+    depth: int | None = None,
+    batch_size: int | None = None,
+    tokens: int | None = None,
+    seed: int = 0,
+    written_to: Path | None = None,
+    context: RunContext | None = None,
+) -> TargetConfig:
+    """Return the `TargetConfig` of a run folder at another scale; sizes default to the proxy's.
+
+    ``written_to`` is the folder that the config will be written to, by default the run folder. The family and data of
+    ``context`` are used if they are the run's.
+    """
+    experiment, recipe = Experiment.of_run(folder), Recipe.load(folder.best)
+    context = RunContext(experiment) if context is None else context.for_(experiment)
+    family, data = context.family, context.data
+    scale = family.base.with_(width=width, depth=depth or experiment.proxy.depth)
+    batch_size = batch_size or experiment.batch_size
+    per_example = experiment.sequence_length if data is not None and data.kind == "tokens" else 1
+    steps = (
+        -(-tokens // (batch_size * per_example))
+        if tokens
+        else max(1, experiment.steps * experiment.batch_size // batch_size)
+    )
+    before = read_json(folder.environment, "the run's environment") if folder.environment.exists() else {}
+    known = before.get("data_sha256")
+    if known and data is not None and known != data.sha256:
+        raise RequestError(
+            f"{folder.path} holds results on data with SHA-256 {known[:12]}…, but the data is now {data.sha256[:12]}…: tune "
+            "again on this data with another --out, or put the old data back."
+        )
+    provenance = {
+        "run": str(folder.path),
+        "data_sha256": data and data.sha256,
+        "roles": dict(family.roles),
+        "versions": before.get("versions"),
+        "commands": before.get("commands"),
+        "trainer": None if experiment.trainer is None else experiment.trainer.model_dump(mode="json"),
+        "direction": experiment.direction,
+        "folder": experiment.folder,
+        "places": experiment.places(written_to or folder.path),
+    }
+    rules = experiment.parametrization, experiment.optimizer, recipe
+    unproven = of_evidence(folder, recipe, experiment.subject(), [experiment.base_scale.width * 2**k for k in range(4)])
+    counted = plan(family, experiment.proxy_scale, *rules).rows if recipe.law == "power-lines" else ()
+    return target_config(
+        plan(family, scale, *rules),
+        proxy_parameters=sum(math.prod(row.shape) for row in counted) or None,
+        model=experiment.model,
+        options=experiment.options,
+        data=experiment.data,
+        sequence_length=per_example,
+        proxy=experiment.proxy_scale,
+        proxy_batch_size=experiment.batch_size,
+        proxy_steps=experiment.steps,
+        batch_size=batch_size,
+        steps=steps,
+        tuned=sorted(experiment.search),
+        seed=seed,
+        provenance=provenance,
+        regularizers=regularizers(family),
+        unproven=list(unproven),
+    )

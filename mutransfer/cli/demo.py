@@ -69,10 +69,10 @@ def demo(
     from ..sweeps.executors import executor_for
     from ..sweeps.experiment import Experiment
     from ..sweeps.jobs import RunContext, SequentialExecutor
+    from ..sweeps.results import target_of_run
     from ..sweeps.tune import tune
     from .check import begin, judge, summary
     from .console import Progress
-    from .transfer import target_of_run
     from .verify import text_of, verify_run
 
     start = time.perf_counter()

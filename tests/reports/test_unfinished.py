@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from mutransfer.cli.check import begin
-from mutransfer.cli.transfer import target_of_run
 from mutransfer.cli.verify import verify_run
 from mutransfer.io import read_json, write_json
 from mutransfer.recipe import Recipe
@@ -16,6 +15,7 @@ from mutransfer.reports import write_report
 from mutransfer.run_dir import RunFolder
 from mutransfer.schemas import BASINS, COORDINATES, TRIALS
 from mutransfer.sweeps.jobs import Done, Events, Job, RunContext, Session
+from mutransfer.sweeps.results import target_of_run
 from mutransfer.sweeps.tune import tune
 
 from ..helpers.small import Planted, experiment, octaves
