@@ -16,8 +16,8 @@ class RequestError(ValueError):
     """Raised when a request is invalid or cannot be fulfilled.
 
     The message is one sentence for the user: it names the parameter, key or file with its value, what was expected,
-    and the next move. The command line prints it without a traceback and exits with code 2. Its subclasses say what the
-    request failed on; a message is never parsed.
+    and the next move. The command line prints it without a traceback and exits with code 2. Catch one of its subclasses to
+    tell the causes apart; do not parse the message.
     """
 
 

@@ -44,7 +44,7 @@ class Family:
         return replace(self, base=base)
 
     def printing_once(self) -> Family:
-        """Return this family with repeated output of its loss, and of the model called in it, shown once per command."""
+        """Return this family such that text which its loss and model print repeatedly is shown once per command."""
         return replace(self, loss=once(self.loss, self.name, "loss"))
 
     def batch_on(self, device: torch.device | str) -> Any:

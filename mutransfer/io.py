@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import math
 import os
 import re
 import tempfile
@@ -14,7 +15,16 @@ from typing import Any
 
 from .errors import FileError
 
-__all__ = ["FULL_DISK", "masked", "naming_the_disk", "read_json", "write_bytes", "write_json", "write_text"]
+__all__ = [
+    "FULL_DISK",
+    "as_json_value",
+    "masked",
+    "naming_the_disk",
+    "read_json",
+    "write_bytes",
+    "write_json",
+    "write_text",
+]
 
 # A size limit (ulimit -f, the quota of some file systems) raises EFBIG instead of ENOSPC.
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -67,6 +77,21 @@ def write_bytes(path: str | os.PathLike[str], content: bytes) -> Path:
 def write_text(path: str | os.PathLike[str], content: str) -> Path:
     """Write ``content`` as UTF-8 with `write_bytes`."""
     return write_bytes(path, content.encode())
+
+
+def as_json_value(value: Any) -> Any:
+    """Return ``value`` in types that JSON has: NaN, infinities and missing values as null, arrays as lists, paths as text."""
+    if isinstance(value, dict):
+        return {str(key): as_json_value(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [as_json_value(inner) for inner in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if hasattr(value, "tolist") and not isinstance(value, str):  # arrays of numpy and torch
+        return as_json_value(value.tolist())
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    return None if type(value).__name__ == "NAType" else value  # pandas's missing value
 
 
 def write_json(path: str | os.PathLike[str], content: Any) -> Path:

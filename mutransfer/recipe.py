@@ -20,8 +20,8 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 class Recipe(Settings):
     """Hyperparameters at the base scale, before any scaling rule: tuned on a proxy and transferred to the target.
 
-    All values are dimensionless except ``clip`` (units of the gradient's norm). The α's and ``init_scale`` multiply
-    the base model's forward pass and initial weights; 1 leaves the model as it was written. TP-V (2203.03466), Table 1,
+    All values are dimensionless except ``clip`` (units of the gradient's norm). The α's multiply parts of the base model's
+    forward pass, ``init_scale`` its initial weights; 1 leaves the model as it was written. TP-V (2203.03466), Table 1,
     lists which of these transfer.
     """
 
@@ -31,7 +31,9 @@ class Recipe(Settings):
     eps: Positive = 1e-8
     momentum: Fraction = 0.9
     adamw_lr_ratio: Positive = 1.0  # with Muon: the lr of the parameters that AdamW updates, relative to Muon's
-    eps2: Positive = 1e-3  # Adafactor: lower bound of the parameter size that a step is relative to
+    eps2: Positive = (
+        1e-3  # Adafactor: steps are proportional to the parameter's size, or to this value if the size is smaller
+    )
     init_scale: Positive = 1.0
     alpha_input: Positive = 1.0
     alpha_attention: Positive = 1.0

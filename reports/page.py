@@ -85,8 +85,8 @@ def write_report(folder: str | os.PathLike[str]) -> Path:
     command creates it. For an unfinished command it says how much is done, and draws no conclusions from partial results.
 
     Raises:
-        RequestError: if the folder does not exist, contains none of these files or a file whose content does not match its
-            name, or the disk is full.
+        RequestError: if the folder does not exist or contains none of these files, if a file's content does not match its
+            name, or if the disk is full.
     """
     run = RunContents.read(Path(folder))
     verdict, optima, notes = _analysed(run)

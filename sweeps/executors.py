@@ -45,11 +45,11 @@ def executor_for(
         precision: of the matrix products of fused trials.
         checkpoints: folder used by this process only, where fused trials are saved at rungs; None disables checkpoints.
         folder: run folder for the files of a trainer's commands; the current folder if None.
-        context: a context that shares what is loaded to choose an executor.
+        context: family and data that are already loaded, for the measurement that chooses an executor.
 
     Raises:
-        RequestError: an unknown executor or precision, or one that does not fit the device or the number; on first use, a
-            precision that the model does not support.
+        RequestError: the executor or precision is unknown, or does not fit ``device`` or ``at_once``; on first use, the
+            model does not support the precision.
     """
     context = RunContext(experiment) if context is None else context.for_(experiment)
     has_trainer = experiment.trainer is not None

@@ -96,7 +96,7 @@ class Trainer(Settings):
             )
 
     def words(self, values: Mapping[str, str]) -> list[str]:
-        """Return the command's words with `PLACEHOLDERS` replaced by ``values``; they are not passed through a shell."""
+        """Return the command's words with `PLACEHOLDERS` replaced by ``values``; no shell interprets them."""
         assert self.command is not None
         return [word.format_map(values) for word in shlex.split(self.command)]
 
@@ -146,7 +146,7 @@ class Range(Settings):
         return self
 
     def ends(self) -> list[Any]:
-        """Return the values to validate: if these are allowed, all values of the range are."""
+        """Return the choices, or the two ends of the range: if these are valid, every value of the range is."""
         return list(self.choices) if self.choices is not None else [self.low, self.high]
 
 
@@ -166,7 +166,10 @@ class Budget(Settings):
 
 
 class Repeats(Settings):
-    """Replicates of the ``top`` trials with ``seeds`` seeds in total, to avoid choosing a trial that only had a lucky seed."""
+    """Replicates, to avoid choosing a trial that only had a lucky seed.
+
+    The ``top`` trials are run again until each has ``seeds`` seeds, its first run included.
+    """
 
     top: Count = 4
     seeds: Annotated[int, Field(ge=2)] = 3
@@ -307,7 +310,7 @@ class Experiment(Settings):
         return asked | {"trainer": None if self.trainer is None else self.trainer.question()}
 
     def subject(self) -> dict[str, Any]:
-        """Return the model, by its absolute path, and the rules that scale it: the subject of a verdict, for any recipe."""
+        """Return what a verdict is about, whatever the recipe: the model (its absolute path), options, rules and optimizer."""
         asked = self.model_dump(mode="json", include={"parametrization", "optimizer", "model", "options"})
         path = run_dir.path_of("model", self.model)
         if path is not None and self.folder is not None:
@@ -333,7 +336,7 @@ class Experiment(Settings):
         )
 
     def places(self, record_dir: Path) -> dict[str, str]:
-        """Return the locations of its folder and absolute paths, for a record in ``record_dir`` (`run_dir.recorded`)."""
+        """Return where the experiment's folder and its files are, to be recorded in ``record_dir`` (`run_dir.recorded`)."""
         return {} if self.folder is None else run_dir.recorded(self.references(), self.folder, record_dir)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
@@ -345,7 +348,8 @@ class Experiment(Settings):
         """Read an experiment file, with ``changes`` like ``recipe.lr=0.01`` applied before it is validated.
 
         Raises:
-            FileError: the file does not exist or is not valid YAML, or it has an unknown key or a value out of range.
+            FileError: the file does not exist or is not valid YAML.
+            SettingsError: it has an unknown key or a value out of range.
         """
         try:
             data = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}

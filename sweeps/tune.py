@@ -294,7 +294,7 @@ def tune(
         executor: how trials are trained; one by one in this process by default.
         device: for the default executor.
         progress: called with (finished, total, text about the best result so far).
-        context: a context whose family and data are used if they are the experiment's; loaded anew by default.
+        context: family and data that are already loaded; they are reused if they are this experiment's.
 
     Raises:
         RequestError: the folder holds another experiment or another data hash, the disk is full, every trial diverged, the

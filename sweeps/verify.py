@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from mutransfer.basins import REGRET_LIMIT, bracket
+from mutransfer.basins import DRIFT_LIMIT, REGRET_LIMIT, bracket, flat_range, judge_transfer, optima, worth
 from mutransfer.errors import RequestError
-from mutransfer.io import read_json
+from mutransfer.io import as_json_value, read_json, write_json
 from mutransfer.proxies.load import cross_entropy
 from mutransfer.recipe import Recipe
 from mutransfer.run_dir import RunFolder
 from mutransfer.scale import Scale
 from mutransfer.schemas import BASINS
 
+from .autoselect import Forecast
+from .control import announcement, comparison, conclusion, finished_trials, tune_control
 from .experiment import Experiment
 from .jobs import Executor, Job, RunContext, run_jobs
+from .storage import only_one
+from .tune import price
 from .user_trainers import needed
 
-__all__ = ["basins", "grid", "regret_limit_of", "loss_unit"]
+__all__ = ["basins", "grid", "loss_unit", "regret_limit_of", "verify_run"]
+
+logger = logging.getLogger(__name__)
 
 REACH = 2  # grid points on each side of the best one, so a parabola can be fitted
 LIMIT = 14  # maximum number of grid points per width: if more are needed, the loss does not depend on the learning rate
@@ -265,3 +274,122 @@ def regret_limit_of(context: RunContext, basins: pd.DataFrame, given: float | No
     means = rows.groupby("log2_lr")["loss"].mean()
     best = means.max() if experiment.maximize else means.min()
     return REGRET_LIMIT * (abs(float(best)) if best == best and best != 0 else 1.0)
+
+
+Shown = Callable[[str, Callable[[], float] | None], AbstractContextManager[Callable[..., None]]]
+
+
+@contextlib.contextmanager
+def silent(what: str, left: Callable[[], float] | None) -> Iterator[Callable[..., None]]:
+    """Show no progress."""
+    yield lambda *_, **__: None
+
+
+def verify_run(
+    context: RunContext, recipe: Recipe, folder: RunFolder, widths: Sequence[int], executor: Executor, *,
+    seeds: int, control: str | None, control_trials: int | None = None, step: float = 1.0, device: str = "cpu",
+    regret_limit: float | None = None, forecast: Forecast | None = None, progress: Shown = silent,
+) -> tuple[dict[str, Any], pd.DataFrame]:  # fmt: skip
+    """Measure the basins, judge them and write verify.json; return its content and the optima.
+
+    Args:
+        context: context of the experiment that was tuned.
+        recipe: the proxy's best recipe.
+        folder: the run folder.
+        widths: widths to compare; the proxy's own is added.
+        executor: trains the runs.
+        seeds: seeds per run.
+        control: a second parametrization to compare with.
+        control_trials: trials of the control's search; as many as `tune` had by default.
+        step: octaves between learning rates.
+        device: where the control's search trains by default.
+        regret_limit: largest acceptable cost of the proxy's learning rate, in the loss's unit.
+        forecast: has the phases "basins" and "control", and is updated with the runs of the executor.
+        progress: returns a context manager that shows the progress of one phase, from its name and the estimate of the time
+            left; it is called with (done, total, text).
+    """
+    experiment, name = context.experiment, context.experiment.parametrization
+    widths = sorted(
+        {experiment.proxy.width, *widths}
+    )  # the drift is measured from the width at which the recipe was tuned
+    kinds = [name, *([control] if control and control != name else [])]
+    trials, tuned = finished_trials(experiment, folder), None
+    count = trials if control_trials is None else control_trials
+    if kinds[1:] and count:
+        logger.info("%s", announcement(context, kinds[1], widths[-1], count, seeds))
+    left = None if forecast is None else forecast.left
+    if forecast is not None:
+        forecast.begin("basins")
+    with (
+        only_one(folder),
+        progress(
+            f"learning-rate basins of {experiment.model} at widths {', '.join(map(str, sorted(widths)))}", left
+        ) as shown,
+    ):
+        frame = basins(
+            context, recipe, widths,
+            folder=folder, executor=executor, parametrizations=kinds, seeds=seeds, step=step, progress=shown,
+        )  # fmt: skip
+    if kinds[1:] and count:
+        if forecast is not None:
+            forecast.begin("control")
+        with progress(f"tuning {control} at width {widths[-1]}, {count} trials and {seeds} seeds", left) as shown:
+            tuned = tune_control(
+                context, folder, kinds[1], widths[-1],
+                executor=executor, trials=count, seeds=seeds, device=device, progress=shown,
+            )  # fmt: skip
+    transferred = math.log2(recipe.lr)  # the rate that `transfer` writes
+    limit = regret_limit_of(context, frame, regret_limit)
+    unit = loss_unit(context)
+    found = optima(frame, transferred, maximize=experiment.maximize, regret_limit=limit)
+    main_rows = found[found["parametrization"] == name]
+    status, reasons = judge_transfer(main_rows, regret_limit=limit, unit=unit)
+    first, last = main_rows.iloc[0], main_rows.iloc[-1]
+    widest = experiment.proxy_scale.with_(width=int(last["width"]))
+    compared = comparison(frame, kinds, recipe, experiment.proxy.width, tuned, maximize=experiment.maximize)
+    paid = price(context, folder, widest)
+    result = {
+        "verdict": status,
+        "reasons": reasons,
+        "widths": widths,
+        "seeds": seeds,
+        "optimum_log2_lr": first["log2_lr"],
+        "transferred_log2_lr": transferred,
+        "drift_octaves": {kind: _by_width(found, kind, "drift") for kind in kinds},
+        "regret": {kind: _by_width(found, kind, "regret") for kind in kinds},
+        "regret_relative": {kind: _values(found, kind, "regret_relative") for kind in kinds},
+        "regret_compute": {
+            kind: worth(found[found["parametrization"] == kind], frame, maximize=experiment.maximize) for kind in kinds
+        },
+        "limits": {"drift_octaves": DRIFT_LIMIT, "regret": limit, "unit": unit},
+        "flat_log2_lr": flat_range(main_rows),
+        "price": paid,
+        "comparison": compared,
+        "control": None
+        if not kinds[1:]
+        else {
+            "parametrization": kinds[1],
+            "trials": tuned.trials if tuned is not None else 0,
+            "searched": list(tuned.searched) if tuned is not None else ["lr"],
+            "params": tuned.params if tuned is not None else {"lr": 2 ** compared[-1]["log2_lr"]},
+            "flops": tuned.flops if tuned is not None else None,
+            "conclusion": conclusion(
+                compared, kinds, trials, tuned, paid["tuning_flops"], maximize=experiment.maximize
+            ),
+        },
+    }
+    write_json(folder.verify, as_json_value(result))
+    return result, found
+
+
+def _by_width(found: pd.DataFrame, kind: str, what: str) -> dict[int, dict[str, float]]:
+    rows = found[found["parametrization"] == kind]
+    return {
+        int(row["width"]): {"value": row[what], "low": row[f"{what}_low"], "high": row[f"{what}_high"]}
+        for row in rows.to_dict("records")
+    }
+
+
+def _values(found: pd.DataFrame, kind: str, what: str) -> dict[int, float]:
+    rows = found[found["parametrization"] == kind]
+    return {int(width): float(value) for width, value in zip(rows["width"], rows[what], strict=True)}

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mutransfer.errors import RequestError
-from mutransfer.parametrizations.spec import FOLDS, Depth, Factors
-from mutransfer.parametrizations.tables import HEALTHY, MUP, SP, TABLES, Power, Row, Table, table
+from mutransfer.parametrizations.spec import FOLDS, Factors
+from mutransfer.parametrizations.tables import HEALTHY, MUP, SP, TABLES, Power, Row, Table, depth_rule, table
 
 HALF = Fraction(1, 2)
 ONE = Power()
@@ -164,7 +164,7 @@ def test_every_table_declares_the_same_statistics() -> None:
 @given(st.fractions(0, 1, max_denominator=8))
 def test_depth_rules_keep_the_residual_stream(alpha: Fraction) -> None:
     """Every α moves the stream alike in one step; only α ≥ ½ keeps its size at initialization."""
-    rule = Depth.completep(alpha)
+    rule = depth_rule(alpha)
     for column in ("adam", "sgd"):
         assert rule.derived(column, "depth change") == 0
         assert rule.derived(column, "depth activation") == max(Fraction(0), HALF - alpha)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import signal
 import sys
@@ -18,10 +17,10 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import FileError, RequestError
-from ..io import naming_the_disk
+from ..io import as_json_value, naming_the_disk
 from ..printing import results
 
-__all__ = ["AsJson", "Device", "Progress", "Seed", "emit", "numbers", "plain", "say", "table"]
+__all__ = ["AsJson", "Device", "Progress", "Seed", "emit", "numbers", "say", "table"]
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Seed = Annotated[int, typer.Option(min=0, help="Random seed.")]
@@ -77,11 +76,11 @@ def emit(result: dict[str, Any], as_json: bool, text: str) -> None:
     encoding = getattr(stream, "encoding", None) or "utf-8"
     line = text.encode(encoding, "backslashreplace").decode(encoding)
     if as_json:
-        line = json.dumps(plain(result), ensure_ascii=False, allow_nan=False)
+        line = json.dumps(as_json_value(result), ensure_ascii=False, allow_nan=False)
         try:
             line.encode(encoding)
         except UnicodeEncodeError:  # a terminal that cannot show µ, or a file name that is not valid text
-            line = json.dumps(plain(result), allow_nan=False)
+            line = json.dumps(as_json_value(result), allow_nan=False)
     try:
         with naming_the_disk("the result to standard output"):
             print(line, file=stream, flush=True)
@@ -90,21 +89,6 @@ def emit(result: dict[str, Any], as_json: bool, text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         if isinstance(error, FileError):
             raise
-
-
-def plain(value: Any) -> Any:
-    """Return ``value`` in types that JSON has: NaN, infinities and missing values as null, arrays as lists, paths as text."""
-    if isinstance(value, dict):
-        return {str(key): plain(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [plain(inner) for inner in value]
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if hasattr(value, "tolist") and not isinstance(value, str):  # arrays of numpy and torch
-        return plain(value.tolist())
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
-    return None if type(value).__name__ == "NAType" else value  # pandas's missing value
 
 
 def numbers(text: str, flag: str) -> list[int]:

@@ -71,9 +71,10 @@ def demo(
     from ..sweeps.jobs import RunContext, SequentialExecutor
     from ..sweeps.results import target_of_run
     from ..sweeps.tune import tune
+    from ..sweeps.verify import verify_run
     from .check import begin, judge, summary
     from .console import Progress
-    from .verify import text_of, verify_run
+    from .verify import text_of
 
     start = time.perf_counter()
     experiment, where = Experiment.read({**EXPERIMENT, "seed": seed}, "demo"), device_of(device)
@@ -92,7 +93,7 @@ def demo(
         say(f"best recipe: lr {found.best.lr:.4g}, loss {found.value:.3f}{gain}")
         verified, optima = verify_run(
             context, found.best, folder, WIDTHS, TimedExecutor(executor, forecast, seconds),
-            seeds=SEEDS, control="sp", device=where, forecast=forecast,
+            seeds=SEEDS, control="sp", device=where, forecast=forecast, progress=Progress,
         )  # fmt: skip
     arguments = {
         "--widths": ",".join(map(str, CHECK_WIDTHS)),

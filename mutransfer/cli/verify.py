@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,10 +11,6 @@ from .console import AsJson, Device, Progress, UnusedSeed, device_of, emit, numb
 
 if TYPE_CHECKING:
     import pandas as pd
-
-    from ..run_dir import RunFolder
-    from ..sweeps.autoselect import Forecast
-    from ..sweeps.jobs import Executor, RunContext
 
 COLUMNS = {
     "parametrization": "", "width": "", "log2_lr": ".2f", "drift": "+.2f", "drift_low": "+.2f", "drift_high": "+.2f",
@@ -73,6 +67,7 @@ def verify(
     from ..sweeps.executors import executor_for
     from ..sweeps.experiment import Experiment
     from ..sweeps.jobs import RunContext
+    from ..sweeps.verify import verify_run
 
     folder = RunFolder(run).existing()
     experiment, recipe = Experiment.of_run(folder), Recipe.load(folder.best)
@@ -89,114 +84,10 @@ def verify(
         result, optima = verify_run(
             RunContext(experiment), recipe, folder, sizes, run_executor,
             seeds=seeds, control=control, control_trials=control_trials, step=step, device=where,
-            regret_limit=regret_limit,
+            regret_limit=regret_limit, progress=Progress,
         )  # fmt: skip
     emit(result, as_json, text_of(result, optima))
     return 0 if result["verdict"] == "pass" else 1
-
-
-def verify_run(
-    context: RunContext, recipe: Any, folder: RunFolder, widths: Sequence[int], executor: Executor, *,
-    seeds: int, control: str | None, control_trials: int | None = None, step: float = 1.0, device: str = "cpu",
-    regret_limit: float | None = None, forecast: Forecast | None = None,
-) -> tuple[dict[str, Any], pd.DataFrame]:  # fmt: skip
-    """Measure the basins, judge them and write verify.json; return its content and the optima.
-
-    ``forecast``, if given, has the phases "basins" and "control", and is updated with the runs of the executor.
-    """
-    from ..basins import DRIFT_LIMIT, flat_range, judge_transfer, optima, worth
-    from ..io import write_json
-    from ..sweeps.control import announcement, comparison, conclusion, finished_trials, tune_control
-    from ..sweeps.storage import only_one
-    from ..sweeps.tune import price
-    from ..sweeps.verify import basins, loss_unit, regret_limit_of
-    from .console import plain, say
-
-    experiment, name = context.experiment, context.experiment.parametrization
-    widths = sorted(
-        {experiment.proxy.width, *widths}
-    )  # the drift is measured from the width at which the recipe was tuned
-    kinds = [name, *([control] if control and control != name else [])]
-    trials, tuned = finished_trials(experiment, folder), None
-    count = trials if control_trials is None else control_trials
-    if kinds[1:] and count:
-        say(announcement(context, kinds[1], widths[-1], count, seeds))
-    left = None if forecast is None else forecast.left
-    if forecast is not None:
-        forecast.begin("basins")
-    with (
-        only_one(folder),
-        Progress(
-            f"learning-rate basins of {experiment.model} at widths {', '.join(map(str, sorted(widths)))}", left
-        ) as progress,
-    ):
-        frame = basins(
-            context, recipe, widths,
-            folder=folder, executor=executor, parametrizations=kinds, seeds=seeds, step=step, progress=progress,
-        )  # fmt: skip
-    if kinds[1:] and count:
-        if forecast is not None:
-            forecast.begin("control")
-        with Progress(f"tuning {control} at width {widths[-1]}, {count} trials and {seeds} seeds", left) as progress:
-            tuned = tune_control(
-                context, folder, kinds[1], widths[-1],
-                executor=executor, trials=count, seeds=seeds, device=device, progress=progress,
-            )  # fmt: skip
-    transferred = math.log2(recipe.lr)  # the rate that `transfer` writes
-    limit = regret_limit_of(context, frame, regret_limit)
-    unit = loss_unit(context)
-    found = optima(frame, transferred, maximize=experiment.maximize, regret_limit=limit)
-    main_rows = found[found["parametrization"] == name]
-    status, reasons = judge_transfer(main_rows, regret_limit=limit, unit=unit)
-    first, last = main_rows.iloc[0], main_rows.iloc[-1]
-    widest = experiment.proxy_scale.with_(width=int(last["width"]))
-    compared = comparison(frame, kinds, recipe, experiment.proxy.width, tuned, maximize=experiment.maximize)
-    paid = price(context, folder, widest)
-    result = {
-        "verdict": status,
-        "reasons": reasons,
-        "widths": widths,
-        "seeds": seeds,
-        "optimum_log2_lr": first["log2_lr"],
-        "transferred_log2_lr": transferred,
-        "drift_octaves": {kind: _by_width(found, kind, "drift") for kind in kinds},
-        "regret": {kind: _by_width(found, kind, "regret") for kind in kinds},
-        "regret_relative": {kind: _values(found, kind, "regret_relative") for kind in kinds},
-        "regret_compute": {
-            kind: worth(found[found["parametrization"] == kind], frame, maximize=experiment.maximize) for kind in kinds
-        },
-        "limits": {"drift_octaves": DRIFT_LIMIT, "regret": limit, "unit": unit},
-        "flat_log2_lr": flat_range(main_rows),
-        "price": paid,
-        "comparison": compared,
-        "control": None
-        if not kinds[1:]
-        else {
-            "parametrization": kinds[1],
-            "trials": tuned.trials if tuned is not None else 0,
-            "searched": list(tuned.searched) if tuned is not None else ["lr"],
-            "params": tuned.params if tuned is not None else {"lr": 2 ** compared[-1]["log2_lr"]},
-            "flops": tuned.flops if tuned is not None else None,
-            "conclusion": conclusion(
-                compared, kinds, trials, tuned, paid["tuning_flops"], maximize=experiment.maximize
-            ),
-        },
-    }
-    write_json(folder.verify, plain(result))
-    return result, found
-
-
-def _by_width(found: pd.DataFrame, kind: str, what: str) -> dict[int, dict[str, float]]:
-    rows = found[found["parametrization"] == kind]
-    return {
-        int(row["width"]): {"value": row[what], "low": row[f"{what}_low"], "high": row[f"{what}_high"]}
-        for row in rows.to_dict("records")
-    }
-
-
-def _values(found: pd.DataFrame, kind: str, what: str) -> dict[int, float]:
-    rows = found[found["parametrization"] == kind]
-    return {int(width): float(value) for width, value in zip(rows["width"], rows[what], strict=True)}
 
 
 def text_of(result: dict[str, Any], optima: pd.DataFrame) -> str:

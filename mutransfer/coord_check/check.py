@@ -46,7 +46,7 @@ def judge(
     more: Callable[[int, int, Verdict], None] = lambda done, adding, judged: None,
     **options: Any,
 ) -> Check:
-    """Record ``family`` and judge it; while the verdict is undecided, record as many seeds again.
+    """Record ``family`` and judge it; while the verdict is undecided, record another ``seeds`` seeds.
 
     No seeds are added when only wider models can decide the verdict.
 

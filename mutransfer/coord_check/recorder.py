@@ -66,7 +66,8 @@ class Recorder:
         name: the optimizer's name in `OPTIMIZERS`, if it cannot be derived from the class.
 
     Raises:
-        RequestError: neither a plan nor a width is given, the optimizer's column is not known, or the plan is for another model.
+        RequestError: neither a plan nor a width is given, it is not known whether the optimizer scales like Adam or SGD, or
+            the plan is for another model.
     """
 
     def __init__(

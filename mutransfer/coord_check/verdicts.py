@@ -36,8 +36,9 @@ class Verdict:
     """Result of a coordinate check.
 
     ``slopes`` has the columns of `schemas.SLOPES`. ``cause`` is a sentence that explains what failed or what is missing.
-    ``fault`` is the key in `diagnosis.FAULTS` of the fault that the slopes resemble, "epsilon", "one-parameter", "mixed-columns",
-    or None. ``widen`` is True if an undecided check needs wider models, which decide it sooner than more seeds.
+    ``fault`` is the key in `diagnosis.FAULTS` of the fault that the slopes resemble, or one of "epsilon", "one-parameter"
+    and "mixed-columns"; None if no known fault is near. ``widen`` is True if an undecided check needs wider models, which
+    decide it sooner than more seeds.
     """
 
     status: Status
@@ -52,12 +53,19 @@ def verdict(coordinates: pd.DataFrame, margin: float = MARGIN, *, decay_policy: 
 
     For each module, statistic and step, the slope of log2(value) against log2(width), or against log2(depth) if the depth
     varies, is fitted over seeds and sizes with a 95% confidence interval. A row passes if the interval lies within the expected
-    band widened by ``margin``, fails if it lies entirely outside, and is undecided otherwise. It is also undecided if the slopes
-    of the wider models are healthy or approach the healthy band (docs/explanation/coordinate-check.md).
+    band widened by ``margin``, fails if it lies entirely outside, and is undecided otherwise. A row that
+    would fail is undecided instead if the wider models alone have healthy slopes, or approach the healthy band
+    (docs/explanation/coordinate-check.md).
 
-    Activations at the start and changes are judged. For each parameter, the initial size, the update on its module's first input,
-    the learning rate implied by its first step, lr · weight decay, and, where epsilon matters, gradient / epsilon are judged. The
-    other rows of the frame help to identify the cause.
+    The verdict judges, for each module, the size of its activations at the start and their changes; and for each parameter:
+
+    - its initial size,
+    - how much its update changes its module's output on the input that the module had at the start,
+    - the learning rate implied by its first step,
+    - lr · weight decay,
+    - gradient / epsilon, where epsilon matters.
+
+    The other rows of the frame help to identify the cause.
 
     Args:
         coordinates: frame from `record`, or the concatenated frames of a `Recorder` at several widths.

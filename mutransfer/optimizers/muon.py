@@ -81,7 +81,7 @@ class MuonWithAdamW(Optimizer):
         options: defaults for either class (fused, foreach, ns_steps, nesterov), used where a group does not set them.
 
     Raises:
-        ValueError: a group for Muon contains a parameter that is not a matrix, or neither class has one of the options.
+        ValueError: a group for Muon contains a parameter that is not a matrix, or an option is known to neither class.
     """
 
     def __init__(self, groups: Any, **options: Any) -> None:

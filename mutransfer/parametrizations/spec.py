@@ -90,11 +90,6 @@ class Depth:
     sgd: Fraction
     eps: Fraction
 
-    @classmethod
-    def completep(cls, alpha: Fraction) -> Depth:
-        """Return the paper's rule for the branch multiplier m_L^-α; docs/explanation/rules.md has those for SGD and epsilon."""
-        return cls(branch=-alpha, adam=alpha - 1, sgd=2 * alpha - 1, eps=-alpha)
-
     def lr(self, column: str) -> Fraction:
         """Return the power on the learning rate for the optimizer column "adam" or "sgd"."""
         return self.adam if column == "adam" else self.sgd

@@ -12,7 +12,18 @@ from fractions import Fraction
 from ..errors import RequestError, nearest
 from .spec import HALF, IN, ONE, OUT, Band, Depth, Power, Row, Table
 
-__all__ = ["HEALTHY", "HEALTHY_DECAY", "HEALTHY_DEPTH", "TABLES", "Band", "Power", "Row", "Table", "table"]
+__all__ = [
+    "HEALTHY",
+    "HEALTHY_DECAY",
+    "HEALTHY_DEPTH",
+    "TABLES",
+    "Band",
+    "Power",
+    "Row",
+    "Table",
+    "depth_rule",
+    "table",
+]
 
 SQRT_IN, SQRT_OUT = IN**HALF, OUT**HALF
 
@@ -101,18 +112,25 @@ STREAM: dict[tuple[str, str, str], Band] = {
     for column in ("adam", "sgd")
     for statistic in ("depth activation", "depth change")
 }
+
+
+def depth_rule(alpha: Fraction) -> Depth:
+    """Return CompleteP's powers of m_L for the branch multiplier m_L^-α; docs/explanation/rules.md derives them."""
+    return Depth(branch=-alpha, adam=alpha - 1, sgd=2 * alpha - 1, eps=-alpha)
+
+
 COMPLETEP = replace(
     MUP,
     name="completep",
     source="CompleteP 2505.01618, Table 1 (α = 1), over " + MUP.source,
-    depth=Depth.completep(Fraction(1)),
+    depth=depth_rule(Fraction(1)),
     declared=MUP.declared | STREAM,
 )
 DEPTH_MUP = replace(
     COMPLETEP,
     name="depth-mup",
     source="CompleteP 2505.01618, Table 1 (α = ½), over " + MUP.source,
-    depth=Depth.completep(HALF),
+    depth=depth_rule(HALF),
 )
 
 # Unit weights with explicit multipliers are an equivalent form of this table, which `Plan.unit` returns.

@@ -99,9 +99,9 @@ def plan(
 
     Raises:
         RequestError: a name is unknown, or a law does not apply.
-        ModelError: its kind says what about the model: `BuildError` (it cannot be built or run), `RoleError` and `InitError` (the
-            role or initialization of a parameter cannot be determined) or `LayerError` (such as an axis that changed although
-            it does not grow with the width).
+        ModelError: the model cannot be planned; the subclass says why: `BuildError` (it cannot be built or run), `RoleError`
+            and `InitError` (the role or initialization of a parameter cannot be determined) or `LayerError` (such as an axis
+            that changed although it does not grow with the width).
     """
     if recipe is None or not isinstance(recipe, Recipe):
         recipe = Recipe() if recipe is None else Recipe.load(recipe)

@@ -2,8 +2,8 @@
 
 Most plans fold every forward multiplier into initial weights and optimizer settings. `unit` keeps them in the forward pass
 instead, as u-µP does (2407.17465), so that the entries of weights, activations and gradients have a size of about 1 at any
-width, as formats with few digits require. Both train identically (`parametrizations.spec.FOLDS`), and `clip_grad_norm_` clips
-by a norm that is the same for both.
+width, as low-precision formats such as float8 require. Both train identically (`parametrizations.spec.FOLDS`), and
+`clip_grad_norm_` clips by a norm that is the same for both.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ FORMAT = "mutransfer-plan/1"
 class ParameterPlan:
     """Initialization and optimizer settings of one parameter; the columns are those of `schemas.PARAMETERS`.
 
-    The ``*_factor`` fields compare with the base model under the same recipe. ``gauge`` is the ratio of this parameter to the
-    one in the table's source, which has forward multipliers (see `parametrizations.spec.Factors`). ``multiplier`` is the
-    multiplier that remains in the forward pass (`unit`), and ``columns`` those on single columns of the input, where fixed
-    columns lie next to growing ones (`attach`).
+    The ``*_factor`` fields compare with the base model under the same recipe. ``gauge`` says how many times as large this
+    parameter is as in the paper's form of the table, which has forward multipliers (see `parametrizations.spec.Factors`).
+    ``multiplier`` is the multiplier that remains in the forward pass (`unit`). ``columns`` are multipliers on single columns of
+    the input, for layers whose input joins fixed and growing columns (`attach`).
     """
 
     name: str
@@ -177,16 +177,16 @@ class Plan:
         return averaged(self.recipe, self.scale, self.base)
 
     def unit(self) -> Plan:
-        """Return a plan that trains identically, with unit weights under forward multipliers that `attach` registers (u-µP)."""
+        """Return the equivalent plan in u-µP's form: weights start at size 1, and `attach` registers the forward multipliers."""
         return unit(self)
 
     def attach(self, model: torch.nn.Module) -> None:
-        """Register the plan's forward multipliers on ``model``, before `initialize`, without changing what it computes.
+        """Register the plan's forward multipliers on ``model``; call it before `initialize`.
 
         Multipliers of whole parameters (`unit`) are registered with `torch.nn.utils.parametrize`: the parameter's name then
         ends in ``parametrizations.weight.original``, as in its state_dict. Multipliers of single columns are registered as
-        forward pre-hooks, which leave names and state_dict unchanged; copies that are not trained (target networks) get them
-        as well, and copy.deepcopy copies them. Without multipliers, nothing happens.
+        forward pre-hooks, which leave names and state_dict unchanged; submodules that are not trained (target networks) get
+        them too, and copy.deepcopy keeps them. Without multipliers, nothing happens.
 
         Raises:
             RequestError: the model already has multipliers, or lacks a parameter of the plan.
@@ -203,8 +203,7 @@ class Plan:
     ) -> torch.optim.Optimizer:
         """Return the plan's optimizer over ``model``.
 
-        The optimizer's default learning rate, which some schedulers take for that of the run, is the recipe's; no group uses
-        it.
+        The optimizer's default learning rate, which some schedulers read, is the recipe's; every group has its own.
 
         Args:
             model: built at the plan's scale.
@@ -223,13 +222,13 @@ class Plan:
         return (cls or rule.load())(groups, **default, **options)
 
     def per_group(self, target: torch.optim.Optimizer | torch.nn.Module, value: float) -> list[float]:
-        """Return a learning rate of the base model as one value per parameter group, in the groups' order.
+        """Scale a learning rate of the base model to every parameter group, and return the rates in the groups' order.
 
         torch's schedulers accept such a list in place of a single number (``max_lr``, ``base_lr``, ``min_lr``, ``swa_lr``).
 
         Args:
             target: an optimizer with the plan's groups, or the model that they will be made from.
-            value: the learning rate at base scale; ``recipe.lr`` gives the planned ones.
+            value: the learning rate at base scale; ``recipe.lr`` gives the planned rates.
 
         Raises:
             RequestError: the optimizer's groups have no parameter names, mix parameters with different rates, or belong to
@@ -270,8 +269,9 @@ class Plan:
     def clip_grad_norm_(self, model: torch.nn.Module, max_norm: float) -> torch.Tensor:
         """Clip the gradients of ``model`` to ``max_norm`` and return their norm before clipping (a scalar tensor).
 
-        The norm is computed as if the source's multipliers were in the forward pass, where a gradient is ``gauge`` times as
-        large. Without them, the readout's share of the norm would grow with the width, and the clipping with it.
+        The norm is that of the equivalent model with the paper's multipliers in its forward pass, whose gradients are
+        ``gauge`` times as large. Otherwise the readout's share of the norm would grow with the width, and the clipping
+        with it.
         """
         parameters = matched(self, model)
         columns = {row.name: row.columns for row in self.rows if row.columns}

@@ -136,7 +136,7 @@ class TargetConfig:
             object.__setattr__(self, name, getattr(checked, name))
 
     def found(self) -> tuple[dict[str, str], str | None]:
-        """Return the references to model, data and trainer relative to the current folder, and the folder that they are in.
+        """Return model, data and trainer as references from the current folder, and the folder of the experiment, if known.
 
         Recorded paths are looked up relative to the target's file first, then at their original location (`run_dir.found`).
 
@@ -271,7 +271,7 @@ def target_config(
         proxy_parameters: number of parameters of the proxy, which the law power-lines needs.
         regularizers: regularization in the model itself, as returned by `regularizers`.
         unproven: sentences on what was not verified (`of_evidence`); they become warnings, and are also stored in the
-            provenance, as they may be true only today.
+            provenance, as a later `verify` or check may settle them.
 
     Raises:
         RequestError: a batch or duration law does not apply, a size is not a positive whole number, or a value cannot be

@@ -1,7 +1,7 @@
-"""Determine what every parameter of a family is used for, from one forward pass and two builds rather than from names.
+"""Determine what every parameter of a family is used for, by tracing a forward pass at two widths rather than from names.
 
 The family need not be observed at its base's depth: a few layers are enough if the deeper ones match them. What depends on the
-target (its head dim, powers of the depth among the constants of the forward pass) is added by `at_target` and
+target (its head dim, and constants in the forward pass that are powers of the depth) is added by `at_target` and
 `with_depth_constants`.
 """
 
@@ -221,13 +221,13 @@ MOST_PASSES = 32  # limit while a parameter is unused whose role only its use ca
 def observe(family: Family) -> Observation:
     """Observe the family at base size, using only the first few layers of a deep base if the others match them.
 
-    Nothing is allocated: the builds and the forward pass run on fake tensors. Only a forward pass that reads values (such as
-    the experts chosen by a router) is run for real, if the model is small.
+    The builds and the forward pass run on fake tensors, so nothing is allocated. The exception is a forward pass that reads
+    values (such as the experts chosen by a router): it is run for real if the model is small, and refused otherwise.
 
     Raises:
         RoleError: the role of a parameter cannot be determined; the message gives its name and shape and the operation.
         InitError: the initialization of a parameter cannot be determined.
-        LayerError: the parameters or the attention layers differ between widths.
+        LayerError: a parameter or an attention layer exists at one width only.
         BuildError: the model cannot be built, or does not run on the example batch.
     """
     family = family.printing_once()

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from mutransfer.cli import run
-from mutransfer.cli.console import plain
 from mutransfer.export import FORMATS
+from mutransfer.io import as_json_value
 from mutransfer.planning import build
 from mutransfer.planning.target import KEYS, TargetConfig
 from mutransfer.recipe import Recipe
@@ -348,7 +348,7 @@ def test_without_json_a_person_is_told(arguments: tuple[str, ...], commands: Pro
 
 def test_json_has_no_nan() -> None:
     given = {"a": [float("nan"), 1.5, (float("-inf"),)], 3: {"b": TRIALS.frame([])["value"].mean()}}
-    assert plain(given) == {"a": [None, 1.5, [None]], "3": {"b": None}}
+    assert as_json_value(given) == {"a": [None, 1.5, [None]], "3": {"b": None}}
 
 
 def test_ctrl_c_is_130_and_a_bug_is_3(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from mutransfer.cli import demo, run
-from mutransfer.cli.console import plain
 from mutransfer.cli.output import OUTPUTS, write_documents
+from mutransfer.io import as_json_value
 from mutransfer.schemas import BASINS
 from mutransfer.sweeps import verify
 
@@ -201,7 +201,7 @@ def test_json_has_plain_values_alone() -> None:
         "a": [1.5, None], "b": [[None, 2.0]], "c": None, "d": None, "e": "a/b", "f": True, "g": 3,
         "4": {"h": [None, None, True]}, "i": "µ",
     }  # fmt: skip
-    assert json.loads(json.dumps(plain(given), allow_nan=False)) == expected
+    assert json.loads(json.dumps(as_json_value(given), allow_nan=False)) == expected
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "utf-8"])

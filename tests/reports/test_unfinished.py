@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from mutransfer.cli.check import begin
-from mutransfer.cli.verify import verify_run
 from mutransfer.io import read_json, write_json
 from mutransfer.recipe import Recipe
 from mutransfer.reports import write_report
@@ -17,6 +16,7 @@ from mutransfer.schemas import BASINS, COORDINATES, TRIALS
 from mutransfer.sweeps.jobs import Done, Events, Job, RunContext, Session
 from mutransfer.sweeps.results import target_of_run
 from mutransfer.sweeps.tune import tune
+from mutransfer.sweeps.verify import verify_run
 
 from ..helpers.small import Planted, experiment, octaves
 from .conftest import MODULES, coordinate_frame

@@ -12,7 +12,6 @@ import optuna
 import pytest
 from optuna.trial import TrialState, create_trial
 
-from mutransfer.cli.verify import verify_run
 from mutransfer.errors import RequestError
 from mutransfer.recipe import Recipe
 from mutransfer.reports import write_report
@@ -24,6 +23,7 @@ from mutransfer.sweeps.jobs import RunContext
 from mutransfer.sweeps.pruners import Halving
 from mutransfer.sweeps.samplers import foreseen
 from mutransfer.sweeps.tune import tune
+from mutransfer.sweeps.verify import verify_run
 
 from ..helpers.scripts import MODEL
 from ..helpers.small import experiment, journal
