@@ -37,7 +37,7 @@ from mutransfer.reports.contents import RunContents
 from mutransfer.schemas import COORDINATES
 from mutransfer.tracing.specs import Observation
 
-from . import families
+from .helpers import families
 
 ROOT = Path(__file__).parents[1]
 observing = importlib.import_module("mutransfer.tracing.observe")  # the package has a function of that name

@@ -30,14 +30,18 @@ def token_batch(size: int = 4, length: int = 12) -> Any:
     return tokens[:, :-1], tokens[:, 1:]
 
 
+# Made here and not on first use, which may be on fake tensors: the families are kept.
+IMAGES, TOKENS = image_batch(), token_batch()
+
+
 @functools.cache
 def mlp(width: int = 32, depth: int = 3) -> Family:
-    return Family(lambda s: MLP(64, s.width, s.depth, 10), image_batch(), loss, Scale(width, depth), "mlp")
+    return Family(lambda s: MLP(64, s.width, s.depth, 10), IMAGES, loss, Scale(width, depth), "mlp")
 
 
 @functools.cache
 def resnet(width: int = 16, depth: int = 2) -> Family:
-    return Family(lambda s: ResNet(1, s.width, s.depth, 10), image_batch(), loss, Scale(width, depth), "resnet")
+    return Family(lambda s: ResNet(1, s.width, s.depth, 10), IMAGES, loss, Scale(width, depth), "resnet")
 
 
 @functools.cache
@@ -45,4 +49,4 @@ def transformer(width: int = 32, depth: int = 2, **shape: Any) -> Family:
     def build(scale: Scale) -> torch.nn.Module:
         return Transformer(TransformerShape(scale.width, scale.depth, VOCABULARY, **shape))
 
-    return Family(build, token_batch(), loss, Scale(width, depth), "transformer")
+    return Family(build, TOKENS, loss, Scale(width, depth), "transformer")

@@ -17,8 +17,8 @@ from mutransfer.sweeps.jobs import RunContext
 from mutransfer.sweeps.tune import price, tune
 from mutransfer.sweeps.verify import basins
 
-from .small import Planted, experiment
-from .tuned import bowl
+from ..helpers.small import Planted, experiment
+from ..helpers.tuned import bowl
 
 
 @pytest.fixture

@@ -29,9 +29,9 @@ from mutransfer.sweeps.jobs import (
 )
 from mutransfer.sweeps.tune import tune
 
-from .scripts import MODEL
-from .small import each, experiment, journal
-from .tuned import bowl, states
+from ..helpers.scripts import MODEL
+from ..helpers.small import each, experiment, journal
+from ..helpers.tuned import bowl, states
 
 
 class Scripted(Executor):

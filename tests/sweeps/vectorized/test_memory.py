@@ -14,14 +14,17 @@ from mutransfer.errors import RequestError
 from mutransfer.sweeps.vectorized.support import is_out_of_memory
 
 LIMITED = """
-import json, resource, sys, warnings
+import contextlib, json, resource, sys, warnings
 warnings.simplefilter("ignore")
 import torch
 torch.set_num_threads(1)
+from mutransfer.printing import log_to_stderr
 from mutransfer.sweeps.experiment import Experiment
 from mutransfer.sweeps.vectorized.executor import VectorizedExecutor
 from mutransfer.sweeps.jobs import Job, SequentialExecutor, run_jobs, RunContext
 
+kept = contextlib.ExitStack()
+kept.enter_context(log_to_stderr())
 asked = Experiment.read(json.loads(sys.argv[1]), "test")
 todo = [Job(k, asked.proxy_scale, "mup", asked.recipe.with_(lr=2.0 ** (-k - 3)), k, (2,)) for k in range(12)]
 apart = {job.key: outcome.loss for job, outcome in run_jobs(SequentialExecutor(), RunContext(asked), todo[:3])}
