@@ -255,9 +255,9 @@ def assert_shows(printed: str, shown: str, where: str) -> None:
 
     Numbers and spaces may differ, since machines do; "…" stands for any text, on a line of its own for any lines.
     """
-    pattern = r"\n".join(".*" if line.strip() == "…" else _pattern(line) for line in _plain(shown))
-    printed_lines = "\n".join(_plain(printed))
-    assert re.fullmatch(pattern, printed_lines, re.DOTALL), f"{where} shows\n{shown}\nbut the block prints\n{printed}"
+    pattern = "".join(r"(?:.*\n)?" if line.strip() == "…" else _pattern(line) + r"\n" for line in _plain(shown))
+    lines = "".join(f"{line}\n" for line in _plain(printed))
+    assert re.fullmatch(pattern, lines, re.DOTALL), f"{where} shows\n{shown}\nbut the block prints\n{printed}"
 
 
 def _plain(text: str) -> list[str]:
