@@ -137,8 +137,9 @@ class Processes:
 
     def __init__(self) -> None:
         self._server = subprocess.Popen(
-            [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+            [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
         )
+        self._read = b""
         self._answer()
         self._running: Started | None = None
 
@@ -146,7 +147,7 @@ class Processes:
         """Start ``mutransfer ARGUMENTS`` in ``cwd``; files may grow to ``limit`` bytes, stdout may be a file."""
         assert self._server.stdin is not None
         job = {"arguments": arguments, "cwd": str(cwd), "limit": limit, "stdout": stdout}
-        print(json.dumps(job), file=self._server.stdin, flush=True)
+        self._server.stdin.write(json.dumps(job).encode() + b"\n")
         return Started(self._answer()["pid"], self._answer, next(iter(arguments), None))
 
     def run(self, *arguments: str, cwd: Path, limit: int | None = None, stdout: str | None = None) -> Ended:
@@ -158,12 +159,16 @@ class Processes:
         self._server.communicate(timeout=PATIENCE)
 
     def _answer(self) -> dict[str, Any]:
+        """Return the next line of the server; a command may be so quick that both of its lines arrive at once."""
         assert self._server.stdout is not None
-        if not select.select([self._server.stdout], [], [], PATIENCE)[0]:
-            raise TimeoutError(
-                f"no answer for {PATIENCE} s: the command hangs, or left a process that holds its output"
-            )
-        return json.loads(self._server.stdout.readline())
+        while b"\n" not in self._read:
+            if not select.select([self._server.stdout], [], [], PATIENCE)[0]:
+                raise TimeoutError(
+                    f"no answer for {PATIENCE} s: the command hangs, or left a process that holds its output"
+                )
+            self._read += os.read(self._server.stdout.fileno(), 2**16)
+        line, _, self._read = self._read.partition(b"\n")
+        return json.loads(line)
 
 
 def validated(command: str | None, line: str) -> dict[str, Any]:
