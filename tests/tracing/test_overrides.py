@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import mutransfer as mt
-from mutransfer.cli.transfer import observed_model
 from mutransfer.errors import RequestError
 from mutransfer.io import write_json
 from mutransfer.planning.target import TargetConfig
@@ -19,6 +18,7 @@ from mutransfer.run_dir import RunFolder
 from mutransfer.scale import Scale
 from mutransfer.sweeps.experiment import Experiment
 from mutransfer.sweeps.jobs import RunContext
+from mutransfer.sweeps.results import target_of_run
 from mutransfer.tracing.roles import ROLES, roles_from
 
 from ..helpers import families
@@ -146,7 +146,7 @@ def test_roles_travel_from_the_experiment_to_every_run_and_the_target(tmp_path: 
         assert {row.name: row.role for row in planned.rows}["readout.weight"] == expected
     folder = RunFolder(tmp_path)
     write_json(folder.best, json.loads(asked.recipe.model_dump_json()))
-    target = TargetConfig.load(observed_model(folder, 32).save(tmp_path / "target.json"))
+    target = TargetConfig.load(target_of_run(folder, 32).save(tmp_path / "target.json"))
     assert {row.name: row.role for row in target.plan.rows}["readout.weight"] == "bottleneck"
     assert target.provenance["roles"] == roles
     assert SMALL["model"] == "mlp"
