@@ -160,16 +160,11 @@ HEADROOM = 0.1  # fraction of the height, reserved for the crosses
 
 
 @dataclass(frozen=True, eq=False)
-class SliceFigure(ReportFigure):
-    """Loss of the complete trials (schema TRIALS) against each hyperparameter, with diverged trials along the top.
-
-    Raises:
-        FrameError: if the frame lacks a column, or there are too few trials or hyperparameters to compare.
-    """
+class _SearchFigure(ReportFigure):
+    """Base class of the figures of the trials (schema TRIALS), which are drawn as losses also where the metric is maximized."""
 
     trials: pd.DataFrame
     maximize: bool = False
-    title = "Loss against each hyperparameter"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "trials", as_losses(drawable(self.trials), self.maximize))
@@ -177,6 +172,17 @@ class SliceFigure(ReportFigure):
     def frame(self) -> pd.DataFrame:
         """Return the trials, one row each (schema TRIALS, followed by the hyperparameters)."""
         return as_losses(self.trials, self.maximize)
+
+
+@dataclass(frozen=True, eq=False)
+class SliceFigure(_SearchFigure):
+    """Loss of the complete trials (schema TRIALS) against each hyperparameter, with diverged trials along the top.
+
+    Raises:
+        FrameError: if the frame lacks a column, or there are too few trials or hyperparameters to compare.
+    """
+
+    title = "Loss against each hyperparameter"
 
     @property
     def names(self) -> list[str]:
@@ -268,7 +274,7 @@ SHELF = 0.08  # height at which diverged trials are drawn above the shown losses
 
 
 @dataclass(frozen=True, eq=False)
-class ParallelFigure(ReportFigure):
+class ParallelFigure(_SearchFigure):
     """Parallel coordinates of the complete trials (schema TRIALS) and the diverged ones: one line per trial.
 
     Losses above Tukey's fence (the upper quartile plus 1.5 times the interquartile range) are drawn at the fence, because one
@@ -278,20 +284,14 @@ class ParallelFigure(ReportFigure):
         FrameError: if the frame lacks a column, or fewer than two hyperparameters vary.
     """
 
-    trials: pd.DataFrame
-    maximize: bool = False
     title = "All hyperparameters at once"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "trials", as_losses(drawable(self.trials), self.maximize))
+        super().__post_init__()
         if len(hyperparameters(self.trials)) < 2:
             raise FrameError(
                 "only one hyperparameter took more than one value, and parallel coordinates need at least two."
             )
-
-    def frame(self) -> pd.DataFrame:
-        """Return the trials, one row each (schema TRIALS, followed by the hyperparameters)."""
-        return as_losses(self.trials, self.maximize)
 
     @property
     def names(self) -> list[str]:
@@ -437,7 +437,7 @@ FEWEST = 20  # minimum number of complete trials: the best tenth has to be more 
 
 
 @dataclass(frozen=True, eq=False)
-class ImportanceFigure(ReportFigure):
+class ImportanceFigure(_SearchFigure):
     """Importances of the hyperparameters among the trials (schema TRIALS) that ended with a loss.
 
     They are those of PED-ANOVA (2304.10255), as Optuna implements it (`optuna.importance`). It ignores diverged trials, so the
@@ -447,12 +447,10 @@ class ImportanceFigure(ReportFigure):
         FrameError: if the frame lacks a column, or there are too few trials or hyperparameters to rank.
     """
 
-    trials: pd.DataFrame
-    maximize: bool = False
     title = "Importance of the hyperparameters"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "trials", as_losses(drawable(self.trials), self.maximize))
+        super().__post_init__()
         losses, count = self.trials["value"][self._complete], len(hyperparameters(self.trials))
         if len(losses) < FEWEST or count < 2 or losses.nunique() < 2:
             raise FrameError(
@@ -463,10 +461,6 @@ class ImportanceFigure(ReportFigure):
     @property
     def _complete(self) -> pd.Series:
         return self.trials["state"].eq("COMPLETE") & ~is_lost(self.trials)
-
-    def frame(self) -> pd.DataFrame:
-        """Return the trials, one row each (schema TRIALS, followed by the hyperparameters)."""
-        return as_losses(self.trials, self.maximize)
 
     @property
     def caption(self) -> str:
