@@ -122,8 +122,10 @@ class ReportFigure(ABC):
         """The figure with its layout computed once, because layout takes most of the time of saving as PNG and as SVG."""
         figure = self.draw()
         with styled():
-            figure.draw_without_rendering()
-            figure.set_layout_engine("none")
+            engine = figure.get_layout_engine()
+            assert engine is not None
+            engine.execute(figure)
+            figure.set_layout_engine(None)  # with "none", a placeholder stays, and each file is drawn twice because of it
         return figure
 
 

@@ -352,5 +352,6 @@ def run_seconds(context: RunContext, scale: Scale, device: str = "cpu", threads:
     """
     measured = single_step(context, device, threads, scale=scale)
     assert measured is not None
-    held_out = FORWARD * len(context.required_data.validation())
+    examples = sum(len(targets) for _, targets in context.required_data.validation())
+    held_out = FORWARD * examples / context.experiment.batch_size
     return measured.first + measured.step * (context.experiment.steps + VALIDATIONS * held_out)

@@ -23,7 +23,7 @@ EXPERIMENT: dict[str, Any] = {
     "data": "bytes",
     "sequence_length": 16,
     "proxy": {"width": 16, "depth": 1},
-    "steps": 80,
+    "steps": 64,
     "batch_size": 16,
     "recipe": {"lr": 2**-6, "schedule": "cosine", "warmup": 0.1, "clip": 1.0},
     "search": {

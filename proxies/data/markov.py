@@ -10,7 +10,16 @@ from scipy.special import entr
 
 from mutransfer.errors import DataError
 
-from .base import VALIDATION_SEQUENCES, Batch, Data, batches_of, check_sequence_length, generator, next_token
+from .base import (
+    VALIDATION_BATCHES,
+    Batch,
+    Data,
+    batches_of,
+    check_sequence_length,
+    generator,
+    next_token,
+    validation_batch,
+)
 
 __all__ = ["Markov", "load_markov"]
 
@@ -40,8 +49,9 @@ class Markov(Data):
         return next_token(self._sample(size, generator("markov training", seed, step)))
 
     def validation(self) -> list[Batch]:
-        """Return 64 sequences from a random stream that training does not use."""
-        return batches_of(self._sample(VALIDATION_SEQUENCES, generator("markov held out")))
+        """Return 4 batches from a random stream that training does not use; their size is that of `Tokens.validation`."""
+        count = VALIDATION_BATCHES * validation_batch(self.sequence_length)
+        return batches_of(self._sample(count, generator("markov held out")))
 
     def _sample(self, size: int, random: np.random.Generator) -> np.ndarray:
         """Sample tokens [size, T + 1] from the stationary chain."""

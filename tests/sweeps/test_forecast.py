@@ -85,7 +85,8 @@ def test_a_run_takes_its_steps_two_validations_and_what_comes_before_the_first(m
 
     monkeypatch.setattr(autoselect, "single_step", timed)
     given = experiment(steps=30)
-    batches = len(RunContext(given).required_data.validation())
+    examples = sum(len(targets) for _, targets in RunContext(given).required_data.validation())
+    batches = examples / given.batch_size
     assert run_seconds(RunContext(given), Scale(16, 2)) == pytest.approx(7 + 0.5 * (30 + 2 * batches / 3))
     assert seen[0] is not None
     assert 0 < seen[0].step < seen[0].first + 10
