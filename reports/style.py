@@ -125,7 +125,9 @@ class ReportFigure(ABC):
             engine = figure.get_layout_engine()
             assert engine is not None
             engine.execute(figure)
-            figure.set_layout_engine(None)  # with "none", a placeholder stays, and each file is drawn twice because of it
+            figure.set_layout_engine(
+                None
+            )  # with "none", a placeholder stays, and each file is drawn twice because of it
         return figure
 
 
