@@ -16,7 +16,7 @@ from coordinate_models import DEVELOPED_ON, MODELS
 from coordinate_power import interval
 from harness import Claim, publish
 
-from mutransfer.coord_check import judge
+from mutransfer.coord_check import judge_coordinates
 from mutransfer.errors import RequestError
 from mutransfer.tracing.observe import observe
 
@@ -43,7 +43,7 @@ def measure(given: argparse.Namespace) -> pd.DataFrame:
         block = zlib.crc32(f"{model} {optimizer} {widths}".encode()) % 2**20
         options = {"seeds": 3, "most": 12, "steps": 2, "first": block * 2**12 + group * 12}
         try:
-            found = judge(family, WIDTHS[widths], "mup", optimizer, observation=observe(family), **options)
+            found = judge_coordinates(family, WIDTHS[widths], "mup", optimizer, observation=observe(family), **options)
         except RequestError as error:
             raise SystemExit(f"{model}: {error}") from error
         verdict = found.verdict

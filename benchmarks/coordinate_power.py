@@ -21,7 +21,7 @@ from scipy.stats import beta
 
 import mutransfer as mt
 from mutransfer.coord_check import Verdict
-from mutransfer.coord_check.check import judge
+from mutransfer.coord_check.check import judge_coordinates
 from mutransfer.coord_check.diagnosis import FAULTS, Fault, plant, plant_in
 from mutransfer.optimizers.rules import OPTIMIZERS
 from mutransfer.proxies.data import load_data
@@ -115,7 +115,7 @@ def measure(given: argparse.Namespace) -> pd.DataFrame:
         family, planner = planted(families[model], seen[model], fault, optimizer)
         # Disjoint seeds for every verdict: groups of 20 within a block of its own.
         block = zlib.crc32(f"{model} {optimizer} {fault}".encode()) % 2**20
-        found = judge(
+        found = judge_coordinates(
             family,
             WIDTHS,
             "mup",

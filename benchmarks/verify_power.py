@@ -19,7 +19,7 @@ import pandas as pd
 from harness import Claim, arguments, publish
 from scipy import stats
 
-from mutransfer.basins import DRIFT_LIMIT, REGRET_LIMIT, judge_transfer, optima
+from mutransfer.basins import DRIFT_LIMIT, REGRET_LIMIT, judge, optima
 from mutransfer.schemas import BASINS
 from mutransfer.sweeps.verify import grid
 
@@ -126,7 +126,7 @@ def simulate(kind: str, seeds: int, studies: int, told: bool = False) -> Counter
         truth = Truth(kind, random)
         frame = truth.measured(seeds, random)
         found = optima(frame, 0.0)
-        verdict, reasons = judge_transfer(found)
+        verdict, reasons = judge(found)
         counts[verdict] += 1
         counts["runs"] += len(frame)
         if verdict != "undecided" and verdict not in truth.verdict():

@@ -19,7 +19,7 @@ __all__ = [
     "Bracket",
     "bracket",
     "flat_range",
-    "judge_transfer",
+    "judge",
     "optima",
     "seed_table",
     "worth",
@@ -504,7 +504,7 @@ def worth(optima: pd.DataFrame, basins: pd.DataFrame, *, maximize: bool = False)
     return {"value": value, "low": low, "high": high}
 
 
-def judge_transfer(
+def judge(
     optima: pd.DataFrame,
     drift_limit: float = DRIFT_LIMIT,
     regret_limit: float = REGRET_LIMIT,

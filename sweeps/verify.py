@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mutransfer.basins import DRIFT_LIMIT, REGRET_LIMIT, bracket, flat_range, judge_transfer, optima, worth
+from mutransfer.basins import DRIFT_LIMIT, REGRET_LIMIT, bracket, flat_range, judge, optima, worth
 from mutransfer.errors import RequestError
 from mutransfer.io import as_json_value, read_json, write_json
 from mutransfer.proxies.load import cross_entropy
@@ -343,7 +343,7 @@ def verify_run(
     unit = loss_unit(context)
     found = optima(frame, transferred, maximize=experiment.maximize, regret_limit=limit)
     main_rows = found[found["parametrization"] == name]
-    status, reasons = judge_transfer(main_rows, regret_limit=limit, unit=unit)
+    status, reasons = judge(main_rows, regret_limit=limit, unit=unit)
     first, last = main_rows.iloc[0], main_rows.iloc[-1]
     widest = experiment.proxy_scale.with_(width=int(last["width"]))
     compared = comparison(frame, kinds, recipe, experiment.proxy.width, tuned, maximize=experiment.maximize)

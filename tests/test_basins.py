@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mutransfer.basins import DRIFT_LIMIT, REGRET_LIMIT, judge_transfer, optima, worth
+from mutransfer.basins import DRIFT_LIMIT, REGRET_LIMIT, judge, optima, worth
 from mutransfer.errors import RequestError
 from mutransfer.schemas import BASINS, OPTIMA
 
@@ -197,7 +197,7 @@ def rows(**changes: Any) -> pd.DataFrame:
     ],
 )
 def test_the_verdict_follows_the_intervals(changes: dict[str, Any], status: str, said: str | None) -> None:
-    judged, reasons = judge_transfer(rows(**changes), unit="nats")
+    judged, reasons = judge(rows(**changes), unit="nats")
     assert judged == status
     assert reasons == [] if said is None else any(said in reason for reason in reasons), reasons
 
@@ -211,15 +211,15 @@ FLAT = {"flat_low": -8.0, "flat_high": -5.0, "perhaps_flat_low": -9.0, "perhaps_
 
 def test_a_drift_that_costs_nothing_is_no_failure() -> None:
     drifts = {"drift": 2.0, "drift_low": 1.5, "drift_high": 2.5}
-    judged, reasons = judge_transfer(rows(**drifts, **FLAT).assign(**FLAT), unit="nats")
+    judged, reasons = judge(rows(**drifts, **FLAT).assign(**FLAT), unit="nats")
     assert judged == "pass"
     assert reasons == ["flat: any rate from 2^-8.00 to 2^-5.00 is equally good, within 0.02 nats."]
     narrow = rows(**drifts).assign(**FLAT | {"flat_low": -5.4})
-    assert judge_transfer(narrow)[0] == "undecided"
-    assert judge_transfer(narrow.assign(perhaps_flat_low=-4.9))[0] == "fail"
-    assert judge_transfer(rows(**drifts, regret_high=0.03).assign(**FLAT))[0] == "undecided"
+    assert judge(narrow)[0] == "undecided"
+    assert judge(narrow.assign(perhaps_flat_low=-4.9))[0] == "fail"
+    assert judge(rows(**drifts, regret_high=0.03).assign(**FLAT))[0] == "undecided"
     # Where nothing drifts there is no need to say so.
-    assert judge_transfer(rows().assign(**FLAT)) == ("pass", [])
+    assert judge(rows().assign(**FLAT)) == ("pass", [])
 
 
 def noisy(seed: int, noise: float, loss: Callable[[int, float], float], **options: Any) -> pd.DataFrame:
@@ -231,7 +231,7 @@ def test_a_regret_is_judged_in_the_losss_own_unit() -> None:
     """A negative loss has a regret like any other: 0.4 nats of 2."""
     for floor in (-2.0, 0.0, 2.0):
         found = noisy(0, 0.002, lambda width, x, floor=floor: floor + 0.1 * (x + 8) ** 2, grid=range(-10, -3))
-        assert judge_transfer(found)[0] == "fail"
+        assert judge(found)[0] == "fail"
         assert (found["regret_low"] < 0.4).all()
         assert (found["regret_high"] > 0.4).all()
         assert (found["regret_high"] - found["regret_low"] < 0.02).all()
@@ -245,7 +245,7 @@ def test_no_interval_of_noisy_seeds_has_width_zero() -> None:
         assert (found["regret_high"] > 1e-5).all()
         assert (found["regret_low"] < 1e-4).all()
         assert found["drift_high"].iloc[1] - found["drift_low"].iloc[1] > 0.02
-        assert judge_transfer(found)[0] == "pass"
+        assert judge(found)[0] == "pass"
 
 
 def cliff(edges: dict[int, float]) -> Callable[[int, float], float]:
@@ -260,7 +260,7 @@ def test_beside_a_cliff_the_interval_holds_the_cell_that_is_not_resolved() -> No
     assert found.loc[16, "drift_low"] <= -1
     assert found.loc[16, "drift_high"] >= 0.9
     assert found.loc[16, "regret_high"] >= 0.09
-    status, reasons = judge_transfer(found.reset_index())
+    status, reasons = judge(found.reset_index())
     assert status == "undecided"
     assert any("which diverges, are" in reason for reason in reasons)
 
@@ -274,13 +274,13 @@ def test_beside_a_jump_of_the_loss_no_parabola_holds() -> None:
 
 def test_a_carried_rate_that_diverges_fails_and_with_some_seeds_is_undecided() -> None:
     found = noisy(0, 0.002, cliff({8: -5.9, 16: -6.1}))
-    assert judge_transfer(found) == ("fail", ["width 16: the proxy's learning rate diverges."])
+    assert judge(found) == ("fail", ["width 16: the proxy's learning rate diverges."])
     random = np.random.default_rng(0)
     at = cliff({8: -5.9, 16: -5.9})
     some = made(
         lambda w, s, x: math.inf if (w, s, x) == (16, 2, -6) else at(w, x) + 0.002 * random.normal(), seeds=range(3)
     )
-    status, reasons = judge_transfer(optima(some, -6.0))
+    status, reasons = judge(optima(some, -6.0))
     assert status == "undecided"
     assert any("diverges with some seeds" in reason for reason in reasons)
 
@@ -288,7 +288,7 @@ def test_a_carried_rate_that_diverges_fails_and_with_some_seeds_is_undecided() -
 def test_a_flat_basin_with_noise_is_no_failure() -> None:
     """The optimum moves by two octaves, at a price of a thousandth of a nat."""
     found = noisy(1, 0.003, lambda width, x: 2 + 0.0003 * (x + (6 if width == 8 else 8)) ** 2)
-    status, reasons = judge_transfer(found)
+    status, reasons = judge(found)
     assert status == "pass"
     assert reasons[0].startswith("flat: any rate from 2^-")
 
@@ -331,7 +331,7 @@ def test_whatever_was_measured_there_is_a_verdict(data: st.DataObject) -> None:
     losses = {key: data.draw(value) for key in itertools.product(widths, seeds, grid)}
     found = optima(made(lambda *key: losses[key], widths, seeds, grid), 0.0, resamples=50)
     assert len(found) == len(widths)
-    status, reasons = judge_transfer(found)
+    status, reasons = judge(found)
     assert status in ("pass", "fail", "undecided")
     assert bool(reasons) or status == "pass"
     if len(seeds) < 3:

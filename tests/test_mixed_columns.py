@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import mutransfer as mt
-from mutransfer.coord_check.check import judge
+from mutransfer.coord_check.check import judge_coordinates
 from mutransfer.errors import RequestError
 from mutransfer.export import export
 from mutransfer.planning.plan import as_entered
@@ -295,8 +295,10 @@ def test_sixty_steps_at_any_width(width: int) -> None:
 
 def test_the_check_passes_what_is_planned_exactly_and_names_a_mixed_axis() -> None:
     options: dict[str, Any] = {"seeds": 2, "steps": 2}
-    assert judge(critic(base=32), (32, 64, 128, 256), **options).verdict.status != "fail"
-    found = judge(replace(critic(base=32), roles={"mid.weight": "hidden"}), (32, 64, 128, 256), **options).verdict
+    assert judge_coordinates(critic(base=32), (32, 64, 128, 256), **options).verdict.status != "fail"
+    found = judge_coordinates(
+        replace(critic(base=32), roles={"mid.weight": "hidden"}), (32, 64, 128, 256), **options
+    ).verdict
     assert (found.status, found.fault) == ("fail", "mixed-columns")
     assert "the columns of mid.weight [32, 38] are of two kinds" in str(found.cause)
     assert "32:38 meet inputs of a fixed size" in str(found.cause)

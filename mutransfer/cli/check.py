@@ -212,12 +212,11 @@ def judge(
     """Run the check with a progress bar, and print warnings about what cannot be measured to stderr."""
     import warnings
 
-    from ..coord_check import PATIENCE
-    from ..coord_check import judge as judge_family
+    from ..coord_check import PATIENCE, judge_coordinates
 
     with warnings.catch_warnings(record=True) as caught, Progress(_title(family, parametrization)) as progress:
         warnings.simplefilter("always", UserWarning)
-        check = judge_family(
+        check = judge_coordinates(
             family, widths, parametrization, optimizer, seeds=seeds, first=first, patience=patience or PATIENCE, most=most,
             cache=cache, more=lambda done, adding, judged: say(f"not decided with {done} seeds, adding {adding}: {judged.cause}"),
             lr=lr, depths=depths or (), steps=steps, device=device, progress=progress,

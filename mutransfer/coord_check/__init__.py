@@ -6,11 +6,11 @@ width-stable feature learning (`tables.HEALTHY`). The standard parametrization t
 
 from .check import PATIENCE as PATIENCE
 from .check import Check as Check
-from .check import judge as judge
+from .check import judge_coordinates as judge_coordinates
 from .recording import OWN as OWN
 from .recording import record as record
 from .verdicts import MARGIN as MARGIN
 from .verdicts import Verdict as Verdict
 from .verdicts import verdict as verdict
 
-__all__ = ["MARGIN", "OWN", "PATIENCE", "Check", "Verdict", "judge", "record", "verdict"]
+__all__ = ["MARGIN", "OWN", "PATIENCE", "Check", "Verdict", "judge_coordinates", "record", "verdict"]

@@ -18,7 +18,7 @@ from ..tracing.specs import Observation
 from .recording import OWN, record
 from .verdicts import Verdict, verdict
 
-__all__ = ["Check", "PATIENCE", "assert_coordinates_hold", "judge"]
+__all__ = ["Check", "PATIENCE", "assert_coordinates_hold", "judge_coordinates"]
 
 PATIENCE = 4  # an undecided check uses up to this many times the initial number of seeds
 
@@ -33,7 +33,7 @@ class Check:
     seconds: float
 
 
-def judge(
+def judge_coordinates(
     family: Family,
     widths: Sequence[int] = (),
     parametrization: str = "mup",
@@ -123,7 +123,7 @@ def assert_coordinates_hold(
         widths: at least two; the family must build at each. Pass an empty sequence and ``depths`` for a check over depths.
         parametrization: as in `record`; "own" for a model that sets its own initialization.
         optimizer: as in `record`.
-        options: further arguments of `judge`, such as seeds, lr and steps.
+        options: further arguments of `judge_coordinates`, such as seeds, lr and steps.
 
     Returns:
         The check; its ``coordinates`` can be saved.
@@ -132,7 +132,7 @@ def assert_coordinates_hold(
         AssertionError: the verdict is not "pass"; the message gives the cause and the rows that do not hold.
         RequestError: as `record`.
     """
-    check = judge(family, widths, parametrization, optimizer, **options)
+    check = judge_coordinates(family, widths, parametrization, optimizer, **options)
     found = check.verdict
     if found.status != "pass":
         rows = found.slopes[~found.slopes["ok"].fillna(False).astype(bool)]

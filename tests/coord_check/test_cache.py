@@ -11,7 +11,7 @@ import pytest
 
 import mutransfer as mt
 from mutransfer.cli import run
-from mutransfer.coord_check import judge, recording, verdict
+from mutransfer.coord_check import judge_coordinates, recording, verdict
 from mutransfer.coord_check.cache import CheckCache
 
 from ..helpers import families
@@ -112,7 +112,7 @@ def test_what_is_kept_is_what_was_measured(tmp_path: Path, widths: list[int]) ->
 
 def test_max_seeds_bounds_an_open_check_and_what_is_open_is_named() -> None:
     said: list[tuple[int, int, str | None]] = []
-    found = judge(
+    found = judge_coordinates(
         families.mlp(width=16, depth=3), [16, 32], seeds=2, most=5, steps=1,
         more=lambda done, adding, judged: said.append((done, adding, judged.cause)),
     )  # fmt: skip
@@ -129,6 +129,6 @@ def test_more_seeds_are_not_asked_where_only_wider_models_decide(monkeypatch: py
 
     asked = []
     monkeypatch.setattr(check, "record", lambda *args, **options: asked.append(options["seeds"]) or bending(0.1))
-    found = check.judge(families.mlp(), [32, 64, 128, 256])
+    found = check.judge_coordinates(families.mlp(), [32, 64, 128, 256])
     assert (found.verdict.status, found.verdict.widen, len(asked)) == ("undecided", True, 1)
     assert verdict(bending(0.1)).cause == found.verdict.cause

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import mutransfer as mt
-from mutransfer.coord_check import judge, record, verdict
+from mutransfer.coord_check import judge_coordinates, record, verdict
 from mutransfer.coord_check.diagnosis import plant_in
 from mutransfer.coord_check.measure import module_roles
 
@@ -146,7 +146,7 @@ def test_a_wrong_rate_is_not_given_away_by_its_decay(parameter: str, power: floa
     """A readout that learnt √m too slowly passed under Adam, as its logits may fade as much."""
     made = families.mlp(width=32)
     planner = plant_in(parameter, power, mt.plan)
-    found = judge(made, [32, 64, 128, 256], "mup", optimizer, seeds=5, steps=2, planner=planner).verdict
+    found = judge_coordinates(made, [32, 64, 128, 256], "mup", optimizer, seeds=5, steps=2, planner=planner).verdict
     assert found.slopes[found.slopes["statistic"].eq("decay")]["ok"].fillna(False).all()
     assert found.status == "fail"
     assert parameter in str(found.cause)

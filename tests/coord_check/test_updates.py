@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import mutransfer as mt
-from mutransfer.coord_check import judge, record, verdict
+from mutransfer.coord_check import judge_coordinates, record, verdict
 from mutransfer.coord_check.diagnosis import plant_in
 from mutransfer.coord_check.slopes import relative_updates
 from mutransfer.tracing.observe import observe
@@ -163,7 +163,7 @@ def test_a_parameter_without_gradient_is_not_judged() -> None:
 def test_a_wrong_rate_of_one_matrix_is_caught_and_named(power: float, optimizer: str) -> None:
     made = families.mlp(width=64, depth=4)
     planner = plant_in("hidden.1.weight", power, mt.plan)
-    found = judge(made, WIDTHS, "mup", optimizer, planner=planner, observation=observe(made)).verdict
+    found = judge_coordinates(made, WIDTHS, "mup", optimizer, planner=planner, observation=observe(made)).verdict
     assert (found.status, found.fault) == ("fail", "one-parameter"), found.cause
     off = ("large" if power > 0 else "small") + " by width^" + ("1/2" if abs(power) < 1 else "1")
     assert str(found.cause).startswith(f"the learning rate of hidden.1.weight is too {off}: ")
@@ -337,7 +337,7 @@ def test_a_role_that_is_wrong_fails(name: str, role: str, optimizer: str) -> Non
         lambda s: Narrowed(s.width), (torch.randn(8, 16), torch.randint(5, (8,))),
         lambda m, b: nn.functional.cross_entropy(m(b[0]), b[1]), mt.Scale(64), roles={f"{name}.weight": role},
     )  # fmt: skip
-    found = judge(made, (64, 128, 256, 512), "mup", optimizer, seeds=5, steps=2).verdict
+    found = judge_coordinates(made, (64, 128, 256, 512), "mup", optimizer, seeds=5, steps=2).verdict
     open_too = (name, role, optimizer) == ("up", "output", "adamw")
     assert found.status in ("fail", *(["undecided"] if open_too else [])), found.cause
 

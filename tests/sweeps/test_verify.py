@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from mutransfer.basins import judge_transfer, optima
+from mutransfer.basins import judge, optima
 from mutransfer.errors import RequestError
 from mutransfer.recipe import Recipe
 from mutransfer.run_dir import RunFolder
@@ -141,7 +141,7 @@ def test_a_cliff_is_resolved_until_it_decides_and_goes_on_where_it_stopped(folde
     assert (found["cell"] == 1 / 8).all()
     assert found.loc[16, "drift_low"] <= 0.9 <= found.loc[16, "drift_high"]
     assert found.loc[16, "drift_high"] - found.loc[16, "drift_low"] < 0.5
-    assert judge_transfer(found.reset_index())[0] == "fail"
+    assert judge(found.reset_index())[0] == "fail"
 
 
 def test_a_jump_of_the_loss_is_refined_like_divergence(folder: RunFolder) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import mutransfer as mt
-from mutransfer.coord_check import judge
+from mutransfer.coord_check import judge_coordinates
 from mutransfer.tracing.observe import observe
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # its own, on importing its compiler
@@ -157,7 +157,7 @@ def test_weights_of_a_cast_model_are_those_of_the_plain_one() -> None:
 
 @pytest.mark.parametrize("build", [lazy, lambda n: torch.compile(net(n))], ids=["lazy", "compiled"])
 def test_check_of_real_builds(build: Build) -> None:
-    frame = judge(family(build), [64, 128, 256], seeds=2, patience=1).coordinates
+    frame = judge_coordinates(family(build), [64, 128, 256], seeds=2, patience=1).coordinates
     assert {*frame[frame["statistic"] == "activation"]["module"]} == {"0", "2", "4"}
 
 
