@@ -122,12 +122,10 @@ class ReportFigure(ABC):
         """The figure with its layout computed once, because layout takes most of the time of saving as PNG and as SVG."""
         figure = self.draw()
         with styled():
-            engine = figure.get_layout_engine()
-            assert engine is not None
-            engine.execute(figure)
-            figure.set_layout_engine(
-                None
-            )  # with "none", a placeholder stays, and each file is drawn twice because of it
+            if (engine := figure.get_layout_engine()) is not None:
+                engine.execute(figure)
+            # With "none", matplotlib keeps a placeholder, because of which each file is drawn twice.
+            figure.set_layout_engine(None)
         return figure
 
 
