@@ -5,6 +5,7 @@ Workers and target configs receive the string itself, so the model does not need
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -172,6 +173,11 @@ def _from_function(
         raise RequestError(f"{model} is a model of one size ({type(found).__name__}): give a Family, or {BUILD}.")
     if not callable(found):
         raise RequestError(f"{model} is of type {type(found).__name__}: give a Family, or {BUILD}.")
+    if _takes_nothing(found):
+        raise RequestError(
+            f"{model} is a function without arguments: if it returns a Family, store it in a variable and name that; "
+            f"otherwise give {BUILD}."
+        )
     if base is None:
         raise MissingBaseError(_baseless(model))
     batch = getattr(module, "batch", None)
@@ -190,6 +196,13 @@ def _from_function(
     build = guarded(lambda scale: found(scale.width, scale.depth, **options), model, module.__file__, folder)
     roles = check_roles(getattr(module, "roles", {}), f"roles next to {model}")
     return Family(build, batch, loss, base, model.rpartition(":")[2], roles)
+
+
+def _takes_nothing(function: Callable[..., Any]) -> bool:
+    try:
+        return not inspect.signature(function).parameters
+    except ValueError:  # some built-in functions have no signature
+        return False
 
 
 def _named(module: ModuleType, where: str, name: str) -> Any:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from mutransfer.errors import BuildError
 
-__all__ = ["MLP", "ResNet", "Transformer", "TransformerShape"]
+__all__ = ["MLP", "ResNet", "Transformer", "TransformerShape", "apply_rotary"]
 
 
 class MLP(nn.Module):
@@ -186,7 +186,7 @@ class Attention(nn.Module):
         q_BHTD = self.q(x_BTC).view(B, T, -1, D).transpose(1, 2)
         k_BGTD = self.k(x_BTC).view(B, T, -1, D).transpose(1, 2)
         v_BGTD = self.v(x_BTC).view(B, T, -1, D).transpose(1, 2)
-        q_BHTD, k_BGTD = _rotate(self.q_norm(q_BHTD)), _rotate(self.k_norm(k_BGTD))
+        q_BHTD, k_BGTD = apply_rotary(self.q_norm(q_BHTD)), apply_rotary(self.k_norm(k_BGTD))
         grouped = self.shape.n_heads != self.shape.n_kv
         o_BHTD = F.scaled_dot_product_attention(q_BHTD, k_BGTD, v_BGTD, is_causal=True, enable_gqa=grouped)
         return self.out(o_BHTD.transpose(1, 2).reshape(B, T, -1))
@@ -251,7 +251,7 @@ class Transformer(nn.Module):
         return self.readout(self.norm(x_BTC))
 
 
-def _rotate(x_BHTD: torch.Tensor) -> torch.Tensor:
+def apply_rotary(x_BHTD: torch.Tensor) -> torch.Tensor:
     """Apply rotary position embeddings (Su et al. 2104.09864) with base 10 000, pairing the two halves of each head."""
     T, D = x_BHTD.shape[-2:]
     frequency = 10_000 ** (-torch.arange(0, D, 2, device=x_BHTD.device, dtype=torch.float32) / D)

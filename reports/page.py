@@ -36,7 +36,7 @@ from mutransfer.reports.summary import answers, facts, findings, overall
 from mutransfer.reports.transfer_figures import BasinFigure, WiderFigure
 from mutransfer.schemas import OPTIMA, varying
 
-__all__ = ["BUDGET", "Download", "download", "downloads", "write_report"]
+__all__ = ["BUDGET", "Download", "download", "downloads", "draw_figures", "write_report"]
 
 LARGEST_PLAIN = 200_000
 BUDGET = 1_400_000  # total characters of all links: a page of 3 MB has to hold the figures and tables as well
@@ -91,7 +91,7 @@ def write_report(folder: str | os.PathLike[str]) -> Path:
     run = RunContents.read(Path(folder))
     verdict, optima, notes = _analysed(run)
     slopes = None if verdict is None else verdict.slopes
-    figures = _figures(run, slopes, optima, notes)
+    figures = draw_figures(run, slopes, optima, notes)
     for name, figure in figures.items():
         figure.save(run.path / "plots" / f"{name}.png")
     for name in FIGURES - figures.keys():  # left over from an earlier report
@@ -134,7 +134,7 @@ def _analysed(run: RunContents) -> tuple[Any | None, pd.DataFrame | None, dict[s
     return verdict, optima, notes
 
 
-def _figures(
+def draw_figures(
     run: RunContents, slopes: pd.DataFrame | None, optima: pd.DataFrame | None, notes: dict[str, str]
 ) -> dict[str, ReportFigure]:
     """Return the figures that can be drawn; add a sentence to ``notes`` for each that cannot although its file exists."""

@@ -176,7 +176,7 @@ class Repeats(Settings):
 
 
 class Experiment(Settings):
-    """All settings of `mutransfer tune`, as read from YAML.
+    """All settings of `mutransfer tune`, as read from YAML; docs/reference/experiment.md describes every key.
 
     ``proxy`` is the size that is trained. ``base`` (default: the proxy) is the size at which µP changes nothing and which the
     recipe refers to. ``roles`` (name pattern → role) override the inferred roles. ``trainer`` replaces the built-in training loop
@@ -310,7 +310,7 @@ class Experiment(Settings):
         return asked | {"trainer": None if self.trainer is None else self.trainer.question()}
 
     def subject(self) -> dict[str, Any]:
-        """Return what a verdict is about, whatever the recipe: the model (its absolute path), options, rules and optimizer."""
+        """Return what a verdict applies to, with any recipe: model (absolute path), options, parametrization and optimizer."""
         asked = self.model_dump(mode="json", include={"parametrization", "optimizer", "model", "options"})
         path = run_dir.path_of("model", self.model)
         if path is not None and self.folder is not None:
@@ -376,7 +376,9 @@ class Experiment(Settings):
 
     @classmethod
     def of_run(cls, run: RunFolder) -> Experiment:
-        """Read the experiment of a run folder, which may have been moved since, with or without the files it names.
+        """Read the experiment of a run folder.
+
+        The folder may have been moved, alone or together with the files that the experiment names.
 
         Raises:
             FileError: the experiment cannot be read, or a file that it names no longer exists.

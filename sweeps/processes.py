@@ -26,13 +26,13 @@ from mutransfer.proxies.training import Outcome
 from .experiment import Experiment
 from .jobs import Done, Events, Executor, Job, Report, Reports, RunContext, Session, do
 
-__all__ = ["ProcessExecutor", "ending"]
+__all__ = ["ProcessExecutor", "Worker", "ending"]
 
 PATIENCE = 5.0  # seconds between asking a process to end and killing it
 
 
 @dataclass
-class _Worker:
+class Worker:
     """A process, the parent's end of its pipe, and the job that it has been running since ``begun``."""
 
     process: SpawnProcess
@@ -46,11 +46,14 @@ class ProcessExecutor(Executor):
 
     If a process dies (out of memory, a crash inside a library), only its job is lost, and its outcome is ``failed``; a new
     process is started for the next job.
+
+    Attributes:
+        workers: the processes that run now, each with its job.
     """
 
     def __init__(self, count: int, *, compile: bool = False) -> None:
         self._count, self.compile = count, compile
-        self._workers: list[_Worker] = []
+        self.workers: list[Worker] = []
         self._open = False
 
     @property
@@ -64,7 +67,7 @@ class ProcessExecutor(Executor):
 
     def __exit__(self, *_: object) -> None:
         self._open = False
-        self._end(list(self._workers))
+        self._end(list(self.workers))
 
     def events(self, session: Session) -> Events:
         """See `Executor`."""
@@ -83,11 +86,11 @@ class ProcessExecutor(Executor):
         finally:
             self._end(self._running())  # their outcomes are no longer needed
 
-    def _running(self) -> list[_Worker]:
-        return [worker for worker in self._workers if worker.job is not None]
+    def _running(self) -> list[Worker]:
+        return [worker for worker in self.workers if worker.job is not None]
 
     def _begin(self, experiment: Experiment, job: Job) -> None:
-        for worker in [worker for worker in self._workers if worker.job is None]:
+        for worker in [worker for worker in self.workers if worker.job is None]:
             with contextlib.suppress(OSError):  # the process died while idle
                 worker.pipe.send((experiment, job))
                 worker.job, worker.begun = job, time.perf_counter()
@@ -98,18 +101,18 @@ class ProcessExecutor(Executor):
         with contextlib.suppress(OSError):  # the process died at its start: `events` notices when it waits for it
             worker.pipe.send((experiment, job))
 
-    def _started(self) -> _Worker:
+    def _started(self) -> Worker:
         # Spawn the processes: a forked torch may deadlock in its thread pool.
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         process = context.Process(target=_serve, args=(theirs, self.compile))
         with _interrupts_held():
             process.start()
-            self._workers.append(worker := _Worker(process, ours))
+            self.workers.append(worker := Worker(process, ours))
         theirs.close()
         return worker
 
-    def _handle(self, worker: _Worker, session: Session) -> Events:
+    def _handle(self, worker: Worker, session: Session) -> Events:
         """Yield the event of a worker's message or death, and answer a report."""
         job = worker.job
         assert job is not None
@@ -136,7 +139,7 @@ class ProcessExecutor(Executor):
                 reason = f"its process {ending(worker.process.exitcode or 0)}"
                 yield Done(job, Outcome(math.nan, math.nan, 0, False, seconds, reason))
 
-    def _end(self, workers: list[_Worker]) -> None:
+    def _end(self, workers: list[Worker]) -> None:
         for worker in workers:
             worker.process.terminate()
         for worker in workers:
@@ -145,7 +148,7 @@ class ProcessExecutor(Executor):
                 worker.process.kill()
                 worker.process.join()
             worker.pipe.close()
-            self._workers.remove(worker)
+            self.workers.remove(worker)
 
 
 def ending(code: int) -> str:

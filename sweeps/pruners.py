@@ -12,7 +12,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from .workers import origin
 
-__all__ = ["REDUCTION", "Halving", "geometric_rungs", "judged_once"]
+__all__ = ["REDUCTION", "Halving", "bracket_sequence", "geometric_rungs", "judged_once"]
 
 REDUCTION = 3
 FIRST = 10  # steps before which no trial is pruned: losses during warmup are not informative
@@ -54,12 +54,12 @@ class Halving(optuna.pruners.BasePruner):
 
     def __init__(self, rungs: Sequence[int], reduction: int = REDUCTION, hyperband: bool = False) -> None:
         self._rungs, self._reduction = tuple(rungs), reduction
-        self._dealt = _dealt(len(self._rungs), reduction) if hyperband else [0]
+        self._brackets = bracket_sequence(len(self._rungs), reduction) if hyperband else [0]
 
     def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
         """Return whether ``trial`` should stop at the rung of its last report."""
         step = trial.last_step
-        if step not in self._rungs or self._rungs.index(step) < self._bracket(study, trial):
+        if step not in self._rungs or self._rungs.index(step) < self.bracket(study, trial):
             return False
         value = trial.intermediate_values[step]
         if math.isnan(value):
@@ -70,18 +70,18 @@ class Halving(optuna.pruners.BasePruner):
             for other in study.get_trials(deepcopy=False)
             if step in other.intermediate_values
             and other.state is not TrialState.FAIL  # retried as another trial
-            and self._bracket(study, other) == self._bracket(study, trial)
+            and self.bracket(study, other) == self.bracket(study, trial)
         )
         return sign * value > rivals[max(1, len(rivals) // self._reduction) - 1]
 
-    def _bracket(self, study: optuna.Study, trial: FrozenTrial) -> int:
+    def bracket(self, study: optuna.Study, trial: FrozenTrial) -> int:
         """Return the trial's bracket; the retry of an interrupted trial keeps the bracket of the original."""
-        if len(self._dealt) == 1:
+        if len(self._brackets) == 1:
             return 0
-        return self._dealt[origin(trial, study.get_trials(deepcopy=False)).number % len(self._dealt)]
+        return self._brackets[origin(trial, study.get_trials(deepcopy=False)).number % len(self._brackets)]
 
 
-def _dealt(rungs: int, reduction: int) -> list[int]:
+def bracket_sequence(rungs: int, reduction: int) -> list[int]:
     """Return the bracket of each trial in one round, with every bracket spread evenly over the round."""
     counts = [math.ceil((rungs + 1) * reduction**s / (s + 1)) for s in range(rungs, -1, -1)]
     places = ([((k + 0.5) / count, bracket) for k in range(count)] for bracket, count in enumerate(counts))

@@ -319,7 +319,7 @@ class Journal(JournalFileBackend):
 
     def __init__(self, path: Path) -> None:
         super().__init__(str(path))
-        with self._held():
+        with self.locked():
             pass
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
@@ -329,15 +329,15 @@ class Journal(JournalFileBackend):
             FileError: the disk is full or cannot be written.
         """
         lines = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs).encode()
-        with naming_the_disk(self._file_path), self._held() as file:
+        with naming_the_disk(self._file_path), self.locked() as file:
             # Do not undo a failed write here: others may already have read a line that was completely written.
             while lines:
                 lines = lines[os.write(file, lines) :]
             os.fsync(file)
 
     @contextlib.contextmanager
-    def _held(self) -> Iterator[int]:
-        """Yield the truncated file, open at its end and locked for this process."""
+    def locked(self) -> Iterator[int]:
+        """Lock the journal for this process, cut off a half-written last line, and yield the file open at its end."""
         # Not a FileLock, which locks a file beside it: the lock must be on the file that is truncated and appended to, by
         # whatever path it is opened, and workers of earlier versions lock it as well. FileLock also polls where flock waits.
         file = os.open(self._file_path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)

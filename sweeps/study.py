@@ -21,7 +21,7 @@ from .samplers import START, Auto, GaussianProcess, Independent, Quasirandom, Ra
 from .storage import Opened
 from .workers import FINISHED, TrialQueue
 
-__all__ = ["baseline", "open_queue", "trials_frame"]
+__all__ = ["baseline", "open_queue", "pruner_for", "trials_frame"]
 
 NAME = "mutransfer"
 LAID_OUT = "trials at first"
@@ -40,7 +40,7 @@ def open_queue(experiment: Experiment, storage: Opened, name: str | None, owner:
             study_name=name or NAME,
             direction=experiment.direction,
             load_if_exists=True,
-            pruner=_pruner(experiment),
+            pruner=pruner_for(experiment),
         )
         trials = study.get_trials(deepcopy=False)
     except RequestError:
@@ -138,7 +138,8 @@ def _sampler(experiment: Experiment, trials: int, worker: str, laid_out: int) ->
             return Random(seed=seed)
 
 
-def _pruner(experiment: Experiment) -> optuna.pruners.BasePruner:
+def pruner_for(experiment: Experiment) -> optuna.pruners.BasePruner:
+    """Return the pruner that ``experiment`` names, judging at its rungs."""
     match experiment.pruner:
         case "half":
             return Halving(judged_once(experiment.rung_steps, experiment.steps), reduction=2)

@@ -224,7 +224,7 @@ class Heartbeats:
         self._thread = threading.Thread(target=self._live, name="mutransfer-lease", daemon=True)
 
     def __enter__(self) -> Heartbeats:
-        self._show()
+        self.beat()
         self._thread.start()
         return self
 
@@ -249,13 +249,14 @@ class Heartbeats:
     def _live(self) -> None:
         while not self._ended.wait(self.seconds / SIGNS):
             try:
-                self._show()
+                self.beat()
                 self.watch()
             except Exception:
                 # The sweep itself meets and reports errors of the storage. This worker cannot judge the others meanwhile.
                 self._lapsed = []
 
-    def _show(self) -> None:
+    def beat(self) -> None:
+        """Send a heartbeat."""
         self._count += 1
         self._storage.set_study_system_attr(self._study_number, f"{SIGN}{self.owner}", [self._count, self.seconds])
 

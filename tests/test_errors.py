@@ -119,7 +119,7 @@ def test_only_a_shallow_model_that_cannot_be_observed_is_replaced_by_the_whole(
             raise kind("planted")
         return "whole"
 
-    monkeypatch.setattr(observing, "_watch", watch)
+    monkeypatch.setattr(observing, "observe_in_full", watch)
     if issubclass(kind, ModelError):
         assert observing.observe(family) == "whole"
         assert depths == [4, 6]
@@ -210,26 +210,25 @@ def test_only_a_frame_with_too_little_in_it_is_left_out_of_a_report(monkeypatch:
         monkeypatch.setattr(page, name, raising(FrameError("too few")))
     monkeypatch.setattr(page, "HistoryFigure", lambda *_, **__: "drawn")
     notes: dict[str, str] = {}
-    assert page._figures(run, None, None, notes) == {"history": "drawn"}
+    assert page.draw_figures(run, None, None, notes) == {"history": "drawn"}
     assert set(notes) == {"slices", "importances", "parallel"}
     monkeypatch.setattr(page, "HistoryFigure", raising(RoleError("planted")))
     with pytest.raises(RoleError, match="planted"):
-        page._figures(run, None, None, {})
+        page.draw_figures(run, None, None, {})
 
 
 def test_only_a_forward_pass_is_repeated_for_real_to_count_it(monkeypatch: pytest.MonkeyPatch) -> None:
     family = families.mlp()
     expected = price.step_cost(family, family.base, family.batch)
-    counted = price._counted
-    calls: list[object] = []
+    counter, calls = price.FlopCounter, list[None]()
 
-    def first_refused(*args: Any) -> Any:
-        calls.append(args)
+    def first_refused() -> price.FlopCounter:
+        calls.append(None)
         if len(calls) == 1:
             raise BuildError("planted")
-        return counted(*args)
+        return counter()
 
-    monkeypatch.setattr(price, "_counted", first_refused)
+    monkeypatch.setattr(price, "FlopCounter", first_refused)
     assert price.step_cost(family, family.base, family.batch) == expected
     monkeypatch.setattr(price, "build", raising(BuildError("planted")))
     with pytest.raises(BuildError, match="planted"):

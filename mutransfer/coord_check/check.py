@@ -46,7 +46,7 @@ def judge_coordinates(
     more: Callable[[int, int, Verdict], None] = lambda done, adding, judged: None,
     **options: Any,
 ) -> Check:
-    """Record ``family`` and judge it; while the verdict is undecided, record another ``seeds`` seeds.
+    """Record the coordinates of ``family`` and judge them; while the verdict is undecided, add ``seeds`` more seeds.
 
     No seeds are added when only wider models can decide the verdict.
 

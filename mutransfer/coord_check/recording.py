@@ -360,7 +360,8 @@ def record(
         parametrization: name of the table that sets initialization and learning rates, or "own" for the model as its builder
             leaves it, with mup's optimizer if mup has annotated it.
         optimizer: name of a torch optimizer.
-        lr: base learning rate; by default one at which the built-in models learn, or less if the initial weights are small.
+        lr: base learning rate; by default 2^-3 for SGD and 2^-8 for optimizers like Adam, but for these at most 1/16 of the
+            median initial std of the hidden weights.
         depth: number of layers; by default the base's.
         depths: numbers of layers, for a check over depths at the one width in ``widths`` or the base's width.
         steps: number of optimizer steps, at least 1.
@@ -369,7 +370,7 @@ def record(
         progress: called with (runs done, total number of runs).
         planner: used in place of `plan`, with the same arguments, to measure modified plans.
         observation: result of `observe` for this family, to avoid computing it again.
-        cache: stores finished sizes and returns them when they are requested again.
+        cache: stores what was measured at each finished width or depth, and is read before measuring.
 
     Returns:
         A frame with the columns of `schemas.COORDINATES`.

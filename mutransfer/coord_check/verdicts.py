@@ -60,7 +60,7 @@ def verdict(coordinates: pd.DataFrame, margin: float = MARGIN, *, decay_policy: 
     The verdict judges, for each module, the size of its activations at the start and their changes; and for each parameter:
 
     - its initial size,
-    - how much its update changes its module's output on the input that the module had at the start,
+    - how much the parameter's update changes the output of its module, for the input that the module received before training,
     - the learning rate implied by its first step,
     - lr · weight decay,
     - gradient / epsilon, where epsilon matters.

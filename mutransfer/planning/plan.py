@@ -50,8 +50,8 @@ FORMAT = "mutransfer-plan/1"
 class ParameterPlan:
     """Initialization and optimizer settings of one parameter; the columns are those of `schemas.PARAMETERS`.
 
-    The ``*_factor`` fields compare with the base model under the same recipe. ``gauge`` says how many times as large this
-    parameter is as in the paper's form of the table, which has forward multipliers (see `parametrizations.spec.Factors`).
+    The ``*_factor`` fields compare with the base model under the same recipe. ``gauge`` is the ratio of this
+    parameter's size to that in the paper's table, which has forward multipliers (`parametrizations.spec.Factors`).
     ``multiplier`` is the multiplier that remains in the forward pass (`unit`). ``columns`` are multipliers on single columns of
     the input, for layers whose input joins fixed and growing columns (`attach`).
     """
@@ -173,7 +173,7 @@ class Plan:
 
     @property
     def in_force(self) -> Recipe:
-        """The recipe, with its batch and duration law applied to the settings that all parameters share."""
+        """The recipe, with betas adjusted by its batch and duration law; the law's other effects are in ``rows``."""
         return averaged(self.recipe, self.scale, self.base)
 
     def unit(self) -> Plan:
@@ -246,7 +246,7 @@ class Plan:
             steps: number of steps for which a copy of the scheduler is run to check the ratios; fewer if it ends before.
 
         Raises:
-            RequestError: the message names the scheduler, the argument and what to pass instead; or as `per_group`.
+            RequestError: the scheduler changes the ratios (the message says which argument to replace), or as in `per_group`.
         """
         schedulers.check(self._rates(), self.recipe.lr, scheduler, steps)
 
@@ -269,9 +269,9 @@ class Plan:
     def clip_grad_norm_(self, model: torch.nn.Module, max_norm: float) -> torch.Tensor:
         """Clip the gradients of ``model`` to ``max_norm`` and return their norm before clipping (a scalar tensor).
 
-        The norm is that of the equivalent model with the paper's multipliers in its forward pass, whose gradients are
-        ``gauge`` times as large. Otherwise the readout's share of the norm would grow with the width, and the clipping
-        with it.
+        The norm is that of the equivalent model with the paper's multipliers in its forward pass: each gradient is
+        multiplied by its parameter's ``gauge`` (see `ParameterPlan`). The norm of the gradients as they are would grow with
+        the width because of the readout, and wide models would be clipped more.
         """
         parameters = matched(self, model)
         columns = {row.name: row.columns for row in self.rows if row.columns}

@@ -99,7 +99,7 @@ class _TargetFile(TargetValues):
 
 @dataclass(frozen=True)
 class TargetConfig:
-    """All settings of the target run, as a separate type so that a proxy's result cannot be mistaken for it.
+    """All settings of the target run; a type of its own, so that a proxy's recipe cannot be passed by mistake.
 
     Args:
         model: reference to the model, as on the command line.
@@ -136,7 +136,7 @@ class TargetConfig:
             object.__setattr__(self, name, getattr(checked, name))
 
     def found(self) -> tuple[dict[str, str], str | None]:
-        """Return model, data and trainer as references from the current folder, and the folder of the experiment, if known.
+        """Return the references to model, data and trainer, relative to the current folder, and the experiment's folder or None.
 
         Recorded paths are looked up relative to the target's file first, then at their original location (`run_dir.found`).
 
@@ -265,13 +265,13 @@ def target_config(
         proxy_steps: optimizer steps of the proxy.
         batch_size: examples per step of the target.
         steps: optimizer steps of the target.
-        tuned: which hyperparameters were searched, by their names in the recipe; a dotted prefix is ignored.
+        tuned: which hyperparameters were searched, by their names in the recipe; ``recipe.lr`` is read as ``lr``.
         seed: seed of the target run.
         provenance: where the recipe came from; the proxy and the tuned names are added.
         proxy_parameters: number of parameters of the proxy, which the law power-lines needs.
         regularizers: regularization in the model itself, as returned by `regularizers`.
         unproven: sentences on what was not verified (`of_evidence`); they become warnings, and are also stored in the
-            provenance, as a later `verify` or check may settle them.
+            provenance, because a later `verify` or `check` may make them obsolete.
 
     Raises:
         RequestError: a batch or duration law does not apply, a size is not a positive whole number, or a value cannot be

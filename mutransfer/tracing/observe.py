@@ -30,7 +30,7 @@ from .scales import SizePower, common, constants, loose
 from .specs import Observation, ParamSpec, kinds, match_layers
 from .tracer import ForwardPass
 
-__all__ = ["at_target", "observe", "shapes_of", "extended_in_depth", "with_depth_constants"]
+__all__ = ["at_target", "observe", "observe_in_full", "shapes_of", "extended_in_depth", "with_depth_constants"]
 
 DEEPER, FEW = 2, 4
 LONG = 8  # base depth from which doubling is enough to see which layers repeat
@@ -235,14 +235,15 @@ def observe(family: Family) -> Observation:
         with on_fake_tensors(), InitTracer() as inits:
             model = build(family, family.base)
         try:
-            seen = _watch(family.with_base(family.base.with_(depth=LAYERS)))
+            seen = observe_in_full(family.with_base(family.base.with_(depth=LAYERS)))
         except ModelError:  # a few layers may not build, or may leave parameters unused that the whole model uses
-            return _watch(family)
-        return extended_in_depth(seen, shapes_of(model), inits.named(model)) or _watch(family)
-    return _watch(family)
+            return observe_in_full(family)
+        return extended_in_depth(seen, shapes_of(model), inits.named(model)) or observe_in_full(family)
+    return observe_in_full(family)
 
 
-def _watch(family: Family) -> Observation:
+def observe_in_full(family: Family) -> Observation:
+    """Observe ``family`` with every layer of its base model; see `observe`, which saves time on deep ones."""
     wider_base = family.base.with_(width=WIDER * family.base.width)
     inits = InitTracer()
     with on_fake_tensors():

@@ -217,6 +217,9 @@ class VectorizedExecutor(Executor):
         precision: precision of matrix products; bfloat16 uses `torch.autocast`, with weights and optimizer states in float32.
         compile: compile the training step, which takes from ten seconds to a minute for each scale.
         checkpoints: where running trials are saved at rungs; None disables checkpoints.
+
+    Attributes:
+        programs: compiled steps by name, for each experiment, scale and number of jobs; None where compiling failed.
     """
 
     def __init__(
@@ -225,7 +228,7 @@ class VectorizedExecutor(Executor):
     ) -> None:  # fmt: skip
         self._capacity = count
         self.device, self.precision, self.compile, self.checkpoints = device, precision, compile, checkpoints
-        self._known: dict[str, dict[str, Step | None]] = {}
+        self.programs: dict[str, dict[str, Step | None]] = {}
 
     @property
     def capacity(self) -> int:
@@ -321,7 +324,7 @@ class VectorizedExecutor(Executor):
     def _training(self, context: RunContext, jobs: Sequence[Running], clips: bool) -> VectorizedTraining:
         experiment = context.experiment
         same = experiment.model_dump_json(exclude=NOT_COMPILED)
-        known = self._known.setdefault(f"{same} at {jobs[0].job.scale}, {len(jobs)} at once", {})
+        known = self.programs.setdefault(f"{same} at {jobs[0].job.scale}, {len(jobs)} at once", {})
         training = VectorizedTraining(
             context.family, [each.slot for each in jobs], context.required_data, steps=experiment.steps,
             batch_size=experiment.batch_size, device=self.device,

@@ -28,7 +28,8 @@ def points(figure: Figure, gid: str) -> int:
 
 
 def words(figure: Figure) -> str:
-    return "\n".join(text.get_text() for axes in figure.axes for text in [*axes.texts, axes.title, axes._left_title])
+    titles = (axes.get_title(loc=where) for axes in figure.axes for where in ("center", "left"))
+    return "\n".join([*(text.get_text() for axes in figure.axes for text in axes.texts), *titles])
 
 
 def test_frames_come_out_as_they_went_in(basins, optima, coordinates, slopes, trials):

@@ -88,12 +88,12 @@ def test_what_failed_is_tried_again() -> None:
     assert [context.once("key", lambda: 1), context.once("key", lambda: 2)] == [1, 1]
 
 
-def test_data_that_is_required_and_not_there_is_a_sentence() -> None:
+def test_data_that_is_required_and_not_there_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     given = experiment(model="mlp", data="digits")
     context = RunContext(given, {})
     assert context.required_data is context.data is not None
     without = context.for_(given.model_copy(update={"data": "none"}))
-    without._subject.loaded = (context.family, None)
+    monkeypatch.setattr(RunContext, "data", None)
     with pytest.raises(
         RequestError, match="data is none, which only a user trainer can train on: name data or a trainer"
     ):

@@ -49,14 +49,14 @@ def watched(one: Heartbeats, clock: Clock, seconds: float, other: Heartbeats | N
     for _ in range(round(seconds / 10)):
         clock.now += 10
         if other is not None:
-            other._show()
+            other.beat()
         one.watch()
     return [trial.number for trial in one.lapsed()]
 
 
 def test_silence_as_long_as_a_lease_is_death_and_a_sign_is_life(study: optuna.Study, clock: Clock) -> None:
     me, other = Heartbeats(study, "me", LEASE), Heartbeats(study, "other", LEASE)
-    other._show()
+    other.beat()
     begun(study, "other")
     assert watched(me, clock, 600, other) == []
     assert watched(me, clock, 60) == []
@@ -79,7 +79,7 @@ def test_a_trial_taken_from_the_queue_and_never_signed_is_dead(study: optuna.Stu
 def test_time_in_which_nothing_was_seen_does_not_count(study: optuna.Study, clock: Clock) -> None:
     """The server was away for an hour: the others could show no sign either."""
     me, other = Heartbeats(study, "me", LEASE), Heartbeats(study, "other", LEASE)
-    other._show()
+    other.beat()
     begun(study, "other")
     assert watched(me, clock, 50) == []
     clock.now += 3600
@@ -89,7 +89,7 @@ def test_time_in_which_nothing_was_seen_does_not_count(study: optuna.Study, cloc
 
 def test_a_lease_is_the_owner_s(study: optuna.Study, clock: Clock) -> None:
     me, quick = Heartbeats(study, "me", LEASE), Heartbeats(study, "quick", 20.0)
-    quick._show()
+    quick.beat()
     begun(study, "quick")
     assert watched(me, clock, 20) == []
     assert watched(me, clock, 20) == [0]

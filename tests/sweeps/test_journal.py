@@ -85,7 +85,7 @@ import sys, time
 from pathlib import Path
 from mutransfer.sweeps.storage import Journal
 
-with Journal(Path(sys.argv[1]))._held():
+with Journal(Path(sys.argv[1])).locked():
     print("held", flush=True)
     time.sleep(600)
 """

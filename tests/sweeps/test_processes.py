@@ -106,7 +106,7 @@ class Killing(Executor):
         for event in self.inner.events(session):
             for report in event.reports if isinstance(event, Reports) else ():
                 if self.keys(report.job.key):
-                    pid = next(w.process.pid for w in self.inner._workers if w.job == report.job)
+                    pid = next(w.process.pid for w in self.inner.workers if w.job == report.job)
                     assert pid is not None
                     os.kill(pid, signal.SIGKILL)
             yield event

@@ -8,8 +8,8 @@ import optuna
 import pytest
 
 from mutransfer.sweeps.experiment import Experiment
-from mutransfer.sweeps.pruners import Halving, _dealt, geometric_rungs, judged_once
-from mutransfer.sweeps.study import _pruner
+from mutransfer.sweeps.pruners import Halving, bracket_sequence, geometric_rungs, judged_once
+from mutransfer.sweeps.study import pruner_for
 from mutransfer.sweeps.workers import REPEATS
 
 
@@ -53,7 +53,7 @@ def test_half_judges_a_trial_once_two_fifths_into_its_run(steps: int, rungs: int
     assert judged_once(given.rung_steps, steps) == (() if judged is None else (judged,))
     assert given.pruner == "half"
     for step in set(given.rung_steps):
-        kept = [not pruned for pruned in batch(study(_pruner(given)), [4.0, 1.0, 3.0, 2.0], step)]
+        kept = [not pruned for pruned in batch(study(pruner_for(given)), [4.0, 1.0, 3.0, 2.0], step)]
         assert kept == ([False, True, False, True] if step == judged else [True] * 4)
 
 
@@ -81,14 +81,14 @@ def test_rungs_are_thirds_of_thirds_and_not_in_the_warmup(steps: int, most: int,
 
 def test_hyperband_deals_brackets_as_its_first_algorithm_does() -> None:
     # R = 81, eta = 3 (Li et al. 2018, Table 1): n = 81, 34, 15, 8, 5
-    dealt = _dealt(4, 3)
+    dealt = bracket_sequence(4, 3)
     assert Counter(dealt) == {0: 81, 1: 34, 2: 15, 3: 8, 4: 5}
     assert set(dealt[: len(dealt) // 4]) == {0, 1, 2, 3, 4}
 
 
 def test_hyperband_spares_a_bracket_its_first_rungs() -> None:
     found = study(Halving((7, 20), hyperband=True))
-    dealt = _dealt(2, 3)
+    dealt = bracket_sequence(2, 3)
     pruned = batch(found, [float(i) for i in range(17)], 7)
     assert [p for p, bracket in zip(pruned, dealt, strict=True) if bracket] == [False] * 8
     assert sum(not p for p, bracket in zip(pruned, dealt, strict=True) if bracket == 0) == 3
@@ -96,9 +96,9 @@ def test_hyperband_spares_a_bracket_its_first_rungs() -> None:
 
 def test_what_is_done_again_stays_in_its_bracket() -> None:
     found = study(pruner := Halving((7, 20), hyperband=True))
-    dealt = _dealt(2, 3)
+    dealt = bracket_sequence(2, 3)
     batch(found, [1.0] * 17, 7)
     ticket = optuna.trial.create_trial(state=optuna.trial.TrialState.WAITING, system_attrs={REPEATS: 1})
     found.add_trial(ticket)
     assert dealt[1] != dealt[17 % len(dealt)]
-    assert pruner._bracket(found, found.trials[17]) == dealt[1]
+    assert pruner.bracket(found, found.trials[17]) == dealt[1]

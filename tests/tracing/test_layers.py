@@ -11,7 +11,7 @@ from torch import nn
 import mutransfer as mt
 from mutransfer.errors import RequestError
 from mutransfer.scale import Scale
-from mutransfer.tracing.observe import _watch, observe
+from mutransfer.tracing.observe import observe, observe_in_full
 from mutransfer.tracing.run import LAYERS
 from mutransfer.tracing.specs import match_layers
 
@@ -73,7 +73,7 @@ def test_stacks_within_layers() -> None:
 )
 def test_a_deep_base_is_known_from_its_first_layers(shape: dict[str, object]) -> None:
     family = families.transformer(width=32, depth=2 * LAYERS + 1, **shape)
-    short, whole = observe(family), _watch(family)
+    short, whole = observe(family), observe_in_full(family)
     for name, spec in whole.specs.items():
         assert spec.meets <= short.specs[name].meets  # of a layer's norm it knows the name in every layer
         assert replace(spec, meets=frozenset()) == replace(short.specs[name], meets=frozenset())
@@ -101,7 +101,7 @@ def test_layers_unlike_the_first_are_not_taken_for_them() -> None:
     family = mt.Family(
         lambda s: Different(s.width, s.depth), torch.zeros(2, 8), lambda m, x: m(x).mean(), Scale(16, LAYERS + 2)
     )
-    seen, whole = observe(family), _watch(family)
+    seen, whole = observe(family), observe_in_full(family)
     for name, spec in whole.specs.items():
         assert replace(spec, meets=frozenset()) == replace(seen.specs[name], meets=frozenset())
     assert seen.specs[f"ups.{LAYERS + 1}.weight"].shape == (48, 16)

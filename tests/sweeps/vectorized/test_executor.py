@@ -251,7 +251,7 @@ def test_compiled_once_for_all_batches_and_studies() -> None:
     fused = VectorizedExecutor(3, compile=True)
     theirs = done(SequentialExecutor(), asked, jobs(asked))[0]
     same(done(fused, asked, jobs(asked))[0], theirs)
-    (programs,) = fused._known.values()
+    (programs,) = fused.programs.values()
     before = dict(programs)
     assert sorted(before) == ["step, clips: True", "validation"]
     assert all(before.values())
