@@ -596,5 +596,5 @@ def _advice(row: Any, value: float, ends: tuple[float, float], limit: float) -> 
         return "the interval is not decisive: add seeds"
     needed = math.ceil(seeds * (half / beyond) ** 2) - int(seeds)
     if needed > MOST_SEEDS:
-        return "too close to the limit for any practical number of seeds: add seeds only to narrow the interval"
-    return f"add seeds: about {max(needed, 1)} more would decide"
+        return "too close to the limit for any practical number of seeds to decide"
+    return f"add seeds: about {max(needed, 1)} more would decide this"
