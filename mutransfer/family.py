@@ -44,7 +44,7 @@ class Family:
         return replace(self, base=base)
 
     def printing_once(self) -> Family:
-        """Return a copy of this family in which text that the loss prints repeatedly is shown once per command."""
+        """Return a copy of this family that shows text printed repeatedly by its loss only once per command."""
         return replace(self, loss=once(self.loss, self.name, "loss"))
 
     def batch_on(self, device: torch.device | str) -> Any:

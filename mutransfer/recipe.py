@@ -21,8 +21,8 @@ class Recipe(Settings):
     """Hyperparameters at the base scale, before any scaling rule: tuned on a proxy and transferred to the target.
 
     All values are dimensionless except ``clip`` (units of the gradient's norm). The α's multiply parts of the base model's
-    forward pass, ``init_scale`` its initial weights; 1 leaves the model as it was written. TP-V (2203.03466), Table 1,
-    lists which of these transfer.
+    forward pass, and ``init_scale`` multiplies its initial weights; a value of 1 changes nothing. TP-V (2203.03466),
+    Table 1, lists which of these transfer.
     """
 
     lr: Positive = 2**-9

@@ -78,15 +78,15 @@ HERE = Path(__file__).parent
 
 
 def write_report(folder: str | os.PathLike[str]) -> Path:
-    """Write ``report.html`` and ``plots/*.png`` into a run folder and return the path of the page.
+    """Write ``report.html``, ``plots/*.png`` and the tables of what they show into a run folder; return the path of the page.
 
     Reads coordinates.csv, basins.csv, trials.csv, experiment.yaml, best.json, target.json, environment.json, verify.json,
     repeats.csv and check.json, if they exist. For each missing part the page says in one line what is missing and which
     command creates it. For an unfinished command it says how much is done, and draws no conclusions from partial results.
 
     Raises:
-        RequestError: if the folder does not exist or contains none of these files, if a file's content does not match its
-            name, or if the disk is full.
+        RequestError: if the folder does not exist or contains none of these files, if a file does not hold what its
+            name says (trials.csv is not a table of trials, for example), or if the disk is full.
     """
     run = RunContents.read(Path(folder))
     verdict, optima, notes = _analysed(run)

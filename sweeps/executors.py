@@ -48,8 +48,8 @@ def executor_for(
         context: family and data that are already loaded, for the measurement that chooses an executor.
 
     Raises:
-        RequestError: the executor or precision is unknown, or does not fit ``device`` or ``at_once``. When the executor is
-            first used, also if the model does not support the precision.
+        RequestError: the executor or precision is unknown, or does not fit ``device`` or ``at_once``. Also raised
+            on the executor's first use, if the model does not support the precision.
     """
     context = RunContext(experiment) if context is None else context.for_(experiment)
     has_trainer = experiment.trainer is not None

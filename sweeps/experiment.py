@@ -310,7 +310,7 @@ class Experiment(Settings):
         return asked | {"trainer": None if self.trainer is None else self.trainer.question()}
 
     def subject(self) -> dict[str, Any]:
-        """Return what a verdict applies to, with any recipe: model (absolute path), options, parametrization and optimizer."""
+        """Return the settings, without the recipe, that identify what a verdict is about; the model's path is absolute."""
         asked = self.model_dump(mode="json", include={"parametrization", "optimizer", "model", "options"})
         path = run_dir.path_of("model", self.model)
         if path is not None and self.folder is not None:
@@ -318,7 +318,7 @@ class Experiment(Settings):
         return asked
 
     def references(self) -> dict[str, str]:
-        """Return the settings that may contain a path, by the keys of `run_dir.path_of`."""
+        """Return the settings that may contain a path, with the keys that `run_dir.path_of` accepts: model, data and call."""
         call = None if self.trainer is None else self.trainer.call
         return {"model": self.model, "data": self.data, **({} if call is None else {"call": call})}
 

@@ -360,8 +360,8 @@ def record(
         parametrization: name of the table that sets initialization and learning rates, or "own" for the model as its builder
             leaves it, with mup's optimizer if mup has annotated it.
         optimizer: name of a torch optimizer.
-        lr: base learning rate; by default 2^-3 for SGD and 2^-8 for optimizers like Adam, but for these at most 1/16 of the
-            median initial std of the hidden weights.
+        lr: base learning rate; by default 2^-3 for SGD; for optimizers like Adam, the smaller of 2^-8 and 1/16 of the median
+            initial std of the hidden weights.
         depth: number of layers; by default the base's.
         depths: numbers of layers, for a check over depths at the one width in ``widths`` or the base's width.
         steps: number of optimizer steps, at least 1.

@@ -100,8 +100,8 @@ def plan(
     Raises:
         RequestError: a name is unknown, or a law does not apply.
         ModelError: the model cannot be planned; the subclass says why: `BuildError` (it cannot be built or run), `RoleError`
-            and `InitError` (the role or initialization of a parameter cannot be determined) or `LayerError` (such as an axis
-            that changed although it does not grow with the width).
+            and `InitError` (the role or initialization of a parameter cannot be determined) or `LayerError` (an axis does not
+            depend on the width, yet differs between base and target, for example).
     """
     if recipe is None or not isinstance(recipe, Recipe):
         recipe = Recipe() if recipe is None else Recipe.load(recipe)

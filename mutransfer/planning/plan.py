@@ -50,8 +50,8 @@ FORMAT = "mutransfer-plan/1"
 class ParameterPlan:
     """Initialization and optimizer settings of one parameter; the columns are those of `schemas.PARAMETERS`.
 
-    The ``*_factor`` fields compare with the base model under the same recipe. ``gauge`` is the ratio of this
-    parameter's size to that in the paper's table, which has forward multipliers (`parametrizations.spec.Factors`).
+    The ``*_factor`` fields compare with the base model under the same recipe. ``gauge`` is the
+    constant c in W = c·W', where W' is this parameter in the paper's form, with a multiplier in the forward pass.
     ``multiplier`` is the multiplier that remains in the forward pass (`unit`). ``columns`` are multipliers on single columns of
     the input, for layers whose input joins fixed and growing columns (`attach`).
     """
@@ -270,8 +270,8 @@ class Plan:
         """Clip the gradients of ``model`` to ``max_norm`` and return their norm before clipping (a scalar tensor).
 
         The norm is that of the equivalent model with the paper's multipliers in its forward pass: each gradient is
-        multiplied by its parameter's ``gauge`` (see `ParameterPlan`). The norm of the gradients as they are would grow with
-        the width because of the readout, and wide models would be clipped more.
+        multiplied by its parameter's ``gauge`` (see `ParameterPlan`). Without this factor, the readout would make the
+        norm grow with the width, and wide models would be clipped more.
         """
         parameters = matched(self, model)
         columns = {row.name: row.columns for row in self.rows if row.columns}

@@ -265,13 +265,13 @@ def target_config(
         proxy_steps: optimizer steps of the proxy.
         batch_size: examples per step of the target.
         steps: optimizer steps of the target.
-        tuned: which hyperparameters were searched, by their names in the recipe; ``recipe.lr`` is read as ``lr``.
+        tuned: names of the hyperparameters that were searched; a prefix, as in ``recipe.lr``, is ignored.
         seed: seed of the target run.
         provenance: where the recipe came from; the proxy and the tuned names are added.
         proxy_parameters: number of parameters of the proxy, which the law power-lines needs.
         regularizers: regularization in the model itself, as returned by `regularizers`.
         unproven: sentences on what was not verified (`of_evidence`); they become warnings, and are also stored in the
-            provenance, because a later `verify` or `check` may make them obsolete.
+            provenance, so that a report can drop them after a later `verify` or `check`.
 
     Raises:
         RequestError: a batch or duration law does not apply, a size is not a positive whole number, or a value cannot be
