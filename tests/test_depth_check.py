@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 import mutransfer as mt
 from mutransfer.cli import run
@@ -53,12 +54,70 @@ class Numbered(nn.Module):
         return self.readout(x)
 
 
+class Outside(nn.Module):
+    """Pre-norm layers that return their branch, which the model adds to the stream, or that add it themselves."""
+
+    def __init__(self, width: int, depth: int, end: str = "", adds: bool = False) -> None:
+        super().__init__()
+        self.embedding, self.norm, self.readout = nn.Embedding(11, width), nn.LayerNorm(width), nn.Linear(width, 11)
+        self.layers = nn.ModuleList(self.layer(width, end) for _ in range(depth))
+        self.factor, self.adds = 0.5 if end == "factor" else 1.0, adds
+        if adds:
+            self.layers = nn.ModuleList(Adding(layer) for layer in self.layers)
+
+    @staticmethod
+    def layer(width: int, end: str) -> nn.Module:
+        layers = [nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)]
+        return nn.Sequential(*layers, *([nn.Dropout(0.1)] if end == "dropout" else []))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(x)
+        for layer in self.layers:
+            x = layer(x) if self.adds else x + self.factor * layer(x)
+        return self.readout(self.norm(x))
+
+
+class Adding(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        branch = self.inner(x)
+        branch += x  # in place: the same tensor as the branch had
+        return branch
+
+
+def tokens(**options: Any) -> mt.Family:
+    def loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
+
+    batch = torch.randint(11, (2, 9), generator=torch.Generator().manual_seed(0))
+    return mt.Family(lambda s: Outside(s.width, s.depth, **options), batch, loss, mt.Scale(16, 2))
+
+
+@pytest.mark.parametrize("end", ["", "dropout", "factor"])
+def test_a_layer_that_returns_its_branch_is_not_the_stream(end: str) -> None:
+    """Its output falls as 1/depth, as CompleteP wants, and had failed healthy models."""
+    frame = record(tokens(end=end), [], "completep", depths=[2, 4, 8, 16], seeds=range(5), steps=2)
+    assert {"layers.first.3", "layers.middle.3"} < set(frame["module"])
+    assert not {"layers.first", "layers.last"} & set(frame["module"])
+    assert verdict(frame).status != "fail"
+    plain = record(tokens(end=end), [], "mup", depths=[2, 4, 8, 16], seeds=range(5), steps=2)
+    assert verdict(plain).status == "fail"
+
+
+def test_a_layer_that_adds_its_branch_in_place_is_the_stream() -> None:
+    frame = record(tokens(adds=True), [], "completep", depths=[2, 4, 8], seeds=[0], steps=1)
+    assert {"layers.first", "layers.last"} < set(frame["module"])
+
+
 def test_what_is_numbered_inside_of_a_layer_keeps_its_number() -> None:
     build = lambda s: Numbered(s.width, s.depth)  # noqa: E731
     family = mt.Family(build, families.image_batch(), families.loss, mt.Scale(16, 2), "numbered")
     frame = record(family, [], "completep", depths=[2, 4, 8], seeds=[0], steps=1)
     found = frame[frame["statistic"] == "activation"].groupby("module")["depth"].apply(set)
-    assert {"blocks.first.0", "blocks.first.2", "blocks.middle.0", "blocks.middle.2", "blocks.last"} <= set(found.index)
+    assert {"blocks.first.0", "blocks.first.2", "blocks.middle.0", "blocks.middle.2"} <= set(found.index)
     assert found.map(lambda depths: depths == {2, 4, 8}).all()
 
 
