@@ -40,14 +40,16 @@ class Interval(Output):
 
 
 class Price(Output):
-    """Compute in floating point operations; null if a user trainer chooses its batches."""
+    """Compute in floating point operations; unknown (null) with a user trainer, which chooses its own batches."""
 
     tuning_flops: Number = Field(description="All trials of the study, including pruned ones.")
     repeats_flops: Number = Field(
-        description="The best trials retrained with other seeds; null if none were requested."
+        description="Training of the best trials with other seeds; null if no repeats were requested."
     )
-    verify_flops: Number = Field(description="All runs of the basins, including the control's.")
-    target_flops: Number = Field(description="One run at the widest width compared.")
+    verify_flops: Number = Field(
+        description="All runs of the learning-rate basins, including those of the control parametrization."
+    )
+    target_flops: Number = Field(description="One run at the widest of the compared widths.")
     ratio: Number = Field(description="tuning_flops / target_flops.")
     uncounted: list[str] = Field(
         description="Operations that may cost something but are not included in any figure, because no formula is known."
@@ -57,25 +59,31 @@ class Price(Output):
 class Compared(Output):
     """Losses of one recipe at the widest width, over seeds, with 95% intervals (Student's t)."""
 
-    label: str = Field(description="Parametrization, and where its hyperparameters came from.")
+    label: str = Field(description="The parametrization, and where its hyperparameters came from.")
     log2_lr: float = Field(description="Base-2 logarithm of the learning rate.")
     loss: Number = Field(description="Mean over seeds, in nats; null if a run diverged.")
     low: Number
     high: Number
     seeds: Count
-    difference: Number = Field(description="Loss minus the first row's, paired by seed; null in the first row.")
+    difference: Number = Field(
+        description="Loss minus the loss in the first row, paired by seed; null in the first row."
+    )
     difference_low: Number
     difference_high: Number
 
 
 class TunedControl(Output):
-    """The control as tuned at the widest width, and the comparison with it."""
+    """The control parametrization, tuned at the widest width, and the comparison with it."""
 
     parametrization: str
-    trials: Count = Field(description="Finished trials of its search; 0 if only its learning rate was searched.")
-    searched: list[str]
-    params: dict[str, Any] = Field(description="Its best values of the searched hyperparameters.")
-    flops: Number = Field(description="Compute of its search and of its best recipe over seeds.")
+    trials: Count = Field(
+        description="Finished trials of the control's search; 0 if only the learning rate was searched."
+    )
+    searched: list[str] = Field(description="Names of the hyperparameters that were searched.")
+    params: dict[str, Any] = Field(description="Best values of the searched hyperparameters.")
+    flops: Number = Field(
+        description="Compute of the search, and of training the control's best recipe with several seeds."
+    )
     conclusion: str = Field(description="The comparison, the difference and the cost of the search, in sentences.")
 
 
@@ -83,7 +91,10 @@ ByWidth = dict[str, dict[str, Interval]]
 DRIFT = (
     "Octaves between the best learning rates at a width and at the proxy's width: parametrization → width → interval."
 )
-REGRET = "Cost of the transferred learning rate at a width, in the loss's unit: parametrization → width → interval."
+REGRET = (
+    "How much worse the loss at a width is with the transferred learning rate than with the best one, in the loss's unit: "
+    "parametrization → width → interval."
+)
 
 
 class Limits(Output):
@@ -118,9 +129,9 @@ class Diagnosis(Output):
     """The result of one check."""
 
     name: str
-    ok: bool = Field(description="False if a required part is broken.")
+    ok: bool = Field(description="False if something that mutransfer requires is broken.")
     detail: str
-    fix: str | None = Field(description="The command or step that repairs or completes it.")
+    fix: str | None = Field(description="The command or step that repairs or completes what was checked.")
 
 
 class Doctor(Output):
@@ -138,7 +149,8 @@ class ColumnMultiplier(Output):
     end: int
     multiplier: float
     gauge: float = Field(
-        description="Their size relative to the layer's other columns, compared with the source's own rescaling."
+        description="Factor by which these entries are larger, relative to the layer's other columns, than in the "
+        "parametrization's paper, which keeps multipliers in the forward pass."
     )
 
 
@@ -152,20 +164,21 @@ class Parameter(Output):
     m_out: float = Field(description="Fan-out / base fan-out.")
     init_std: Number = Field(description="Standard deviation of the initial weights.")
     lr: float
-    weight_decay: float = Field(description="As torch takes it.")
-    eps: Number = Field(description="null for optimizers without one.")
+    weight_decay: float = Field(description="Weight decay, in the form that torch's optimizers take.")
+    eps: Number = Field(description="Epsilon of the optimizer; null for optimizers without an epsilon.")
     lr_factor: float
     wd_factor: float
     eps_factor: Number
-    init_factor: Number = Field(description="null for constants.")
+    init_factor: Number = Field(description="Factor on the standard deviation; null for constants.")
     columns: list[ColumnMultiplier] = Field(
         default=[],
-        description="Fixed columns next to growing ones, which plan.attach(model) multiplies; absent if there are none.",
+        description="Columns for inputs of a fixed size, if other columns of the layer grow with the width; "
+        "plan.attach(model) multiplies the inputs of the fixed columns. Absent if there are none.",
     )
 
 
 class Group(Output):
-    """One distinct setting, and the number of parameters that share it."""
+    """One combination of settings, and the number of parameters that have it."""
 
     lr: float
     weight_decay: float
@@ -194,16 +207,20 @@ class Slope(Output):
     """Growth of one statistic of one module with width (or depth)."""
 
     parametrization: str
-    module: str = Field(description="Module's qualified name, or a parameter's for gradient, decay and weight.")
+    module: str = Field(
+        description="Qualified name of the module; for update, step, gradient, decay and weight, name of the parameter."
+    )
     role: str
     statistic: str = Field(description="activation, change, update, step, gradient, decay or weight.")
     step: Count = Field(description="Optimizer steps done.")
     slope: Number = Field(description="d log2(value) / d log2(width).")
     low: Number
     high: Number
-    expected: str = Field(description="Slopes of width-stable feature learning, as 'low..high'.")
-    declared: str | None = Field(description="Slopes that the parametrization in force declares.")
-    ok: bool | None = Field(description="null if the evidence is not sufficient.")
+    expected: str = Field(description="Healthy range of slopes (width-stable feature learning), as 'low..high'.")
+    declared: str | None = Field(description="Range of slopes that the checked parametrization declares for itself.")
+    ok: bool | None = Field(
+        description="Whether the slope is in the healthy range, with a margin; null if the evidence is not sufficient."
+    )
 
 
 class Control(Output):
@@ -228,21 +245,21 @@ class Check(Output):
 class Best(Output):
     """The best trial."""
 
-    value: float = Field(description="Its validation loss.")
-    params: dict[str, Any] = Field(description="Its searched hyperparameters.")
+    value: float = Field(description="Validation loss of the best trial; its mean over seeds with repeats.")
+    params: dict[str, Any] = Field(description="Values of the searched hyperparameters in the best trial.")
 
 
 class Default(Output):
-    """The recipe of the experiment, which is the first trial."""
+    """The experiment's own recipe, which is the first trial."""
 
-    value: Number = Field(description="Its validation loss; null if it did not finish.")
+    value: Number = Field(description="Validation loss of this recipe; null if its trial is not complete.")
 
 
 class Tune(Output):
     """`mutransfer tune`: the state of the study."""
 
     trials: Count = Field(description="All trials in the study, in any state.")
-    finished: Count = Field(description="Complete or pruned.")
+    finished: Count = Field(description="Trials that are complete or pruned.")
     diverged: Count
     pruned: Count
     best: Best
@@ -264,16 +281,16 @@ class Verify(Output):
     drift_octaves: ByWidth = Field(description=DRIFT)
     regret: ByWidth = Field(description=REGRET)
     regret_relative: dict[str, dict[str, Number]] = Field(
-        description="Regret / best loss: parametrization → width → fraction; null if the loss is not positive."
+        description="Regret divided by the best loss: parametrization → width → fraction; null if the loss is not positive."
     )
     regret_compute: dict[str, Interval | None] = Field(
-        description="Fraction of the compute at the widest width that its regret is worth, by parametrization; null if "
-        "fewer than 3 widths have a loss that falls."
+        description="What the regret at the widest width is worth, as a fraction of the compute there: parametrization → "
+        "interval; null if it cannot be computed, as with fewer than 3 widths or a loss that does not fall from each to the next."
     )
     limits: Limits
     flat_log2_lr: tuple[float, float] | None = Field(
-        description="Ends of the range of learning rates that cost no more than the limit at every width; null if it spans less "
-        "than limits.drift_octaves."
+        description="Ends (base-2 logarithms) of the range of learning rates whose regret is at most limits.regret at every "
+        "width; null if the range spans less than limits.drift_octaves."
     )
     price: Price
     comparison: list[Compared]
@@ -292,7 +309,10 @@ class Size(Output):
 class TargetParameter(Parameter):
     """Settings of one parameter of the target."""
 
-    gauge: float = Field(description="Its size relative to the same parameter in the source's own rescaling.")
+    gauge: float = Field(
+        description="Size of the parameter relative to its size in the parametrization's paper, which keeps multipliers in the "
+        "forward pass. Gradient clipping needs it."
+    )
     init: dict[str, Any] = Field(description="The initial distribution.")
     multiplier: float = Field(default=1.0, description="Multiplier that remains in the forward pass.")
 
@@ -301,7 +321,7 @@ class OptimizerSettings(Output):
     """The optimizer."""
 
     name: str
-    torch_name: str | None = Field(description="Its class in torch.optim.")
+    torch_name: str | None = Field(description="Name of the optimizer's class.")
     settings: dict[str, Any] = Field(description="The settings that all parameters share.")
 
 
@@ -348,7 +368,8 @@ class Train(Output):
     loss: Number = Field(description="Validation loss; null if it diverged.")
     steps: Count = Field(description="Optimizer steps done.")
     tokens_per_second: Number = Field(
-        description="Speed of this call (images: examples); null if nothing was left to do, or with a user trainer."
+        description="Tokens (for images: examples) per second in this call; null if nothing was left to do, or with a user "
+        "trainer."
     )
     checkpoint: str | None = Field(description="Path of the checkpoint; null if there is none, or with a user trainer.")
 
@@ -399,13 +420,13 @@ HEAD = """\
 
 <!-- Written by `python -m mutransfer.cli.output`. -->
 
-With `--json` a command writes one line with one JSON object to standard output, and nothing else; without it, its result as text.
-Progress, warnings and everything that the model, the data or a library prints go to standard error, whichever way they print, and
-output that the model repeats each time it is built is shown once. An invalid request (exit code 2), a bug (3) and Ctrl-C (130)
-leave standard output empty. JSON has no NaN and no infinity: both are written as `null`.
+With `--json`, a command writes one line with one JSON object to standard output, and nothing else. Without `--json`, it writes
+its result as text. Progress, warnings and everything that the model, the data or a library prints go to standard error, in
+whatever way it is printed. Output that the model repeats each time it is built is shown once. After an invalid request (exit
+code 2), a bug (3) or Ctrl-C (130), standard output is empty. JSON has no NaN and no infinity, so both are written as `null`.
 
-Paths are written as they were given, or start with a folder that was given. The tables are generated from the JSON Schemas that
-each section links to.
+Paths are written as you gave them, or start with a folder that you gave. The table of each section is generated from the JSON
+Schema to which the section links.
 """
 
 
