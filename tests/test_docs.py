@@ -89,7 +89,7 @@ def run_page(page: str, folder: Path, capture: Any, *, slow: bool) -> PageRun:
 
 
 @pytest.mark.usefixtures("_own_modules")
-@pytest.mark.parametrize("page", extended_but(PAGES, "README.md", "docs/how-to/coordinate-check.md"))
+@pytest.mark.parametrize("page", extended_but(PAGES, "docs/how-to/own-training-loop.md"))
 def test_every_block_of_a_page_runs(page: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     done = run_page(page, tmp_path, capsys, slow=False)
     print(*done.left_out, sep="\n")
@@ -303,6 +303,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.extended
 def test_the_site_loads_nothing_from_another_host(site: Path) -> None:
     for path in [*site.rglob("*.html"), *site.rglob("*.css")]:
         text = path.read_text(encoding="utf-8")

@@ -61,6 +61,7 @@ def test_out_of_memory_halves_and_goes_on() -> None:
         assert together == pytest.approx(apart, rel=1e-4)
 
 
+@pytest.mark.extended
 def test_no_memory_for_two_is_one_by_one() -> None:
     done = limited(64, 4)
     assert done.returncode == 0, done.stderr
