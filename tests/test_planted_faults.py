@@ -31,6 +31,7 @@ from mutransfer.tracing.specs import Observation
 
 from . import test_oracle_mup
 from .helpers import families, folds
+from .helpers.sets import extended_but
 
 Fault = Callable[[Plan], Plan]
 Wrong = Callable[[ParameterPlan], dict[str, Any]]
@@ -121,6 +122,7 @@ def test_the_check_names(fault: Fault, module: str, cause: str) -> None:
     names_and_cause(checked(families.mlp(width=32), fault), module, cause)
 
 
+@pytest.mark.extended
 def test_the_check_names_an_embedding_lr_that_is_scaled() -> None:
     family = families.transformer(width=32, depth=1, head_dim=8)
     assert checked(family).status == "pass"
@@ -135,6 +137,7 @@ def test_the_check_names_an_epsilon_that_is_not_scaled() -> None:
     names_and_cause(found, "hidden.0", "epsilon is not scaled")
 
 
+@pytest.mark.extended
 def test_the_check_names_a_bottleneck_taken_for_an_output() -> None:
     """Keys and values of one fixed head are features: with the logits' 1/m they would vanish."""
     family = families.transformer(width=32, depth=1, kv_heads=1, head_dim=8)
@@ -244,6 +247,7 @@ def test_mup_tells_that_fan_in_and_fan_out_are_swapped(optimizer: str) -> None:
     assert ours != pytest.approx(theirs, rel=1e-4)
 
 
+@pytest.mark.extended
 def test_mup_tells_one_global_width_ratio_under_grouped_queries(monkeypatch: pytest.MonkeyPatch) -> None:
     ours, theirs = against_mup(grouped(), "sgd", lambda seen: seen)
     assert ours == pytest.approx(theirs, rel=1e-9)
@@ -260,7 +264,7 @@ def test_mup_tells_one_global_width_ratio_under_grouped_queries(monkeypatch: pyt
 # --- a fold against the multiplier it stands for ---
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("optimizer", extended_but(["adamw", "sgd"], "adamw"))
 def test_the_explicit_model_tells_an_attention_left_at_one_over_root_d(
     optimizer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -273,7 +277,7 @@ def test_the_explicit_model_tells_an_attention_left_at_one_over_root_d(
     assert folds.losses(model, plan.make_optimizer(model), family) != pytest.approx(explicit, rel=1e-4)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("optimizer", extended_but(["adamw", "sgd"], "adamw"))
 def test_the_explicit_model_tells_clipping_on_folded_gradients(optimizer: str) -> None:
     case = folds.CASES["tied"]
     clipped = {}

@@ -85,7 +85,7 @@ def outside(slopes: pd.DataFrame) -> list[str]:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-@pytest.mark.parametrize("parametrization", ["mup", "sp"])
+@pytest.mark.parametrize("parametrization", extended_but(["mup", "sp"], "mup"))
 def test_the_mlp_shows_what_the_table_declares(parametrization: str, optimizer: str) -> None:
     slopes = measured(mlp(), WIDTHS, parametrization, optimizer, lr=LR[optimizer], seeds=range(8))
     assert len(slopes) == 8
@@ -123,7 +123,7 @@ def plain_mlp() -> mt.Family:
 
 
 @pytest.mark.parametrize("optimizer", extended_but(["adamw", "sgd"], "adamw"))
-@pytest.mark.parametrize("parametrization", ["ntk", "spectral", "umup"])
+@pytest.mark.parametrize("parametrization", extended_but(["ntk", "spectral", "umup"], "spectral"))
 def test_the_other_tables_show_what_they_declare(parametrization: str, optimizer: str) -> None:
     slopes = measured(plain_mlp(), WIDTHS, parametrization, optimizer, lr=LR[optimizer], seeds=range(8))
     assert len(slopes) == 8
@@ -206,7 +206,8 @@ def stream_slopes(parametrization: str, optimizer: str, lr: float) -> tuple[floa
 
 @pytest.mark.parametrize("optimizer", extended_but(["adamw", "sgd", "muon"], "adamw"))
 @pytest.mark.parametrize(
-    ("parametrization", "alpha"), [("completep", 1), ("depth-mup", 0.5), ("umup", 0.5), ("mup", 0)]
+    ("parametrization", "alpha"),
+    extended_but([("completep", 1), ("depth-mup", 0.5), ("umup", 0.5), ("mup", 0)], ("completep", 1), ("mup", 0)),
 )
 def test_the_residual_stream_over_depth(parametrization: str, alpha: float, optimizer: str) -> None:
     """What the branches add starts as L^(½−α) and, where there is a rule, changes as L^0."""
@@ -313,6 +314,7 @@ def multi_query(**options: Any) -> pd.DataFrame:
     return slopes[slopes["module"].str.endswith(("attention.k", "attention.v"))]
 
 
+@pytest.mark.extended
 def test_a_bottleneck_is_a_feature_not_a_logit(monkeypatch: pytest.MonkeyPatch) -> None:
     assert outside(multi_query()) == []
     as_logits = replace(MUP, rows=MUP.rows | {"bottleneck": MUP.rows["output"]})

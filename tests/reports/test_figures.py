@@ -45,6 +45,7 @@ def test_changing_a_frame_does_not_change_the_figure(basins, optima):
     pd.testing.assert_frame_equal(figure.frame(), basins)
 
 
+@pytest.mark.extended
 def test_csv_redraws_every_figure(tmp_path, basins, optima, coordinates, slopes, trials):
     def again(schema, frame):
         return schema.read(schema.write(frame, tmp_path / f"{schema.name}.csv"))
@@ -187,7 +188,7 @@ def test_history_against_compute_or_else_trial_number(trials):
     assert HistoryFigure(trials.assign(flops=np.nan)).draw().axes[0].get_xlabel() == "trial"
 
 
-@pytest.mark.parametrize("name", extended_but(["$x_{", "<script>", "日本", "a\x00b", "a" * 300], "$x_{", "<script>"))
+@pytest.mark.parametrize("name", extended_but(["$x_{", "<script>", "日本", "a\x00b", "a" * 300], "$x_{"))
 def test_any_name_can_be_drawn(coordinates, slopes, basins, optima, name):
     coordinates["module"] = coordinates["module"].replace("embed", name)
     slopes["module"] = slopes["module"].replace("embed", name)

@@ -157,6 +157,7 @@ def test_a_metric_to_maximize_has_its_best_at_the_bottom(searched):
     assert best.get_xydata().tolist() == other.get_xydata().tolist()
 
 
+@pytest.mark.extended
 def test_nothing_imports_pyplot(searched, tmp_path):
     TRIALS.write(searched, tmp_path / "trials.csv")
     code = (

@@ -69,6 +69,7 @@ def assert_as_one_process(reports: list[dict[str, Any]], wrapped: str, one: tupl
         assert report[wrapped]["norms"] == pytest.approx(norms, rel=REDUCED)
 
 
+@pytest.mark.extended
 def test_losses_and_norms_of_a_sharded_model_are_those_of_one_process(
     sharded: list[dict[str, Any]], undisturbed: tuple[list[float], list[float]]
 ) -> None:

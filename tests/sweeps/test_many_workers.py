@@ -216,6 +216,7 @@ def test_a_worker_that_was_only_stopped_finds_its_trial_done_by_others(tmp_path:
     assert f"trial {lost} is retried by another worker" in stopped.err
 
 
+@pytest.mark.extended
 def test_a_worker_that_is_told_to_end_gives_its_trial_back_at_once(tmp_path: Path, forked: Workers) -> None:
     """As a cluster does before it takes a machine back."""
     shop = Shop(tmp_path, forked, journal(tmp_path), total=2, free=0)
