@@ -23,8 +23,8 @@ class Family:
 
     Args:
         build: ``Scale`` → a plain `torch.nn.Module`, freshly initialized.
-        batch: one example batch (tensor, tuple or dict), in the form that ``loss`` expects; only its shapes are used, except
-            by the coordinate check, which trains on it.
+        batch: one example batch (tensor, tuple or dict), in the form that ``loss`` expects. Its values matter to the coordinate
+            check, which trains on it, and to a forward pass that reads them (`observe`); otherwise only its shapes are used.
         loss: ``(model, batch)`` → a scalar tensor.
         base: the scale at which µP changes nothing; all ratios are relative to it.
         name: its name in reports and messages.
@@ -44,7 +44,7 @@ class Family:
         return replace(self, base=base)
 
     def printing_once(self) -> Family:
-        """Return a copy of this family that shows text printed repeatedly by its loss only once per command."""
+        """Return a copy of this family whose loss prints repeated text only once per command."""
         return replace(self, loss=once(self.loss, self.name, "loss"))
 
     def batch_on(self, device: torch.device | str) -> Any:

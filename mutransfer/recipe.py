@@ -18,11 +18,11 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Recipe(Settings):
-    """Hyperparameters at the base scale, before any scaling rule: tuned on a proxy and transferred to the target.
+    """Hyperparameters at the base scale (by default the proxy's); scaling rules turn them into those of the target.
 
-    All values are dimensionless except ``clip`` (units of the gradient's norm). The α's multiply parts of the base model's
-    forward pass, and ``init_scale`` multiplies its initial weights; a value of 1 changes nothing. TP-V (2203.03466),
-    Table 1, lists which of these transfer.
+    Numbers are dimensionless except ``clip`` and ``eps`` (units of the gradient). Each ``alpha_*`` acts as a multiplier on
+    one part of the forward pass, folded into weights and optimizer settings, and ``init_scale`` multiplies the initial
+    weights; a value of 1 changes nothing. TP-V (2203.03466), Table 1, lists which of these transfer.
     """
 
     lr: Positive = 2**-9

@@ -19,10 +19,23 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from .errors import DataError, FileError, RequestError
-from .io import masked, naming_the_disk, read_json, write_json
+import yaml
 
-__all__ = ["RunFolder", "anchored", "environment", "found", "from_here", "path_of", "recorded", "with_path"]
+from .errors import DataError, FileError, RequestError, SettingsError
+from .io import masked, naming_the_disk, read_json, write_json
+from .scale import Scale
+
+__all__ = [
+    "RunFolder",
+    "anchored",
+    "environment",
+    "found",
+    "from_here",
+    "path_of",
+    "recorded",
+    "tuned_base",
+    "with_path",
+]
 
 PACKAGES = ("mutransfer", "torch", "mup", "optuna", "pandas", "numpy", "scipy", "scikit-learn", "matplotlib")
 
@@ -245,6 +258,19 @@ def anchored(key: str, reference: str, folder: str | os.PathLike[str]) -> str:
         return reference
     relative_path = os.path.relpath(path, folder)
     return with_path(key, reference, os.path.abspath(path) if relative_path.startswith(os.pardir) else relative_path)
+
+
+def tuned_base(recipe: str | os.PathLike[str]) -> Scale | None:
+    """Return the base at which the best.json of a run folder was tuned; None for another file or a folder that does not say."""
+    folder = RunFolder(Path(recipe).parent)
+    if Path(recipe).name != folder.best.name or not folder.experiment.is_file():
+        return None
+    try:
+        asked = yaml.safe_load(folder.experiment.read_text(encoding="utf-8"))
+        size = asked.get("base") or asked["proxy"]
+        return Scale(size["width"], size["depth"])
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, KeyError, TypeError, SettingsError):
+        return None  # `tune` reads and judges the file itself
 
 
 def from_here(key: str, reference: str, folder: str | os.PathLike[str] | None) -> str:

@@ -11,7 +11,7 @@ __all__ = ["Scale"]
 
 @dataclass(frozen=True)
 class Scale:
-    """Width and depth of a model, batch size and tokens of its run: the four axes along which hyperparameters transfer.
+    """Width and depth of a model, batch size and tokens of its run: what may differ between a proxy and its target.
 
     Args:
         width: the size that grows, in the unit that the family's ``build`` uses (hidden size, channels).

@@ -146,7 +146,7 @@ class Range(Settings):
         return self
 
     def ends(self) -> list[Any]:
-        """Return the choices, or the two ends of the range: if these are valid, every value of the range is."""
+        """Return the choices, or the two ends of the range; values between two valid ends are valid."""
         return list(self.choices) if self.choices is not None else [self.low, self.high]
 
 
@@ -181,7 +181,8 @@ class Experiment(Settings):
     ``proxy`` is the size that is trained. ``base`` (default: the proxy) is the size at which µP changes nothing and which the
     recipe refers to. ``roles`` (name pattern → role) override the inferred roles. ``trainer`` replaces the built-in training loop
     and may load its own data (``data: none``). With ``direction: maximize``, higher values reported by the trainer are better.
-    ``recipe`` holds the values that are not searched, and ``search`` the ranges of those that are. ``folder`` is the base of
+    ``search`` holds the ranges of the searched hyperparameters; ``recipe`` holds the values of all others, and with them
+    the first trial.  ``folder`` is the base of
     relative paths and the working directory of a trainer's command: the folder of the file, or the current folder for an
     experiment without a file.
     """

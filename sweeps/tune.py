@@ -278,10 +278,10 @@ def tune(
     progress: Callable[[int, int, str], None] = lambda done, total, text: None,
     context: RunContext | None = None,
 ) -> Tuned:
-    """Run the study in ``folder`` until it has ``experiment.trials`` finished trials, and write the results.
+    """Run the study in ``folder`` until it has ``experiment.trials`` finished trials or its budget is spent; write the results.
 
     The first trial is the experiment's own recipe, which serves as the baseline. A diverged trial is recorded with a finite
-    penalty of twice its starting loss, which teaches the sampler to avoid that region. Calling this again adds only the
+    penalty, usually twice its starting loss, which teaches the sampler to avoid that region. Calling this again adds only the
     missing trials, and several machines with one storage share them.
 
     Args:

@@ -213,3 +213,42 @@ def test_a_printed_plan_is_a_table() -> None:
 def test_a_scale_is_whole_numbers(width: Any) -> None:
     with pytest.raises(RequestError, match=f"width is {width!r}: give a whole number of at least 1"):
         Scale(width)
+
+
+def tuned(folder: Path, asked: str) -> Path:
+    folder.mkdir()
+    (folder / "experiment.yaml").write_text(asked, encoding="utf-8")
+    return mt.Recipe(lr=0.01).save(folder / "best.json")
+
+
+PROXY = "proxy: {width: 16, depth: 2}\n"
+
+
+@pytest.mark.parametrize(
+    ("asked", "base", "parametrization", "fits"),
+    [
+        (PROXY, mt.Scale(16, 2), "mup", True),
+        (PROXY, mt.Scale(32, 2), "mup", False),
+        (PROXY + "base: {width: 32, depth: 2}\n", mt.Scale(32, 2), "mup", True),
+        (PROXY + "base: {width: 32, depth: 2}\n", mt.Scale(16, 2), "mup", False),
+        (PROXY, mt.Scale(16, 3), "mup", True),  # which has no rule for depth
+        (PROXY, mt.Scale(16, 3), "completep", False),
+        ("not an experiment", mt.Scale(32, 2), "mup", True),
+        ("proxy: [", mt.Scale(32, 2), "mup", True),
+    ],
+)
+def test_the_recipe_of_a_run_is_for_the_base_it_was_tuned_at(
+    asked: str, base: mt.Scale, parametrization: str, fits: bool, tmp_path: Path
+) -> None:
+    family = families.transformer().with_base(base)
+    best = tuned(tmp_path / "run", asked)
+    if fits:
+        assert mt.plan(family, mt.Scale(64, 4), parametrization, recipe=best).recipe.lr == 0.01
+    else:
+        with pytest.raises(
+            RequestError, match=r"was tuned with the base width \d+ and depth 2, but the base of transformer"
+        ):
+            mt.plan(family, mt.Scale(64, 4), parametrization, recipe=best)
+    assert mt.plan(family, mt.Scale(64, 4), parametrization, recipe=mt.Recipe.load(best)).recipe.lr == 0.01
+    elsewhere = mt.Recipe(lr=0.01).save(tmp_path / "best.json")
+    assert mt.plan(family, mt.Scale(64, 4), parametrization, recipe=elsewhere).recipe.lr == 0.01

@@ -36,7 +36,7 @@ def plan(
 ) -> int:
     """Print the planned settings of every parameter.
 
-    The model is not built, so any size can be planned.
+    No memory is allocated for the model, so it may be of any size.
     """
     from ..planning import build
     from ..proxies.hf_config import describe_changes

@@ -1,7 +1,8 @@
-"""Coordinate check: how the size of each module's output, and of its change during training, scales with width.
+"""Coordinate check: how large each module's output is, and its change during training, as the width grows.
 
-`record` measures the sizes and `verdict` judges them. The criterion is the same for every parametrization: the slopes of
-width-stable feature learning (`tables.HEALTHY`). The standard parametrization therefore fails, as it should.
+`record` measures sizes (the mean of |x|) and `verdict` judges their slopes. The criterion is the same for every
+parametrization: the slopes of width-stable feature learning (`tables.HEALTHY`). The standard parametrization therefore
+fails, as it should.
 """
 
 from .check import PATIENCE as PATIENCE

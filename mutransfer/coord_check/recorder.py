@@ -41,7 +41,7 @@ __all__ = ["Recorder"]
 
 
 class Recorder:
-    """Record the sizes of a model's outputs, updates, gradients and weights while a loop trains it.
+    """Record how large a model's outputs, updates, gradients and weights are (mean |x|) while a loop trains it.
 
     ::
 
@@ -56,7 +56,7 @@ class Recorder:
         model: the model, with any wrapper.
         optimizer: the optimizer that trains it.
         probe: runs ``model`` on a fixed batch; its return value is ignored.
-        plan: the model's plan, which provides the roles and the size.
+        plan: the model's plan, which provides the roles, width and depth.
         width: width of the model, if there is no plan.
         depth: depth of the model, if there is no plan.
         seed: seed of the initial weights.

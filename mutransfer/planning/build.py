@@ -15,6 +15,7 @@ from ..optimizers.rules import optimizer_rule
 from ..parametrizations.spec import Factors
 from ..parametrizations.tables import table
 from ..recipe import Recipe
+from ..run_dir import tuned_base
 from ..scale import Scale
 from ..tracing.observe import at_target, observe, shapes_of, with_depth_constants
 from ..tracing.run import build, on_fake_tensors
@@ -84,26 +85,30 @@ def plan(
     target: ObservedModel | None = None,
     densities: Mapping[str, float] | None = None,
 ) -> Plan:
-    """Return the settings of every parameter of ``family`` at ``scale``; models are built on fake tensors, so any size works.
+    """Return the settings of every parameter of ``family`` at ``scale``.
+
+    Models are built on fake tensors, which take no memory; `observe` says when a pass has to run for real.
 
     Args:
         family: the model family; at its base scale every factor is 1.
         scale: the scale to plan for.
         parametrization: one of `tables.TABLES`, such as "mup" (TP-V 2203.03466, Table 3), "completep" or "sp".
         optimizer: lower-case name of an optimizer, one of `optimizers.OPTIMIZERS`.
-        recipe: hyperparameters at base scale, or the path of a saved recipe; None uses torch-like defaults.
+        recipe: hyperparameters at base scale, or the path of a saved recipe; None uses ``Recipe()``. The best.json of a run
+            folder is refused if the run was tuned at another base.
         observation: the result of `observe` for this family, to avoid repeating it.
         target: the result of `observed_model` for this family, scale and parametrization, to avoid repeating that as well.
-        densities: name pattern → m_ρ, the density of these hidden layers in the target divided by that in the base (SµPar
-            2405.15743).
+        densities: for sparse layers, name pattern → m_ρ: the fraction of nonzero weights of the matching hidden layers in the
+            target, divided by that in the base (SµPar 2405.15743).
 
     Raises:
         RequestError: a name is unknown, or a law does not apply.
         ModelError: the model cannot be planned; the subclass says why: `BuildError` (it cannot be built or run), `RoleError`
-            and `InitError` (the role or initialization of a parameter cannot be determined) or `LayerError` (an axis does not
-            depend on the width, yet differs between base and target, for example).
+            and `InitError` (the role or initialization of a parameter cannot be determined) or `LayerError` (the
+            layers of base and target do not match: for example, an axis that does not grow has another length).
     """
     if recipe is None or not isinstance(recipe, Recipe):
+        _require_base(family, recipe, parametrization)
         recipe = Recipe() if recipe is None else Recipe.load(recipe)
     rules, rule = table(parametrization), optimizer_rule(optimizer, recipe)
     observed = target or observed_model(family, scale, parametrization, observation)
@@ -119,6 +124,21 @@ def plan(
     base = sum(math.prod(spec.shape) for spec in observed.seen.specs.values())
     grown = sum(map(math.prod, observed.shapes.values())) / base
     return apply_law(planned, scale, family.base, grown)
+
+
+def _require_base(family: Family, recipe: str | os.PathLike[str] | None, parametrization: str) -> None:
+    """Raise if ``recipe`` was tuned at a base that makes its numbers mean something else for ``family``."""
+    tuned = None if recipe is None else tuned_base(recipe)
+    if tuned is None:
+        return
+    deep = table(parametrization).depth is not None and tuned.depth != family.base.depth
+    if tuned.width != family.base.width or deep:
+        raise RequestError(
+            f"{recipe} was tuned with the base width {tuned.width} and depth {tuned.depth}, but the base of {family.name} is "
+            f"width {family.base.width} and depth {family.base.depth}, where its learning rate would mean another one: use "
+            f"family.with_base(Scale({tuned.width}, {tuned.depth})) or --base-width {tuned.width}; Recipe.load(path) takes the "
+            "numbers as they are."
+        )
 
 
 def finished(builder: PlanBuilder, optimizer: str, inits: dict[str, Init]) -> Plan:

@@ -50,8 +50,8 @@ FORMAT = "mutransfer-plan/1"
 class ParameterPlan:
     """Initialization and optimizer settings of one parameter; the columns are those of `schemas.PARAMETERS`.
 
-    The ``*_factor`` fields compare with the base model under the same recipe. ``gauge`` is the
-    constant c in W = c·W', where W' is this parameter in the paper's form, with a multiplier in the forward pass.
+    The ``*_factor`` fields compare with the base model under the same recipe. ``gauge`` is c in
+    W = c·W', where W' is the weight in the source paper's form of the table, whose forward pass multiplies W' by c.
     ``multiplier`` is the multiplier that remains in the forward pass (`unit`). ``columns`` are multipliers on single columns of
     the input, for layers whose input joins fixed and growing columns (`attach`).
     """
@@ -103,7 +103,7 @@ class ParameterPlan:
 class Plan:
     """The settings of every parameter of the model at ``scale``.
 
-    ``notes`` lists what a reader of the numbers should know: folded multipliers, axes without a rule.
+    ``notes`` lists what a reader of the numbers should know: folded multipliers, changes of scale without a rule.
     """
 
     scale: Scale
@@ -167,7 +167,7 @@ class Plan:
         return list(groups.values())
 
     def settings_of(self, row: ParameterPlan) -> dict[str, Any]:
-        """Return all settings of one parameter, by the argument names of the optimizer's class."""
+        """Return all settings of one parameter, as a dictionary keyed by the optimizer's argument names."""
         rule = OPTIMIZERS[self.optimizer].of(row)
         return {**rule.varying(row.lr, row.weight_decay, row.eps), **rule.shared(self.in_force)}
 
@@ -185,8 +185,8 @@ class Plan:
 
         Multipliers of whole parameters (`unit`) are registered with `torch.nn.utils.parametrize`: the parameter's name then
         ends in ``parametrizations.weight.original``, as in its state_dict. Multipliers of single columns are registered as
-        forward pre-hooks, which leave names and state_dict unchanged; submodules that are not trained (target networks) get
-        them too, and copy.deepcopy keeps them. Without multipliers, nothing happens.
+        forward pre-hooks, which leave names and state_dict unchanged; frozen copies of a submodule (an average of its weights)
+        get the hooks too, and copy.deepcopy keeps them. Without multipliers, nothing happens.
 
         Raises:
             RequestError: the model already has multipliers, or lacks a parameter of the plan.
@@ -207,7 +207,7 @@ class Plan:
 
         Args:
             model: built at the plan's scale.
-            cls: the optimizer class, if it is in no known package (Lion, Signum).
+            cls: the optimizer class, if the plan's optimizer has none in torch, transformers or lion_pytorch (Signum).
             tensor_lr: as in `param_groups`.
             options: for its constructor, such as fused and foreach.
 
@@ -297,7 +297,7 @@ class Plan:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
-        """Read a plan that `save` wrote."""
+        """Read a plan that `save` wrote; raises RequestError if the file is missing or is not a plan."""
         return cls.from_dict(read_json(path, "a plan, as Plan.save writes it"), str(path))
 
     @classmethod

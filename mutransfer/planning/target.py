@@ -136,7 +136,7 @@ class TargetConfig:
             object.__setattr__(self, name, getattr(checked, name))
 
     def found(self) -> tuple[dict[str, str], str | None]:
-        """Return the references to model, data and trainer, relative to the current folder, and the experiment's folder or None.
+        """Return ``(references, folder)``: paths relative to the current folder, and the experiment's folder if it was recorded.
 
         Recorded paths are looked up relative to the target's file first, then at their original location (`run_dir.found`).
 
@@ -268,7 +268,7 @@ def target_config(
         tuned: names of the hyperparameters that were searched; a prefix, as in ``recipe.lr``, is ignored.
         seed: seed of the target run.
         provenance: where the recipe came from; the proxy and the tuned names are added.
-        proxy_parameters: number of parameters of the proxy, which the law power-lines needs.
+        proxy_parameters: number of parameters of the proxy; required by the law ``power-lines``.
         regularizers: regularization in the model itself, as returned by `regularizers`.
         unproven: sentences on what was not verified (`of_evidence`); they become warnings, and are also stored in the
             provenance, so that a report can drop them after a later `verify` or `check`.
