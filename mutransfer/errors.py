@@ -30,7 +30,7 @@ class FileError(RequestError):
 
 
 class FrameError(RequestError):
-    """A data frame, or the file that holds it, lacks a column, or has too few rows to fit or to draw."""
+    """A data frame, or the file that holds it, lacks a column, has too few rows, or mixes what must be judged apart."""
 
 
 class DataError(RequestError):

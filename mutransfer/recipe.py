@@ -1,4 +1,4 @@
-"""The hyperparameters of a run, as tuned at the base scale."""
+"""The hyperparameters of a run, expressed at the base scale."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ HERE = Path(__file__).parent
 
 
 def write_report(folder: str | os.PathLike[str]) -> Path:
-    """Write ``report.html``, ``plots/*.png`` and CSV files of the slopes, optima and parameters in them; return the page's path.
+    """Write ``report.html``, its figures (``plots/*.png``) and their numbers (CSV), and return the path of the page.
 
     Reads coordinates.csv, basins.csv, trials.csv, experiment.yaml, best.json, target.json, environment.json, verify.json,
     repeats.csv and check.json, if they exist. For each missing part the page says in one line what is missing and which

@@ -146,7 +146,7 @@ class Range(Settings):
         return self
 
     def ends(self) -> list[Any]:
-        """Return the choices, or the two ends of the range; values between two valid ends are valid."""
+        """Return the values to validate: the choices, or the ends of the range (between valid ends, every value is valid)."""
         return list(self.choices) if self.choices is not None else [self.low, self.high]
 
 
@@ -181,10 +181,9 @@ class Experiment(Settings):
     ``proxy`` is the size that is trained. ``base`` (default: the proxy) is the size at which µP changes nothing and which the
     recipe refers to. ``roles`` (name pattern → role) override the inferred roles. ``trainer`` replaces the built-in training loop
     and may load its own data (``data: none``). With ``direction: maximize``, higher values reported by the trainer are better.
-    ``search`` holds the ranges of the searched hyperparameters; ``recipe`` holds the values of all others, and with them
-    the first trial.  ``folder`` is the base of
-    relative paths and the working directory of a trainer's command: the folder of the file, or the current folder for an
-    experiment without a file.
+    ``search`` holds the ranges of the hyperparameters to search; ``recipe`` holds the values of the others, and of all of
+    them in the first trial. Relative paths start from ``folder``, in which a trainer's command also runs: the folder of the
+    file, or the current folder for an experiment without a file.
     """
 
     model: str = "transformer"

@@ -36,7 +36,7 @@ def plan(
 ) -> int:
     """Print the planned settings of every parameter.
 
-    No memory is allocated for the model, so it may be of any size.
+    No memory is allocated for the model, so it can be very large.
     """
     from ..planning import build
     from ..proxies.hf_config import describe_changes

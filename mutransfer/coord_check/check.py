@@ -48,7 +48,7 @@ def judge_coordinates(
 ) -> Check:
     """Record the coordinates of ``family`` and judge them; while the verdict is undecided, add ``seeds`` more seeds.
 
-    No seeds are added when only wider models can decide the verdict.
+    No seeds are added if wider models would decide the verdict sooner.
 
     Args:
         family: the model family to check.

@@ -391,7 +391,7 @@ def record(
         widths: at least two, in any order; empty or one for a check over ``depths``.
         parametrization: name of the table that sets initialization and learning rates, or "own" for the model as its builder
             leaves it, with mup's optimizer if mup has annotated it.
-        optimizer: one of `optimizers.OPTIMIZERS`; for "own", one of adam, adamw and sgd.
+        optimizer: one of `optimizers.rules.OPTIMIZERS`; for "own", one of adam, adamw and sgd.
         lr: base learning rate; by default 2^-3 for SGD; for optimizers like Adam, the smaller of 2^-8 and 1/16 of the median
             initial std of the hidden weights.
         depth: number of layers; by default the base's.

@@ -92,8 +92,8 @@ def plan(
     Args:
         family: the model family; at its base scale every factor is 1.
         scale: the scale to plan for.
-        parametrization: one of `tables.TABLES`, such as "mup" (TP-V 2203.03466, Table 3), "completep" or "sp".
-        optimizer: lower-case name of an optimizer, one of `optimizers.OPTIMIZERS`.
+        parametrization: one of `parametrizations.tables.TABLES`, such as "mup" (TP-V 2203.03466, Table 3), "completep" or "sp".
+        optimizer: lower-case name of an optimizer, one of `optimizers.rules.OPTIMIZERS`.
         recipe: hyperparameters at base scale, or the path of a saved recipe; None uses ``Recipe()``. The best.json of a run
             folder is refused if the run was tuned at another base.
         observation: the result of `observe` for this family, to avoid repeating it.
@@ -216,7 +216,7 @@ def _row(builder: PlanBuilder, name: str, target: Init) -> ParameterPlan:
 def apply_law(plan: Plan, scale: Scale, tuned: Scale, parameters: float | None = None) -> Plan:
     """Return ``plan`` adjusted to the batch and tokens of ``scale`` by its recipe's law, for a recipe tuned at ``tuned``.
 
-    A size (batch or tokens) that neither scale states is ignored; a size that only one of them states may have changed.
+    A size (batch or tokens) that neither scale states is ignored; a size that only one of them states is treated as changed.
 
     Args:
         plan: a plan with no law applied yet.

@@ -51,7 +51,7 @@ class ParameterPlan:
     """Initialization and optimizer settings of one parameter; the columns are those of `schemas.PARAMETERS`.
 
     The ``*_factor`` fields compare with the base model under the same recipe. ``gauge`` is c in
-    W = c·W', where W' is the weight in the source paper's form of the table, whose forward pass multiplies W' by c.
+    W = c·W': W is the weight of the plain model, W' that of the paper's model, which multiplies it by c in its forward pass.
     ``multiplier`` is the multiplier that remains in the forward pass (`unit`). ``columns`` are multipliers on single columns of
     the input, for layers whose input joins fixed and growing columns (`attach`).
     """
@@ -185,8 +185,8 @@ class Plan:
 
         Multipliers of whole parameters (`unit`) are registered with `torch.nn.utils.parametrize`: the parameter's name then
         ends in ``parametrizations.weight.original``, as in its state_dict. Multipliers of single columns are registered as
-        forward pre-hooks, which leave names and state_dict unchanged; frozen copies of a submodule (an average of its weights)
-        get the hooks too, and copy.deepcopy keeps them. Without multipliers, nothing happens.
+        forward pre-hooks, which leave names and state_dict unchanged. Frozen copies of such a layer inside ``model`` (a target
+        network) get the same hooks, and copy.deepcopy keeps the hooks. Without multipliers, nothing happens.
 
         Raises:
             RequestError: the model already has multipliers, or lacks a parameter of the plan.

@@ -136,7 +136,7 @@ class TargetConfig:
             object.__setattr__(self, name, getattr(checked, name))
 
     def found(self) -> tuple[dict[str, str], str | None]:
-        """Return ``(references, folder)``: paths relative to the current folder, and the experiment's folder if it was recorded.
+        """Return the references to model, data and trainer from the current folder, and the experiment's folder or None.
 
         Recorded paths are looked up relative to the target's file first, then at their original location (`run_dir.found`).
 
@@ -158,7 +158,7 @@ class TargetConfig:
         return self.batch_size * self.steps * self.sequence_length
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the config as plain JSON data with the keys ``KEYS``; `load` reads it back."""
+        """Return the config as plain JSON data with the keys ``KEYS``, which `save` writes."""
         planned, recipe = self.plan.as_dict(), self.plan.recipe
         rule = optimizer_rule(self.plan.optimizer, recipe)
         settings = {key: list(v) if isinstance(v, tuple) else v for key, v in rule.settings(self.plan.in_force).items()}

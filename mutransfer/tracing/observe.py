@@ -39,8 +39,8 @@ LONG = 8  # base depth from which doubling is enough to see which layers repeat
 def with_depth_constants(family: Family, seen: Observation) -> Observation:
     """Return ``seen`` with the information that depends on the depth.
 
-    This is the power of the depth in the numbers that multiply each parameter's result, such as 1/√layers, and how often each
-    residual branch is repeated.
+    Added are the power of the depth in the constant that multiplies each parameter's output (−½ for 1/√layers), and how often
+    each residual branch is repeated.
 
     Raises:
         LayerError: the layers of one stack multiply by different powers of the depth.
