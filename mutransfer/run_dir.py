@@ -268,8 +268,8 @@ def tuned_base(recipe: str | os.PathLike[str]) -> Scale | None:
     try:
         asked = yaml.safe_load(folder.experiment.read_text(encoding="utf-8"))
         size = asked.get("base") or asked["proxy"]
-        return Scale(size["width"], size["depth"])
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, KeyError, TypeError, SettingsError):
+        return Scale(size["width"], size.get("depth", 2))  # the default of `sweeps.experiment.Size`
+    except (OSError, ValueError, yaml.YAMLError, AttributeError, KeyError, TypeError, SettingsError):
         return None  # `tune` reads and judges the file itself
 
 

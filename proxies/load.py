@@ -200,8 +200,8 @@ def _from_function(
 
 def _takes_nothing(function: Callable[..., Any]) -> bool:
     try:
-        return not inspect.signature(function).parameters
-    except ValueError:  # some built-in functions have no signature
+        return not inspect.signature(function, follow_wrapped=False).parameters
+    except (TypeError, ValueError):  # some built-in functions have no signature
         return False
 
 

@@ -233,6 +233,9 @@ PROXY = "proxy: {width: 16, depth: 2}\n"
         (PROXY + "base: {width: 32, depth: 2}\n", mt.Scale(16, 2), "mup", False),
         (PROXY, mt.Scale(16, 3), "mup", True),  # which has no rule for depth
         (PROXY, mt.Scale(16, 3), "completep", False),
+        (PROXY, mt.Scale(32, 2), "sp", True),
+        ("proxy: {width: 16}\nsearch: {}\n", mt.Scale(32, 2), "mup", False),
+        ("proxy: {width: 16}\nseed: 2024-13-45\n", mt.Scale(32, 2), "mup", True),
         ("not an experiment", mt.Scale(32, 2), "mup", True),
         ("proxy: [", mt.Scale(32, 2), "mup", True),
     ],

@@ -377,7 +377,7 @@ def places(
 
     A check over widths records the modules that own parameters, named by ``called`` (`naming`). A check over depths
     (``stacks``: name of a stack of layers → number of layers) records the outputs of the first and the last layer of every
-    stack, that is, the residual stream, and the modules inside the first and the middle layer; "first", "middle" and "last"
+    stack, usually the residual stream, and the modules inside the first and the middle layer; "first", "middle" and "last"
     replace the layer numbers. The input of the middle layer has passed half of the branches at every even depth. The input of
     the last layer has passed (L−1)/L of them, which alone produces a slope of +0.2 over depths 2 to 32.
     """

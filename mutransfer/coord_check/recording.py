@@ -65,7 +65,7 @@ class Setup:
         roles: model → role by module.
         divisors: module → the multiplier folded into it, by which its features are divided.
         known: parameter → role and units.
-        ends: modules that end a residual branch.
+        branch_stacks: stacks of layers that return a residual branch instead of the stream (`Observation`).
         stacked: whether seeds may be stacked.
     """
 
@@ -75,7 +75,7 @@ class Setup:
     roles: Callable[[torch.nn.Module], dict[str, str]]
     divisors: Mapping[str, float]
     known: Mapping[str, Owned]
-    ends: frozenset[str]
+    branch_stacks: frozenset[str]
     stacked: bool
 
 
@@ -98,7 +98,7 @@ def as_planned(family: Family, planned: Plan, seen: Observation, device: str) ->
         roles=partial(module_roles, planned=planned, attention=_growing_attention(seen)),
         divisors=divisors(planned, inside),
         known=owned(planned),
-        ends=_ends(seen),
+        branch_stacks=seen.branch_stacks,
         stacked=rule.entrywise,
     )
 
@@ -138,7 +138,7 @@ def as_built(family: Family, scale: Scale, seen: Observation, optimizer: str, lr
 
     known = {row.name: Owned(row.role, None) for row in planned.rows}
     roles = partial(module_roles, planned=planned, attention=_growing_attention(seen))
-    return Setup(scale, build, make_optimizer, roles, {}, known, _ends(seen), stacked=not annotated)
+    return Setup(scale, build, make_optimizer, roles, {}, known, seen.branch_stacks, stacked=not annotated)
 
 
 def _growing_attention(seen: Observation) -> frozenset[str]:
@@ -148,10 +148,6 @@ def _growing_attention(seen: Observation) -> frozenset[str]:
     return frozenset().union(*(each.queries | each.keys for each in seen.attentions))
 
 
-def _ends(seen: Observation) -> frozenset[str]:
-    return frozenset(name.rpartition(".")[0] for name, spec in seen.specs.items() if spec.ends_branch)
-
-
 def divisors(planned: Plan, constants: Mapping[str, float]) -> dict[str, float]:
     """Return, by module, the number by which its features are divided: the multipliers folded into it.
 
@@ -159,11 +155,13 @@ def divisors(planned: Plan, constants: Mapping[str, float]) -> dict[str, float]:
         planned: the plan that folds them.
         constants: parameter → number by which its module multiplies its own output, which is part of the features.
     """
-    found, rules = {}, table(planned.parametrization).rows
+    found: dict[str, float] = {}
+    rules = table(planned.parametrization).rows
     for row in planned.rows:
         # A multiplier that the table itself folds is part of the function, so it is not divided out.
         correction = constants.get(row.name, 1.0) / rules[row.role].gauge(row.m_in, row.m_out)
-        found[row.name.removesuffix(".weight")] = row.gauge * correction
+        module, inner, _ = row.name.removesuffix(".weight").partition(".parametrizations.")
+        found[module] = row.gauge * correction * (found.get(module, 1.0) if inner else 1.0)
     return found
 
 
@@ -255,35 +253,16 @@ def _survey(
             stacklevel=2,
         )
     if growing is not None:
-        for name in _branches(growing, shown, setup.ends, seen.outputs):
-            del shown[name]
+        # A layer that returns its branch is not the stream: the branch falls with the depth by the table's own power, and is
+        # measured at the module that ends it.
+        for name in list(shown):
+            stack, _, last = name.rpartition(".")
+            if last.isdigit() and stack in growing and stack in setup.branch_stacks and name not in setup.divisors:
+                del shown[name]
         return watched
     known = {name: owner.role for name, owner in setup.known.items()}
     measured = units(model, seen.ran, roles, known)
     return replace(watched, shown={name: called(name) or ROOT for name in measured} | shown, units=measured)
-
-
-def _branches(growing: Collection[str], shown: Collection[str], ends: Collection[str], outputs: Tensors) -> list[str]:
-    """Return the layers in ``shown`` that return a residual branch: the sum with the stream is taken outside of them.
-
-    Only the output of a layer that takes the sum is the residual stream. What its branch adds falls as the table's power of the
-    depth, and is measured at the module that ends the branch.
-    """
-    found = []
-    for stack in growing:
-        first = f"{stack}.0"
-        last = [name for name in outputs if name.startswith(f"{first}.") and name in ends]
-        if first in outputs and any(_proportional(outputs[first], outputs[name]) for name in last):
-            found += [name for name in shown if name.rpartition(".")[0] == stack and name.rpartition(".")[2].isdigit()]
-    return found
-
-
-def _proportional(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Return whether the entries of ``one`` are those of ``other`` times a constant, or 0 (dropped out)."""
-    if one.shape != other.shape or not (kept := one != 0).any():
-        return False
-    ratio = one[kept].double() / other[kept].double()
-    return bool((ratio - ratio[0]).abs().max() <= 1e-2 * ratio[0].abs())  # bfloat16 rounds to 1/256
 
 
 def _unused_modules(family: Family, model: torch.nn.Module, batch: Any, names: list[str], seen: Pass) -> list[str]:

@@ -129,15 +129,15 @@ def plan(
 def _require_base(family: Family, recipe: str | os.PathLike[str] | None, parametrization: str) -> None:
     """Raise if ``recipe`` was tuned at a base that makes its numbers mean something else for ``family``."""
     tuned = None if recipe is None else tuned_base(recipe)
-    if tuned is None:
+    if tuned is None or parametrization == "sp":  # under which no learning rate depends on the base
         return
     deep = table(parametrization).depth is not None and tuned.depth != family.base.depth
     if tuned.width != family.base.width or deep:
         raise RequestError(
             f"{recipe} was tuned with the base width {tuned.width} and depth {tuned.depth}, but the base of {family.name} is "
             f"width {family.base.width} and depth {family.base.depth}, where its learning rate would mean another one: use "
-            f"family.with_base(Scale({tuned.width}, {tuned.depth})) or --base-width {tuned.width}; Recipe.load(path) takes the "
-            "numbers as they are."
+            f"family.with_base(family.base.with_(width={tuned.width}, depth={tuned.depth})) or --base-width {tuned.width} "
+            f"--base-depth {tuned.depth}; Recipe.load(path) takes the numbers as they are."
         )
 
 

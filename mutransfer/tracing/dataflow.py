@@ -29,13 +29,23 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Sum:
-    """One sum of two activations: nodes of the result and of both sides, and the parameters that carry a factor into each."""
+    """One sum of two activations.
+
+    Attributes:
+        node: node of the result.
+        left: node of one side.
+        right: node of the other side.
+        left_carries: parameters (as bits) that carry a factor into the left side.
+        right_carries: the same for the right side.
+        module: the module in whose forward the sum is taken.
+    """
 
     node: int
     left: int
     right: int
     left_carries: int
     right_carries: int
+    module: str
 
 
 # Offset of the first entry, and (stride, length) of each dim, the longest stride first.

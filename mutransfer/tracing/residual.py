@@ -13,6 +13,7 @@ __all__ = [
     "Branch",
     "Residual",
     "ancestors",
+    "branch_stacks",
     "unrecognized_branches",
     "coupled",
     "descendants",
@@ -32,6 +33,7 @@ class Residual:
         source: node that the branch was computed from, usually the stream itself.
         branch: node of the branch.
         carries: parameters (as bits) that carry a factor into the branch.
+        module: the module in whose forward the sum is taken.
     """
 
     node: int
@@ -39,6 +41,7 @@ class Residual:
     source: int
     branch: int
     carries: int
+    module: str
 
 
 def residual_sums(graph: ValueGraph, above: list[int], known: Iterable[Residual] = ()) -> list[Residual]:
@@ -75,7 +78,7 @@ def coupled(graph: ValueGraph, found: list[Residual], above: list[int], after: l
     """
     known = {each.node for each in found}
     return [
-        Residual(each.node, stream, other.stream, branch, carries)
+        Residual(each.node, stream, other.stream, branch, carries, each.module)
         for each in graph.sums
         if each.node not in known
         for other in found
@@ -126,12 +129,12 @@ def _residual(each: Sum, graph: ValueGraph, above: list[int], before: dict[int, 
     for stream, branch, carries in _ways(each):
         source = _source(branch, stream, graph, above, before)
         if source:
-            return Residual(each.node, stream, source, branch, carries)
+            return Residual(each.node, stream, source, branch, carries, each.module)
     for stream, branch, carries in _ways(each):
         branch_history = _history(branch, before)
         for earlier in _history(stream, before):
             if earlier not in branch_history and (source := _source(branch, earlier, graph, above, before)):
-                return Residual(each.node, earlier, source, branch, carries)
+                return Residual(each.node, earlier, source, branch, carries, each.module)
     return None
 
 
@@ -211,10 +214,17 @@ def _numbered(name: str) -> Iterator[tuple[Layer, Layer]]:
 
 @dataclass(frozen=True)
 class Branch:
-    """One residual branch: the parameters used inside it, and those that carry a factor into it (as bits)."""
+    """One residual branch.
+
+    Attributes:
+        inside: the parameters used inside it.
+        ends: the parameters (as bits) that carry a factor into it.
+        added_in: the module in whose forward it is added to the stream.
+    """
 
     inside: frozenset[str]
     ends: int
+    added_in: str
 
 
 def residual_branches(graph: ValueGraph, uses: dict[str, list[Use]]) -> list[Branch]:
@@ -254,7 +264,7 @@ def residual_branches(graph: ValueGraph, uses: dict[str, list[Use]]) -> list[Bra
             if here >> use.node & 1
             and (any(above[n] >> each.source & 1 for n in use.operands) or homes[name] == {all_near})
         }
-        branches.append(Branch(frozenset(inside), each.carries))
+        branches.append(Branch(frozenset(inside), each.carries, each.module))
     on_streams = union(near[each.stream] for each in outer if each.stream not in sums)
     branches = [
         _with_shared(branch, all_near & ~on_streams, uses, reach, branches)
@@ -262,6 +272,16 @@ def residual_branches(graph: ValueGraph, uses: dict[str, list[Use]]) -> list[Bra
     ]
     branches = [branch for branch in branches if branch.inside]
     return [branch for branch in branches if branch.ends or _repeats(branch, branches)]
+
+
+def branch_stacks(branches: Iterable[Branch]) -> frozenset[str]:
+    """Return the stacks of layers that return a residual branch, which is added to the stream outside of the layers."""
+    outside, inside = set[str](), set[str]()
+    for branch in branches:
+        for layer in {".".join(layer) for name in branch.inside for layer, _ in _numbered(name)}:
+            adds = f"{branch.added_in}.".startswith(f"{layer}.")
+            (inside if adds else outside).add(layer.rpartition(".")[0])
+    return frozenset(outside - inside)
 
 
 def _with_shared(

@@ -169,7 +169,7 @@ class ForwardPass:
             a, b = sides
             if not attended & {*self.dots.of(a), *self.dots.of(b)}:
                 node, left, right = self.graph.made(op), self.graph.node(a), self.graph.node(b)
-                found.append(Sum(node, left, right, self._carriers.of(a), self._carriers.of(b)))
+                found.append(Sum(node, left, right, self._carriers.of(a), self._carriers.of(b), op.module))
         return found
 
     def uses(self) -> dict[str, list[Use]]:

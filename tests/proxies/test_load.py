@@ -21,6 +21,7 @@ from mutransfer.scale import Scale
 BASE = Scale(16, 2)
 GOOD = """
 from __future__ import annotations
+import functools
 from dataclasses import dataclass
 import torch
 from torch import nn
@@ -51,6 +52,22 @@ def one(width):
 
 def nothing(width, depth):
     pass
+
+def made():
+    return family
+
+def sized(function):
+    @functools.wraps(function)
+    def sizing(width, depth):
+        sizes.append(width)
+        return function()
+    return sizing
+
+@sized
+def wrapped():
+    return build(sizes[-1], 1)
+
+sizes = []
 """
 
 
@@ -217,6 +234,10 @@ def test_a_base_is_asked_for() -> None:
     assert "--base-width" in refusal("mlp", load_data("digits"), None)
 
 
+def test_a_decorated_function_takes_what_its_wrapper_takes(good: Path) -> None:
+    assert load_family(f"{good}:wrapped", None, mt.Scale(8, 1)).built(mt.Scale(16, 1))[1].out_features == 16
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
@@ -226,6 +247,7 @@ def test_a_base_is_asked_for() -> None:
         ("fails", "ValueError: no such size (line"),
         ("one", "TypeError: one() takes 1 positional argument"),
         ("nothing", "returned NoneType"),
+        ("made", "store it in a variable and name that"),
     ],
 )
 def test_a_wrong_thing_in_the_file(good: Path, name: str, expected: str) -> None:
