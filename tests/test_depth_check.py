@@ -145,6 +145,39 @@ def test_a_layer_that_returns_its_branch_is_not_the_stream(end: str) -> None:
         assert verdict(record(tokens(end), [], "mup", depths=[2, 4, 8, 16], seeds=range(5), steps=2)).status == "fail"
 
 
+class Matrices(nn.Module):
+    """A feed-forward layer whose matrices are parameters of its own, as those of fused experts are."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(width, 2 * width) * width**-0.5)
+        self.down = nn.Parameter(torch.randn(2 * width, width) * (2 * width) ** -0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.gelu(x @ self.up) @ self.down
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.ffn = nn.LayerNorm(width), Matrices(width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.ffn(self.norm(x))
+
+
+def test_a_module_that_owns_the_end_of_a_branch_is_compared_without_its_multiplier() -> None:
+    build = lambda s: nn.Sequential(  # noqa: E731
+        nn.Embedding(11, s.width), nn.Sequential(*(Block(s.width) for _ in range(s.depth))), nn.LayerNorm(s.width),
+        nn.Linear(s.width, 11),
+    )  # fmt: skip
+    family = mt.Family(build, tokens("").batch, tokens("").loss, mt.Scale(16, 2))
+    frame = record(family, [], "completep", depths=[2, 4, 8, 16], seeds=range(5), steps=2)
+    assert {"1.first", "1.last", "1.first.ffn", "1.middle.ffn"} < set(frame["module"])
+    found = verdict(frame)
+    assert found.status != "fail", found.cause
+
+
 def test_a_layer_that_adds_its_branch_is_the_stream() -> None:
     frame = record(tokens("in place"), [], "completep", depths=[2, 4, 8], seeds=[0], steps=1)
     assert {"layers.first", "layers.last"} < set(frame["module"])

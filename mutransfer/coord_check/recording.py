@@ -16,7 +16,7 @@ from .._torch_internals import tree_leaves
 from ..errors import DataError, RequestError, nearest
 from ..family import Family, unwrapped
 from ..optimizers.rules import OPTIMIZERS
-from ..param_names import planned_names
+from ..param_names import pattern_of, planned_names
 from ..parametrizations.tables import table
 from ..planning.build import plan
 from ..planning.plan import Plan
@@ -65,7 +65,7 @@ class Setup:
         roles: model → role by module.
         divisors: module → the multiplier folded into it, by which its features are divided.
         known: parameter → role and units.
-        branch_stacks: stacks of layers that return a residual branch instead of the stream (`Observation`).
+        added_in: where residual branches are added to the stream (`Observation`).
         stacked: whether seeds may be stacked.
     """
 
@@ -75,7 +75,7 @@ class Setup:
     roles: Callable[[torch.nn.Module], dict[str, str]]
     divisors: Mapping[str, float]
     known: Mapping[str, Owned]
-    branch_stacks: frozenset[str]
+    added_in: Mapping[str, str]
     stacked: bool
 
 
@@ -98,7 +98,7 @@ def as_planned(family: Family, planned: Plan, seen: Observation, device: str) ->
         roles=partial(module_roles, planned=planned, attention=_growing_attention(seen)),
         divisors=divisors(planned, inside),
         known=owned(planned),
-        branch_stacks=seen.branch_stacks,
+        added_in=seen.added_in,
         stacked=rule.entrywise,
     )
 
@@ -138,7 +138,7 @@ def as_built(family: Family, scale: Scale, seen: Observation, optimizer: str, lr
 
     known = {row.name: Owned(row.role, None) for row in planned.rows}
     roles = partial(module_roles, planned=planned, attention=_growing_attention(seen))
-    return Setup(scale, build, make_optimizer, roles, {}, known, seen.branch_stacks, stacked=not annotated)
+    return Setup(scale, build, make_optimizer, roles, {}, known, seen.added_in, stacked=not annotated)
 
 
 def _growing_attention(seen: Observation) -> frozenset[str]:
@@ -160,8 +160,8 @@ def divisors(planned: Plan, constants: Mapping[str, float]) -> dict[str, float]:
     for row in planned.rows:
         # A multiplier that the table itself folds is part of the function, so it is not divided out.
         correction = constants.get(row.name, 1.0) / rules[row.role].gauge(row.m_in, row.m_out)
-        module, inner, _ = row.name.removesuffix(".weight").partition(".parametrizations.")
-        found[module] = row.gauge * correction * (found.get(module, 1.0) if inner else 1.0)
+        module = _measured_at(row.name)
+        found[module] = row.gauge * correction * found.get(module, 1.0)  # a parametrized weight has several parameters
     return found
 
 
@@ -179,6 +179,33 @@ def of_repeated(divisors: Mapping[str, float], stacks: Collection[str], seen: Ob
         return spec is not None and spec.rounds[1] > 0
 
     return {name: divisor for name, divisor in divisors.items() if repeats(name)}
+
+
+def _of_branches(
+    divisors: Mapping[str, float], parameters: Collection[str], added_in: Mapping[str, str]
+) -> dict[str, float]:
+    """Return ``divisors`` with those of modules that own several parameters and return a residual branch.
+
+    A stack of experts, or a mixer whose last projection is never called as a module, returns what the branch's last parameter
+    has multiplied.
+    """
+    found = dict(divisors)
+    for module in {name[:i] for name in parameters for i, letter in enumerate(name) if letter == "."}:
+        if module not in found and (ends := _branch_ends(module, parameters, added_in)):
+            found[module] = divisors.get(_measured_at(ends[0]), 1.0)
+    return found
+
+
+def _branch_ends(module: str, parameters: Collection[str], added_in: Mapping[str, str]) -> list[str]:
+    """Return the parameters in ``module`` that end a residual branch, if it is added to the stream outside of the module."""
+    ends = [name for name in parameters if name.startswith(f"{module}.") and pattern_of(name) in added_in]
+    inside = any(f"{added_in[pattern_of(name)]}.".startswith(f"{pattern_of(module)}.") for name in ends)
+    return [] if inside else ends
+
+
+def _measured_at(parameter: str) -> str:
+    """Return the module whose output has the factor of ``parameter``, or the name of a parameter that is no module's weight."""
+    return parameter.removesuffix(".weight").partition(".parametrizations.")[0]
 
 
 Row = dict[str, Any]
@@ -257,7 +284,8 @@ def _survey(
         # measured at the module that ends it.
         for name in list(shown):
             stack, _, last = name.rpartition(".")
-            if last.isdigit() and stack in growing and stack in setup.branch_stacks and name not in setup.divisors:
+            is_layer = last.isdigit() and stack in growing and f"{name}.weight" not in setup.known
+            if is_layer and _branch_ends(name, setup.known, setup.added_in):
                 del shown[name]
         return watched
     known = {name: owner.role for name, owner in setup.known.items()}
@@ -420,7 +448,8 @@ def record(
             planned = make(family, scale, parametrization, optimizer, recipe, observation=seen)
             setup = as_planned(family, planned, seen, device)
         if growing is not None:
-            setup = replace(setup, divisors=of_repeated(setup.divisors, growing, seen))
+            repeated = of_repeated(setup.divisors, growing, seen)
+            setup = replace(setup, divisors=_of_branches(repeated, setup.known, setup.added_in))
         common: dict[str, Any] = {"parametrization": parametrization, "optimizer": optimizer}
         common |= {"width": scale.width, "depth": scale.depth}
         done = partial(lambda i, n: progress(i * len(seeds) + n, len(scales) * len(seeds)), i)

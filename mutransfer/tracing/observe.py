@@ -23,7 +23,7 @@ from .aliases import uneven, union
 from .columns import Columns, Joins, Labels, mixed_columns
 from .dataflow import Use
 from .growing_products import Heads, at_sizes, compared, contractions, in_attention
-from .residual import branch_stacks, residual_branches, unrecognized_branches
+from .residual import residual_branches, unrecognized_branches
 from .roles import check_patterns, check_roles, possible, role_given, roles_of, settled, unused
 from .run import LAYERS, WIDER, build, forward, on_fake_tensors
 from .scales import SizePower, common, constants, loose
@@ -417,7 +417,9 @@ def _observed(
         attentions=tuple(seen.dots.attentions),
         dots=dots,
         open_branches=(*(min(branch.inside) for branch in branches if not branch.ends), *(name for name, _ in apart)),
-        branch_stacks=branch_stacks(branches),
+        added_in={
+            pattern_of(name): pattern_of(branch.added_in) for branch in branches for name in seen.decode(branch.ends)
+        },
         notes=tuple(dict.fromkeys(notes)),
     )
 

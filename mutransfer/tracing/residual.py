@@ -13,7 +13,6 @@ __all__ = [
     "Branch",
     "Residual",
     "ancestors",
-    "branch_stacks",
     "unrecognized_branches",
     "coupled",
     "descendants",
@@ -272,16 +271,6 @@ def residual_branches(graph: ValueGraph, uses: dict[str, list[Use]]) -> list[Bra
     ]
     branches = [branch for branch in branches if branch.inside]
     return [branch for branch in branches if branch.ends or _repeats(branch, branches)]
-
-
-def branch_stacks(branches: Iterable[Branch]) -> frozenset[str]:
-    """Return the stacks of layers that return a residual branch, which is added to the stream outside of the layers."""
-    outside, inside = set[str](), set[str]()
-    for branch in branches:
-        for layer in {".".join(layer) for name in branch.inside for layer, _ in _numbered(name)}:
-            adds = f"{branch.added_in}.".startswith(f"{layer}.")
-            (inside if adds else outside).add(layer.rpartition(".")[0])
-    return frozenset(outside - inside)
 
 
 def _with_shared(

@@ -302,7 +302,7 @@ class Observation:
         attentions: the base's attention layers, as many as were traced.
         dots: other dot products, compared in the same way.
         open_branches: one parameter of every residual branch into which no parameter carries a factor.
-        branch_stacks: stacks of layers that return a residual branch, which the model adds to the stream outside of them.
+        added_in: pattern of a parameter that ends a residual branch → pattern of the module that adds it to the stream.
         depths_compared: whether `with_depth_constants` has been applied.
         notes: what was observed but cannot be attributed to any parameter.
         seed: seed of the random numbers in the pass that uses the most parameters.
@@ -315,7 +315,7 @@ class Observation:
     attentions: tuple[Attention, ...] = field(default=(), compare=False)
     dots: tuple[Contraction, ...] = ()
     open_branches: tuple[str, ...] = ()
-    branch_stacks: frozenset[str] = frozenset()
+    added_in: Mapping[str, str] = field(default_factory=dict)
     depths_compared: bool = False
     notes: tuple[str, ...] = ()
     seed: int = 0

@@ -68,13 +68,17 @@ def biased(*, alpha: bool = False, beta: bool = False) -> Callable[[Any, torch.T
     """A matrix product and a bias added to it, either of which `addmm` multiplies."""
 
     def forward(net: Any, x: torch.Tensor) -> torch.Tensor:
-        h, numbers = net.embed(x), {"alpha": net.n**0.5 if alpha else 1, "beta": net.n**0.5 if beta else 1}
+        # 1 at width 64: a bias that is 8 there hides the product, and its steps are 8 times as large.
+        root = (net.n / 64) ** 0.5
+        h, numbers = net.embed(x), {"alpha": root if alpha else 1, "beta": root if beta else 1}
         return net.down(torch.addmm(net.gain, h.flatten(0, 1), net.up.weight.t(), **numbers).relu().view_as(h))
 
     return forward
 
 
 EMBEDDING = {"embed.weight": 0.5}
+# What is added to the activations grows with the width and belongs to no parameter: no plan makes such a model stable.
+GROWING = {"alpha of a number", "alpha of what is no activation"}
 SEEN: dict[str, tuple[Callable[[Any, torch.Tensor], torch.Tensor], dict[str, float]]] = {
     "a loop over heads": (heads, {}),
     "one embedding, scaled in both its uses": (twice, EMBEDDING),
@@ -193,4 +197,7 @@ def test_layers_that_shrink_differently_with_the_depth_are_refused() -> None:
 def test_what_is_planned_so_passes_the_check(way: str) -> None:
     family = mt.Family(lambda s: Net(s.width, SEEN[way][0]), families.token_batch(), families.loss, mt.Scale(64, 1))
     found = mt.verdict(mt.record(family, [64, 128, 256, 512], seeds=range(4)))
-    assert found.status == "pass", found.cause
+    if way in GROWING:
+        assert (found.status, found.fault) == ("fail", "forward"), found.cause
+    else:
+        assert found.status == "pass", found.cause
