@@ -437,6 +437,11 @@ def _likely_reason(worst: pd.Series, axis: str) -> str:
         return (
             "its residual branches are not scaled with the depth" if worst["slope"] > 0 else "its layers stop learning"
         )
+    if worst["role"] == "bottleneck" and worst["statistic"] in ("change", "update") and 0 < worst["slope"] < 1:
+        return (
+            "either its learning rate does not shrink with width, or its fixed number of outputs is the cause, over which "
+            "updates do not average out in the first steps (docs/explanation/models.md)"
+        )
     if worst["statistic"] in ("change", "update", "step") and worst["slope"] > 0:
         # The change of the features also reaches the logits, through the readout's initial weights.
         phrase = "or initial weights do not" if worst["role"] == "output" else "does not"

@@ -10,6 +10,7 @@ from torch import nn
 
 import mutransfer as mt
 from mutransfer.coord_check import record, verdict
+from mutransfer.coord_check.diagnosis import cause
 
 from ..helpers import families
 
@@ -159,3 +160,16 @@ def test_the_assertion_passes_and_explains() -> None:
     assert "readout" in text.splitlines()[-1] + text.splitlines()[-2]
     with pytest.raises(AssertionError, match="is undecided: not enough evidence"):
         mt.assert_coordinates_hold(families.mlp(width=16), [16, 32], seeds=1, patience=1, steps=1)
+
+
+def test_a_fixed_rank_is_named_beside_the_learning_rate() -> None:
+    """Its updates do not average out in the first steps, which looks like a rate that is too large."""
+    frame = record(families.mlp(), WIDTHS, seeds=[0, 1, 2], steps=1)
+    slopes = verdict(frame).slopes.assign(ok=True)
+    row = slopes[slopes["statistic"].eq("change") & slopes["module"].eq("input")].index[0]
+    slopes.loc[row, ["role", "slope", "ok"]] = ["bottleneck", 0.18, False]
+    said, fault = cause(slopes, frame, "width")
+    assert "its fixed number of outputs is the cause" in said
+    assert fault is None
+    slopes.loc[row, "role"] = "hidden"
+    assert "so its learning rate does not shrink with width" in cause(slopes, frame, "width")[0]
