@@ -194,6 +194,7 @@ def best_so_far(study: optuna.Study) -> str:
         trial.value
         for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         if trial.value is not None
+        and not trial.user_attrs.get("outcome", {}).get("diverged")  # whose value is a penalty
     ]
     if study.direction is optuna.study.StudyDirection.MAXIMIZE:
         return f"best metric {max(values):.4f}" if values else ""

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import optuna
 import pytest
 
 from mutransfer.run_dir import RunFolder
 from mutransfer.scale import Scale
 from mutransfer.schemas import TRIALS
 from mutransfer.sweeps.jobs import Job, RunContext, SequentialExecutor, run_jobs
+from mutransfer.sweeps.results import best_so_far
 from mutransfer.sweeps.tune import tune
 
 from ..helpers.small import Counting, Planted, each, experiment, journal, within
@@ -169,3 +171,10 @@ def test_a_real_run_stops_at_the_rung_where_it_is_told_to() -> None:
     assert outcome.stopped
     assert (outcome.steps, outcome.loss) == heard[1]
     assert not outcome.diverged
+
+
+@pytest.mark.parametrize("diverged", [True, False])
+def test_a_penalty_is_not_shown_as_the_best_loss(diverged: bool) -> None:
+    study = optuna.create_study()
+    study.add_trial(optuna.trial.create_trial(value=100.0, user_attrs={"outcome": {"diverged": diverged}}))
+    assert best_so_far(study) == ("" if diverged else "best loss 100.0000")
