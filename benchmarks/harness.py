@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
+import torch
+
 from mutransfer.run_dir import environment
 
 __all__ = ["Claim", "arguments", "paired_ratio", "publish"]
@@ -64,7 +66,7 @@ def at_least(name: str, values: list[float], bar: float) -> Claim:
 
 def publish(claims: list[Claim], as_json: bool) -> None:
     """Print the claims as a table, or as JSON."""
-    about = environment()
+    about = environment("cuda" if torch.cuda.is_available() else "cpu")
     if as_json:
         machine = {key: about[key] for key in ("platform", "processor", "cores", "cuda")}
         print(json.dumps({"claims": [asdict(c) for c in claims], "machine": machine, "versions": about["versions"]}))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ._torch_internals import tree_map_only
+from .devices import is_out_of_memory
 from .errors import BuildError, RequestError, describe
 from .printing import once
 from .scale import Scale
@@ -74,6 +75,8 @@ class Family:
             with torch.no_grad():
                 self.loss(model.eval(), batch)
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             why = describe(error)
         for module, before in training.items():
             module.training = before
@@ -88,12 +91,15 @@ class Family:
 
         Raises:
             BuildError: the model or the loss raised, or the loss has no gradient although gradients are enabled.
+                An out-of-memory error is raised as it is (`devices.is_out_of_memory`).
         """
         try:
             loss = self.loss(model, batch)
         except RequestError:
             raise
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             raise BuildError(
                 f"the loss of {self.name} raised on {of} ({describe(error)}): check that model, batch and loss fit together."
             ) from error

@@ -108,7 +108,8 @@ class RunFolder:
         command = " ".join(["mutransfer", *map(masked, sys.argv[1:])]) if sys.argv[:1] else ""
         commands = [*before.get("commands", ()), command]
         commands = list(dict.fromkeys(commands))
-        write_json(self.environment, {**before, **environment(), **facts, "commands": commands})
+        device = str(facts.get("device") or before.get("device") or "cpu")  # a GPU that is not used is not touched
+        write_json(self.environment, {**before, **environment(device), **facts, "commands": commands})
 
     def note_progress(
         self, command: str, *, planned: int | None, ended: bool, arguments: Mapping[str, Any] | None = None,
@@ -193,10 +194,11 @@ class RunFolder:
         return with_path("model", value, absolute)
 
 
-def environment() -> dict[str, Any]:
-    """Return the versions and machine details that matter for reproducing a number."""
+def environment(device: str = "cpu") -> dict[str, Any]:
+    """Return the versions and machine details that matter for reproducing a number that was measured on ``device``."""
     import torch
 
+    on_gpu = device.startswith("cuda") and torch.cuda.is_available()
     versions = {}
     for name in PACKAGES:
         try:
@@ -209,7 +211,7 @@ def environment() -> dict[str, Any]:
         "processor": _processor(),
         "cores": os.cpu_count(),
         "versions": versions,
-        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "cuda": torch.cuda.get_device_name(device) if on_gpu else None,
     }
 
 

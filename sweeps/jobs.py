@@ -27,6 +27,7 @@ from typing import Any, TypeVar
 
 from greenlet import GreenletExit, getcurrent, greenlet
 
+from mutransfer.devices import is_out_of_memory
 from mutransfer.errors import RequestError, describe
 from mutransfer.family import Family
 from mutransfer.optimizers.rules import OPTIMIZERS, Muon
@@ -130,6 +131,8 @@ class RunContext:
         except RequestError:
             raise
         except Exception as error:  # from the user's model, which has only run on its own example batch so far
+            if is_out_of_memory(error):
+                raise
             raise RequestError(
                 f"{experiment.model} cannot be trained on {experiment.data} ({describe(error)}): its loss must accept batches "
                 "(inputs, targets) of the experiment's data."

@@ -14,6 +14,7 @@ from typing import Any
 __all__ = ["main"]
 
 BUG = "mutransfer: this is a bug; please report it with the traceback above."
+SMALLER = "use a smaller batch or a smaller width, or a device with more memory"
 INTERRUPTED = "mutransfer: interrupted; run the same command again to continue."
 
 
@@ -73,6 +74,12 @@ def _run(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         return 130
     except Exception as error:
+        from ..devices import is_out_of_memory
+        from ..errors import describe
+
+        if is_out_of_memory(error):
+            print(f"mutransfer: there is not enough memory ({describe(error)}): {SMALLER}.", file=sys.stderr)
+            return 2
         # Depending on its version, typer bundles click or imports it; the class names are the same.
         kinds = {kind.__name__ for kind in type(error).__mro__}
         if "ClickException" in kinds:

@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 import torch
 
+from ..devices import devices_of, seeded_generators
 from ..errors import RequestError, nearest
 from ..optimizers.rules import OPTIMIZERS
 from ..param_names import plain_name
@@ -235,10 +236,11 @@ class Recorder:
     def _state_restored(self) -> Iterator[None]:
         """Restore buffers and random number generators on exit."""
         buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
-        devices = sorted({each.get_device() for each in self.parameters.values() if each.is_cuda})
         try:
-            with torch.no_grad(), torch.random.fork_rng(devices):
-                torch.manual_seed(0)  # the same dropout masks in every probe
+            with (
+                torch.no_grad(),
+                seeded_generators(0, devices_of(self.parameters.values())),
+            ):  # the same dropout masks in every probe
                 yield
         finally:
             with torch.no_grad():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,6 +14,7 @@ import pandas as pd
 import torch
 
 from .._torch_internals import tree_leaves
+from ..devices import devices_of, is_out_of_memory, random_state_restored, seeded_generators
 from ..errors import DataError, RequestError, nearest
 from ..family import Family, unwrapped
 from ..optimizers.rules import OPTIMIZERS
@@ -118,8 +120,7 @@ def as_built(family: Family, scale: Scale, seen: Observation, optimizer: str, lr
         )
 
     def build(seed: int) -> torch.nn.Module:
-        with torch.random.fork_rng([]):
-            torch.manual_seed(seed)
+        with seeded_generators(seed, [device]):
             return unwrapped(family.built(scale, device))
 
     annotated = any(hasattr(parameter, "infshape") for parameter in build(0).parameters())
@@ -235,18 +236,42 @@ def run(
     """
     batch = family.batch_on(device)
     watched: Watched | None = None
-    done = 0
-    for make in stacked_models(family, setup.build, setup.make_optimizer, seeds, batch, setup.stacked):
+    done, groups = 0, deque([list(seeds)])
+    while groups:
         progress(done)
-        stack_seeds, stack = make()
-        if watched is None:
-            watched = _survey(family, stack.model, setup, growing, batch)
-        found = list(_measure(stack, setup, watched, steps, parameters=growing is None))
-        values = torch.stack([value.detach().double().cpu() for *_, value in found]).T.tolist()
-        for seed, column in zip(stack_seeds, values, strict=True):
-            for (name, role, statistic, step, _), value in zip(found, column, strict=True):
-                yield {"module": name, "role": role, "statistic": statistic, "step": step, "seed": seed, "value": value}
-        done += len(stack_seeds)
+        group = groups.popleft()
+        try:
+            makers = stacked_models(family, setup.build, setup.make_optimizer, group, batch, setup.stacked)
+            if len(makers) == 1:
+                rows, watched = _trained(family, setup, makers[0], steps, growing, batch, watched)
+        except Exception as error:
+            if len(group) == 1 or not is_out_of_memory(error):
+                raise
+            makers = []
+        if len(makers) != 1:  # the seeds cannot be stacked, or there is no memory for as many
+            size = 1 if makers else (len(group) + 1) // 2
+            groups.extendleft(reversed([group[i : i + size] for i in range(0, len(group), size)]))
+            continue
+        yield from rows
+        done += len(group)
+
+
+def _trained(
+    family: Family, setup: Setup, make: Callable[[], tuple[list[int], StackedModels]], steps: int,
+    growing: dict[str, int] | None, batch: Any, watched: Watched | None,
+) -> tuple[list[Row], Watched]:  # fmt: skip
+    """Train one stack of models; return its rows, and what was measured, which is surveyed on the first stack."""
+    seeds, stack = make()
+    if watched is None:
+        watched = _survey(family, stack.model, setup, growing, batch)
+    found = list(_measure(stack, setup, watched, steps, parameters=growing is None))
+    values = torch.stack([value.detach().double().cpu() for *_, value in found]).T.tolist()
+    rows = [
+        {"module": name, "role": role, "statistic": statistic, "step": step, "seed": seed, "value": value}
+        for seed, column in zip(seeds, values, strict=True)
+        for (name, role, statistic, step, _), value in zip(found, column, strict=True)
+    ]
+    return rows, watched
 
 
 def layers(model: torch.nn.Module) -> dict[str, int]:
@@ -269,7 +294,8 @@ def _survey(
     shown = places(model, set(roles), stacks, called)
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     watched = Watched(shown, roles)
-    with torch.no_grad(), torch.random.fork_rng([]), watch(model, watched, None, None, survey=True) as seen:
+    devices = devices_of(model.parameters())
+    with torch.no_grad(), random_state_restored(devices), watch(model, watched, None, None, survey=True) as seen:
         family.loss_on(model, batch)
     for name, buffer in model.named_buffers():
         buffer.copy_(buffers[name])
@@ -306,7 +332,7 @@ def _unused_modules(family: Family, model: torch.nn.Module, batch: Any, names: l
     parameters = {name: list(model.get_submodule(name).parameters()) for name in quiet}
     wanted = [each for members in parameters.values() for each in members if each.requires_grad]
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    with torch.enable_grad(), torch.random.fork_rng([]):
+    with torch.enable_grad(), random_state_restored(devices_of(model.parameters())):
         found = torch.autograd.grad(family.loss_on(model, batch), wanted, allow_unused=True) if wanted else ()
     for name, buffer in model.named_buffers():
         buffer.data.copy_(buffers[name])
@@ -455,7 +481,9 @@ def record(
         done = partial(lambda i, n: progress(i * len(seeds) + n, len(scales) * len(seeds)), i)
 
         def measured(setup: Setup = setup, common: dict[str, Any] = common, done: Any = done) -> pd.DataFrame:
-            return COORDINATES.frame([row | common for row in run(family, setup, seeds, steps, device, growing, done)])
+            with random_state_restored([device]):
+                rows = list(run(family, setup, seeds, steps, device, growing, done))
+            return COORDINATES.frame([row | common for row in rows])
 
         if cache is None:
             frames.append(measured())

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.func import functional_call, stack_module_state
 
+from ..devices import devices_of, is_out_of_memory, seeded_generators
 from ..family import Family
 from .measure import Inputs, Pass, Tensors, Watched, watch
 
@@ -85,9 +86,7 @@ class StackedModels:
             return loss, seen.sizes, seen.outputs, seen.inputs
 
         # Use the same dropout masks in every pass, so that changes come from the weights alone.
-        devices = sorted({each.get_device() for each in self.parameters.values() if each.is_cuda})
-        with torch.random.fork_rng(devices):
-            torch.manual_seed(0)
+        with seeded_generators(0, devices_of(self.parameters.values())):
             before: tuple[Tensors, Inputs] = (start.outputs, start.inputs) if start else ({}, {})
             if self.size == 1:
                 loss, sizes, *ends = observed({}, {}, before, first)
@@ -154,9 +153,9 @@ def _runs_under_vmap(stack: StackedModels) -> bool:
         if losses.shape != (stack.size,) or not losses.requires_grad:
             return False
         torch.autograd.grad(losses.sum(), [p for p in stack.parameters.values() if p.requires_grad], allow_unused=True)
-    except (
-        Exception
-    ):  # any error; if the model itself is at fault, it is raised again and reported when the seeds run one by one
+    except Exception as error:  # if the model itself is at fault, it is raised again when the seeds run one by one
+        if is_out_of_memory(error):
+            raise
         return False
     finally:
         for name, each in kept.items():

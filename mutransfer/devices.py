@@ -1,0 +1,65 @@
+"""What differs between devices: how they run out of memory, and their random number generators."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+
+import torch
+
+__all__ = ["devices_of", "is_out_of_memory", "random_state_restored", "seeded_generators"]
+
+# Beginnings of messages in a plain RuntimeError, of the allocators of CPUs and of CUDA, its libraries and other accelerators.
+SAID = (
+    "can't allocate memory", "not enough memory", "Cannot allocate memory", "std::bad_alloc", "out of memory",
+    "cudaErrorMemoryAllocation", "_STATUS_ALLOC_FAILED", "_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED",
+    "Unable to find a valid cuDNN algorithm", "hipErrorOutOfMemory",
+)  # fmt: skip
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether ``error``, one of its causes, or an error that a compiler wrapped in it is an out-of-memory error."""
+    pending: list[BaseException | None] = [error]
+    known: set[int] = set()
+    while pending:
+        seen = pending.pop()
+        if seen is None or id(seen) in known:
+            continue
+        known.add(id(seen))
+        if isinstance(seen, (torch.OutOfMemoryError, MemoryError)):
+            return True
+        if isinstance(seen, (RuntimeError, OSError)) and any(words in str(seen) for words in SAID):
+            return True
+        pending += [seen.__cause__, None if seen.__suppress_context__ else seen.__context__]
+        pending.append(getattr(seen, "inner_exception", None))  # of torch's compiler
+        pending += seen.exceptions if isinstance(seen, BaseExceptionGroup) else ()
+    return False
+
+
+@contextlib.contextmanager
+def seeded_generators(seed: int, devices: Iterable[torch.device | str] = ()) -> Iterator[None]:
+    """Seed the random number generators of the CPU and of those GPUs that are among ``devices``, and restore them on exit.
+
+    No other GPU is touched, whereas `torch.manual_seed` seeds all of them.
+    """
+    indices = _gpus(devices)
+    with torch.random.fork_rng(indices):
+        torch.default_generator.manual_seed(seed)
+        for index in indices:
+            torch.cuda.default_generators[index].manual_seed(seed)
+        yield
+
+
+def random_state_restored(devices: Iterable[torch.device | str] = ()) -> contextlib.AbstractContextManager[None]:
+    """Return a context that restores the generators of the CPU and of those GPUs that are among ``devices``, on exit."""
+    return torch.random.fork_rng(_gpus(devices))
+
+
+def devices_of(tensors: Iterable[torch.Tensor]) -> set[torch.device]:
+    """Return the devices that hold ``tensors``."""
+    return {each.device for each in tensors}
+
+
+def _gpus(devices: Iterable[torch.device | str]) -> list[int]:
+    gpus = [each for each in map(torch.device, devices) if each.type == "cuda"]
+    return sorted({torch.cuda.current_device() if each.index is None else each.index for each in gpus})
