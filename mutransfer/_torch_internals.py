@@ -97,8 +97,8 @@ def local_shape_and_offset(parameter: Any) -> tuple[tuple[int, ...], tuple[int, 
 
 
 def inductor_compile(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
-    """Return ``graph`` compiled by Inductor, with bfloat16 rounded wherever the graph writes it."""
+    """Return ``graph`` compiled by Inductor, with bfloat16 rounded wherever the graph writes it, and eager's random numbers."""
     import torch._inductor
 
-    with torch._inductor.config.patch(emulate_precision_casts=True):
+    with torch._inductor.config.patch(emulate_precision_casts=True, fallback_random=True):
         return torch._inductor.compile(graph, inputs)

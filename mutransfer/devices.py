@@ -1,13 +1,18 @@
-"""What differs between devices: how they run out of memory, and their random number generators."""
+"""What differs between devices: how they run out of memory, their random number generators, and copies to them."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
+from typing import TypeVar
 
 import torch
 
-__all__ = ["devices_of", "is_out_of_memory", "random_state_restored", "seeded_generators"]
+from ._torch_internals import tree_map_only
+
+__all__ = ["devices_of", "is_out_of_memory", "random_state_restored", "seeded_generators", "uploaded"]
+
+T = TypeVar("T")
 
 # Beginnings of messages in a plain RuntimeError, of the allocators of CPUs and of CUDA, its libraries and other accelerators.
 SAID = (
@@ -53,6 +58,17 @@ def seeded_generators(seed: int, devices: Iterable[torch.device | str] = ()) -> 
 def random_state_restored(devices: Iterable[torch.device | str] = ()) -> contextlib.AbstractContextManager[None]:
     """Return a context that restores the generators of the CPU and of those GPUs that are among ``devices``, on exit."""
     return torch.random.fork_rng(_gpus(devices))
+
+
+def uploaded(tensors: T, device: torch.device | str) -> T:
+    """Return a pytree with its tensors on ``device``; a GPU copies them from pinned memory, and the host does not wait."""
+    if torch.device(device).type != "cuda":
+        return tree_map_only(torch.Tensor, lambda each: each.to(device), tensors)
+    return tree_map_only(torch.Tensor, lambda each: _pinned(each).to(device, non_blocking=True), tensors)
+
+
+def _pinned(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.pin_memory() if tensor.device.type == "cpu" else tensor
 
 
 def devices_of(tensors: Iterable[torch.Tensor]) -> set[torch.device]:

@@ -1,15 +1,17 @@
-"""Speed of bfloat16 matrix products on this machine, measured once per process."""
+"""Precision of matrix products: how fast bfloat16 is on this machine, and whether a GPU may use TF32."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
+from collections.abc import Iterator
 
 import torch
 
 from ._torch_internals import disable_current_modes
 
-__all__ = ["bfloat16_is_slow", "bfloat16_slowdown"]
+__all__ = ["bfloat16_is_slow", "bfloat16_slowdown", "float32_products"]
 
 SIZE = 128  # large enough to show the gap (0.1 ms against 10 ms), small enough to cost almost nothing
 REPEATS = 5
@@ -31,6 +33,24 @@ def bfloat16_slowdown() -> float:
 def bfloat16_is_slow(device: torch.device | str) -> bool:
     """Return whether bfloat16 products on ``device`` take over four times as long as float32 ones; only a CPU can be slow."""
     return torch.device(device).type == "cpu" and bfloat16_slowdown() > SLOW
+
+
+@contextlib.contextmanager
+def float32_products(device: torch.device | str, tf32: bool) -> Iterator[None]:
+    """Context in which a GPU computes float32 products and convolutions in TF32 (10 bits of mantissa), or else exactly.
+
+    By default torch uses TF32 for convolutions only. Nothing changes on a CPU.
+    """
+    if torch.device(device).type != "cuda":
+        yield
+        return
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = tf32
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
 def _seconds(matrix: torch.Tensor) -> float:

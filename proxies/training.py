@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mutransfer._torch_internals import tree_map_only
+from mutransfer.devices import uploaded
 from mutransfer.family import Family
 from mutransfer.planning.plan import Plan
 from mutransfer.recipe import Recipe
@@ -117,17 +117,21 @@ class Training:
         """Train up to step ``until``, stopping early if the loss is no longer finite."""
         self.model.train()
         while self.step < until and self.finite:
-            batch = self._on_device(self.data.batch(self.step, self.batch_size, self.seed))
-            loss = self._loss(batch)
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            if self.plan.recipe.clip is not None:
-                self.plan.clip_grad_norm_(self.model, self.plan.recipe.clip)
-            self.optimizer.step()
-            self.schedule.step()
-            self.step += 1
+            loss = self.train_on(uploaded(self.data.batch(self.step, self.batch_size, self.seed), self.device))
             if self.step % FINITE_EVERY == 0 or self.step == until:
                 self.finite = bool(torch.isfinite(loss))
+
+    def train_on(self, batch: Any) -> torch.Tensor:
+        """Take the next optimizer step on a batch that is on the device; return the loss before it."""
+        loss = self._loss(batch)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if self.plan.recipe.clip is not None:
+            self.plan.clip_grad_norm_(self.model, self.plan.recipe.clip)
+        self.optimizer.step()
+        self.schedule.step()
+        self.step += 1
+        return loss.detach()
 
     @torch.no_grad()
     def validate(self) -> float:
@@ -135,7 +139,7 @@ class Training:
         if not self.finite:
             return math.nan
         self.model.eval()
-        held_out = [self._on_device(batch) for batch in self.data.validation()]
+        held_out = uploaded(self.data.validation(), self.device)
         sizes = [len(targets) for _, targets in held_out]
         losses = [self._loss(batch) * size for batch, size in zip(held_out, sizes, strict=True)]
         return float(sum(losses) / sum(sizes))
@@ -158,9 +162,6 @@ class Training:
 
     def _loss(self, batch: Any) -> torch.Tensor:
         return self.family.loss_on(self.model, batch, f"a batch (inputs, targets) of {self.data.name}")
-
-    def _on_device(self, batch: Any) -> Any:
-        return tree_map_only(torch.Tensor, lambda tensor: tensor.to(self.device), batch)
 
 
 def train(

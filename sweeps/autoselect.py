@@ -14,13 +14,13 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from mutransfer.devices import is_out_of_memory
 from mutransfer.errors import RequestError
 from mutransfer.proxies.training import Training
 from mutransfer.scale import Scale
 
 from .jobs import Done, Events, Executor, RunContext, Session
-from .vectorized.batch_training import Slot, VectorizedTraining
-from .vectorized.support import NOT_FOR_ONE, is_out_of_memory, refusal
+from .vectorized.batch_training import NOT_FOR_ONE, Precision, Slot, VectorizedTraining, refusal
 
 __all__ = [
     "Choice",
@@ -73,7 +73,7 @@ def single_step(
 
 
 def fused_step(
-    context: RunContext, count: int, device: str, precision: torch.dtype | None = None, compile: bool = False
+    context: RunContext, count: int, device: str, precision: Precision = "float32", compile: bool = False
 ) -> Timed | None:
     """Time a step of ``count`` fused trials, divided by ``count``; None if memory is insufficient or they cannot be compiled."""
     experiment = context.experiment
@@ -172,7 +172,7 @@ class _Work:
     context: RunContext
     trials: int
     device: str
-    precision: torch.dtype | None
+    precision: Precision
 
     def choice(self, how: How, at_once: int, compile: bool = False) -> Choice | None:
         """Measure one executor; return None if it cannot be used."""
@@ -197,7 +197,7 @@ class _Work:
 
 def chosen(
     context: RunContext, trials: int, device: str = "cpu", *, at_once: int | None = None,
-    precision: torch.dtype | None = None, only: How | None = None,
+    precision: Precision = "float32", only: How | None = None,
 ) -> Choice:  # fmt: skip
     """Return the fastest way to train ``trials`` trials of the experiment.
 
@@ -210,7 +210,7 @@ def chosen(
         trials: number of trials to train.
         device: where to train.
         at_once: fixed number of trials at a time; chosen if None.
-        precision: precision of fused trials; if it is not None, only fused trials are considered.
+        precision: precision of fused trials; other than float32, only fused trials are considered.
         only: consider only this executor, and choose its number of trials and whether to compile.
 
     Raises:
@@ -240,7 +240,7 @@ def chosen(
 
 def _uncompiled(work: _Work, at_once: int | None, only: How | None) -> Iterator[Choice]:
     fusable = refusal(work.context, device=work.device) is None
-    unfused = (only is None and work.precision is None) or not fusable
+    unfused = (only is None and work.precision == "float32") or not fusable
     if unfused or only == "one":
         one = work.choice("one", 1)
         assert one is not None

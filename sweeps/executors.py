@@ -24,7 +24,7 @@ __all__ = ["MANNERS", "PRECISIONS", "LazyExecutor", "check_trainer", "executor_f
 logger = logging.getLogger(__name__)
 
 MANNERS = ("auto", "one", "processes", "fused")
-PRECISIONS = ("float32", "bfloat16")
+PRECISIONS = ("float32", "tf32", "bfloat16")
 MOST = 8  # processes by default: each loads its own copy of torch and of the data
 
 
@@ -139,6 +139,8 @@ def _check(how: str, at_once: int | None, device: str, precision: str) -> None:
         raise RequestError(f"--executor {how!r} is not known: {nearest(how, MANNERS)}")
     if precision not in PRECISIONS:
         raise RequestError(f"--precision {precision!r} is not known: {nearest(precision, PRECISIONS)}")
+    if precision == "tf32" and device == "cpu":
+        raise RequestError("--precision tf32 is a format of GPUs, but the device is cpu: use float32 or bfloat16.")
     if at_once is not None and at_once < 1:
         raise RequestError(f"--at-once is {at_once}: give a number of at least 1.")
     if precision != "float32" and how in ("one", "processes"):
@@ -154,14 +156,13 @@ def _planned(
     checkpoints: Path | None,
     held: contextlib.ExitStack,
 ) -> Executor:  # fmt: skip
-    import torch
-
     from mutransfer.precision import bfloat16_is_slow, bfloat16_slowdown
 
     from .autoselect import chosen
+    from .vectorized.batch_training import refusal
     from .vectorized.executor import Checkpoints, VectorizedExecutor
-    from .vectorized.support import refusal
 
+    narrow: Any = precision
     why = refusal(context, device=device)
     if why is not None and precision != "float32":
         raise RequestError(f"--precision {precision} needs trials that can be fused, but {why}: leave it out.")
@@ -176,7 +177,7 @@ def _planned(
     begun = checkpoints is not None and any(checkpoints.glob("*"))  # fused trials resume from their checkpoints
     choice = chosen(
         context, missing or context.experiment.trials, device, at_once=at_once,
-        precision=None if precision == "float32" else torch.bfloat16,
+        precision=narrow,
         only="fused" if how == "fused" or (begun and why is None) else None,
     )  # fmt: skip
     logger.info("%s", choice)
@@ -186,7 +187,6 @@ def _planned(
         case "processes":
             return held.enter_context(ProcessExecutor(choice.at_once, compile=choice.compile))
         case _:
-            narrow: Any = precision
             kept = None if checkpoints is None else Checkpoints(checkpoints)
             return VectorizedExecutor(
                 choice.at_once, device, precision=narrow, compile=choice.compile, checkpoints=kept

@@ -45,7 +45,7 @@ def tune(
         int | None, typer.Option(min=1, help="Number of trials to run in parallel; by default chosen for speed.")
     ] = None,
     precision: Annotated[
-        str, typer.Option(help="float32, or bfloat16 for the matrix products of fused trials.")
+        str, typer.Option(help="Matrix products of fused trials: float32, tf32 (on a GPU), or bfloat16.")
     ] = "float32",
     device: Device = "auto",
     as_json: AsJson = False,
@@ -89,6 +89,7 @@ def tune(
             storage=storage, name=study, lease=lease, executor=trial_executor, device=where, progress=progress,
             context=context,
         )  # fmt: skip
+    folder.note_environment(precision=precision)
     frame = found.trials
     result = {
         "trials": len(frame),

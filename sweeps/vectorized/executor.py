@@ -18,10 +18,11 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
+from mutransfer.devices import is_out_of_memory
 from mutransfer.errors import RequestError
 from mutransfer.io import write_bytes
 from mutransfer.planning.plan import Plan
@@ -30,11 +31,10 @@ from mutransfer.scale import Scale
 
 from ..experiment import Experiment
 from ..jobs import Done, Events, Executor, Job, Report, Reports, RunContext, SequentialExecutor, Session
-from .batch_training import Slot, Snapshot, VectorizedTraining
+from .batch_training import NOT_FOR_ONE, Precision, Slot, Snapshot, VectorizedTraining, refusal
 from .compile import Step
-from .support import NOT_FOR_ONE, is_out_of_memory, refusal
 
-__all__ = ["SlotBatch", "Checkpoints", "VectorizedExecutor", "Precision", "Running", "course_of"]
+__all__ = ["SlotBatch", "Checkpoints", "VectorizedExecutor", "Running", "course_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -112,21 +112,26 @@ class SlotBatch:
         self.running[index] = running
 
     def compact(self) -> None:
-        """Remove free slots if that is faster: for a compiled step, which has a fixed size, only if at least half are free."""
+        """Remove free slots if that is faster: for a step of fixed size, only if at least half are free.
+
+        A captured step is captured again for every size, which then happens at most log2(K) times.
+        """
         kept = [index for index, each in enumerate(self.running) if each is not None]
-        if len(kept) < len(self.running) and (not self.training.compiles or 2 * len(kept) <= len(self.running)):
+        if len(kept) < len(self.running) and (not self.training.is_fixed or 2 * len(kept) <= len(self.running)):
             self.training.keep(kept)
             self.running = [self.running[index] for index in kept]
 
     def entries(self) -> dict[str, dict[str, Any]]:
         """Return the running jobs as plain data, by their courses."""
-        return {each.course: each.entry(self.training.snapshot(index)) for index, each in self._places()}
+        places = dict(self._places())
+        snapshots = self.training.snapshots(list(places))
+        return {each.course: each.entry(snap) for each, snap in zip(places.values(), snapshots, strict=True)}
 
     def taken_out(self) -> list[Running]:
         """Return the running jobs, each with a snapshot to continue from, or without one if it has not done a step yet."""
-        for index, each in self._places():
-            if each.slot.step > 0:
-                each.snapshot = self.training.snapshot(index)
+        begun = {index: each for index, each in self._places() if each.slot.step > 0}
+        for each, snapshot in zip(begun.values(), self.training.snapshots(list(begun)), strict=True):
+            each.snapshot = snapshot
         return self.live
 
     def go(self) -> dict[int, float]:
@@ -198,7 +203,6 @@ class _Shared:
             each.seconds += (time.perf_counter() - self.begun) / len(self.jobs)
 
 
-Precision = Literal["float32", "bfloat16"]
 # Keys of an experiment that its compiled training step does not depend on.
 NOT_COMPILED = {
     "trials", "search", "recipe", "steps", "seed", "sampler", "pruner", "rungs", "budget", "repeats",
@@ -226,13 +230,14 @@ class VectorizedExecutor(Executor):
         self, count: int, device: str = "cpu", *, precision: Precision = "float32", compile: bool = False,
         checkpoints: Checkpoints | None = None,
     ) -> None:  # fmt: skip
-        self._capacity = count
+        self._capacity = self._count = count
+        self._fitting: dict[Scale, int] = {}  # the number that fits into memory, where that is less
         self.device, self.precision, self.compile, self.checkpoints = device, precision, compile, checkpoints
         self.programs: dict[str, dict[str, Step | None]] = {}
 
     @property
     def capacity(self) -> int:
-        """See `Executor`; halved when memory does not suffice."""
+        """See `Executor`; at a scale for which memory does not suffice, half as many, or half of that, and so on."""
         return self._capacity
 
     def events(self, session: Session) -> Events:
@@ -244,6 +249,7 @@ class VectorizedExecutor(Executor):
             if not submitted:
                 break
             scale = submitted[0].scale
+            self._capacity = self._fitting.get(scale, self._count)
             reason = refusal(session.context, scale, self.device)
             if reason is None:
                 yield from self._together(session, scale, submitted)
@@ -280,6 +286,7 @@ class VectorizedExecutor(Executor):
                     waiting.append(running)
             if not waiting and (batch is None or not batch.live):
                 return
+            short = False
             try:
                 if batch is None:
                     first = waiting[: self.capacity]
@@ -293,8 +300,13 @@ class VectorizedExecutor(Executor):
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                waiting, batch = self._halved(batch, waiting, error), None
+                waiting, batch, short = self._halved(scale, batch, waiting, error), None, True
+            if short:
+                # The memory is free only now: until the end of the handler, the error's traceback holds the batch.
+                if self.device != "cpu":
+                    torch.cuda.empty_cache()
                 continue
+            assert batch is not None
             if reports := tuple(batch.at_rung(losses).values()):
                 yield Reports(reports)
             validated = any(batch.training.slots[index].finite for index in losses)
@@ -328,7 +340,7 @@ class VectorizedExecutor(Executor):
         training = VectorizedTraining(
             context.family, [each.slot for each in jobs], context.required_data, steps=experiment.steps,
             batch_size=experiment.batch_size, device=self.device,
-            precision=torch.bfloat16 if self.precision == "bfloat16" else None,
+            precision=self.precision,
             clips=clips or any(each.job.recipe.clip is not None for each in jobs),
             # A program has a fixed size: compiling pays off only if all slots are refilled again and again.
             compile=self.compile and len(jobs) == self.capacity, known=known, snapshots=[each.snapshot for each in jobs],
@@ -337,25 +349,24 @@ class VectorizedExecutor(Executor):
             each.snapshot = None
         return training
 
-    def _halved(self, batch: SlotBatch | None, waiting: list[Running], error: Exception) -> list[Running]:
+    def _halved(self, scale: Scale, batch: SlotBatch | None, waiting: list[Running], error: Exception) -> list[Running]:
         """Halve the capacity after running out of memory, and return all jobs that have to continue or start."""
         running = batch.taken_out() if batch is not None else []
         at_once = len(running) or min(len(waiting), self.capacity)
         if at_once <= 1:
             raise RequestError(NOT_FOR_ONE) from error
-        self._capacity = at_once // 2
+        self._capacity = self._fitting[scale] = at_once // 2
         logger.info(f"out of memory with {at_once} trials at once: continuing with {self.capacity}.")
-        if self.device != "cpu":
-            torch.cuda.empty_cache()
         return [*running, *waiting]
 
     def _save(self, batch: SlotBatch, waiting: Sequence[Running]) -> None:
         if self.checkpoints is not None and self.checkpoints.due():
             halted = {each.course: each.entry(each.snapshot) for each in waiting if each.snapshot is not None}
-            self.checkpoints.save({**halted, **batch.entries()})
+            self.checkpoints.save(lambda: {**halted, **batch.entries()})
 
 
 SUFFIX = ".trials"
+LAYOUT = 2  # of the tensors in an entry; files of another layout are not read
 SHARE = 0.02  # maximum fraction of time spent on writing; rungs that come too soon after a write are not saved
 
 
@@ -383,15 +394,17 @@ class Checkpoints:
         """Return whether enough time has passed since the last write."""
         return time.monotonic() - self._written >= self._cost / self.share - self._cost
 
-    def save(self, entries: Mapping[str, Any]) -> None:
+    def save(self, entries: Callable[[], Mapping[str, Any]]) -> None:
         """Write the running trials, by their courses, and remove the previous file.
+
+        ``entries`` is called here, so the time that it takes, such as to copy from a GPU, counts as time spent on writing.
 
         Raises:
             RequestError: the disk is full or cannot be written; the previous file is kept.
         """
         begun = time.monotonic()
         file = io.BytesIO()
-        torch.save(dict(entries), file)
+        torch.save(dict(entries()), file)
         content = file.getvalue()
         path = self.folder / (hashlib.sha256(content).hexdigest() + SUFFIX)
         write_bytes(path, content)
@@ -426,6 +439,7 @@ class Checkpoints:
 def course_of(experiment: Experiment, plan: Plan, seed: int, data_sha256: str, precision: str) -> str:
     """Return a hash of everything that a trial's course of training depends on, except the code of a user's model."""
     facts = {
+        "layout": LAYOUT,
         "plan": plan.as_dict(),
         "seed": seed,
         "data": data_sha256,

@@ -1,17 +1,22 @@
 """One training step of K models of equal shape as a function of tensors: forward, backward, clipping and update.
 
 The tensors of the K models are stacked, and one model provides the structure. Attention folds the models into the batch, which
-lets the usual kernel compute all of them. Optimizer steps repeat torch's arithmetic operation by operation, so a vectorized step
-equals a separate one. They return new tensors: Inductor's fusion for CPUs failed on programs that write in place (docs/log.md).
+lets the usual kernel compute all of them. Parameters of equal shape and update form a group, which is one tensor: what is done
+to all of them is then one operation, whatever their number. The parameters themselves are views of it.
 
-Shapes: parameters, gradients and states are [K, ...], settings [K, 1, ...] in float64, clocks [K].
+Optimizer steps repeat torch's arithmetic operation by operation, so a vectorized step equals a separate one. They return new
+tensors: Inductor's fusion for CPUs failed on programs that write in place (docs/log.md). Only a captured step, which has memory
+of its own, writes in place.
+
+Shapes: groups, their gradients and states are [K, n, ...] for n parameters; numbers of the optimizer are computed in float64,
+[K, P] for the P parameters of all groups with the same kind of update.
 """
 
 from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,14 +27,15 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from mutransfer._torch_internals import NEWTON_SCHULZ, muon_lr, register_dataclass
+from mutransfer.devices import devices_of, random_state_restored
 from mutransfer.family import Family
 from mutransfer.optimizers.muon import iteration_dtype, orthogonalized
 from mutransfer.planning.plan import ColumnBlock, ParameterPlan, Plan, parted
 
 __all__ = [
-    "Clock",
     "FUSED",
     "FoldedAttention",
+    "Group",
     "Kind",
     "Moving",
     "OptimSettings",
@@ -37,16 +43,19 @@ __all__ = [
     "Tensors",
     "TrainingStep",
     "blank_state",
+    "grouped",
     "kind_of",
     "losses_of",
     "moving_parts",
-    "numbers_of",
+    "numbers_at",
+    "settings_of",
     "stepped",
 ]
 
 FUSED = ("adamw", "adam", "sgd", "muon", "muon-match-rms-adamw")
 OptimSettings = dict[str, Tensor]
 State = tuple[Tensor, ...]
+Tensors = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -55,42 +64,63 @@ class Kind:
 
     Attributes:
         name: "adam", "sgd" or "muon".
-        adjust: Muon's lr adjustment, by the name that torch gives it.
         iteration: dtype of Muon's iteration.
         columns: column blocks with separate gauges, which count in clipping.
     """
 
     name: str
-    adjust: str = ""
     iteration: torch.dtype = torch.bfloat16
     columns: tuple[ColumnBlock, ...] = ()
 
 
 @dataclass(frozen=True)
-class Clock:
-    """Each model's learning rate multiplier for this step and the step's number from 1; both are [K] in float64."""
+class Group:
+    """Parameters of equal shape, dtype and update, which are trained as one tensor ``[K, n, ...]``.
 
-    multiplier: Tensor
-    step: Tensor
+    Attributes:
+        kind: their update.
+        names: their names; the first one also names the group.
+        start: number of parameters with the same kind of update in the groups before, which locates the group's numbers.
+    """
+
+    kind: Kind
+    names: tuple[str, ...]
+    start: int
+
+    @property
+    def columns(self) -> slice:
+        """Where the group's numbers are among those of its kind of update."""
+        return slice(self.start, self.start + len(self.names))
 
 
-register_dataclass(Clock)
+def grouped(parameters: Mapping[str, Tensor], kinds: Mapping[str, Kind]) -> dict[str, Group]:
+    """Return the groups of those ``parameters`` that have a kind, by the name of the first parameter of each."""
+    alike: dict[Any, list[str]] = {}
+    for name, each in parameters.items():
+        if name in kinds:
+            alike.setdefault((kinds[name], each.shape, each.dtype), []).append(name)
+    groups, counts = {}, dict.fromkeys(("adam", "sgd", "muon"), 0)
+    for (kind, *_), names in alike.items():
+        groups[names[0]] = Group(kind, tuple(names), counts[kind.name])
+        counts[kind.name] += len(names)
+    return groups
 
 
 def kind_of(plan: Plan, row: ParameterPlan, device: str) -> Kind:
     """Return the update of one parameter on ``device``."""
     settings = plan.settings_of(row)
     if settings.get("muon"):
-        return Kind("muon", settings["adjust_lr_fn"], iteration_dtype(device))
+        return Kind("muon", iteration_dtype(device))
     return Kind("adam" if "betas" in settings else "sgd", columns=row.columns)
 
 
-def numbers_of(plan: Plan, row: ParameterPlan) -> dict[str, float]:
+def settings_of(plan: Plan, row: ParameterPlan) -> dict[str, float]:
     """Return the optimizer settings of one parameter as numbers, including its gauge, which counts in clipping."""
     settings = plan.settings_of(row)
     betas = settings.get("betas", (0.0, 0.0))
     return {
         "lr": settings["lr"],
+        "adjusted": muon_lr(1.0, settings["adjust_lr_fn"], torch.Size(row.shape)) if settings.get("muon") else 1.0,
         "weight_decay": settings["weight_decay"],
         "eps": settings.get("eps", 0.0),
         "beta1": betas[0],
@@ -100,51 +130,96 @@ def numbers_of(plan: Plan, row: ParameterPlan) -> dict[str, float]:
     }
 
 
+def numbers_at(kind: str, settings: OptimSettings, multiplier: Tensor, step: Tensor) -> Tensor:
+    """Return all numbers that the updates of one kind need at some steps, in the order in which the update unpacks them.
+
+    They are computed in float64, as torch's optimizers compute them in Python, once for all parameters.
+
+    Args:
+        kind: name of the kind.
+        settings: settings of its parameters, each [K, P].
+        multiplier: the factor on every learning rate, [steps, K].
+        step: number of the step, from 1, [steps, K].
+
+    Returns:
+        [steps, N, K, P] in float64.
+    """
+    lr, t = settings["lr"] * multiplier.unsqueeze(-1), step.unsqueeze(-1)
+    keep = 1 - lr * settings["weight_decay"]
+    rows: tuple[Tensor, ...]
+    match kind:
+        case "adam":
+            beta1, beta2 = settings["beta1"], settings["beta2"]
+            size, root = lr / (1 - beta1**t), (1 - beta2**t).sqrt()
+            rows = (keep, size, root, 1 - beta1, beta2, 1 - beta2, settings["eps"])
+        case "muon":
+            momentum = settings["momentum"]
+            rows = (keep, lr * settings["adjusted"], momentum, 1 - momentum)
+        case _:
+            rows = (lr, settings["weight_decay"], settings["momentum"])
+    return torch.stack([each.expand_as(lr) for each in rows], dim=1)
+
+
 def blank_state(kind: Kind, parameter: Tensor) -> State:
     """Return the optimizer's state before the first step."""
     return tuple(torch.zeros_like(parameter) for _ in range(2 if kind.name == "adam" else 1))
 
 
 def stepped(
-    kind: Kind, parameter: Tensor, gradient: Tensor, state: State, settings: OptimSettings, clock: Clock
+    kind: Kind, p: Tensor, g: Tensor, state: State, numbers: Tensor, in_place: bool = False
 ) -> tuple[Tensor, State]:
-    """Return the parameter and its optimizer state after one step."""
-    multiplier, step = (each.view(-1, *[1] * (parameter.dim() - 1)) for each in (clock.multiplier, clock.step))
-    lr = settings["lr"] * multiplier
+    """Return a group's parameters ``[K, n, ...]`` and their optimizer state after one step.
+
+    Args:
+        kind: their update.
+        p: parameters before the step.
+        g: their gradients.
+        state: optimizer state before the step.
+        numbers: [N, K, n], from `numbers_at`.
+        in_place: write the results to ``p`` and ``state``.
+    """
+    into = (p, *state) if in_place else (None, None, None)
+    each = numbers.to(p.dtype).view(*numbers.shape, *[1] * (p.dim() - 2)).unbind()
     match kind.name:
         case "adam":
-            return _adam(parameter, gradient, state, settings, lr, step)
+            return _adam(p, g, state, into, *each)
         case "muon":
-            return _muon(parameter, gradient, state, settings, lr, kind)
+            return _muon(p, g, state, into, *each, dtype=kind.iteration)
         case _:
-            return _sgd(parameter, gradient, state, settings, lr)
+            return _sgd(p, g, state, into, *each)
 
 
-def _adam(p: Tensor, g: Tensor, state: State, settings: OptimSettings, lr: Tensor, t: Tensor) -> tuple[Tensor, State]:
+Into = tuple[Tensor | None, ...]
+
+
+def _adam(
+    p: Tensor, g: Tensor, state: State, into: Into, keep: Tensor, size: Tensor, root: Tensor, rest1: Tensor, beta2: Tensor,
+    rest2: Tensor, eps: Tensor,
+) -> tuple[Tensor, State]:  # fmt: skip
     """AdamW; `Adam` is the same here, since its rule has no weight decay (`torch.optim.adam._single_tensor_adam`)."""
-    beta1, beta2 = settings["beta1"], settings["beta2"]
-    keep = (1 - lr * settings["weight_decay"]).to(p.dtype)
-    size = (lr / (1 - beta1**t)).to(p.dtype)
-    root = (1 - beta2**t).sqrt().to(p.dtype)
-    first = torch.lerp(state[0], g, (1 - beta1).to(p.dtype))
-    second = state[1] * beta2.to(p.dtype) + (1 - beta2).to(p.dtype) * g * g
-    return p * keep - size * first / (second.sqrt() / root + settings["eps"].to(p.dtype)), (first, second)
+    first = torch.lerp(state[0], g, rest1, out=into[1])
+    second = torch.add(state[1] * beta2, rest2 * g * g, out=into[2])
+    return torch.sub(p * keep, size * first / (second.sqrt() / root + eps), out=into[0]), (first, second)
 
 
-def _sgd(p: Tensor, g: Tensor, state: State, settings: OptimSettings, lr: Tensor) -> tuple[Tensor, State]:
+def _sgd(
+    p: Tensor, g: Tensor, state: State, into: Into, lr: Tensor, weight_decay: Tensor, momentum: Tensor
+) -> tuple[Tensor, State]:
     """SGD with momentum; a zero buffer gives the same first step as torch (`torch.optim.sgd._single_tensor_sgd`)."""
-    g = g + settings["weight_decay"].to(p.dtype) * p
-    buffer = state[0] * settings["momentum"].to(p.dtype) + g
-    return p - lr.to(p.dtype) * buffer, (buffer,)
+    g = g + weight_decay * p
+    buffer = torch.add(state[0] * momentum, g, out=into[1])
+    return torch.sub(p, lr * buffer, out=into[0]), (buffer,)
 
 
-def _muon(p: Tensor, g: Tensor, state: State, settings: OptimSettings, lr: Tensor, kind: Kind) -> tuple[Tensor, State]:
+def _muon(
+    p: Tensor, g: Tensor, state: State, into: Into, keep: Tensor, size: Tensor, momentum: Tensor, rest: Tensor, *,
+    dtype: torch.dtype,
+) -> tuple[Tensor, State]:  # fmt: skip
     """Muon with Nesterov momentum (`torch.optim._muon._single_tensor_muon`)."""
-    momentum = settings["momentum"]
-    buffer = torch.lerp(state[0], g, (1 - momentum).to(p.dtype))
-    direction = orthogonalized(torch.lerp(g, buffer, momentum.to(p.dtype)), kind.iteration, *NEWTON_SCHULZ)
-    size = lr * muon_lr(1.0, kind.adjust, p.shape[1:])
-    return p * (1 - lr * settings["weight_decay"]).to(p.dtype) - size.to(p.dtype) * direction.to(p.dtype), (buffer,)
+    buffer = torch.lerp(state[0], g, rest, out=into[1])
+    aim = torch.lerp(g, buffer, momentum).flatten(0, 1)
+    direction = orthogonalized(aim, dtype, *NEWTON_SCHULZ).view_as(p)
+    return torch.sub(p * keep, size * direction.to(p.dtype), out=into[0]), (buffer,)
 
 
 class FoldedAttention(TorchFunctionMode):
@@ -210,9 +285,6 @@ def _ranked(mask: Tensor, rank: int) -> Tensor:
     return mask.reshape(mask.shape[0], *[1] * (rank - mask.dim()), *mask.shape[1:])
 
 
-Tensors = dict[str, Tensor]
-
-
 class _Loss(nn.Module):
     """Module that returns the loss, which allows `functional_call` to replace the tensors of the model."""
 
@@ -227,10 +299,10 @@ class _Loss(nn.Module):
 
 
 class Stack:
-    """Stacked tensors ``[K, ...]`` by name, of models with the same names and shapes.
+    """Stacked tensors ``[K, ...]``, of models with the same names and shapes.
 
     Attributes:
-        trained: parameters with a gradient.
+        trained: groups of parameters with a gradient, ``[K, n, ...]`` each.
         resting: parameters that the loss does not use or that require no gradient; the optimizer does not change them.
         buffers: buffers that a training pass changes, such as running averages; all others are those of ``model``.
 
@@ -238,34 +310,40 @@ class Stack:
         family: provides the loss.
         model: provides the structure; it must not be used for anything else.
         size: number of models, K.
-        trained: names of the trained parameters, from `moving_parts`.
+        groups: the trained parameters, from `grouped`.
         moving: names of the changing buffers, from `moving_parts`.
     """
 
-    def __init__(self, family: Family, model: nn.Module, size: int, trained: set[str], moving: set[str]) -> None:
+    def __init__(self, family: Family, model: nn.Module, size: int, groups: dict[str, Group], moving: set[str]) -> None:
         # Not `torch.func.stack_module_state`: it needs all K models at once, and stacks the buffers that no pass changes as well.
-        # Slots are filled, and refilled, with one model at a time.
-        self.size, self.model, self.program = size, model, _Loss(family, model)
+        # Slots are filled, and refilled, one at a time.
+        self.size, self.model, self.program, self.groups = size, model, _Loss(family, model), groups
         parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
-        self.trained = {name: _empty(each, size) for name, each in parameters.items() if name in trained}
+        trained = {name for group in groups.values() for name in group.names}
+        self.trained = {first: _empty(parameters[first], size, len(group.names)) for first, group in groups.items()}
         self.resting = {name: _empty(each, size) for name, each in parameters.items() if name not in trained}
         self.buffers = {name: _empty(buffers[name], size) for name in buffers if name in moving}
 
-    @torch.no_grad()
-    def put(self, slot: int, model: nn.Module) -> None:
-        """Copy the tensors of ``model`` to one slot."""
-        source = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        for name, stack in self.tensors():
-            stack[slot].copy_(source[name])
+    def tensors(self) -> Tensors:
+        """Return the stacked tensor ``[K, ...]`` of every parameter and changing buffer; writing to it writes to the stack."""
+        return {**self.parameters(self.trained), **self.resting, **self.buffers}
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the name and the stacked tensor of all parameters and buffers."""
-        for part in (self.trained, self.resting, self.buffers):
-            yield from part.items()
+    def parameters(self, trained: Tensors) -> Tensors:
+        """Return the parameters ``[K, ...]`` by name, as views of their groups ``trained``."""
+        return {
+            name: each
+            for first, group in self.groups.items()
+            for name, each in zip(group.names, _members(trained[first]), strict=True)
+        }
 
     def loss(self, tensors: Tensors, batch: Any) -> Tensor:
         """Return the loss of one model with these tensors; in training mode, buffers among them are changed in place."""
         return functional_call(self.program, {f"model.{name}": each for name, each in tensors.items()}, (batch,))
+
+
+def _members(group: Tensor) -> tuple[Tensor, ...]:
+    """Return the parameters of a group; one alone is viewed otherwise, so that its gradient is not copied into a stack."""
+    return group.unbind(1) if group.shape[1] > 1 else (group.squeeze(1),)
 
 
 def moving_parts(family: Family, model: nn.Module, batch: Any) -> tuple[set[str], set[str]]:
@@ -277,8 +355,7 @@ def moving_parts(family: Family, model: nn.Module, batch: Any) -> tuple[set[str]
     model.train()
     before = {name: each.clone() for name, each in model.named_buffers()}
     parameters = {name: each for name, each in model.named_parameters() if each.requires_grad}
-    devices = sorted({each.get_device() for each in parameters.values() if each.is_cuda})
-    with torch.random.fork_rng(devices):
+    with random_state_restored(devices_of(parameters.values())):
         loss = family.loss_on(model, batch, "a batch (inputs, targets) of the data")
         gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
     # Compare values: an update of running averages by a kernel is not always counted as a change of the tensor.
@@ -289,8 +366,8 @@ def moving_parts(family: Family, model: nn.Module, batch: Any) -> tuple[set[str]
     return {name for name, each in zip(parameters, gradients, strict=True) if each is not None}, moving
 
 
-def _empty(tensor: Tensor, size: int) -> Tensor:
-    return tensor.detach().new_empty((size, *tensor.shape))
+def _empty(tensor: Tensor, *sizes: int) -> Tensor:
+    return tensor.detach().new_empty((*sizes, *tensor.shape))
 
 
 Precision = torch.dtype | None
@@ -313,40 +390,49 @@ class TrainingStep:
 
     Args:
         stack: the models; only the structure is used.
-        kinds: optimizer update of each trained parameter.
         clips: whether any model clips its gradients.
         precision: precision of matrix products under `torch.autocast`; that of the tensors if None.
+        in_place: write parameters and optimizer states to those that are given; buffers are new in any case.
     """
 
-    def __init__(self, stack: Stack, kinds: dict[str, Kind], clips: bool, precision: Precision) -> None:
-        self.stack, self.kinds, self.clips, self.precision = stack, kinds, clips, precision
+    def __init__(self, stack: Stack, clips: bool, precision: Precision, in_place: bool = False) -> None:
+        self.stack, self.clips, self.precision, self.in_place = stack, clips, precision, in_place
+
+    def writing(self) -> TrainingStep:
+        """Return the same step, which writes in place."""
+        return TrainingStep(self.stack, self.clips, self.precision, True)
 
     def __call__(
-        self, now: Moving, resting: Tensors, settings: dict[str, OptimSettings], limit: Tensor, clock: Clock, batch: Any
+        self, now: Moving, resting: Tensors, numbers: Tensors, gauges: Tensors, limit: Tensor, batch: Any
     ) -> tuple[Tensor, Moving]:
         """Return the losses ``[K]`` before the step, and the state after it.
 
         Args:
-            now: current state; not changed.
+            now: current state; not changed unless the step writes in place.
             resting: the stack's parameters that are not trained.
-            settings: optimizer settings of each trained parameter, each [K, 1, ...].
+            numbers: numbers of the optimizer for each kind of update, [N, K, P] (`numbers_at`).
+            gauges: gauges of the parameters of each kind of update, [K, P] in float64.
             limit: maximum norm of the gradient, infinite for a model that does not clip; [K] in float64.
-            clock: lr multiplier and step number of each model.
             batch: a separate batch for each model, [K, N, ...].
         """
+        groups = self.stack.groups
         leaves = {name: each.detach().requires_grad_() for name, each in now.trained.items()}
-        losses, buffers = losses_of(self.stack, {**resting, **leaves}, now.buffers, batch, self.precision)
+        tensors = {**resting, **self.stack.parameters(leaves)}
+        losses, buffers = losses_of(self.stack, tensors, now.buffers, batch, self.precision)
         # Losses are means within each model, summed over the models: a value that is not finite stays within its model.
         found = torch.autograd.grad(losses.sum(), list(leaves.values()))
         # Use the memory layout of the weights: a layer's gradient is transposed, and tensors computed from it would be too.
         gradients = {name: each.contiguous() for name, each in zip(leaves, found, strict=True)}
         with torch.no_grad():
             if self.clips:
-                gradients = clipped(gradients, self.kinds, settings, limit)
+                gradients = clipped(gradients, groups, gauges, limit)
             after = {
-                name: stepped(self.kinds[name], each.detach(), gradients[name], now.states[name], settings[name], clock)
-                for name, each in leaves.items()
-            }
+                name: stepped(
+                    group.kind, now.trained[name], gradients[name], now.states[name],
+                    numbers[group.kind.name][..., group.columns], self.in_place,
+                )
+                for name, group in groups.items()
+            }  # fmt: skip
         return losses.detach(), Moving(
             {name: parameter for name, (parameter, _) in after.items()},
             buffers,
@@ -370,14 +456,16 @@ def losses_of(
         return run(tensors, buffers, batch)
 
 
-def clipped(gradients: Tensors, kinds: dict[str, Kind], settings: dict[str, OptimSettings], limit: Tensor) -> Tensors:
-    """Return gradients ``[K, ...]``, clipped so each model's norm is at most its ``limit`` (`Plan.clip_grad_norm_`)."""
+def clipped(gradients: Tensors, groups: dict[str, Group], gauges: Tensors, limit: Tensor) -> Tensors:
+    """Return gradients ``[K, n, ...]``, clipped so each model's norm is at most its ``limit`` (`Plan.clip_grad_norm_`)."""
+    dtype = next(iter(gradients.values())).dtype
     norms = [
-        torch.linalg.vector_norm(piece.flatten(1), dim=1) * more * settings[name]["gauge"].flatten().to(each.dtype)
+        torch.linalg.vector_norm(piece.reshape(*piece.shape[:2], -1), dim=2).to(dtype)
+        * (more * gauges[groups[name].kind.name][:, groups[name].columns]).to(dtype)
         for name, each in gradients.items()
-        for more, piece in parted(each, kinds[name].columns, leading=1)
+        for more, piece in parted(each, groups[name].kind.columns, leading=2)
     ]
-    total = torch.linalg.vector_norm(torch.stack([each.to(norms[0].dtype) for each in norms]), dim=0)
+    total = torch.linalg.vector_norm(torch.cat(norms, dim=1), dim=1)
     scale = torch.clamp(limit.to(total.dtype) / (total + 1e-6), max=1.0)
     scale = torch.where(limit.isfinite(), scale, 1.0)  # without clipping, keep even gradients that are not finite
     return {name: each * scale.to(each.dtype).view(-1, *[1] * (each.dim() - 1)) for name, each in gradients.items()}

@@ -32,6 +32,7 @@ WRONG = [
     ((*TUNE, "recipe.betas=[0.9, 1.0]"), ["recipe.betas.1 is 1.0", "less than 1"]),
     ((*TUNE, "search.lr.low=5"), ["low 5 is not below high 0.125"]),
     ((*TUNE, "trials=0"), ["trials is 0", "greater than or equal to 1"]),
+    (("tune", "experiment.yaml", "--out", "new", "--device", "cpu", "--precision", "tf32"), ["--precision tf32", "GPU"]),
     (("tune", "experiment.yaml", "--trials", "0", "--out", "new"), ["--trials", "greater than or equal to 1"]),
     (("plan", "mlp", "--width", "0"), ["--width", "greater than or equal to 1"]),
     (("check", "mlp", "--widths", "16,x"), ["--widths '16,x'", "'x' is not a positive whole number"]),

@@ -122,7 +122,7 @@ def together(name: str, slots: Sequence[Slot], **options: Any) -> VectorizedTrai
 def distance(training: Training, fused: VectorizedTraining, index: int) -> float:
     """The largest difference of any parameter or buffer, relative to that tensor's largest entry."""
     own = {**dict(training.model.named_parameters()), **dict(training.model.named_buffers())}
-    ours = {**fused.stack.resting, **fused.now.trained, **fused.now.buffers}
+    ours = fused.stack.tensors()
     shared = dict(fused.stack.model.named_buffers())
     gaps = []
     for name, theirs in own.items():

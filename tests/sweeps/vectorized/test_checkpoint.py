@@ -18,9 +18,8 @@ from mutransfer.run_dir import RunFolder
 from mutransfer.sweeps.experiment import Experiment
 from mutransfer.sweeps.jobs import Job, Report, RunContext, run_jobs
 from mutransfer.sweeps.tune import tune
-from mutransfer.sweeps.vectorized.batch_training import VectorizedTraining
+from mutransfer.sweeps.vectorized.batch_training import VectorizedTraining, refusal
 from mutransfer.sweeps.vectorized.executor import Checkpoints, VectorizedExecutor
-from mutransfer.sweeps.vectorized.support import refusal
 
 from ...helpers.small import experiment, journal
 from .test_executor import done, jobs

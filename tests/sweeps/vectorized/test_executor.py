@@ -17,8 +17,8 @@ from mutransfer.scale import Scale
 from mutransfer.sweeps.experiment import Experiment, with_values
 from mutransfer.sweeps.jobs import Executor, Job, RunContext, SequentialExecutor, run_jobs
 from mutransfer.sweeps.tune import tune
+from mutransfer.sweeps.vectorized.batch_training import refusal
 from mutransfer.sweeps.vectorized.executor import VectorizedExecutor
-from mutransfer.sweeps.vectorized.support import refusal
 
 from ...helpers.small import each, experiment
 

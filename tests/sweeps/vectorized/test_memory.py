@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from mutransfer.devices import is_out_of_memory
 from mutransfer.errors import RequestError
-from mutransfer.sweeps.vectorized.support import is_out_of_memory
+from mutransfer.family import Family
+from mutransfer.scale import Scale
 
 LIMITED = """
 import contextlib, json, resource, sys, warnings
@@ -86,4 +88,27 @@ def test_what_counts_as_out_of_memory() -> None:
     wrapped = RequestError("the loss of model raised")
     wrapped.__cause__ = caught.value
     assert is_out_of_memory(wrapped)
+    for message in (
+        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "std::bad_alloc",
+        "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory",
+    ):
+        assert is_out_of_memory(RuntimeError(message))
+    hidden = RuntimeError("backend='inductor' raised")
+    hidden.inner_exception = torch.OutOfMemoryError("CUDA out of memory.")  # type: ignore[attr-defined]
+    assert is_out_of_memory(hidden)
+    unrelated = KeyError("while it was cleaned up")
+    unrelated.__context__, unrelated.__suppress_context__ = MemoryError(), True  # raise … from None
+    assert not is_out_of_memory(unrelated)
     assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+
+
+def test_the_loss_of_memory_is_no_fault_of_the_model() -> None:
+    def loss(model: object, batch: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    family = Family(lambda scale: torch.nn.Linear(scale.width, 1), torch.ones(1, 8), loss, Scale(8))
+    with pytest.raises(torch.OutOfMemoryError):
+        family.loss_on(family.build(Scale(8)), family.batch)
