@@ -265,7 +265,8 @@ def _trained(
     if watched is None:
         watched = _survey(family, stack.model, setup, growing, batch)
     found = list(_measure(stack, setup, watched, steps, parameters=growing is None))
-    values = torch.stack([value.detach().double().cpu() for *_, value in found]).T.tolist()
+    device = found[0][-1].device
+    values = torch.stack([value.detach().to(device, torch.float64) for *_, value in found]).T.tolist()  # waits once
     rows = [
         {"module": name, "role": role, "statistic": statistic, "step": step, "seed": seed, "value": value}
         for seed, column in zip(seeds, values, strict=True)
@@ -379,7 +380,8 @@ def _measure(stack: StackedModels, setup: Setup, watched: Watched, steps: int, p
                     yield recorded, setup.known[name].role, "step", step, value
         if parameters and step == 0:
             for name, taken in decays(planned_parameters, setup.known, stack.optimizer):
-                yield name, setup.known[name].role, "decay", step, torch.full((stack.size,), taken)
+                value = torch.full((stack.size,), taken, device=planned_parameters[name].device)
+                yield name, setup.known[name].role, "decay", step, value
         if step < steps:
             stack.backward(losses)
             pulls = (
