@@ -21,6 +21,7 @@ from mutransfer.sweeps.jobs import RunContext
 from mutransfer.sweeps.vectorized.batch_training import refusal
 
 from .helpers import families
+from .helpers.sets import extended_but
 from .helpers.small import experiment
 
 
@@ -116,8 +117,10 @@ ERRORS = (
 )
 
 
-@pytest.mark.parametrize("error", ERRORS)
-@pytest.mark.parametrize("command", ["check", "tune", "train"])
+CASES = [(command, error) for command in ("check", "tune", "train") for error in ERRORS]
+
+
+@pytest.mark.parametrize(("command", "error"), extended_but(CASES, CASES[0]))
 def test_a_lack_of_memory_is_one_sentence(
     command: str, error: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

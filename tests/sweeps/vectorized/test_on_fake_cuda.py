@@ -59,7 +59,7 @@ def test_planted_faults_are_seen(library: Path) -> None:
     assert "_local_scalar_dense" in found["item"]
 
 
-@pytest.mark.parametrize("model", extended_but(MODELS, "transformer"))
+@pytest.mark.parametrize("model", extended_but(MODELS, "mlp"))
 def test_fused_steps_stay_on_the_device(library: Path, model: str) -> None:
     """With every fused optimizer, in bfloat16, with and without clipping; then kept, saved and continued."""
     found = on_fake_cuda(library, model)
@@ -67,6 +67,7 @@ def test_fused_steps_stay_on_the_device(library: Path, model: str) -> None:
     assert found["bfloat16"] != found["adamw"] != found["without clipping"]
 
 
+@pytest.mark.extended
 def test_a_batch_is_uploaded_once_for_all_trials(library: Path) -> None:
     """Inputs and targets of seven further steps, and the optimizer's numbers of all eight."""
     assert on_fake_cuda(library, "uploads") == {"uploads": 2 * 7 + 1}
