@@ -110,9 +110,8 @@ class VectorizedTraining:
         trained, moving = moving_parts(family, model, self._batch(0, slots[0].seed))
         parameters = dict(model.named_parameters())
         names = {id(each): name for name, each in parameters.items()}
-        self._names = {
-            name: names[id(each)] for name, each in matched(first, model).items()
-        }  # planned → the model's own
+        # The model's own name of each planned parameter.
+        self._names = {name: names[id(each)] for name, each in matched(first, model).items()}
         kinds = {self._names[row.name]: kind_of(first, row, device) for row in first.rows}
         self.groups = grouped({name: each for name, each in parameters.items() if name in trained}, kinds)
         self.stack = Stack(family, model, len(slots), self.groups, moving)
@@ -254,7 +253,7 @@ class VectorizedTraining:
                 self._note(begun, torch.stack(losses, 1).tolist())
 
     def inputs(self) -> tuple[Any, ...]:
-        """Return the arguments of ``step`` for the next step of all trainings (`TrainingStep.__call__`)."""
+        """Return the arguments of ``step`` for the next step of all trainings, those of `TrainingStep`."""
         begun = [slot.step for slot in self.slots]
         numbers = {kind: each[0] for kind, each in self._numbers(begun, range(1)).items()}
         return self._inputs(begun, 0, numbers)
