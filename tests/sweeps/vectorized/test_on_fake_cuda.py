@@ -59,7 +59,7 @@ def test_planted_faults_are_seen(library: Path) -> None:
     assert "_local_scalar_dense" in found["item"]
 
 
-@pytest.mark.parametrize("model", extended_but(MODELS, "mlp"))
+@pytest.mark.parametrize("model", extended_but(MODELS))
 def test_fused_steps_stay_on_the_device(library: Path, model: str) -> None:
     """With every fused optimizer, in bfloat16, with and without clipping; then kept, saved and continued."""
     found = on_fake_cuda(library, model)
