@@ -18,7 +18,7 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Recipe(Settings):
-    """Hyperparameters at the base scale (by default the proxy's); scaling rules turn them into those of the target.
+    """Hyperparameters at the base scale, by default the proxy's scale; scaling rules turn them into those of the target.
 
     Numbers are dimensionless except ``clip`` and ``eps`` (units of the gradient). Each ``alpha_*`` acts as a multiplier on
     one part of the forward pass, folded into weights and optimizer settings, and ``init_scale`` multiplies the initial

@@ -53,14 +53,14 @@ def verdict(coordinates: pd.DataFrame, margin: float = MARGIN, *, decay_policy: 
 
     For each module, statistic and step, the slope of log2(value) against log2(width), or against log2(depth) if the depth
     varies, is fitted over seeds and sizes with a 95% confidence interval. A row passes if the interval lies within the expected
-    band widened by ``margin``, fails if it lies entirely outside, and is undecided otherwise. A row that
-    would fail is undecided instead if the wider models alone have healthy slopes, or approach the healthy band
-    (docs/explanation/coordinate-check.md).
+    band widened by ``margin``, fails if it lies entirely outside, and is undecided otherwise. A failing row
+    counts as undecided if the slope over the wider models alone lies within the expected band, or comes closer to it as the
+    models get wider (docs/explanation/coordinate-check.md).
 
     The verdict judges, for each module, the size of its activations at the start and their changes; and for each parameter:
 
     - its initial size,
-    - how much the parameter's update changes the output of its module, for the input that the module received before training,
+    - how much its update changes the output of its module, given the input that this module received before training,
     - the learning rate implied by its first step,
     - lr · weight decay,
     - gradient / epsilon, where epsilon matters.

@@ -87,7 +87,7 @@ def plan(
 ) -> Plan:
     """Return the settings of every parameter of ``family`` at ``scale``.
 
-    Models are built on fake tensors, which take no memory; `observe` says when a pass has to run for real.
+    Models are built on fake tensors, which take no memory; the documentation of `observe` says when a pass has to run for real.
 
     Args:
         family: the model family; at its base scale every factor is 1.

@@ -103,7 +103,7 @@ class ParameterPlan:
 class Plan:
     """The settings of every parameter of the model at ``scale``.
 
-    ``notes`` lists what a reader of the numbers should know: folded multipliers, changes of scale without a rule.
+    ``notes`` lists what explains the numbers: folded multipliers, and changes of size for which there is no rule.
     """
 
     scale: Scale
