@@ -24,9 +24,9 @@ class Family:
 
     Args:
         build: ``Scale`` → a plain `torch.nn.Module`, freshly initialized.
-        batch: one example batch (tensor, tuple or dict), in the form that ``loss`` expects. Usually only
-            its shapes are used. Its values matter to the coordinate check, which trains on this batch, and to models that choose
-            what to compute by them.
+        batch: one example batch (tensor, tuple or dict), in the form that ``loss`` expects. Usually only its shapes are used.
+            Its values matter to the coordinate check, which trains on this batch, and to models whose forward pass branches
+            on the values of tensors.
         loss: ``(model, batch)`` → a scalar tensor.
         base: the scale at which µP changes nothing; all ratios are relative to it.
         name: its name in reports and messages.

@@ -103,9 +103,9 @@ def plan(
 
     Raises:
         RequestError: a name is unknown, or a law does not apply.
-        ModelError: the model cannot be planned; the subclass says why: `BuildError` (it cannot be built or run), `RoleError`
-            and `InitError` (the role or initialization of a parameter cannot be determined) or `LayerError` (the
-            layers of base and target do not match: for example, an axis that does not grow has another length).
+        ModelError: the model cannot be planned. It is raised as one of its subclasses: `BuildError` (building the model or
+            its forward pass fails), `RoleError` or `InitError` (the role or the initialization of a parameter cannot be
+            determined) or `LayerError` (the model at the base and at the target differ in more than width and depth).
     """
     if recipe is None or not isinstance(recipe, Recipe):
         _require_base(family, recipe, parametrization)

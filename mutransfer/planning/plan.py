@@ -103,7 +103,7 @@ class ParameterPlan:
 class Plan:
     """The settings of every parameter of the model at ``scale``.
 
-    ``notes`` lists what explains the numbers: folded multipliers, and changes of size for which there is no rule.
+    ``notes`` says which multipliers were folded into other settings, and which sizes change although no rule covers them.
     """
 
     scale: Scale
@@ -173,7 +173,7 @@ class Plan:
 
     @property
     def in_force(self) -> Recipe:
-        """The recipe, with betas adjusted by its batch and duration law; the law's other effects are in ``rows``."""
+        """The recipe, with betas adjusted by its batch and duration law; what the law changes besides is in ``rows``."""
         return averaged(self.recipe, self.scale, self.base)
 
     def unit(self) -> Plan:
