@@ -103,7 +103,7 @@ class ParameterPlan:
 class Plan:
     """The settings of every parameter of the model at ``scale``.
 
-    ``notes`` says which multipliers were folded into other settings, and which sizes change although no rule covers them.
+    ``notes`` lists folded multipliers, and changes of the scale (depth, batch, tokens) for which nothing was adjusted.
     """
 
     scale: Scale
@@ -173,7 +173,7 @@ class Plan:
 
     @property
     def in_force(self) -> Recipe:
-        """The recipe, with betas adjusted by its batch and duration law; what the law changes besides is in ``rows``."""
+        """The recipe with betas adjusted by its batch and duration law. The law's effects on other settings are in ``rows``."""
         return averaged(self.recipe, self.scale, self.base)
 
     def unit(self) -> Plan:
@@ -207,7 +207,7 @@ class Plan:
 
         Args:
             model: built at the plan's scale.
-            cls: the optimizer class, if the plan's optimizer has none in torch, transformers or lion_pytorch (Signum).
+            cls: the optimizer class; needed if torch, transformers and lion_pytorch do not have it, as for Signum.
             tensor_lr: as in `param_groups`.
             options: for its constructor, such as fused and foreach.
 
