@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 import torch
 from harness import Claim, arguments, at_least, publish
 
+from mutransfer.devices import keep_freed_memory
 from mutransfer.proxies.training import Training, train
 from mutransfer.recipe import Recipe
 from mutransfer.sweeps.executors import LazyExecutor, executor_for
@@ -176,6 +177,7 @@ def main() -> None:
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
+    keep_freed_memory()  # as commands do: all ways gain by it
     device = "cuda" if torch.cuda.is_available() else "cpu"
     found: list[Claim] = []
     lines = ["| width | way | trials a minute | first round | peak memory |", "|---|---|---|---|---|"]

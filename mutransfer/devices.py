@@ -1,8 +1,9 @@
-"""What differs between devices: how they run out of memory, their random number generators, and copies to them."""
+"""What differs between devices: memory, random number generators, and copies to them."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
@@ -10,7 +11,14 @@ import torch
 
 from ._torch_internals import tree_map_only
 
-__all__ = ["devices_of", "is_out_of_memory", "random_state_restored", "seeded_generators", "uploaded"]
+__all__ = [
+    "devices_of",
+    "is_out_of_memory",
+    "keep_freed_memory",
+    "random_state_restored",
+    "seeded_generators",
+    "uploaded",
+]
 
 T = TypeVar("T")
 
@@ -39,6 +47,25 @@ def is_out_of_memory(error: BaseException) -> bool:
         pending.append(getattr(seen, "inner_exception", None))  # of torch's compiler
         pending += seen.exceptions if isinstance(seen, BaseExceptionGroup) else ()
     return False
+
+
+# Parameters of glibc's mallopt.
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
+
+
+def keep_freed_memory() -> bool:
+    """Make the C library keep freed memory for the next allocation, until this process ends; return whether it can.
+
+    Every training step allocates the same tensors again. By default, glibc returns large freed blocks to the system, which
+    then has to zero each page before its next use; that takes up to a third of a fused step (docs/explanation/throughput.md).
+    The process's memory then stays at its peak. Other C libraries have no such setting.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return False
+    # -1: never return memory at the top of the heap; 0: no blocks outside the heap; grow it by at least 64 MiB.
+    settings = ((M_TRIM_THRESHOLD, -1), (M_MMAP_MAX, 0), (M_TOP_PAD, 2**26))
+    return all(mallopt(name, value) == 1 for name, value in settings)
 
 
 @contextlib.contextmanager

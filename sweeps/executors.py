@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from mutransfer.devices import keep_freed_memory
 from mutransfer.errors import RequestError, nearest
 from mutransfer.proxies.importing import modules_in
 
@@ -36,6 +37,8 @@ def executor_for(
 ) -> Iterator[Executor]:  # fmt: skip
     """Yield an executor for the experiment's jobs; its processes end when the context exits.
 
+    From then on, this process keeps freed memory (`devices.keep_freed_memory`).
+
     Args:
         experiment: the experiment whose jobs will run.
         how: "one" trains them one after the other, "processes" in parallel processes, "fused" as one vectorized program;
@@ -54,6 +57,7 @@ def executor_for(
     context = RunContext(experiment) if context is None else context.for_(experiment)
     has_trainer = experiment.trainer is not None
     _check(how, at_once, "cpu" if has_trainer else device, precision)
+    keep_freed_memory()
     with contextlib.ExitStack() as held:
         match how:
             case _ if has_trainer:

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from mutransfer.devices import keep_freed_memory
 from mutransfer.printing import in_worker
 from mutransfer.proxies.training import Outcome
 
@@ -207,9 +208,10 @@ def _portable(error: Exception) -> Exception:
 
 
 def _quiet() -> None:
-    """Ignore Ctrl-C, which the parent handles, use one thread, and end when the parent ends."""
+    """Ignore Ctrl-C, which the parent handles, use one thread, keep freed memory, and end when the parent ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
+    keep_freed_memory()
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import resource
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -166,3 +170,26 @@ def test_an_error_of_the_model_is_still_one() -> None:
     family = families.mlp(width=8)
     with pytest.raises(BuildError, match="check that model, batch and loss fit together"):
         family.loss_on(family.build(family.base), (torch.ones(2, 3), torch.zeros(2, dtype=torch.long)))
+
+
+ALLOCATE = """
+import resource, sys, torch
+from mutransfer.devices import keep_freed_memory
+if sys.argv[1] == "keep":
+    assert keep_freed_memory()
+for _ in range(10):  # a freed block is a little too small for the next one: alignment needs some bytes
+    torch.ones(2**24).add_(1)  # 64 MiB
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    torch.ones(2**24).add_(1)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc")
+@pytest.mark.parametrize("keep", [True, False])
+def test_freed_memory_is_used_again_without_a_page_fault(keep: bool) -> None:
+    command = [sys.executable, "-c", ALLOCATE, "keep" if keep else "return"]
+    faults = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    pages = 10 * 2**26 // resource.getpagesize()
+    assert faults < pages / 100 if keep else faults > pages / 1000  # fewer with transparent huge pages

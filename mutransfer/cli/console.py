@@ -31,13 +31,16 @@ UnusedDevice = Annotated[str, typer.Option("--device", help="Accepted by every c
 
 
 def device_of(name: str) -> str:
-    """Return a torch device for the --device option.
+    """Return a torch device for the --device option, and keep freed memory in this process, which is about to train.
 
     Raises:
         RequestError: the name is unknown, or CUDA is requested but not available.
     """
     import torch
 
+    from ..devices import keep_freed_memory
+
+    keep_freed_memory()
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if name not in ("cpu", "cuda"):
