@@ -212,10 +212,14 @@ class VectorizedTraining:
         if clip is not None and not self._uncompiled.clips:
             self._use(TrainingStep(self.stack, True, self._narrow))
 
-    def snapshots(self, indices: Sequence[int]) -> list[Snapshot]:
+    def snapshots(self, indices: Sequence[int], *, last: bool = False) -> list[Snapshot]:
         """Return the states of the trainings at ``indices``, except plans and seeds, on the CPU; `begin` continues from one.
 
-        Every stack is copied from the device as a whole.
+        Every stack is copied from a GPU as a whole.
+
+        Args:
+            indices: indices of the trainings.
+            last: this object will not be used any more, so its memory becomes that of the snapshots.
         """
         everything = (self.now.trained, self.stack.resting, self.now.buffers, self.now.states)
         if not indices or not self.device.startswith("cuda"):
@@ -223,7 +227,7 @@ class VectorizedTraining:
         else:
             copied = tree_map(lambda stack: stack.to("cpu", non_blocking=True), everything)
             torch.cuda.synchronize(self.device)
-        own = lambda index: list(tree_map(lambda stack: stack[index].clone(), copied))  # noqa: E731
+        own = lambda index: list(tree_map(lambda stack: stack[index] if last else stack[index].clone(), copied))  # noqa: E731
         return [{"step": self.slots[index].step, "tensors": own(index)} for index in indices]
 
     def keep(self, indices: Sequence[int]) -> None:
@@ -273,7 +277,9 @@ class VectorizedTraining:
         if self._graphs and not isinstance(self.step, Graphed):
             replayed = graphed(self.step, inputs, self._tolerance)
             self.step, self._graphs = replayed or self.step, replayed is not None
-        losses, self.now = self.step(*inputs)
+        # On a CPU without memory for Muon's iteration, an update in place would stop halfway.
+        in_place = self.device == "cpu" and self.step is self._uncompiled and "muon" not in self.settings
+        losses, self.now = (self._writing if in_place else self.step)(*inputs)
         self.stack.trained, self.stack.buffers = self.now.trained, self.now.buffers  # frees the previous tensors
         return losses
 
@@ -322,7 +328,8 @@ class VectorizedTraining:
         return self._compile or self._graphs or isinstance(self.step, Graphed)
 
     def _use(self, program: TrainingStep) -> None:
-        self.step = self._uncompiled = program
+        self.step, self._writing = program, program.writing()
+        self._uncompiled = program
 
     def _compiled(self, name: str, step: Step, inputs: tuple[Any, ...]) -> Step:
         """Return the compiled step, or ``step`` itself if it cannot be compiled."""

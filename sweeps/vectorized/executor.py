@@ -128,9 +128,12 @@ class SlotBatch:
         return {each.course: each.entry(snap) for each, snap in zip(places.values(), snapshots, strict=True)}
 
     def taken_out(self) -> list[Running]:
-        """Return the running jobs, each with a snapshot to continue from, or without one if it has not done a step yet."""
+        """Return the running jobs, each with a snapshot to continue from, or without one if it has not done a step yet.
+
+        The batch must not be used afterwards.
+        """
         begun = {index: each for index, each in self._places() if each.slot.step > 0}
-        for each, snapshot in zip(begun.values(), self.training.snapshots(list(begun)), strict=True):
+        for each, snapshot in zip(begun.values(), self.training.snapshots(list(begun), last=True), strict=True):
             each.snapshot = snapshot
         return self.live
 
@@ -300,9 +303,11 @@ class VectorizedExecutor(Executor):
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                waiting, batch, short = self._halved(scale, batch, waiting, error), None, True
+                self._halve(scale, len(batch.live) if batch else min(len(waiting), self.capacity), error)
+                short = True
             if short:
-                # The memory is free only now: until the end of the handler, the error's traceback holds the batch.
+                # The memory of the step is free only now: until the end of the handler, the error's traceback holds it.
+                waiting, batch = [*(batch.taken_out() if batch else ()), *waiting], None
                 if self.device != "cpu":
                     torch.cuda.empty_cache()
                 continue
@@ -349,15 +354,12 @@ class VectorizedExecutor(Executor):
             each.snapshot = None
         return training
 
-    def _halved(self, scale: Scale, batch: SlotBatch | None, waiting: list[Running], error: Exception) -> list[Running]:
-        """Halve the capacity after running out of memory, and return all jobs that have to continue or start."""
-        running = batch.taken_out() if batch is not None else []
-        at_once = len(running) or min(len(waiting), self.capacity)
+    def _halve(self, scale: Scale, at_once: int, error: Exception) -> None:
+        """Halve the capacity after running out of memory with ``at_once`` jobs."""
         if at_once <= 1:
             raise RequestError(NOT_FOR_ONE) from error
         self._capacity = self._fitting[scale] = at_once // 2
         logger.info(f"out of memory with {at_once} trials at once: continuing with {self.capacity}.")
-        return [*running, *waiting]
 
     def _save(self, batch: SlotBatch, waiting: Sequence[Running]) -> None:
         if self.checkpoints is not None and self.checkpoints.due():

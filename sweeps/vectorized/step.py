@@ -4,9 +4,10 @@ The tensors of the K models are stacked, and one model provides the structure. A
 lets the usual kernel compute all of them. Parameters of equal shape and update form a group, which is one tensor: what is done
 to all of them is then one operation, whatever their number. The parameters themselves are views of it.
 
-Optimizer steps repeat torch's arithmetic operation by operation, so a vectorized step equals a separate one. They return new
-tensors: Inductor's fusion for CPUs failed on programs that write in place (docs/log.md). Only a captured step, which has memory
-of its own, writes in place.
+Optimizer steps repeat torch's arithmetic operation by operation, so a vectorized step equals a separate one. A step that will
+be compiled returns new tensors: Inductor's fusion for CPUs failed on programs that write in place (docs/log.md). Others write in
+place, and on a CPU they update large groups piece by piece, so that a piece stays in the cache from the first operation to the
+last.
 
 Shapes: groups, their gradients and states are [K, n, ...] for n parameters; numbers of the optimizer are computed in float64,
 [K, P] for the P parameters of all groups with the same kind of update.
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -220,6 +221,43 @@ def _muon(
     aim = torch.lerp(g, buffer, momentum).flatten(0, 1)
     direction = orthogonalized(aim, dtype, *NEWTON_SCHULZ).view_as(p)
     return torch.sub(p * keep, size * direction.to(p.dtype), out=into[0]), (buffer,)
+
+
+PIECE = 2**18  # numbers of a piece: with its gradients, states and temporary tensors, it fits into most shared caches
+
+
+def _in_pieces(
+    kind: Kind, p: Tensor, gradients: Sequence[Tensor], state: State, numbers: Tensor, scale: Tensor | None
+) -> None:
+    """Update a group in place, piece by piece; the result is that of `stepped`.
+
+    The temporary tensors are small, so memory that sufficed for the gradients does not run out halfway.
+
+    Args:
+        kind: their update.
+        p: parameters, ``[K, n, ...]``.
+        gradients: gradient of each parameter, ``[K, 1, ...]``.
+        state: optimizer state.
+        numbers: [N, K, n], from `numbers_at`.
+        scale: factor on the gradients of each model, [K]; None for none.
+    """
+    models = max(1, PIECE // p[0, 0].numel())
+    rows = max(1, PIECE // p[0, 0, 0].numel())
+    for index, gradient in enumerate(gradients):
+        one = slice(index, index + 1)
+        for model in range(0, p.shape[0], models):
+            some = slice(model, model + models)
+            for row in range(0, p.shape[2], rows):
+                place = (some, one, slice(row, row + rows))
+                g = gradient[some, :, place[2]].contiguous()
+                if scale is not None:
+                    g *= _each_model(scale[some], g)
+                stepped(kind, p[place], g, tuple(each[place] for each in state), numbers[:, some, one], in_place=True)
+
+
+def _each_model(values: Tensor, stack: Tensor) -> Tensor:
+    """Return one value for each model, [K], in a shape that broadcasts over ``stack``, [K, ...]."""
+    return values.to(stack.dtype).view(-1, *[1] * (stack.dim() - 1))
 
 
 class FoldedAttention(TorchFunctionMode):
@@ -441,21 +479,28 @@ class TrainingStep:
             limit: maximum norm of the gradient, infinite for a model that does not clip; [K] in float64.
             batch: a separate batch for each model, [K, N, ...].
         """
-        groups = self.stack.groups
-        leaves = {name: each.detach().requires_grad_() for name, each in now.trained.items()}
-        tensors = {**resting, **self.stack.parameters(leaves)}
+        groups, tensors = self.stack.groups, dict(resting)
+        leaves: dict[str, list[Tensor]] = {}
+        for name, each in now.trained.items():
+            if self._in_pieces(groups[name].kind, each):  # gradients of single parameters need not be stacked
+                leaves[name] = [member.detach().requires_grad_() for member in _members(each)]
+                tensors |= zip(groups[name].names, leaves[name], strict=True)
+            else:
+                leaves[name] = [each.detach().requires_grad_()]
+                tensors |= zip(groups[name].names, _members(leaves[name][0]), strict=True)
         losses, buffers = losses_of(self.stack, tensors, now.buffers, batch, self.precision)
         # Losses are means within each model, summed over the models: a value that is not finite stays within its model.
-        found = torch.autograd.grad(losses.sum(), list(leaves.values()))
-        # Use the memory layout of the weights: a layer's gradient is transposed, and tensors computed from it would be too.
-        gradients = {name: each.contiguous() for name, each in zip(leaves, found, strict=True)}
+        found = iter(torch.autograd.grad(losses.sum(), [leaf for each in leaves.values() for leaf in each]))
+        gradients = {
+            name: [next(found).unsqueeze(1) if leaf.dim() < now.trained[name].dim() else next(found) for leaf in each]
+            for name, each in leaves.items()
+        }
         with torch.no_grad():
-            if self.clips:
-                gradients = clipped(gradients, groups, gauges, limit)
+            scale = clip_scale(gradients, groups, gauges, limit) if self.clips else None
             after = {
-                name: stepped(
+                name: self._updated(
                     group.kind, now.trained[name], gradients[name], now.states[name],
-                    numbers[group.kind.name][..., group.columns], self.in_place,
+                    numbers[group.kind.name][..., group.columns], scale,
                 )
                 for name, group in groups.items()
             }  # fmt: skip
@@ -464,6 +509,22 @@ class TrainingStep:
             buffers,
             {name: state for name, (_, state) in after.items()},
         )
+
+    def _in_pieces(self, kind: Kind, group: Tensor) -> bool:
+        large = group.numel() > PIECE and group.dim() > 3
+        return self.in_place and large and group.device.type == "cpu" and kind.name != "muon"
+
+    def _updated(
+        self, kind: Kind, p: Tensor, gradients: list[Tensor], state: State, numbers: Tensor, scale: Tensor | None
+    ) -> tuple[Tensor, State]:
+        if self._in_pieces(kind, p):
+            _in_pieces(kind, p, gradients, state, numbers, scale)
+            return p, state
+        # Use the memory layout of the weights: a layer's gradient is transposed, and tensors computed from it would be too.
+        gradient = gradients[0].contiguous()
+        if scale is not None:
+            gradient = gradient * _each_model(scale, gradient)
+        return stepped(kind, p, gradient, state, numbers, self.in_place)
 
 
 def losses_of(
@@ -482,19 +543,25 @@ def losses_of(
         return run(tensors, buffers, batch)
 
 
-def clipped(gradients: Tensors, groups: dict[str, Group], gauges: Tensors, limit: Tensor) -> Tensors:
-    """Return gradients ``[K, n, ...]``, clipped so each model's norm is at most its ``limit`` (`Plan.clip_grad_norm_`)."""
-    dtype = next(iter(gradients.values())).dtype
+def clip_scale(
+    gradients: Mapping[str, Sequence[Tensor]], groups: dict[str, Group], gauges: Tensors, limit: Tensor
+) -> Tensor:
+    """Return the factor on the gradients of each model that clips their norm to its ``limit`` (`Plan.clip_grad_norm_`), [K].
+
+    ``gradients`` are those of each group: one tensor ``[K, n, ...]``, or n tensors ``[K, 1, ...]``.
+    """
+    dtype = next(iter(gradients.values()))[0].dtype
     norms = [
-        torch.linalg.vector_norm(piece.reshape(*piece.shape[:2], -1), dim=2).to(dtype)
-        * (more * gauges[groups[name].kind.name][:, groups[name].columns]).to(dtype)
-        for name, each in gradients.items()
+        torch.linalg.vector_norm(piece.unsqueeze(-1), dim=tuple(range(2, piece.dim() + 1))).to(dtype)
+        * (more * own[:, index : index + each.shape[1]]).to(dtype)
+        for name, parts in gradients.items()
+        for own in (gauges[groups[name].kind.name][:, groups[name].columns],)
+        for index, each in enumerate(parts)
         for more, piece in parted(each, groups[name].kind.columns, leading=2)
     ]
     total = torch.linalg.vector_norm(torch.cat(norms, dim=1), dim=1)
     scale = torch.clamp(limit.to(total.dtype) / (total + 1e-6), max=1.0)
-    scale = torch.where(limit.isfinite(), scale, 1.0)  # without clipping, keep even gradients that are not finite
-    return {name: each * scale.to(each.dtype).view(-1, *[1] * (each.dim() - 1)) for name, each in gradients.items()}
+    return torch.where(limit.isfinite(), scale, 1.0)  # without clipping, keep even gradients that are not finite
 
 
 @contextlib.contextmanager

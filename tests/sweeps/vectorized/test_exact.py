@@ -59,6 +59,20 @@ def bits(fused: VectorizedTraining, index: int) -> list[bytes]:
     return [each[index].numpy().tobytes() for part in (fused.now.trained, fused.now.buffers) for each in part.values()]
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("name", extended_but(["mlp", "skip", "resnet", "transformer"], "mlp", "skip"))
+def test_an_update_in_pieces_is_the_same(name: str, optimizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = plans(name, optimizer)
+    ends = []
+    for piece in (2**18, 150):  # 150: of one model, or of some rows of one
+        monkeypatch.setattr(step, "PIECE", piece)
+        fused = together(name, [Slot(plan, seed) for seed, plan in enumerate(own)])
+        fused.advance(5)
+        ends.append({**fused.now.trained, **fused.now.buffers})
+    for key, whole in ends[0].items():
+        assert (ends[1][key] - whole).norm() <= 1e-13 * whole.norm()  # the gradient's norm is summed in another order
+
+
 @pytest.mark.parametrize("name", extended_but(["mlp", "transformer", "normed"], "mlp", "normed"))
 def test_any_number_in_any_order(name: str) -> None:
     own = plans(name)
