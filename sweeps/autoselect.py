@@ -197,7 +197,7 @@ class _Work:
 
 def chosen(
     context: RunContext, trials: int, device: str = "cpu", *, at_once: int | None = None,
-    precision: Precision = "float32", only: How | None = None,
+    precision: Precision = "float32", only: How | None = None, independent: bool = False,
 ) -> Choice:  # fmt: skip
     """Return the fastest way to train ``trials`` trials of the experiment.
 
@@ -212,12 +212,13 @@ def chosen(
         at_once: fixed number of trials at a time; chosen if None.
         precision: precision of fused trials; other than float32, only fused trials are considered.
         only: consider only this executor, and choose its number of trials and whether to compile.
+        independent: any number of trials may run at once; otherwise, later ones are to learn from earlier ones.
 
     Raises:
         RequestError: the model cannot be trained.
     """
     work = _Work(context, trials, device, precision)
-    found = list(_uncompiled(work, at_once, only))
+    found = list(_uncompiled(work, at_once, only, independent))
     if not found:
         raise RequestError(NOT_FOR_ONE)
     soonest = min(choice.seconds for choice in found)
@@ -238,7 +239,7 @@ def chosen(
     )
 
 
-def _uncompiled(work: _Work, at_once: int | None, only: How | None) -> Iterator[Choice]:
+def _uncompiled(work: _Work, at_once: int | None, only: How | None, independent: bool) -> Iterator[Choice]:
     fusable = refusal(work.context, device=work.device) is None
     unfused = (only is None and work.precision == "float32") or not fusable
     if unfused or only == "one":
@@ -252,11 +253,11 @@ def _uncompiled(work: _Work, at_once: int | None, only: How | None) -> Iterator[
         if cores > 1 and (side_by_side := work.choice("processes", cores)) is not None:
             yield side_by_side
     if fusable and only in (None, "fused"):
-        yield from _fused(work, at_once)
+        yield from _fused(work, at_once, 1 if independent else LEARNING)
 
 
-def _fused(work: _Work, at_once: int | None) -> Iterator[Choice]:
-    most = min(LARGEST["cuda" if work.device.startswith("cuda") else "cpu"], max(2, work.trials // LEARNING))
+def _fused(work: _Work, at_once: int | None, batches: int) -> Iterator[Choice]:
+    most = min(LARGEST["cuda" if work.device.startswith("cuda") else "cpu"], max(2, work.trials // batches))
     before = math.inf
     count = max(1, min(at_once, work.trials)) if at_once else min(4, most)
     while (choice := work.choice("fused", count)) is None and math.isinf(before) and count > 1:
@@ -316,7 +317,8 @@ class TimedExecutor(Executor):
     Args:
         inner: the executor that trains the runs.
         forecast: forecast of the phases that the runs belong to.
-        seconds: expected seconds of a whole run at each scale, when it runs alone.
+        seconds: expected seconds that a whole run at each scale takes of the time of ``inner``: what its runs take together,
+            divided by their number.
     """
 
     def __init__(self, inner: Executor, forecast: Forecast, seconds: Mapping[Scale, float]) -> None:
@@ -327,9 +329,9 @@ class TimedExecutor(Executor):
         """See `Executor`."""
         return self.inner.capacity
 
-    def expect(self, jobs: int) -> None:
+    def expect(self, jobs: int, *, independent: bool = False) -> None:
         """See `Executor`."""
-        self.inner.expect(jobs)
+        self.inner.expect(jobs, independent=independent)
 
     def within(self, folder: Path) -> TimedExecutor:
         """See `Executor`."""
@@ -339,7 +341,7 @@ class TimedExecutor(Executor):
         """See `Executor`."""
         for event in self.inner.events(session):
             if isinstance(event, Done):
-                share = event.outcome.steps / session.experiment.steps / self.inner.capacity
+                share = event.outcome.steps / session.experiment.steps
                 self.forecast.note(share * self.seconds.get(event.job.scale, 0.0))
             yield event
 

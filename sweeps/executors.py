@@ -6,21 +6,23 @@ import contextlib
 import functools
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
 from mutransfer.devices import keep_freed_memory
 from mutransfer.errors import RequestError, nearest
 from mutransfer.proxies.importing import modules_in
+from mutransfer.scale import Scale
 
 from .commands import Commands, check_command
-from .experiment import Experiment
-from .jobs import Events, Executor, RunContext, SequentialExecutor, Session
+from .experiment import Experiment, Size
+from .jobs import Events, Executor, Job, Ready, RunContext, SequentialExecutor, Session
 from .processes import ProcessExecutor
 from .user_trainers import load_trainer
 
-__all__ = ["MANNERS", "PRECISIONS", "LazyExecutor", "check_trainer", "executor_for", "one_by_one"]
+__all__ = ["MANNERS", "PRECISIONS", "LazyExecutor", "PerScaleExecutor", "check_trainer", "executor_for", "one_by_one"]
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +35,7 @@ MOST = 8  # processes by default: each loads its own copy of torch and of the da
 def executor_for(
     experiment: Experiment, how: str = "one", at_once: int | None = None, device: str = "cpu", *,
     precision: str = "float32", checkpoints: Path | None = None, folder: Path | None = None,
-    context: RunContext | None = None,
+    context: RunContext | None = None, per_scale: bool = False,
 ) -> Iterator[Executor]:  # fmt: skip
     """Yield an executor for the experiment's jobs; its processes end when the context exits.
 
@@ -49,6 +51,7 @@ def executor_for(
         checkpoints: folder used by this process only, where fused trials are saved at rungs; None disables checkpoints.
         folder: run folder for the files of a trainer's commands; the current folder if None.
         context: family and data that are already loaded, for the measurement that chooses an executor.
+        per_scale: jobs have several scales: "auto" and "fused" measure and choose for each of them.
 
     Raises:
         RequestError: the executor or precision is unknown, or does not fit ``device`` or ``at_once``. Also raised
@@ -67,9 +70,15 @@ def executor_for(
             case "processes":
                 yield held.enter_context(ProcessExecutor(at_once or _cores()))
             case _:
-                yield LazyExecutor(
-                    lambda missing: _planned(context, missing, how, at_once, device, precision, checkpoints, held)
-                )
+
+                @functools.cache
+                def pool(count: int, compile: bool) -> Executor:
+                    return held.enter_context(ProcessExecutor(count, compile=compile))
+
+                def choose(at: RunContext, jobs: int | None, independent: bool = False) -> Executor:
+                    return _planned(at, jobs, how, at_once, device, precision, checkpoints, pool, independent)
+
+                yield PerScaleExecutor(choose) if per_scale else LazyExecutor(functools.partial(choose, context))
 
 
 class LazyExecutor(Executor):
@@ -79,7 +88,7 @@ class LazyExecutor(Executor):
         self._choose = choose
         self._missing: int | None = None
 
-    def expect(self, jobs: int) -> None:
+    def expect(self, jobs: int, *, independent: bool = False) -> None:
         """See `Executor`; the number of jobs decides what is worth measuring."""
         self._missing = jobs
 
@@ -96,6 +105,74 @@ class LazyExecutor(Executor):
     def events(self, session: Session) -> Events:
         """See `Executor`."""
         return self.chosen.events(session)
+
+
+class PerScaleExecutor(Executor):
+    """Executor that leaves the jobs of each scale to another one, scale after scale in the order in which they are submitted.
+
+    Args:
+        choose: returns the executor for a context whose proxy has the scale, the expected number of jobs, and whether they are
+            independent (`Executor.expect`); called once for each scale, experiment and answer to the latter.
+    """
+
+    def __init__(self, choose: Callable[[RunContext, int | None, bool], Executor]) -> None:
+        self._choose = choose
+        self._expected: tuple[int | None, bool] = (None, False)
+        self._known: dict[Any, Executor] = {}
+        self._capacity = 1
+
+    def expect(self, jobs: int, *, independent: bool = False) -> None:
+        """See `Executor`."""
+        self._expected = jobs, independent
+
+    @property
+    def capacity(self) -> int:
+        """The maximum number of jobs of the current scale that run at the same time."""
+        return self._capacity
+
+    def events(self, session: Session) -> Events:
+        """See `Executor`."""
+        submitted = deque[Job]()
+        while True:
+            if not submitted:
+                submitted.extend((yield from session.take(1)))
+            if not submitted:
+                return
+            executor = self._at(session.context, submitted[0].scale)
+            self._capacity = executor.capacity
+            yield from executor.events(_OneScale(session, submitted))
+
+    def _at(self, context: RunContext, scale: Scale) -> Executor:
+        asked = context.experiment
+        base = asked.base or asked.proxy
+        at = asked.model_copy(update={"proxy": Size(width=scale.width, depth=scale.depth), "base": base})
+        key = (at.model_dump_json(), self._expected[1])
+        if key not in self._known:
+            self._known[key] = self._choose(context.for_(at), *self._expected)
+        return self._known[key]
+
+
+class _OneScale(Session):
+    """Session of those jobs of another ``session`` that have the scale of the first of its ``submitted`` jobs."""
+
+    def __init__(self, session: Session, submitted: deque[Job]) -> None:
+        self.context, self.experiment = session.context, session.experiment
+        self._session, self._waiting, self._scale = session, submitted, submitted[0].scale
+
+    def take(self, count: int) -> Generator[Ready, None, list[Job]]:
+        """See `Session`."""
+        taken: list[Job] = []
+        while len(taken) < count:
+            if not self._waiting:
+                self._waiting.extend((yield from self._session.take(count - len(taken))))
+            if not self._waiting or self._waiting[0].scale != self._scale:
+                break
+            taken.append(self._waiting.popleft())
+        return taken
+
+    def is_stopped(self, key: Any) -> bool:
+        """See `Session`."""
+        return self._session.is_stopped(key)
 
 
 def one_by_one(experiment: Experiment, folder: Path | None = None, device: str = "cpu") -> Executor:
@@ -157,8 +234,7 @@ def _check(how: str, at_once: int | None, device: str, precision: str) -> None:
 
 def _planned(
     context: RunContext, missing: int | None, how: str, at_once: int | None, device: str, precision: str,
-    checkpoints: Path | None,
-    held: contextlib.ExitStack,
+    checkpoints: Path | None, pool: Callable[[int, bool], Executor], independent: bool,
 ) -> Executor:  # fmt: skip
     from mutransfer.precision import bfloat16_is_slow, bfloat16_slowdown
 
@@ -182,14 +258,14 @@ def _planned(
     choice = chosen(
         context, missing or context.experiment.trials, device, at_once=at_once,
         precision=narrow,
-        only="fused" if how == "fused" or (begun and why is None) else None,
+        only="fused" if how == "fused" or (begun and why is None) else None, independent=independent,
     )  # fmt: skip
     logger.info("%s", choice)
     match choice.how:
         case "one":
             return SequentialExecutor(device, compile=choice.compile)
         case "processes":
-            return held.enter_context(ProcessExecutor(choice.at_once, compile=choice.compile))
+            return pool(choice.at_once, choice.compile)
         case _:
             kept = None if checkpoints is None else Checkpoints(checkpoints)
             return VectorizedExecutor(

@@ -235,8 +235,8 @@ class Executor(ABC):
         the generator ends all running jobs without an outcome.
         """
 
-    def expect(self, jobs: int) -> None:  # noqa: B027 - most executors do the same for any number of jobs
-        """Prepare for ``jobs`` more jobs, since part of the experiment may already be done."""
+    def expect(self, jobs: int, *, independent: bool = False) -> None:  # noqa: B027 - most executors do not need to know
+        """Prepare for ``jobs`` more jobs; ``independent`` if none of them is chosen by the outcomes of others."""
 
     def within(self, folder: Path) -> Executor:
         """Return this executor with ``folder`` as the run folder, for those that write files for each job."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +17,7 @@ from .console import AsJson, Device, Seed, device_of, emit, say
 if TYPE_CHECKING:
     from ..scale import Scale
     from ..sweeps.experiment import Experiment
+    from ..sweeps.jobs import Executor
 
 # A language model on the source code of the installed Python's standard library: real data that is always available.
 EXPERIMENT: dict[str, Any] = {
@@ -37,11 +40,14 @@ EXPERIMENT: dict[str, Any] = {
 PRUNED = 0.7  # average cost of a trial, as a fraction of a whole run, if the worse half ends at 40%
 ASKING = 0.1  # seconds that the sampler takes to propose a trial
 SIDE_BY_SIDE = 1.1  # how much slower a run is while another one runs
+FUSED = {16: 0.15, 64: 0.3, 256: 0.55}  # seconds of a fused run on all cores, relative to one alone on one core
 START = 5.0  # seconds until processes have imported torch
 CHECK_AND_REPORT = 18.0  # seconds
+MANY = 5  # cores from which processes are faster than fused runs
 WIDTHS = (16, 64, 256)
 CHECK_WIDTHS = [16, 32, 64, 128, 256]
 SEEDS = 5
+AT_ONCE = 25  # largest number of fused runs
 
 
 def add_to(app: typer.Typer) -> None:
@@ -66,7 +72,7 @@ def demo(
     from ..run_dir import RunFolder
     from ..schemas import COORDINATES
     from ..sweeps.autoselect import Forecast, TimedExecutor, limited, run_seconds
-    from ..sweeps.executors import executor_for
+    from ..sweeps.executors import PerScaleExecutor, executor_for
     from ..sweeps.experiment import Experiment
     from ..sweeps.jobs import RunContext, SequentialExecutor
     from ..sweeps.results import target_of_run
@@ -79,16 +85,22 @@ def demo(
     start = time.perf_counter()
     experiment, where = Experiment.read({**EXPERIMENT, "seed": seed}, "demo"), device_of(device)
     folder, context = RunFolder(out).make(), RunContext(experiment)
-    how = "processes" if where == "cpu" else "one"
-    # So small a proxy gains nothing from a second thread, and on a busy machine it would mostly wait for that thread.
-    with executor_for(experiment, how, device=where) as executor, limited(1):
+    with contextlib.ExitStack() as held:
+        fused = where != "cpu" or len(os.sched_getaffinity(0)) < MANY
+        executor: Executor = PerScaleExecutor(lambda at, jobs, independent: _fused(jobs, independent, where))
+        if not fused:
+            executor = held.enter_context(executor_for(experiment, "processes", device=where))
         scales = [experiment.proxy_scale.with_(width=width) for width in WIDTHS]
-        seconds = {scale: run_seconds(context, scale, where) for scale in scales}
-        forecast = Forecast(_phases(experiment, seconds, executor.capacity))
-        forecast.begin("tuning")
-        with Progress(f"tuning the proxy, width {WIDTHS[0]}", forecast.left) as progress:
-            sequential = TimedExecutor(SequentialExecutor(where), forecast, seconds)
-            found = tune(experiment, folder, executor=sequential, device=where, progress=progress, context=context)
+        # So small a proxy gains nothing from a second thread, and on a busy machine it would mostly wait for that thread.
+        with limited(1):
+            alone = {scale: run_seconds(context, scale, where) for scale in scales}
+            side_by_side = SIDE_BY_SIDE / executor.capacity
+            seconds = {scale: alone[scale] * (FUSED[scale.width] if fused else side_by_side) for scale in scales}
+            forecast = Forecast(_phases(experiment, alone[scales[0]], seconds, 0.0 if fused else START))
+            forecast.begin("tuning")
+            with Progress(f"tuning the proxy, width {WIDTHS[0]}", forecast.left) as progress:
+                sequential = TimedExecutor(SequentialExecutor(where), forecast, alone)
+                found = tune(experiment, folder, executor=sequential, device=where, progress=progress, context=context)
         gain = f" (default recipe: {found.default:.3f})" if found.default is not None else ""
         say(f"best recipe: lr {found.best.lr:.4g}, loss {found.value:.3f}{gain}")
         verified, optima = verify_run(
@@ -136,18 +148,32 @@ def demo(
     return 0 if verdict == "pass" else 1
 
 
-def _phases(experiment: Experiment, seconds: Mapping[Scale, float], at_once: int) -> dict[str, float]:
-    """Return the expected seconds of each phase; ``seconds`` is the time of a run at each scale while no other one runs."""
+def _fused(jobs: int | None, independent: bool, device: str) -> Executor:
+    """Return an executor of fused runs: all at once, or so many that a sampler learns from several batches."""
+    from ..sweeps.autoselect import LEARNING
+    from ..sweeps.vectorized.executor import VectorizedExecutor
+
+    count = jobs or AT_ONCE
+    return VectorizedExecutor(max(2, min(count if independent else count // LEARNING, AT_ONCE)), device)
+
+
+def _phases(experiment: Experiment, alone: float, seconds: Mapping[Scale, float], start: float) -> dict[str, float]:
+    """Return the expected seconds of each phase.
+
+    Args:
+        experiment: the experiment.
+        alone: seconds of a run of the proxy that is trained by itself.
+        seconds: seconds of a run at each scale in the executor of the basins.
+        start: seconds until that executor has started.
+    """
     from ..sweeps.verify import REACH
 
     proxy, *_, widest = seconds
     # Learning rates around the transferred one; for SP those around its likely best one, and the transferred one.
     points = {scale: 2 * (2 * REACH + 1) + (math.log2(scale.width / proxy.width) > REACH) for scale in seconds}
-    slowdown = SIDE_BY_SIDE / at_once if at_once > 1 else 1.0
     return {
-        "tuning": experiment.trials * (PRUNED * seconds[proxy] + ASKING),
-        "basins": slowdown * SEEDS * sum(points[scale] * each for scale, each in seconds.items())
-        + (at_once > 1) * START,
-        "control": slowdown * (experiment.trials * PRUNED + SEEDS) * seconds[widest] + experiment.trials * ASKING,
+        "tuning": experiment.trials * (PRUNED * alone + ASKING),
+        "basins": start + SEEDS * sum(points[scale] * each for scale, each in seconds.items()),
+        "control": (experiment.trials * PRUNED + SEEDS) * seconds[widest] + experiment.trials * ASKING,
         "check and report": CHECK_AND_REPORT,
     }

@@ -49,10 +49,11 @@ def verify(
     ] = None,
     seed: UnusedSeed = 0,
     executor: Annotated[
-        str | None, typer.Option(help="one or processes, as in tune; processes by default on the CPU.")
-    ] = None,
+        str, typer.Option(help="auto, one, processes or fused, as in tune; auto and fused choose for each width.")
+    ] = "auto",
     at_once: Annotated[
-        int | None, typer.Option(min=1, help="Number of runs in parallel; by default one per core.")
+        int | None,
+        typer.Option(min=1, help="Number of runs at a time; by default a process per core, or what pays off fused."),
     ] = None,
     device: Device = "auto",
     as_json: AsJson = False,
@@ -61,7 +62,6 @@ def verify(
 
     Measure whether the best learning rate stays the same across widths (exit 1 if not), and what the proxy's rate costs.
     """
-    from ..errors import RequestError
     from ..recipe import Recipe
     from ..run_dir import RunFolder
     from ..sweeps.executors import executor_for
@@ -74,15 +74,13 @@ def verify(
     proxy = experiment.proxy.width
     sizes = numbers(widths, "--widths") if widths is not None else [proxy, 2 * proxy, 4 * proxy]
     where = device_of(device)
-    # One process per core on the CPU, since a small model does not use two cores well. A user trainer may use any number.
-    if executor not in (None, "one", "processes"):
-        raise RequestError(
-            f"--executor {executor!r} is not available for verify, whose widths differ: use one or processes."
-        )
-    how = executor or ("processes" if where == "cpu" and experiment.trainer is None else "one")
-    with executor_for(experiment, how, at_once, where, folder=folder.path) as run_executor:
+    context = RunContext(experiment)
+    with executor_for(
+        experiment, executor, at_once, where,
+        checkpoints=folder.path / "checkpoints", folder=folder.path, context=context, per_scale=True,
+    ) as run_executor:  # fmt: skip
         result, optima = verify_run(
-            RunContext(experiment), recipe, folder, sizes, run_executor,
+            context, recipe, folder, sizes, run_executor,
             seeds=seeds, control=control, control_trials=control_trials, step=step, device=where,
             regret_limit=regret_limit, progress=Progress,
         )  # fmt: skip

@@ -215,8 +215,9 @@ NOT_COMPILED = {
 class VectorizedExecutor(Executor):
     """Executor that trains ``count`` jobs as one program in this process.
 
-    Jobs of another scale wait until the running jobs have ended. Jobs that cannot be fused are trained one by one, and a line on
-    stderr gives the reason. If memory is insufficient, training continues with half as many jobs at a time.
+    Jobs of another scale, or of a parametrization with other forward multipliers, wait until the running jobs have ended. Jobs
+    that cannot be fused are trained one by one, and a line on stderr gives the reason. If memory is insufficient, training
+    continues with half as many jobs at a time.
 
     Args:
         count: number of jobs at a time.
@@ -255,7 +256,7 @@ class VectorizedExecutor(Executor):
             self._capacity = self._fitting.get(scale, self._count)
             reason = refusal(session.context, scale, self.device)
             if reason is None:
-                yield from self._together(session, scale, submitted)
+                yield from self._together(session, submitted)
             else:
                 logger.info(f"trials at width {scale.width} run one by one: {reason}.")
                 yield from self._one_by_one(session, scale, submitted)
@@ -270,17 +271,18 @@ class VectorizedExecutor(Executor):
             if not submitted:
                 submitted.extend((yield from session.take(1)))
 
-    def _together(self, session: Session, scale: Scale, submitted: deque[Job]) -> Events:
-        """Train jobs of one scale at the same time until the next job has another scale or there is none."""
-        experiment = session.experiment
+    def _together(self, session: Session, submitted: deque[Job]) -> Events:
+        """Train jobs of one structure at the same time until the next job has another one or there is none."""
+        experiment, scale = session.experiment, submitted[0].scale
+        structure = _structure(session.context, submitted[0])
         waiting: list[Running] = []
         batch: SlotBatch | None = None
         clips = experiment.recipe.clip is not None or "clip" in experiment.search
         while True:
             room = self.capacity - len(waiting) - (len(batch.live) if batch else 0)
-            if all(job.scale == scale for job in submitted):
+            if all(_structure(session.context, job) == structure for job in submitted):
                 submitted.extend((yield from session.take(room - len(submitted))))
-            while room > 0 and submitted and submitted[0].scale == scale:
+            while room > 0 and submitted and _structure(session.context, submitted[0]) == structure:
                 room -= 1
                 running = self._running(session.context, submitted.popleft())
                 if (stopped := (yield from self._replayed(running, session))) is not None:
@@ -314,9 +316,8 @@ class VectorizedExecutor(Executor):
             assert batch is not None
             if reports := tuple(batch.at_rung(losses).values()):
                 yield Reports(reports)
-            validated = any(batch.training.slots[index].finite for index in losses)
             yield from batch.ended(losses, session.is_stopped)
-            if validated:
+            if batch.live:
                 self._save(batch, waiting)
 
     def _running(self, context: RunContext, job: Job) -> Running:
@@ -365,6 +366,16 @@ class VectorizedExecutor(Executor):
         if self.checkpoints is not None and self.checkpoints.due():
             halted = {each.course: each.entry(each.snapshot) for each in waiting if each.snapshot is not None}
             self.checkpoints.save(lambda: {**halted, **batch.entries()})
+
+
+def _structure(context: RunContext, job: Job) -> Any:
+    """Return what jobs of one program have in common: the scale, and where the forward pass has multipliers."""
+
+    def made() -> Any:
+        rows = context.plan(job.scale, job.parametrization, job.recipe).rows
+        return job.scale, [(row.name, row.multiplier, row.columns) for row in rows]
+
+    return context.once(("structure", job.scale, job.parametrization), made)
 
 
 SUFFIX = ".trials"

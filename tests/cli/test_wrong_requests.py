@@ -107,7 +107,7 @@ WRONG = [
     (("plan", "mlp", "--width", "16", "--parametrization", "mupp"), ["'mupp'", "did you mean 'mup'?"]),
     (("check", "mlp", "--widths", "8,16", "--control", "spp"), ["'spp'", "did you mean 'sp'?"]),
     (("verify", "run", "--control", "spp"), ["'spp'", "did you mean 'sp'?"]),
-    (("verify", "run", "--executor", "fused"), ["--executor 'fused' is not available for verify", "one or processes"]),
+    (("verify", "run", "--executor", "fusd"), ["--executor 'fusd' is not known", "did you mean 'fused'?"]),
     (("plan", "mlp", "--width", "16", "--width-field", "hidden_size"), ["--width-field", "mlp has none"]),
     (("plan", "hf:none.json", "--width", "16"), ["there is no file none.json"]),
     (("plan", "hf:words.yaml", "--width", "16"), ["words.yaml is not JSON"]),

@@ -15,8 +15,11 @@ from mutransfer.errors import RequestError
 from mutransfer.recipe import Recipe
 from mutransfer.run_dir import RunFolder
 from mutransfer.schemas import BASINS
+from mutransfer.sweeps.executors import executor_for
 from mutransfer.sweeps.jobs import Job, RunContext, SequentialExecutor, run_jobs
 from mutransfer.sweeps.processes import ProcessExecutor
+from mutransfer.sweeps.vectorized.batch_training import VectorizedTraining
+from mutransfer.sweeps.vectorized.executor import Checkpoints, SlotBatch, VectorizedExecutor
 from mutransfer.sweeps.verify import LIMIT, REACH, basins
 
 from ..helpers.small import Counting, Failing, Planted, children, contents, experiment, octaves
@@ -190,6 +193,58 @@ def test_an_interruption_keeps_what_is_done(error: type[BaseException], folder: 
     frame = measure(folder, rest := Counting(planted))
     assert len(rest.jobs) == len(whole) - 7
     pd.testing.assert_frame_equal(frame, whole)
+
+
+@pytest.fixture
+def advanced(monkeypatch: pytest.MonkeyPatch) -> list[tuple[set[str], int, int]]:
+    """Parametrizations, width and number of steps of each call of a vectorized training's `advance`."""
+    found: list[tuple[set[str], int, int]] = []
+    advance = VectorizedTraining.advance
+
+    def recorded(self: VectorizedTraining, count: int) -> None:
+        advance(self, count)
+        plans = [slot.plan for slot in self.slots]
+        found.append(({plan.parametrization for plan in plans}, plans[0].scale.width, count))
+
+    monkeypatch.setattr(VectorizedTraining, "advance", recorded)
+    return found
+
+
+def test_each_width_is_one_batch_of_both_parametrizations(
+    tmp_path: Path, advanced: list[tuple[set[str], int, int]]
+) -> None:
+    apart = measure(RunFolder(tmp_path / "apart").make(), SequentialExecutor(), parametrizations=("mup", "sp"))
+    with executor_for(experiment(), "fused", 40, per_scale=True) as executor:
+        advanced.clear()
+        fused = measure(RunFolder(tmp_path / "fused").make(), executor, parametrizations=("mup", "sp"))
+    batches = [(names, width) for names, width, _ in advanced if names == {"mup", "sp"} or width == 8]
+    assert batches[0] == ({"mup", "sp"}, 16)
+    assert batches[-1] == ({"mup"}, 8)  # both plans are the same at the base
+    key = ["parametrization", "width", "seed", "log2_lr"]
+    ours, theirs = (frame.set_index(key)["loss"].sort_index() for frame in (fused, apart))
+    pd.testing.assert_series_equal(ours, theirs, rtol=1e-4)
+
+
+def test_an_interrupted_batch_of_runs_goes_on_inside_of_them(
+    folder: RunFolder, advanced: list[tuple[set[str], int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context, steps = RunContext(experiment(steps=60)), 60
+    executor = VectorizedExecutor(40, checkpoints=Checkpoints(folder.path / "checkpoints", share=1))
+    go = SlotBatch.go
+
+    def ended(self: SlotBatch) -> dict[int, float]:
+        if self.live[0].slot.step == 50:
+            raise KeyboardInterrupt
+        return go(self)
+
+    monkeypatch.setattr(SlotBatch, "go", ended)
+    with pytest.raises(KeyboardInterrupt):
+        basins(context, RECIPE, (8, 16), folder=folder, executor=executor, seeds=2)
+    monkeypatch.setattr(SlotBatch, "go", go)
+    advanced.clear()
+    again = VectorizedExecutor(40, checkpoints=Checkpoints(folder.path / "checkpoints", share=1))
+    basins(context, RECIPE, (8, 16), folder=folder, executor=again, seeds=2)
+    assert next(count for _, width, count in advanced if count > 3) == steps - 50
 
 
 @pytest.mark.extended
