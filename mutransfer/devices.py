@@ -1,18 +1,23 @@
-"""What differs between devices: memory, random number generators, and copies to them."""
+"""What differs between devices: memory, precision of matrix products, random number generators, and copies to them."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
+import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 import torch
 
-from ._torch_internals import tree_map_only
+from ._torch_internals import disable_current_modes, tree_map_only
 
 __all__ = [
+    "bfloat16_is_slow",
+    "bfloat16_slowdown",
     "devices_of",
+    "float32_products",
     "is_out_of_memory",
     "keep_freed_memory",
     "random_state_restored",
@@ -66,6 +71,56 @@ def keep_freed_memory() -> bool:
     # -1: never return memory at the top of the heap; 0: no blocks outside the heap; grow it by at least 64 MiB.
     settings = ((M_TRIM_THRESHOLD, -1), (M_MMAP_MAX, 0), (M_TOP_PAD, 2**26))
     return all(mallopt(name, value) == 1 for name, value in settings)
+
+
+SIZE = 128  # large enough to show the gap (0.1 ms against 10 ms), small enough to cost almost nothing
+REPEATS = 5
+SLOW = 4.0  # CPUs with bfloat16 instructions or AVX-512 stay within a factor of 2; with AVX2 alone it is 60 to 90
+
+
+@functools.cache
+def bfloat16_slowdown() -> float:
+    """Return the time of a bfloat16 product relative to a float32 product on this CPU (128 x 128, fastest of 5).
+
+    torch has no vectorized bfloat16 product for CPUs with AVX2 alone, which includes most desktops and older servers.
+    """
+    # An active fake or tracing mode would record the products instead of computing them.
+    with disable_current_modes(), torch.no_grad():
+        exact = torch.ones(SIZE, SIZE, dtype=torch.float32, device="cpu")
+        return _seconds(exact.to(torch.bfloat16)) / _seconds(exact)
+
+
+def bfloat16_is_slow(device: torch.device | str) -> bool:
+    """Return whether bfloat16 products on ``device`` take over four times as long as float32 ones; only a CPU can be slow."""
+    return torch.device(device).type == "cpu" and bfloat16_slowdown() > SLOW
+
+
+@contextlib.contextmanager
+def float32_products(device: torch.device | str, tf32: bool) -> Iterator[None]:
+    """Context in which a GPU computes float32 products and convolutions in TF32 (10 bits of mantissa), or else exactly.
+
+    By default torch uses TF32 for convolutions only. Nothing changes on a CPU.
+    """
+    if torch.device(device).type != "cuda":
+        yield
+        return
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = tf32
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+def _seconds(matrix: torch.Tensor) -> float:
+    matrix @ matrix  # the first product may create the kernel
+    times = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        matrix @ matrix
+        times.append(time.perf_counter() - start)
+    return min(times)
 
 
 @contextlib.contextmanager

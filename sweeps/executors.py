@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
-from mutransfer.devices import keep_freed_memory
+from mutransfer import devices
 from mutransfer.errors import RequestError, nearest
 from mutransfer.proxies.importing import modules_in
 from mutransfer.scale import Scale
@@ -60,7 +60,7 @@ def executor_for(
     context = RunContext(experiment) if context is None else context.for_(experiment)
     has_trainer = experiment.trainer is not None
     _check(how, at_once, "cpu" if has_trainer else device, precision)
-    keep_freed_memory()
+    devices.keep_freed_memory()
     with contextlib.ExitStack() as held:
         match how:
             case _ if has_trainer:
@@ -236,7 +236,6 @@ def _planned(
     context: RunContext, missing: int | None, how: str, at_once: int | None, device: str, precision: str,
     checkpoints: Path | None, pool: Callable[[int, bool], Executor], independent: bool,
 ) -> Executor:  # fmt: skip
-    from mutransfer.precision import bfloat16_is_slow, bfloat16_slowdown
 
     from .autoselect import chosen
     from .vectorized.batch_training import refusal
@@ -249,10 +248,10 @@ def _planned(
     if why is not None and how == "fused":
         logger.info("trials are trained one by one: %s.", why)
         return SequentialExecutor(device)
-    if precision == "bfloat16" and bfloat16_is_slow(device):
+    if precision == "bfloat16" and devices.bfloat16_is_slow(device):
         logger.warning(
             "warning: this CPU multiplies bfloat16 %.0f times slower than float32: --precision float32 is faster here.",
-            bfloat16_slowdown(),
+            devices.bfloat16_slowdown(),
         )
     begun = checkpoints is not None and any(checkpoints.glob("*"))  # fused trials resume from their checkpoints
     choice = chosen(

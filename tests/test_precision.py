@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mutransfer import precision
+from mutransfer import devices
 from mutransfer.cli import run
 from mutransfer.optimizers.muon import iteration_dtype
 
@@ -26,18 +26,18 @@ search:
 
 def test_products_are_measured_whatever_mode_is_active() -> None:
     """Under a fake mode both products would take as long as recording them."""
-    precision.bfloat16_slowdown.cache_clear()
-    plain = precision.bfloat16_slowdown()
-    precision.bfloat16_slowdown.cache_clear()
+    devices.bfloat16_slowdown.cache_clear()
+    plain = devices.bfloat16_slowdown()
+    devices.bfloat16_slowdown.cache_clear()
     with FakeTensorMode(), torch.device("meta"):
-        hidden = precision.bfloat16_slowdown()
+        hidden = devices.bfloat16_slowdown()
     assert plain > 0.1
-    assert (plain > precision.SLOW) == (hidden > precision.SLOW)
+    assert (plain > devices.SLOW) == (hidden > devices.SLOW)
 
 
 def test_only_cpus_are_slow(monkeypatch: pytest.MonkeyPatch) -> None:
     for slowdown, dtype in ((70.0, torch.float32), (1.5, torch.bfloat16)):
-        monkeypatch.setattr(precision, "bfloat16_slowdown", lambda slowdown=slowdown: slowdown)
+        monkeypatch.setattr(devices, "bfloat16_slowdown", lambda slowdown=slowdown: slowdown)
         assert iteration_dtype("cpu") is dtype
         assert iteration_dtype(torch.device("cuda", 1)) is torch.bfloat16
 
@@ -48,11 +48,11 @@ def test_doctor_and_tune_say_that_bfloat16_is_slow(
     monkeypatch.chdir(tmp_path)
     Path("experiment.yaml").write_text(EXPERIMENT)
     asked = ["tune", "experiment.yaml", "--executor", "fused", "--precision", "bfloat16", "--out"]
-    monkeypatch.setattr(precision, "bfloat16_slowdown", lambda: 70.0)
+    monkeypatch.setattr(devices, "bfloat16_slowdown", lambda: 70.0)
     assert run([*asked, "slow"]) == 0
     assert "multiplies bfloat16 70 times slower than float32: --precision float32" in capsys.readouterr().err
     run(["doctor"])
     assert "70.0 times as long as in float32; Muon iterates in float32 here" in capsys.readouterr().out
-    monkeypatch.setattr(precision, "bfloat16_slowdown", lambda: 1.5)
+    monkeypatch.setattr(devices, "bfloat16_slowdown", lambda: 1.5)
     assert run([*asked, "fast"]) == 0
     assert "multiplies bfloat16" not in capsys.readouterr().err

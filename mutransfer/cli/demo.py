@@ -74,7 +74,7 @@ def demo(
     from ..sweeps.autoselect import Forecast, TimedExecutor, limited, run_seconds
     from ..sweeps.executors import PerScaleExecutor, executor_for
     from ..sweeps.experiment import Experiment
-    from ..sweeps.jobs import RunContext, SequentialExecutor
+    from ..sweeps.jobs import RunContext
     from ..sweeps.results import target_of_run
     from ..sweeps.tune import tune
     from ..sweeps.verify import verify_run
@@ -91,20 +91,19 @@ def demo(
         if not fused:
             executor = held.enter_context(executor_for(experiment, "processes", device=where))
         scales = [experiment.proxy_scale.with_(width=width) for width in WIDTHS]
-        # So small a proxy gains nothing from a second thread, and on a busy machine it would mostly wait for that thread.
-        with limited(1):
+        with limited(1):  # as in a process
             alone = {scale: run_seconds(context, scale, where) for scale in scales}
-            side_by_side = SIDE_BY_SIDE / executor.capacity
-            seconds = {scale: alone[scale] * (FUSED[scale.width] if fused else side_by_side) for scale in scales}
-            forecast = Forecast(_phases(experiment, alone[scales[0]], seconds, 0.0 if fused else START))
-            forecast.begin("tuning")
-            with Progress(f"tuning the proxy, width {WIDTHS[0]}", forecast.left) as progress:
-                sequential = TimedExecutor(SequentialExecutor(where), forecast, alone)
-                found = tune(experiment, folder, executor=sequential, device=where, progress=progress, context=context)
+        side_by_side = SIDE_BY_SIDE / executor.capacity
+        seconds = {scale: alone[scale] * (FUSED[scale.width] if fused else side_by_side) for scale in scales}
+        forecast = Forecast(_phases(experiment, seconds, 0.0 if fused else START))
+        timed = TimedExecutor(executor, forecast, seconds)
+        forecast.begin("tuning")
+        with Progress(f"tuning the proxy, width {WIDTHS[0]}", forecast.left) as progress:
+            found = tune(experiment, folder, executor=timed, device=where, progress=progress, context=context)
         gain = f" (default recipe: {found.default:.3f})" if found.default is not None else ""
         say(f"best recipe: lr {found.best.lr:.4g}, loss {found.value:.3f}{gain}")
         verified, optima = verify_run(
-            context, found.best, folder, WIDTHS, TimedExecutor(executor, forecast, seconds),
+            context, found.best, folder, WIDTHS, timed,
             seeds=SEEDS, control="sp", device=where, forecast=forecast, progress=Progress,
         )  # fmt: skip
     arguments = {
@@ -157,14 +156,13 @@ def _fused(jobs: int | None, independent: bool, device: str) -> Executor:
     return VectorizedExecutor(max(2, min(count if independent else count // LEARNING, AT_ONCE)), device)
 
 
-def _phases(experiment: Experiment, alone: float, seconds: Mapping[Scale, float], start: float) -> dict[str, float]:
+def _phases(experiment: Experiment, seconds: Mapping[Scale, float], start: float) -> dict[str, float]:
     """Return the expected seconds of each phase.
 
     Args:
         experiment: the experiment.
-        alone: seconds of a run of the proxy that is trained by itself.
-        seconds: seconds of a run at each scale in the executor of the basins.
-        start: seconds until that executor has started.
+        seconds: seconds of a run at each scale.
+        start: seconds until the executor has started.
     """
     from ..sweeps.verify import REACH
 
@@ -172,8 +170,8 @@ def _phases(experiment: Experiment, alone: float, seconds: Mapping[Scale, float]
     # Learning rates around the transferred one; for SP those around its likely best one, and the transferred one.
     points = {scale: 2 * (2 * REACH + 1) + (math.log2(scale.width / proxy.width) > REACH) for scale in seconds}
     return {
-        "tuning": experiment.trials * (PRUNED * alone + ASKING),
-        "basins": start + SEEDS * sum(points[scale] * each for scale, each in seconds.items()),
+        "tuning": start + experiment.trials * (PRUNED * seconds[proxy] + ASKING),
+        "basins": SEEDS * sum(points[scale] * each for scale, each in seconds.items()),
         "control": (experiment.trials * PRUNED + SEEDS) * seconds[widest] + experiment.trials * ASKING,
         "check and report": CHECK_AND_REPORT,
     }

@@ -107,7 +107,7 @@ def _cores() -> dict[str, Any]:
 
 
 def _bfloat16() -> dict[str, Any]:
-    from ..precision import SLOW, bfloat16_slowdown
+    from ..devices import SLOW, bfloat16_slowdown
 
     times = bfloat16_slowdown()
     detail = f"products on the CPU take {times:.1f} times as long as in float32"

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import AdamW, Muon, Optimizer
 
 from .._torch_internals import muon_lr
-from ..precision import bfloat16_is_slow
+from ..devices import bfloat16_is_slow
 
 __all__ = ["MuonWithAdamW", "iteration_dtype", "orthogonalized"]
 

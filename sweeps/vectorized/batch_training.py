@@ -12,33 +12,19 @@ import torch
 from torch import Tensor
 
 from mutransfer._torch_internals import tree_map
-from mutransfer.devices import devices_of, is_out_of_memory, seeded_generators, uploaded
+from mutransfer.devices import devices_of, float32_products, is_out_of_memory, seeded_generators, uploaded
 from mutransfer.errors import describe
 from mutransfer.family import Family, unwrapped
 from mutransfer.initialization.init import draw_
 from mutransfer.planning.plan import Plan, matched
-from mutransfer.precision import float32_products
 from mutransfer.proxies.data import Data
 from mutransfer.proxies.training import FINITE_EVERY, Training, multiplier
 from mutransfer.scale import Scale
 
 from ..jobs import RunContext
 from .compile import Graphed, Step, compiled, graphed
-from .step import (
-    FUSED,
-    Moving,
-    OptimSettings,
-    Stack,
-    Tensors,
-    TrainingStep,
-    blank_state,
-    grouped,
-    kind_of,
-    losses_of,
-    moving_parts,
-    numbers_at,
-    settings_of,
-)
+from .step import Moving, Stack, Tensors, TrainingStep, grouped, losses_of, moving_parts
+from .updates import FUSED, OptimSettings, blank_state, kind_of, numbers_at, settings_of
 
 __all__ = ["NOT_FOR_ONE", "Precision", "Slot", "Snapshot", "VectorizedTraining", "refusal"]
 

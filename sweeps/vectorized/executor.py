@@ -155,12 +155,21 @@ class SlotBatch:
         return {index: losses.get(index, math.nan) for index in due}
 
     def _start(self) -> None:
-        fresh = [index for index, each in self._places() if each.start is None]
-        if fresh:
+        """Set the loss before the first step of new jobs; jobs that start with the same weights share it."""
+        alike: dict[Any, list[Running]] = {}
+        first: list[int] = []
+        for index, each in self._places():
+            if each.start is None:
+                weights = each.slot.seed, tuple(row.init for row in each.slot.plan.rows)
+                if weights not in alike:
+                    first.append(index)
+                alike.setdefault(weights, []).append(each)
+        if first:
             with self._shared():
-                losses = self.training.validate(fresh)
-            for index, loss in zip(fresh, losses, strict=True):
-                self.running[index].start = loss  # type: ignore[union-attr]
+                losses = self.training.validate(first)
+            for jobs, loss in zip(alike.values(), losses, strict=True):
+                for each in jobs:
+                    each.start = loss
 
     def at_rung(self, losses: dict[int, float]) -> dict[int, Report]:
         """Return the reports of the jobs that are at a rung and may continue, given the ``losses`` of `go`."""
@@ -224,7 +233,7 @@ class VectorizedExecutor(Executor):
         device: where to train.
         precision: precision of matrix products; bfloat16 uses `torch.autocast`, with weights and optimizer states in float32.
         compile: compile the training step, which takes from ten seconds to a minute for each scale.
-        checkpoints: where running trials are saved at rungs; None disables checkpoints.
+        checkpoints: where running trials are saved, at rungs and every 25 steps; None disables checkpoints.
 
     Attributes:
         programs: compiled steps by name, for each experiment, scale and number of jobs; None where compiling failed.
@@ -380,7 +389,7 @@ def _structure(context: RunContext, job: Job) -> Any:
 
 SUFFIX = ".trials"
 LAYOUT = 2  # of the tensors in an entry; files of another layout are not read
-SHARE = 0.02  # maximum fraction of time spent on writing; rungs that come too soon after a write are not saved
+SHARE = 0.02  # maximum fraction of time spent on writing
 
 
 class Checkpoints:
@@ -388,7 +397,7 @@ class Checkpoints:
 
     Args:
         folder: created when the first file is written.
-        share: maximum fraction of time spent on writing; 1 to write at every rung.
+        share: maximum fraction of time spent on writing; 1 to write each time.
     """
 
     def __init__(self, folder: Path, share: float = SHARE) -> None:

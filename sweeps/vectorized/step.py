@@ -4,13 +4,10 @@ The tensors of the K models are stacked, and one model provides the structure. A
 lets the usual kernel compute all of them. Parameters of equal shape and update form a group, which is one tensor: what is done
 to all of them is then one operation, whatever their number. The parameters themselves are views of it.
 
-Optimizer steps repeat torch's arithmetic operation by operation, so a vectorized step equals a separate one. A step that will
-be compiled returns new tensors: Inductor's fusion for CPUs failed on programs that write in place (docs/log.md). Others write in
-place, and on a CPU they update large groups piece by piece, so that a piece stays in the cache from the first operation to the
-last.
+A step that will be compiled returns new tensors: Inductor's fusion for CPUs failed on programs that write in place (docs/log.md).
+Others write in place.
 
-Shapes: groups, their gradients and states are [K, n, ...] for n parameters; numbers of the optimizer are computed in float64,
-[K, P] for the P parameters of all groups with the same kind of update.
+Shapes: groups, their gradients and states are [K, n, ...] for n parameters.
 """
 
 from __future__ import annotations
@@ -27,51 +24,18 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from mutransfer._torch_internals import NEWTON_SCHULZ, muon_lr, register_dataclass
+from mutransfer._torch_internals import register_dataclass
 from mutransfer.devices import devices_of, random_state_restored
 from mutransfer.family import Family
-from mutransfer.optimizers.muon import iteration_dtype, orthogonalized
-from mutransfer.planning.plan import ColumnBlock, ParameterPlan, Plan, parted
+from mutransfer.planning.plan import parted
+
+from .updates import Kind, State, is_in_pieces, updated
 
 __all__ = [
-    "FUSED",
-    "FoldedAttention",
-    "Group",
-    "Kind",
-    "Moving",
-    "OptimSettings",
-    "Stack",
-    "Tensors",
-    "TrainingStep",
-    "blank_state",
-    "grouped",
-    "kind_of",
-    "losses_of",
-    "moving_parts",
-    "numbers_at",
-    "settings_of",
-    "stepped",
-]
+    "Group", "Moving", "Stack", "StackedKernels", "Tensors", "TrainingStep", "grouped", "losses_of", "moving_parts",
+]  # fmt: skip
 
-FUSED = ("adamw", "adam", "sgd", "muon", "muon-match-rms-adamw")
-OptimSettings = dict[str, Tensor]
-State = tuple[Tensor, ...]
 Tensors = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Kind:
-    """Optimizer update of a parameter.
-
-    Attributes:
-        name: "adam", "sgd" or "muon".
-        iteration: dtype of Muon's iteration.
-        columns: column blocks with separate gauges, which count in clipping.
-    """
-
-    name: str
-    iteration: torch.dtype = torch.bfloat16
-    columns: tuple[ColumnBlock, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -107,169 +71,73 @@ def grouped(parameters: Mapping[str, Tensor], kinds: Mapping[str, Kind]) -> dict
     return groups
 
 
-def kind_of(plan: Plan, row: ParameterPlan, device: str) -> Kind:
-    """Return the update of one parameter on ``device``."""
-    settings = plan.settings_of(row)
-    if settings.get("muon"):
-        return Kind("muon", iteration_dtype(device))
-    return Kind("adam" if "betas" in settings else "sgd", columns=row.columns)
+class StackedKernels(TorchFunctionMode):
+    """Mode in which attention and RMSNorm under one `torch.vmap` are computed for all models at once by fewer operations.
 
-
-def settings_of(plan: Plan, row: ParameterPlan) -> dict[str, float]:
-    """Return the optimizer settings of one parameter as numbers, including its gauge, which counts in clipping."""
-    settings = plan.settings_of(row)
-    betas = settings.get("betas", (0.0, 0.0))
-    return {
-        "lr": settings["lr"],
-        "adjusted": muon_lr(1.0, settings["adjust_lr_fn"], torch.Size(row.shape)) if settings.get("muon") else 1.0,
-        "weight_decay": settings["weight_decay"],
-        "eps": settings.get("eps", 0.0),
-        "beta1": betas[0],
-        "beta2": betas[1],
-        "momentum": settings.get("momentum", 0.0),
-        "gauge": row.gauge,
-    }
-
-
-def numbers_at(kind: str, settings: OptimSettings, multiplier: Tensor, step: Tensor) -> Tensor:
-    """Return all numbers that the updates of one kind need at some steps, in the order in which the update unpacks them.
-
-    They are computed in float64, as torch's optimizers compute them in Python, once for all parameters.
-
-    Args:
-        kind: name of the kind.
-        settings: settings of its parameters, each [K, P].
-        multiplier: the factor on every learning rate, [steps, K].
-        step: number of the step, from 1, [steps, K].
-
-    Returns:
-        [steps, N, K, P] in float64.
-    """
-    lr, t = settings["lr"] * multiplier.unsqueeze(-1), step.unsqueeze(-1)
-    keep = 1 - lr * settings["weight_decay"]
-    rows: tuple[Tensor, ...]
-    match kind:
-        case "adam":
-            beta1, beta2 = settings["beta1"], settings["beta2"]
-            size, root = lr / (1 - beta1**t), (1 - beta2**t).sqrt()
-            rows = (keep, size, root, 1 - beta1, beta2, 1 - beta2, settings["eps"])
-        case "muon":
-            momentum = settings["momentum"]
-            rows = (keep, lr * settings["adjusted"], momentum, 1 - momentum)
-        case _:
-            rows = (lr, settings["weight_decay"], settings["momentum"])
-    return torch.stack([each.expand_as(lr) for each in rows], dim=1)
-
-
-def blank_state(kind: Kind, parameter: Tensor) -> State:
-    """Return the optimizer's state before the first step."""
-    return tuple(torch.zeros_like(parameter) for _ in range(2 if kind.name == "adam" else 1))
-
-
-def stepped(
-    kind: Kind, p: Tensor, g: Tensor, state: State, numbers: Tensor, in_place: bool = False
-) -> tuple[Tensor, State]:
-    """Return a group's parameters ``[K, n, ...]`` and their optimizer state after one step.
-
-    Args:
-        kind: their update.
-        p: parameters before the step.
-        g: their gradients.
-        state: optimizer state before the step.
-        numbers: [N, K, n], from `numbers_at`.
-        in_place: write the results to ``p`` and ``state``.
-    """
-    into = (p, *state) if in_place else (None, None, None)
-    each = numbers.to(p.dtype).view(*numbers.shape, *[1] * (p.dim() - 2)).unbind()
-    match kind.name:
-        case "adam":
-            return _adam(p, g, state, into, *each)
-        case "muon":
-            return _muon(p, g, state, into, *each, dtype=kind.iteration)
-        case _:
-            return _sgd(p, g, state, into, *each)
-
-
-Into = tuple[Tensor | None, ...]
-
-
-def _adam(
-    p: Tensor, g: Tensor, state: State, into: Into, keep: Tensor, size: Tensor, root: Tensor, rest1: Tensor, beta2: Tensor,
-    rest2: Tensor, eps: Tensor,
-) -> tuple[Tensor, State]:  # fmt: skip
-    """AdamW; `Adam` is the same here, since its rule has no weight decay (`torch.optim.adam._single_tensor_adam`)."""
-    first = torch.lerp(state[0], g, rest1, out=into[1])
-    second = torch.add(state[1] * beta2, rest2 * g * g, out=into[2])
-    return torch.sub(p * keep, size * first / (second.sqrt() / root + eps), out=into[0]), (first, second)
-
-
-def _sgd(
-    p: Tensor, g: Tensor, state: State, into: Into, lr: Tensor, weight_decay: Tensor, momentum: Tensor
-) -> tuple[Tensor, State]:
-    """SGD with momentum; a zero buffer gives the same first step as torch (`torch.optim.sgd._single_tensor_sgd`)."""
-    g = g + weight_decay * p
-    buffer = torch.add(state[0] * momentum, g, out=into[1])
-    return torch.sub(p, lr * buffer, out=into[0]), (buffer,)
-
-
-def _muon(
-    p: Tensor, g: Tensor, state: State, into: Into, keep: Tensor, size: Tensor, momentum: Tensor, rest: Tensor, *,
-    dtype: torch.dtype,
-) -> tuple[Tensor, State]:  # fmt: skip
-    """Muon with Nesterov momentum (`torch.optim._muon._single_tensor_muon`)."""
-    buffer = torch.lerp(state[0], g, rest, out=into[1])
-    aim = torch.lerp(g, buffer, momentum).flatten(0, 1)
-    direction = orthogonalized(aim, dtype, *NEWTON_SCHULZ).view_as(p)
-    return torch.sub(p * keep, size * direction.to(p.dtype), out=into[0]), (buffer,)
-
-
-PIECE = 2**18  # numbers of a piece: with its gradients, states and temporary tensors, it fits into most shared caches
-
-
-def _in_pieces(
-    kind: Kind, p: Tensor, gradients: Sequence[Tensor], state: State, numbers: Tensor, scale: Tensor | None
-) -> None:
-    """Update a group in place, piece by piece; the result is that of `stepped`.
-
-    The temporary tensors are small, so memory that sufficed for the gradients does not run out halfway.
-
-    Args:
-        kind: their update.
-        p: parameters, ``[K, n, ...]``.
-        gradients: gradient of each parameter, ``[K, 1, ...]``.
-        state: optimizer state.
-        numbers: [N, K, n], from `numbers_at`.
-        scale: factor on the gradients of each model, [K]; None for none.
-    """
-    models = max(1, PIECE // p[0, 0].numel())
-    rows = max(1, PIECE // p[0, 0, 0].numel())
-    for index, gradient in enumerate(gradients):
-        one = slice(index, index + 1)
-        for model in range(0, p.shape[0], models):
-            some = slice(model, model + models)
-            for row in range(0, p.shape[2], rows):
-                place = (some, one, slice(row, row + rows))
-                g = gradient[some, :, place[2]].contiguous()
-                if scale is not None:
-                    g *= _each_model(scale[some], g)
-                stepped(kind, p[place], g, tuple(each[place] for each in state), numbers[:, some, one], in_place=True)
-
-
-def _each_model(values: Tensor, stack: Tensor) -> Tensor:
-    """Return one value for each model, [K], in a shape that broadcasts over ``stack``, [K, ...]."""
-    return values.to(stack.dtype).view(-1, *[1] * (stack.dim() - 1))
-
-
-class FoldedAttention(TorchFunctionMode):
-    """Mode in which `scaled_dot_product_attention` under one `torch.vmap` folds the mapped axis into the batch.
-
-    Take gradients outside of the vmap, of the sum of its losses.
+    `scaled_dot_product_attention` folds the mapped axis into the batch; `rms_norm` has its gradient written out. Take gradients
+    outside of the vmap, of the sum of its losses.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
             return _attention(*args, **(kwargs or {}))
+        if func in (torch.rms_norm, F.rms_norm):
+            return _rms_norm(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+
+def _rms_norm(input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Any:
+    """Accept the arguments of torch's function, by position or by name."""
+    cast = torch.is_autocast_enabled(input.device.type)
+    if weight is None or len(normalized_shape) != 1 or input.dtype != weight.dtype or cast:
+        return torch.rms_norm(input, normalized_shape, weight, eps)
+    return _Normed.apply(input, weight, torch.finfo(input.dtype).eps if eps is None else eps)
+
+
+class _Normed(torch.autograd.Function):
+    """An autograd function that exists for its vmap rule."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """Compute RMSNorm without vmap, for inputs that all models share."""
+        return torch.rms_norm(x, weight.shape, weight, eps)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        """Save nothing, since inputs that all models share have no gradient."""
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, int]:
+        """Compute it for all models."""
+        x, weight = (_first(each, dim, info.batch_size) for each, dim in zip((x, weight), in_dims[:2], strict=True))
+        return _RMSNorm.apply(x, weight, eps), 0
+
+
+class _RMSNorm(torch.autograd.Function):
+    """RMSNorm of inputs [K, ..., D] with weights [K, D]: the gradients take a third of the operations that autograd would."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """Normalize, then multiply by the weights."""
+        inverse = torch.rsqrt(torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1] + eps)
+        normed = x * inverse
+        ctx.save_for_backward(normed, inverse, weight)
+        return normed * _along(weight, x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        """Return the gradients of input and weights."""
+        normed, inverse, weight = ctx.saved_tensors
+        product = gradient * normed
+        rows = product.reshape(weight.shape[0], -1, weight.shape[-1])
+        mean = torch.bmm(rows, weight.unsqueeze(-1)).view_as(inverse) / weight.shape[-1]
+        of_input = torch.addcmul(gradient * _along(weight, gradient), normed, mean, value=-1) * inverse
+        return of_input, rows.sum(1), None
+
+
+def _along(weight: Tensor, x: Tensor) -> Tensor:
+    """Return weights [K, D] in a shape that broadcasts over inputs [K, ..., D]."""
+    return weight.view(weight.shape[0], *[1] * (x.dim() - 2), weight.shape[-1])
 
 
 def _attention(
@@ -482,7 +350,9 @@ class TrainingStep:
         groups, tensors = self.stack.groups, dict(resting)
         leaves: dict[str, list[Tensor]] = {}
         for name, each in now.trained.items():
-            if self._in_pieces(groups[name].kind, each):  # gradients of single parameters need not be stacked
+            if is_in_pieces(
+                groups[name].kind, each, self.in_place
+            ):  # gradients of single parameters need not be stacked
                 leaves[name] = [member.detach().requires_grad_() for member in _members(each)]
                 tensors |= zip(groups[name].names, leaves[name], strict=True)
             else:
@@ -498,9 +368,9 @@ class TrainingStep:
         with torch.no_grad():
             scale = clip_scale(gradients, groups, gauges, limit) if self.clips else None
             after = {
-                name: self._updated(
+                name: updated(
                     group.kind, now.trained[name], gradients[name], now.states[name],
-                    numbers[group.kind.name][..., group.columns], scale,
+                    numbers[group.kind.name][..., group.columns], scale, self.in_place,
                 )
                 for name, group in groups.items()
             }  # fmt: skip
@@ -509,22 +379,6 @@ class TrainingStep:
             buffers,
             {name: state for name, (_, state) in after.items()},
         )
-
-    def _in_pieces(self, kind: Kind, group: Tensor) -> bool:
-        large = group.numel() > PIECE and group.dim() > 3
-        return self.in_place and large and group.device.type == "cpu" and kind.name != "muon"
-
-    def _updated(
-        self, kind: Kind, p: Tensor, gradients: list[Tensor], state: State, numbers: Tensor, scale: Tensor | None
-    ) -> tuple[Tensor, State]:
-        if self._in_pieces(kind, p):
-            _in_pieces(kind, p, gradients, state, numbers, scale)
-            return p, state
-        # Use the memory layout of the weights: a layer's gradient is transposed, and tensors computed from it would be too.
-        gradient = gradients[0].contiguous()
-        if scale is not None:
-            gradient = gradient * _each_model(scale, gradient)
-        return stepped(kind, p, gradient, state, numbers, self.in_place)
 
 
 def losses_of(
@@ -537,7 +391,7 @@ def losses_of(
         return stack.loss({**tensors, **buffers}, batch), buffers
 
     run = torch.vmap(one, randomness="different")
-    with FoldedAttention(), _casting(tensors, precision), warnings.catch_warnings():
+    with StackedKernels(), _casting(tensors, precision), warnings.catch_warnings():
         # An operation without a vmap rule runs model by model: slower, but correct.
         warnings.filterwarnings("ignore", "There is a performance drop")
         return run(tensors, buffers, batch)

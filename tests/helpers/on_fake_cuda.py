@@ -239,7 +239,7 @@ def faulty(fault: str) -> dict[str, int]:
 def cases(group: str) -> Iterator[Case]:
     """Yield the cases of a group, by name."""
     from mutransfer.optimizers.rules import OPTIMIZERS
-    from mutransfer.sweeps.vectorized.step import FUSED
+    from mutransfer.sweeps.vectorized.updates import FUSED
 
     match group:
         case "uploads":

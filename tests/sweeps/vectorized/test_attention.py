@@ -1,4 +1,4 @@
-"""Folded attention is attention model by model, with every argument that torch's function takes, values and gradients."""
+"""Attention and RMSNorm of stacked models are those of model by model, with every argument that torch's function takes, values and gradients."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mutransfer.sweeps.vectorized.step import FoldedAttention
+from mutransfer.sweeps.vectorized.step import StackedKernels
 
 K, B, H, T, S, D = 3, 2, 4, 5, 7, 8
 
@@ -32,7 +32,7 @@ def folded(inputs: list[Tensor | None], dims: list[int | None], call: Callable[.
     leaves = [
         each.clone().requires_grad_() if each is not None and each.is_floating_point() else each for each in inputs
     ]
-    with FoldedAttention(), warnings.catch_warnings():
+    with StackedKernels(), warnings.catch_warnings():
         warnings.simplefilter("error")  # no silent loop over the models
         out = torch.vmap(call, in_dims=tuple(dims))(*leaves)
     weights = draw(*out.shape, seed=5)
@@ -132,7 +132,7 @@ def test_what_is_shared_by_all_is_computed_once() -> None:
         return x * F.scaled_dot_product_attention(q, k, v, scale=0.2)
 
     x = draw(K)
-    with FoldedAttention():
+    with StackedKernels():
         out = torch.vmap(call)(x)
     torch.testing.assert_close(out[1], call(x[1]))
 
@@ -140,7 +140,7 @@ def test_what_is_shared_by_all_is_computed_once() -> None:
 def test_dropout_drops_in_every_model_for_itself() -> None:
     v = torch.ones(K, B, H, S, D)
     q, k = torch.zeros(K, B, H, T, D), torch.zeros(K, B, H, S, D)
-    with FoldedAttention():
+    with StackedKernels():
         out = torch.vmap(lambda *x: F.scaled_dot_product_attention(*x, dropout_p=0.5), randomness="different")(q, k, v)
     assert not torch.equal(out[0], out[1])
     torch.testing.assert_close(out.mean(), torch.tensor(1.0), rtol=0.1, atol=0)
@@ -151,8 +151,30 @@ def test_torchs_own_attention_layer() -> None:
     x = draw(K, B, T, 16)
     parameters, _ = torch.func.stack_module_state(layers)
     run = lambda p, x: torch.func.functional_call(layers[0], p, (x, x, x), {"need_weights": False})[0]  # noqa: E731
-    with FoldedAttention(), warnings.catch_warnings():
+    with StackedKernels(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "There is a performance drop")
         out = torch.vmap(run)(parameters, x)
     for k, layer in enumerate(layers):
         torch.testing.assert_close(out[k], layer(x[k], x[k], x[k], need_weights=False)[0])
+
+
+@pytest.mark.parametrize("shape", [(), (B,), (B, T), (B, H, T)])
+@pytest.mark.parametrize("dims", [(0, 0), (0, None), (1, 0)])
+@pytest.mark.parametrize("eps", [None, 0.1])
+def test_the_written_out_gradient_of_rms_norm(shape: tuple[int, ...], dims: tuple[int, ...], eps: float | None) -> None:
+    if dims[0] == 1 and not shape:
+        dims = (0, 0)
+    x = draw(K, *shape, D) if dims[0] == 0 else draw(shape[0], K, *shape[1:], D)
+    weight = draw(*([K] if dims[1] == 0 else []), D, seed=1)
+    call = lambda x, weight: F.rms_norm(x, (D,), weight, eps)  # noqa: E731
+    ours, theirs = folded([x, weight], [*dims], call), one_by_one([x, weight], [*dims], call)
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_rms_norm_without_weights_and_over_two_axes_is_torchs() -> None:
+    for shape, weight in (((D,), None), ((T, D), draw(T, D))):
+        call = lambda x, shape=shape, weight=weight: F.rms_norm(x, shape, weight)  # noqa: E731
+        ours, theirs = folded([draw(K, T, D)], [0], call), one_by_one([draw(K, T, D)], [0], call)
+        for one, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)

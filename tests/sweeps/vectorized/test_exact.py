@@ -11,7 +11,7 @@ import torch
 
 import mutransfer as mt
 from mutransfer.optimizers import muon
-from mutransfer.sweeps.vectorized import step
+from mutransfer.sweeps.vectorized import updates
 from mutransfer.sweeps.vectorized.batch_training import Slot, VectorizedTraining
 
 from ...helpers.apart import apart, distance, plans, together
@@ -65,7 +65,7 @@ def test_an_update_in_pieces_is_the_same(name: str, optimizer: str, monkeypatch:
     own = plans(name, optimizer)
     ends = []
     for piece in (2**18, 150):  # 150: of one model, or of some rows of one
-        monkeypatch.setattr(step, "PIECE", piece)
+        monkeypatch.setattr(updates, "PIECE", piece)
         fused = together(name, [Slot(plan, seed) for seed, plan in enumerate(own)])
         fused.advance(5)
         ends.append({**fused.now.trained, **fused.now.buffers})
@@ -147,7 +147,7 @@ COMPILED = {
 )
 def test_compiled_trainings_are_separate_trainings(name: str, optimizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # A compiler sums in another order, and the rounding of Muon's bfloat16 or float32 would hide what is to be seen.
-    for module in (muon, step):
+    for module in (muon, updates):
         monkeypatch.setattr(module, "iteration_dtype", lambda device: torch.float64)
     own = plans(name, optimizer)
     fused = together(name, [Slot(plan, seed) for seed, plan in enumerate(own)], compile=True)
