@@ -65,7 +65,7 @@ def demo(
 ) -> int:
     """Run the whole loop on real data.
 
-    Tune a proxy of width 16, verify up to width 256 against SP, check, transfer and report: about three minutes on two cores.
+    Tune a proxy of width 16, verify up to width 256 against SP, check, transfer and report: about two minutes on two cores.
     """
     from ..io import write_json
     from ..reports import write_report

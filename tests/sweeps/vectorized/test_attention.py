@@ -1,4 +1,4 @@
-"""Attention and RMSNorm of stacked models are those of model by model, with every argument that torch's function takes, values and gradients."""
+"""Attention and RMSNorm of stacked models equal those of model by model, with all arguments of torch's functions."""
 
 from __future__ import annotations
 
