@@ -40,7 +40,8 @@ EXPERIMENT: dict[str, Any] = {
 PRUNED = 0.7  # average cost of a trial, as a fraction of a whole run, if the worse half ends at 40%
 ASKING = 0.1  # seconds that the sampler takes to propose a trial
 SIDE_BY_SIDE = 1.1  # how much slower a run is while another one runs
-FUSED = {16: 0.15, 64: 0.3, 256: 0.55}  # seconds of a fused run on all cores, relative to one alone on one core
+# Seconds of a fused run on two cores, relative to one alone on one core: 0.15 at width 16, 0.3 at 64, 0.55 at 256.
+FUSED, FUSED_POWER = 0.04, 0.47
 START = 5.0  # seconds until processes have imported torch
 CHECK_AND_REPORT = 18.0  # seconds
 MANY = 5  # cores from which processes are faster than fused runs
@@ -94,7 +95,9 @@ def demo(
         with limited(1):  # as in a process
             alone = {scale: run_seconds(context, scale, where) for scale in scales}
         side_by_side = SIDE_BY_SIDE / executor.capacity
-        seconds = {scale: alone[scale] * (FUSED[scale.width] if fused else side_by_side) for scale in scales}
+        seconds = {
+            scale: alone[scale] * (FUSED * scale.width**FUSED_POWER if fused else side_by_side) for scale in scales
+        }
         forecast = Forecast(_phases(experiment, seconds, 0.0 if fused else START))
         timed = TimedExecutor(executor, forecast, seconds)
         forecast.begin("tuning")

@@ -199,6 +199,7 @@ def test_a_command_is_interrupted_in_any_of_its_first_imports(module: str) -> No
 
 # At least 20 runs of 0.15 s.
 VERIFY = ("verify", "slow", "--widths", "8,16", "--seeds", "2")
+PROCESSES = ("--executor", "processes")
 
 
 @pytest.fixture
@@ -209,17 +210,20 @@ def slow(shop: Path, commands: Processes) -> Path:
 
 
 @pytest.mark.extended
-def test_verifying_is_interrupted_killed_and_goes_on(slow: Path, shop: Path, commands: Processes) -> None:
-    basins = slow / "basins.csv"
-    started = commands.start(*VERIFY, cwd=shop)
+@pytest.mark.parametrize("executor", [PROCESSES, ("--executor", "fused", "--at-once", "4")], ids=["processes", "fused"])
+def test_verifying_is_interrupted_killed_and_goes_on(
+    executor: tuple[str, ...], slow: Path, shop: Path, commands: Processes
+) -> None:
+    basins, verify = slow / "basins.csv", (*VERIFY, *executor)
+    started = commands.start(*verify, cwd=shop)
     until(lambda: rows(basins) >= 3)
-    assert len(group_of(started.pid)) > 1  # the command and its workers
+    assert (len(group_of(started.pid)) > 1) == (executor == PROCESSES)  # the command and its workers
     started.interrupt()
     assert_interrupted(started.wait(), started)
     first = BASINS.read(basins)
     assert len(first) >= 3
 
-    killed = commands.start(*VERIFY, cwd=shop)
+    killed = commands.start(*verify, cwd=shop)
     until(lambda: rows(basins) > len(first))
     killed.kill()
     assert killed.wait().code == -signal.SIGKILL
@@ -227,7 +231,7 @@ def test_verifying_is_interrupted_killed_and_goes_on(slow: Path, shop: Path, com
     second = BASINS.read(basins)
     pd.testing.assert_frame_equal(second[: len(first)], first)
 
-    resumed = commands.run(*VERIFY, "--json", cwd=shop)
+    resumed = commands.run(*verify, "--json", cwd=shop)
     assert resumed.code in (0, 1), resumed.err
     whole = BASINS.read(basins)
     pd.testing.assert_frame_equal(whole[: len(second)], second)
@@ -248,7 +252,7 @@ def test_verifying_is_interrupted_while_its_processes_start(slow: Path, shop: Pa
         group = [pid for pid in group_of(started.pid) if pid != started.pid]
         return [pid for pid in group if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
-    started = commands.start(*VERIFY, cwd=shop)
+    started = commands.start(*VERIFY, *PROCESSES, cwd=shop)
     assert all(deaf(pid) for pid in until(workers))
     started.interrupt()
     assert_interrupted(started.wait(), started)

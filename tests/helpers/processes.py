@@ -118,6 +118,7 @@ class Started:
 
     def __init__(self, pid: int, answer: Callable[[], dict[str, Any]], command: str | None = None) -> None:
         self.pid, self._answer, self.command = pid, answer, command
+        self.waited_for = False
 
     def interrupt(self) -> None:
         """Ctrl-C: the whole group hears it."""
@@ -129,6 +130,7 @@ class Started:
 
     def wait(self) -> Ended:
         """Wait for its end."""
+        self.waited_for = True
         return Ended(**self._answer(), command=self.command)
 
 
@@ -146,9 +148,13 @@ class Processes:
     def start(self, *arguments: str, cwd: Path, limit: int | None = None, stdout: str | None = None) -> Started:
         """Start ``mutransfer ARGUMENTS`` in ``cwd``; files may grow to ``limit`` bytes, stdout may be a file."""
         assert self._server.stdin is not None
+        if self._running is not None and not self._running.waited_for:  # by a test that failed in between
+            os.killpg(self._running.pid, signal.SIGKILL)
+            self._running.wait()
         job = {"arguments": arguments, "cwd": str(cwd), "limit": limit, "stdout": stdout}
         self._server.stdin.write(json.dumps(job).encode() + b"\n")
-        return Started(self._answer()["pid"], self._answer, next(iter(arguments), None))
+        self._running = Started(self._answer()["pid"], self._answer, next(iter(arguments), None))
+        return self._running
 
     def run(self, *arguments: str, cwd: Path, limit: int | None = None, stdout: str | None = None) -> Ended:
         """Start it and wait for its end."""
