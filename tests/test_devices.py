@@ -186,6 +186,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
+@pytest.mark.extended
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc")
 @pytest.mark.parametrize("keep", [True, False])
 def test_freed_memory_is_used_again_without_a_page_fault(keep: bool) -> None:

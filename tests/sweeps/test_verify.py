@@ -225,6 +225,7 @@ def test_each_width_is_one_batch_of_both_parametrizations(
     pd.testing.assert_series_equal(ours, theirs, rtol=1e-4)
 
 
+@pytest.mark.extended
 def test_an_interrupted_batch_of_runs_goes_on_inside_of_them(
     folder: RunFolder, advanced: list[tuple[set[str], int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
