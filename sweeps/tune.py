@@ -342,12 +342,10 @@ def tune(
             idle = True
             # Report progress from the start of the first trial: before that, an executor may measure and compile for minutes.
             beginning = functools.partial(progress, finished, experiment.trials, best_so_far(study))
-            table = _TrialsTable(claims, folder.trials)
-            with table:
-                for _ in run_trials(context, claims, dead, executor, flops, beginning):
-                    idle = False
-                    table.update()
-                    progress(min(claims.finished(), experiment.trials), experiment.trials, best_so_far(study))
+            for _ in run_trials(context, claims, dead, executor, flops, beginning):
+                idle = False
+                TRIALS.write(trials_frame(claims.trials()), folder.trials)
+                progress(min(claims.finished(), experiment.trials), experiment.trials, best_so_far(study))
             if idle:  # other workers are running the missing trials
                 beginning()
                 time.sleep(LOOK_EVERY)
@@ -364,39 +362,6 @@ def tune(
         tuned.best.save(folder.best)
         folder.note_progress("tune", planned=experiment.trials, ended=True)
     return tuned
-
-
-TABLE_EVERY = 1.0  # seconds
-
-
-class _TrialsTable:
-    """The table of all trials in the run folder: a copy of the storage for people and `report`, written at most once a second.
-
-    Use as a context manager, which writes the last trials when the sweep ends or is interrupted.
-    """
-
-    def __init__(self, claims: TrialQueue, path: Path) -> None:
-        self._claims, self._path = claims, path
-        self._written, self._pending = -math.inf, False
-
-    def update(self) -> None:
-        """Write the table, unless it was written less than a second ago."""
-        self._pending = True
-        if time.monotonic() - self._written >= TABLE_EVERY:
-            self._write()
-
-    def _write(self) -> None:
-        TRIALS.write(trials_frame(self._claims.trials()), self._path)
-        self._written, self._pending = time.monotonic(), False
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self._pending:
-            # An error that ends the sweep may make this fail as well, and says more.
-            with contextlib.suppress(*([Exception] if kind is not None else [])):
-                self._write()
 
 
 def _refuse_other_experiment(experiment: Experiment, folder: RunFolder) -> None:

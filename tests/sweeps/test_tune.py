@@ -11,7 +11,6 @@ import pytest
 from mutransfer.run_dir import RunFolder
 from mutransfer.scale import Scale
 from mutransfer.schemas import TRIALS
-from mutransfer.sweeps import tune as tuning
 from mutransfer.sweeps.jobs import Job, RunContext, SequentialExecutor, run_jobs
 from mutransfer.sweeps.results import best_so_far
 from mutransfer.sweeps.tune import tune
@@ -42,23 +41,6 @@ def test_a_total_is_a_total(folder: RunFolder) -> None:
     assert more.trials["value"].tolist()[:4] == found.trials["value"].tolist()
     assert more.value <= found.value
     assert_agrees(more, folder)
-
-
-def test_the_table_is_written_at_most_once_a_second_and_at_the_end(
-    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tuning, "TABLE_EVERY", 3600.0)
-    lengths = []
-
-    def progress(done: int, total: int, text: str) -> None:
-        lengths.append(len(TRIALS.read(folder.trials)) if folder.trials.exists() else 0)
-        if done == 5:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        tune(experiment(trials=8), folder, executor=Planted(bowl), progress=progress)
-    assert max(lengths) == 1
-    assert TRIALS.read(folder.trials)["state"].tolist()[:5] == ["COMPLETE"] * 5
 
 
 def test_fewer_than_there_are_adds_nothing_and_ends(folder: RunFolder) -> None:
