@@ -207,7 +207,7 @@ def _in_pieces(
                 place = (some, one, slice(row, row + rows))
                 g = gradient[some, :, place[2]].contiguous()
                 if scale is not None:
-                    g *= _each_model(scale[some], g)
+                    g = g * _each_model(scale[some], g)  # not in place: two parameters may share their gradient
                 stepped(kind, p[place], g, tuple(each[place] for each in state), numbers[:, some, one], in_place=True)
 
 

@@ -11,10 +11,12 @@ import torch
 
 import mutransfer as mt
 from mutransfer.optimizers import muon
+from mutransfer.proxies.load import cross_entropy
 from mutransfer.sweeps.vectorized import updates
 from mutransfer.sweeps.vectorized.batch_training import Slot, VectorizedTraining
 
 from ...helpers.apart import apart, distance, plans, together
+from ...helpers.blobs import blobs
 from ...helpers.sets import extended_but
 
 MODELS = ["mlp", "transformer", "grouped", "resnet", "normed", "llama"]
@@ -71,6 +73,35 @@ def test_an_update_in_pieces_is_the_same(name: str, optimizer: str, monkeypatch:
         ends.append({**fused.now.trained, **fused.now.buffers})
     for key, whole in ends[0].items():
         assert (ends[1][key] - whole).norm() <= 1e-13 * whole.norm()  # the gradient's norm is summed in another order
+
+
+class Summed(torch.nn.Module):
+    """Two matrices that are only used in their sum: autograd returns one tensor as the gradient of both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = (torch.nn.Parameter(torch.randn(16, 64) / 8) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return ((self.one + self.other) @ x.flatten(1).T).T
+
+
+def test_a_gradient_that_two_parameters_share_is_clipped_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = blobs("images", noise=1, held_out=8).batch(0, 4, 0)
+    summed = mt.Family(
+        build=lambda scale: Summed(), batch=batch, loss=cross_entropy, base=mt.Scale(16, 1),
+        roles={"*": "finite"},
+    )  # fmt: skip
+    planned = mt.plan(summed, summed.base, optimizer="sgd", recipe=mt.Recipe(lr=0.1, clip=1e-3))
+    ends = []
+    for piece in (2**18, 150):
+        monkeypatch.setattr(updates, "PIECE", piece)
+        data = blobs("images", noise=1, held_out=8)
+        fused = VectorizedTraining(summed, [Slot(planned, 0), Slot(planned, 1)], data, steps=3, batch_size=4)
+        fused.advance(3)
+        ends.append(fused.now.trained)
+    for key, whole in ends[0].items():
+        assert (ends[1][key] - whole).norm() <= 1e-13 * whole.norm()
 
 
 @pytest.mark.parametrize("name", extended_but(["mlp", "transformer", "normed"], "mlp", "normed"))
