@@ -62,7 +62,7 @@ def keep_freed_memory() -> bool:
     """Make the C library keep freed memory for the next allocation, until this process ends; return whether it can.
 
     Every training step allocates the same tensors again. By default, glibc returns large freed blocks to the system, which
-    then has to zero each page before its next use; that takes up to a third of a fused step (docs/explanation/throughput.md).
+    then has to zero each page before its next use; that takes up to a third of a fused step (docs/log.md).
     The process's memory then stays at its peak. Other C libraries have no such setting.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

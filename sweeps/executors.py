@@ -6,7 +6,6 @@ import contextlib
 import functools
 import logging
 import os
-from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -132,15 +131,10 @@ class PerScaleExecutor(Executor):
 
     def events(self, session: Session) -> Events:
         """See `Executor`."""
-        submitted = deque[Job]()
-        while True:
-            if not submitted:
-                submitted.extend((yield from session.take(1)))
-            if not submitted:
-                return
-            executor = self._at(session.context, submitted[0].scale)
+        while (job := (yield from session.peek())) is not None:
+            executor = self._at(session.context, job.scale)
             self._capacity = executor.capacity
-            yield from executor.events(_OneScale(session, submitted))
+            yield from executor.events(_OneScale(session, job.scale))
 
     def _at(self, context: RunContext, scale: Scale) -> Executor:
         asked = context.experiment
@@ -153,22 +147,20 @@ class PerScaleExecutor(Executor):
 
 
 class _OneScale(Session):
-    """Session of those jobs of another ``session`` that have the scale of the first of its ``submitted`` jobs."""
+    """The jobs of a ``session`` up to the first of another scale."""
 
-    def __init__(self, session: Session, submitted: deque[Job]) -> None:
+    def __init__(self, session: Session, scale: Scale) -> None:
         self.context, self.experiment = session.context, session.experiment
-        self._session, self._waiting, self._scale = session, submitted, submitted[0].scale
+        self._session, self._scale = session, scale
 
-    def take(self, count: int) -> Generator[Ready, None, list[Job]]:
+    def take(self, count: int, alike: Callable[[Job], bool] = lambda job: True) -> Generator[Ready, None, list[Job]]:
         """See `Session`."""
-        taken: list[Job] = []
-        while len(taken) < count:
-            if not self._waiting:
-                self._waiting.extend((yield from self._session.take(count - len(taken))))
-            if not self._waiting or self._waiting[0].scale != self._scale:
-                break
-            taken.append(self._waiting.popleft())
-        return taken
+        return self._session.take(count, lambda job: job.scale == self._scale and alike(job))
+
+    def peek(self) -> Generator[Ready, None, Job | None]:
+        """See `Session`."""
+        job = yield from self._session.peek()
+        return job if job is not None and job.scale == self._scale else None
 
     def is_stopped(self, key: Any) -> bool:
         """See `Session`."""

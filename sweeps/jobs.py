@@ -280,11 +280,23 @@ class Session:
 
     # For executors.
 
-    def take(self, count: int) -> Generator[Ready, None, list[Job]]:
-        """Announce room for ``count`` jobs, and return at most as many submitted ones: ``jobs = yield from session.take(2)``."""
-        if count > len(self._submitted):
+    def take(self, count: int, alike: Callable[[Job], bool] = lambda job: True) -> Generator[Ready, None, list[Job]]:
+        """Announce room for ``count`` jobs, and return at most as many submitted ones: ``jobs = yield from session.take(2)``.
+
+        Jobs are taken in their order, up to the first for which ``alike`` is false; that one waits.
+        """
+        if count > len(self._submitted) and all(map(alike, self._submitted)):
             yield Ready(count - len(self._submitted))
-        return [self._submitted.popleft() for _ in range(min(count, len(self._submitted)))]
+        taken: list[Job] = []
+        while len(taken) < count and self._submitted and alike(self._submitted[0]):
+            taken.append(self._submitted.popleft())
+        return taken
+
+    def peek(self) -> Generator[Ready, None, Job | None]:
+        """Return the next job, which waits to be taken, or None if there is none: ``job = yield from session.peek()``."""
+        if not self._submitted:
+            yield Ready(1)
+        return self._submitted[0] if self._submitted else None
 
     def is_stopped(self, key: Any) -> bool:
         """Return whether the caller has stopped a job."""

@@ -124,11 +124,11 @@ def basins(
             for job in missing
             if (job.key == (same_key := (alike[job.key[1]][job.key[0]], *job.key[1:]))) or same_key not in waiting
         ]
-        executor.expect(len(missing) // len({job.scale for job in missing}) if missing else 1, independent=True)
         ahead = sum(flops[job.scale.width] or 1.0 for job in missing)
         progress(count, len(wanted), "", ahead / behind if behind else None)
         if not waiting:
             break
+        executor.expect(len(missing) // len({job.scale for job in missing}), independent=True)
         # Longest runs first, so none is left running alone at the end.
         for job, outcome in run_jobs(executor, context, sorted(missing, key=lambda job: -job.scale.width)):
             name, width, seed, k = job.key

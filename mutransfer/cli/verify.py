@@ -53,7 +53,9 @@ def verify(
     ] = "auto",
     at_once: Annotated[
         int | None,
-        typer.Option(min=1, help="Number of runs at a time; by default a process per core, or what pays off fused."),
+        typer.Option(
+            min=1, help="Number of runs at a time; by default one per core in processes, or what is fastest fused."
+        ),
     ] = None,
     device: Device = "auto",
     as_json: AsJson = False,

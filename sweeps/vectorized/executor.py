@@ -14,7 +14,6 @@ import json
 import logging
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -255,45 +254,35 @@ class VectorizedExecutor(Executor):
 
     def events(self, session: Session) -> Events:
         """See `Executor`."""
-        submitted = deque[Job]()
-        while True:
-            if not submitted:
-                submitted.extend((yield from session.take(1)))
-            if not submitted:
-                break
-            scale = submitted[0].scale
+        while (job := (yield from session.peek())) is not None:
+            scale = job.scale
             self._capacity = self._fitting.get(scale, self._count)
             reason = refusal(session.context, scale, self.device)
             if reason is None:
-                yield from self._together(session, submitted)
+                yield from self._together(session, job)
             else:
                 logger.info(f"trials at width {scale.width} run one by one: {reason}.")
-                yield from self._one_by_one(session, scale, submitted)
+                yield from self._one_by_one(session, scale)
         if self.checkpoints is not None:
             self.checkpoints.clear()
 
-    def _one_by_one(self, session: Session, scale: Scale, submitted: deque[Job]) -> Events:
+    def _one_by_one(self, session: Session, scale: Scale) -> Events:
         """Train jobs of one scale until the next job has another scale or there is none."""
         alone = SequentialExecutor(self.device)
-        while submitted and submitted[0].scale == scale:
-            yield from alone.train(session, submitted.popleft())
-            if not submitted:
-                submitted.extend((yield from session.take(1)))
+        while jobs := (yield from session.take(1, lambda job: job.scale == scale)):
+            yield from alone.train(session, jobs[0])
 
-    def _together(self, session: Session, submitted: deque[Job]) -> Events:
-        """Train jobs of one structure at the same time until the next job has another one or there is none."""
-        experiment, scale = session.experiment, submitted[0].scale
-        structure = _structure(session.context, submitted[0])
+    def _together(self, session: Session, first: Job) -> Events:
+        """Train jobs with the structure of the ``first`` at the same time, until the next job has another or there is none."""
+        experiment, scale = session.experiment, first.scale
+        structure = _structure(session.context, first)
         waiting: list[Running] = []
         batch: SlotBatch | None = None
         clips = experiment.recipe.clip is not None or "clip" in experiment.search
         while True:
             room = self.capacity - len(waiting) - (len(batch.live) if batch else 0)
-            if all(_structure(session.context, job) == structure for job in submitted):
-                submitted.extend((yield from session.take(room - len(submitted))))
-            while room > 0 and submitted and _structure(session.context, submitted[0]) == structure:
-                room -= 1
-                running = self._running(session.context, submitted.popleft())
+            for job in (yield from session.take(room, lambda job: _structure(session.context, job) == structure)):
+                running = self._running(session.context, job)
                 if (stopped := (yield from self._replayed(running, session))) is not None:
                     yield Done(running.job, stopped)
                 else:
@@ -303,9 +292,9 @@ class VectorizedExecutor(Executor):
             short = False
             try:
                 if batch is None:
-                    first = waiting[: self.capacity]
-                    batch = SlotBatch(lambda jobs: self._training(session.context, jobs, clips), first)
-                    del waiting[: len(first)]
+                    fitting = waiting[: self.capacity]
+                    batch = SlotBatch(lambda jobs: self._training(session.context, jobs, clips), fitting)
+                    del waiting[: len(fitting)]
                 for index in batch.free[: len(waiting)]:
                     batch.put(index, waiting[0])
                     waiting.pop(0)
