@@ -317,8 +317,8 @@ class TimedExecutor(Executor):
     Args:
         inner: the executor that trains the runs.
         forecast: forecast of the phases that the runs belong to.
-        seconds: expected seconds that a whole run at each scale takes of the time of ``inner``: what its runs take together,
-            divided by their number.
+        seconds: expected seconds of a whole run at each scale; of runs that are trained together, their time divided by their
+            number.
     """
 
     def __init__(self, inner: Executor, forecast: Forecast, seconds: Mapping[Scale, float]) -> None:

@@ -107,7 +107,7 @@ class LazyExecutor(Executor):
 
 
 class PerScaleExecutor(Executor):
-    """Executor that leaves the jobs of each scale to another one, scale after scale in the order in which they are submitted.
+    """Executor that trains the jobs of each scale by an executor chosen for that scale, in the order of their submission.
 
     Args:
         choose: returns the executor for a context whose proxy has the scale, the expected number of jobs, and whether they are

@@ -92,7 +92,7 @@ def demo(
         if not fused:
             executor = held.enter_context(executor_for(experiment, "processes", device=where))
         scales = [experiment.proxy_scale.with_(width=width) for width in WIDTHS]
-        with limited(1):  # as in a process
+        with limited(1):  # one thread, as in a process
             alone = {scale: run_seconds(context, scale, where) for scale in scales}
         side_by_side = SIDE_BY_SIDE / executor.capacity
         seconds = {

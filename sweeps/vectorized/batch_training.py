@@ -205,7 +205,7 @@ class VectorizedTraining:
 
         Args:
             indices: indices of the trainings.
-            last: this object will not be used any more, so its memory becomes that of the snapshots.
+            last: this object is not used afterwards, so the snapshots are views of its tensors instead of copies.
         """
         everything = (self.now.trained, self.stack.resting, self.now.buffers, self.now.states)
         if not indices or not self.device.startswith("cuda"):
