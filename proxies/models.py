@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from mutransfer.errors import BuildError
 
-__all__ = ["MLP", "ResNet", "Transformer", "TransformerShape", "apply_rotary"]
+__all__ = ["MLP", "ResNet", "Transformer", "TransformerShape", "apply_rotary", "rotary_table"]
 
 
 class MLP(nn.Module):
@@ -179,14 +179,18 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(shape.size_D) if shape.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(shape.size_D) if shape.qk_norm else nn.Identity()
 
-    def forward(self, x_BTC: torch.Tensor) -> torch.Tensor:
-        """Map the normalized residual stream ``[B, T, C]`` to the update that is added to the stream."""
+    def forward(self, x_BTC: torch.Tensor, rotary_2TD: torch.Tensor) -> torch.Tensor:
+        """Map the normalized residual stream ``[B, T, C]`` to the update that is added to the stream.
+
+        ``rotary_2TD`` is the `rotary_table` of these positions.
+        """
         B, T, _ = x_BTC.shape
         D = self.shape.size_D
         q_BHTD = self.q(x_BTC).view(B, T, -1, D).transpose(1, 2)
         k_BGTD = self.k(x_BTC).view(B, T, -1, D).transpose(1, 2)
         v_BGTD = self.v(x_BTC).view(B, T, -1, D).transpose(1, 2)
-        q_BHTD, k_BGTD = apply_rotary(self.q_norm(q_BHTD)), apply_rotary(self.k_norm(k_BGTD))
+        rotated = apply_rotary(torch.cat((self.q_norm(q_BHTD), self.k_norm(k_BGTD)), dim=1), rotary_2TD)
+        q_BHTD, k_BGTD = rotated.split((self.shape.n_heads, self.shape.n_kv), dim=1)
         grouped = self.shape.n_heads != self.shape.n_kv
         o_BHTD = F.scaled_dot_product_attention(q_BHTD, k_BGTD, v_BGTD, is_causal=True, enable_gqa=grouped)
         return self.out(o_BHTD.transpose(1, 2).reshape(B, T, -1))
@@ -218,9 +222,9 @@ class Block(nn.Module):
         self.norm2 = nn.RMSNorm(shape.width)
         self.ffn = FeedForward(shape)
 
-    def forward(self, x_BTC: torch.Tensor) -> torch.Tensor:
-        """Map the residual stream ``[B, T, C]`` to itself."""
-        x_BTC = x_BTC + self.attention(self.norm1(x_BTC))
+    def forward(self, x_BTC: torch.Tensor, rotary_2TD: torch.Tensor) -> torch.Tensor:
+        """Map the residual stream ``[B, T, C]`` to itself; ``rotary_2TD`` is the `rotary_table` of these positions."""
+        x_BTC = x_BTC + self.attention(self.norm1(x_BTC), rotary_2TD)
         return x_BTC + self.ffn(self.norm2(x_BTC))
 
 
@@ -233,6 +237,7 @@ class Transformer(nn.Module):
 
     def __init__(self, shape: TransformerShape) -> None:
         super().__init__()
+        self.size_D = shape.size_D
         self.embedding = nn.Embedding(shape.vocabulary, shape.width)
         self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.depth))
         self.norm = nn.RMSNorm(shape.width)
@@ -246,16 +251,21 @@ class Transformer(nn.Module):
     def forward(self, tokens_BT: torch.Tensor) -> torch.Tensor:
         """Map tokens ``[B, T]`` to logits ``[B, T, V]``."""
         x_BTC = self.embedding(tokens_BT)
+        rotary_2TD = rotary_table(tokens_BT.shape[1], self.size_D, x_BTC.device).to(x_BTC.dtype)
         for block in self.blocks:
-            x_BTC = block(x_BTC)
+            x_BTC = block(x_BTC, rotary_2TD)
         return self.readout(self.norm(x_BTC))
 
 
-def apply_rotary(x_BHTD: torch.Tensor) -> torch.Tensor:
-    """Apply rotary position embeddings (Su et al. 2104.09864) with base 10 000, pairing the two halves of each head."""
-    T, D = x_BHTD.shape[-2:]
-    frequency = 10_000 ** (-torch.arange(0, D, 2, device=x_BHTD.device, dtype=torch.float32) / D)
-    angle = torch.arange(T, device=x_BHTD.device, dtype=torch.float32)[:, None] * frequency
-    cos, sin = angle.cos().to(x_BHTD.dtype), angle.sin().to(x_BHTD.dtype)
-    a, b = x_BHTD.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+def rotary_table(T: int, D: int, device: torch.device | None = None) -> torch.Tensor:
+    """Return cosines and signed sines of rotary position embeddings (Su et al. 2104.09864) with base 10 000, ``[2, T, D]``."""
+    frequency = 10_000 ** (-torch.arange(0, D, 2, device=device, dtype=torch.float32) / D)
+    angle = torch.arange(T, device=device, dtype=torch.float32)[:, None] * frequency
+    cos, sin = angle.cos(), angle.sin()
+    return torch.stack((torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)))
+
+
+def apply_rotary(x_BHTD: torch.Tensor, rotary_2TD: torch.Tensor) -> torch.Tensor:
+    """Rotate the pairs of dimension i and i + D/2 of each head by the angles of a `rotary_table`."""
+    cos_TD, sin_TD = rotary_2TD
+    return torch.addcmul(x_BHTD * cos_TD, x_BHTD.roll(x_BHTD.shape[-1] // 2, dims=-1), sin_TD)

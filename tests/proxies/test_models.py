@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import mutransfer as mt
 from mutransfer.errors import RequestError
 from mutransfer.price import step_flops
-from mutransfer.proxies.models import MLP, Attention, ResNet, Transformer, TransformerShape, apply_rotary
+from mutransfer.proxies.models import MLP, Attention, ResNet, Transformer, TransformerShape, apply_rotary, rotary_table
 from mutransfer.scale import Scale
 
 from ..helpers import families
@@ -95,7 +95,7 @@ def test_attention_is_causal(name: str) -> None:
 def test_rotary_products_depend_on_distance_only(dim: int) -> None:
     q, k = torch.randn(2, dim, dtype=torch.float64)
     T = 12
-    rotated_q, rotated_k = (apply_rotary(x.expand(1, 1, T, dim))[0, 0] for x in (q, k))
+    rotated_q, rotated_k = (apply_rotary(x.expand(1, 1, T, dim), rotary_table(T, dim))[0, 0] for x in (q, k))
     products = rotated_q @ rotated_k.T
     for distance in range(-T + 1, T):
         diagonal = products.diagonal(distance)
@@ -116,18 +116,20 @@ def test_grouped_queries_are_repeated_keys_and_values(shape: dict[str, Any]) -> 
         heads = ours.weight.view(grouped.shape.n_kv, 8, 32).repeat_interleave(share, dim=0)
         theirs.weight = nn.Parameter(heads.reshape(32, 32))
     x = torch.randn(2, 5, 32)
+    rotary = rotary_table(5, 8)
     assert share > 1
-    assert torch.allclose(grouped(x), full(x), atol=1e-5)
+    assert torch.allclose(grouped(x, rotary), full(x, rotary), atol=1e-5)
 
 
 def test_attention_is_softmax_attention() -> None:
     """One head, by hand."""
     attention = Attention(TransformerShape(8, 1, 11, head_dim=8))
     x = torch.randn(1, 5, 8)
-    q, k = (apply_rotary(layer(x)[:, None])[0, 0] for layer in (attention.q, attention.k))
+    rotary = rotary_table(5, 8)
+    q, k = (apply_rotary(layer(x)[:, None], rotary)[0, 0] for layer in (attention.q, attention.k))
     mask = torch.full((5, 5), float("-inf")).triu(1)
     weights = (q @ k.T / 8**0.5 + mask).softmax(-1)
-    assert torch.allclose(attention(x)[0], attention.out(weights @ attention.v(x)[0]), atol=1e-5)
+    assert torch.allclose(attention(x, rotary)[0], attention.out(weights @ attention.v(x)[0]), atol=1e-5)
 
 
 def test_the_feed_forward_layers_by_hand() -> None:
