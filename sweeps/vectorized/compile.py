@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import operator
 import warnings
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -146,6 +147,8 @@ def fold_constants(graph: fx.GraphModule) -> None:
 def _pure(node: fx.Node) -> bool:
     """Return whether a node can be a constant: it draws no random numbers, and it neither writes nor is written to."""
     target = node.target
+    if target is operator.getitem:  # one of several results
+        return True
     if not isinstance(target, OpOverload):
         return False
     written = any(_writes(user) for user in node.users)

@@ -119,7 +119,8 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Normalize, then multiply by the weights."""
-        inverse = torch.rsqrt(torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1] + eps)
+        square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square()
+        inverse = torch.rsub(square, eps, alpha=-1 / x.shape[-1]).rsqrt()  # of the mean square plus eps
         normed = x * inverse
         ctx.save_for_backward(normed, inverse, weight)
         return normed * _along(weight, x)
@@ -130,8 +131,8 @@ class _RMSNorm(torch.autograd.Function):
         normed, inverse, weight = ctx.saved_tensors
         product = gradient * normed
         rows = product.reshape(weight.shape[0], -1, weight.shape[-1])
-        mean = torch.bmm(rows, weight.unsqueeze(-1)).view_as(inverse) / weight.shape[-1]
-        of_input = torch.addcmul(gradient * _along(weight, gradient), normed, mean, value=-1) * inverse
+        sums = torch.bmm(rows, weight.unsqueeze(-1)).view_as(inverse)
+        of_input = torch.addcmul(gradient * _along(weight, gradient), normed, sums, value=-1 / weight.shape[-1]) * inverse
         return of_input, rows.sum(1), None
 
 
@@ -405,15 +406,18 @@ def clip_scale(
     ``gradients`` are those of each group: one tensor ``[K, n, ...]``, or n tensors ``[K, 1, ...]``.
     """
     dtype = next(iter(gradients.values()))[0].dtype
-    norms = [
-        torch.linalg.vector_norm(piece.unsqueeze(-1), dim=tuple(range(2, piece.dim() + 1))).to(dtype)
-        * (more * own[:, index : index + each.shape[1]]).to(dtype)
-        for name, parts in gradients.items()
-        for own in (gauges[groups[name].kind.name][:, groups[name].columns],)
-        for index, each in enumerate(parts)
-        for more, piece in parted(each, groups[name].kind.columns, leading=2)
-    ]
-    total = torch.linalg.vector_norm(torch.cat(norms, dim=1), dim=1)
+    norms, factors = [], []
+    for name, parts in gradients.items():
+        kind = groups[name].kind
+        own = gauges[kind.name][:, groups[name].columns]
+        for index, each in enumerate(parts):
+            for more, piece in parted(each, kind.columns, leading=2):
+                # Over an axis of size 1 as well, for pieces without any other.
+                norms.append(torch.linalg.vector_norm(piece.unsqueeze(-1), dim=tuple(range(2, piece.dim() + 1))))
+                factor = own[:, index : index + each.shape[1]]
+                factors.append(factor if more == 1 else factor * more)
+    weighted = torch.cat(norms, dim=1).to(dtype) * torch.cat(factors, dim=1).to(dtype)
+    total = torch.linalg.vector_norm(weighted, dim=1)
     scale = torch.clamp(limit.to(total.dtype) / (total + 1e-6), max=1.0)
     return torch.where(limit.isfinite(), scale, 1.0)  # without clipping, keep even gradients that are not finite
 

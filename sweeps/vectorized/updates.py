@@ -136,8 +136,9 @@ def _adam(
 ) -> tuple[Tensor, State]:  # fmt: skip
     """AdamW; `Adam` is the same here, since its rule has no weight decay (`torch.optim.adam._single_tensor_adam`)."""
     first = torch.lerp(state[0], g, rest1, out=into[1])
-    second = torch.add(state[1] * beta2, rest2 * g * g, out=into[2])
-    return torch.sub(p * keep, size * first / (second.sqrt() / root + eps), out=into[0]), (first, second)
+    second = torch.addcmul(state[1] * beta2, rest2 * g, g, out=into[2])
+    root_mean = torch.addcdiv(eps, second.sqrt(), root)  # bias-corrected, plus eps
+    return torch.addcdiv(p * keep, size * first, root_mean, value=-1, out=into[0]), (first, second)
 
 
 def _sgd(
