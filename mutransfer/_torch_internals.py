@@ -31,13 +31,16 @@ from torch.utils._pytree import tree_map as tree_map
 from torch.utils._pytree import tree_map_only as tree_map_only
 from torch.utils._pytree import tree_unflatten as tree_unflatten
 
+# Context in which torch functions run without the function modes around it, such as that of a default device.
+without_function_modes = torch._C.DisableTorchFunction
+
 __all__ = [
     "ConvNd", "DataDependentOutputException", "DynamicOutputShapeException", "FakeTensor", "FakeTensorMode",
     "HigherOrderOperator", "NEWTON_SCHULZ", "OpOverload", "TorchDispatchMode", "argument_schemas",
     "current_dispatch_modes", "default_device", "detect_fake_mode", "device_constructors", "disable_current_modes",
     "inductor_compile", "is_mutable", "is_traceable_wrapper_subclass", "local_shape_and_offset", "multiply_all_",
     "muon_lr", "operator_name", "overload_packet", "register_dataclass", "storage_id", "tree_flatten", "tree_leaves",
-    "tree_map", "tree_map_only", "tree_unflatten",
+    "tree_map", "tree_map_only", "tree_unflatten", "without_function_modes",
 ]  # fmt: skip
 
 

@@ -20,6 +20,7 @@ __all__ = [
     "float32_products",
     "is_out_of_memory",
     "keep_freed_memory",
+    "limited_threads",
     "random_state_restored",
     "seeded_generators",
     "uploaded",
@@ -121,6 +122,17 @@ def _seconds(matrix: torch.Tensor) -> float:
         matrix @ matrix
         times.append(time.perf_counter() - start)
     return min(times)
+
+
+@contextlib.contextmanager
+def limited_threads(count: int | None) -> Iterator[None]:
+    """Use ``count`` CPU threads inside the context; None leaves the number unchanged."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextlib.contextmanager

@@ -10,18 +10,25 @@ import uuid
 from collections.abc import Callable, Container, Sequence
 from typing import Any
 
+import numpy as np
+from optuna._gp.acqf import BaseAcquisitionFunc, LogEI, qLogEI
+from optuna._gp.gp import GPRegressor, fit_kernel_params
+from optuna._gp.search_space import SearchSpace
 from optuna.distributions import BaseDistribution
 from optuna.samplers import GPSampler
+from optuna.samplers._gp.sampler import _get_params, _standardize_values
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages import _CachedStorage as CachedStorage
 from optuna.storages.journal._storage import JournalStorageReplayResult
-from optuna.study import Study
+from optuna.study import Study, StudyDirection
 from optuna.study._frozen import FrozenStudy as FrozenStudy
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from mutransfer._torch_internals import without_function_modes
+
 __all__ = [
-    "CachedStorage", "FrozenStudy", "InterruptibleJournalStorage", "StudyView", "close_database", "contains",
-    "forget_cached_trials", "set_preliminary_samples", "storage_of", "study_id", "trial_id",
+    "BatchGPSampler", "CachedStorage", "FrozenStudy", "InterruptibleJournalStorage", "StudyView", "close_database", "contains",
+    "forget_cached_trials", "storage_of", "study_id", "trial_id",
 ]  # fmt: skip
 
 
@@ -50,9 +57,85 @@ def contains(distribution: BaseDistribution, value: Any) -> bool:
     return distribution._contains(value)
 
 
-def set_preliminary_samples(sampler: GPSampler, count: int) -> None:
-    """Set the number of points at which a GP sampler evaluates its acquisition function before the local search."""
-    sampler._n_preliminary_samples = count
+class BatchGPSampler(GPSampler):
+    """Optuna's Gaussian process sampler for batches of trials: the model is fitted once a batch, and nothing is climbed.
+
+    The fit is used again until another trial is complete. Where Optuna maximizes the acquisition function by L-BFGS from a few
+    points, which takes dozens of evaluations with gradients, this evaluates it at quasirandom points, and then near the best of
+    them, at distances that shrink from round to round.
+
+    Args:
+        start: number of trials drawn at random before the model is fitted.
+        seed: seed of all random draws.
+        points: number of quasirandom points.
+        radii: standard deviation of the distance in each round, in units of each hyperparameter's range.
+        near: number of points in each round.
+        kept: number of best points around which a round draws.
+        fantasies: number of joint samples of the running trials' losses.
+    """
+
+    def __init__(
+        self, start: int, seed: int, *, points: int, radii: Sequence[float], near: int, kept: int, fantasies: int
+    ) -> None:
+        super().__init__(n_startup_trials=start, seed=seed)
+        self._points, self._radii, self._near, self._kept, self._fantasies = points, radii, near, kept, fantasies
+        self._fit: tuple[np.ndarray, np.ndarray, GPRegressor] | None = None
+
+    def _sample_relative_impl(
+        self,
+        study: Study,
+        completed_trials: list[FrozenTrial],
+        running_trials: list[FrozenTrial],
+        search_space: dict[str, BaseDistribution],
+    ) -> dict[str, Any]:
+        # Optuna sets a default device around this, whose mode costs a fifth of the time.
+        with without_function_modes():
+            return self._sampled(study, completed_trials, running_trials, search_space)
+
+    def _sampled(
+        self,
+        study: Study,
+        completed_trials: list[FrozenTrial],
+        running_trials: list[FrozenTrial],
+        search_space: dict[str, BaseDistribution],
+    ) -> dict[str, Any]:
+        space = SearchSpace(search_space)
+        known = space.get_normalized_params(completed_trials)
+        sign = 1.0 if study.direction is StudyDirection.MAXIMIZE else -1.0
+        heights = _standardize_values(sign * np.array([trial.values for trial in completed_trials]))[0][:, 0]
+        model = self._fitted(known, heights, space.is_categorical)
+        acquisition: BaseAcquisitionFunc
+        if running_trials:
+            acquisition = qLogEI(
+                model, space, heights.max(), self._fantasies, self._rng.rng.randint(2**31),
+                space.get_normalized_params(running_trials, [_get_params(trial) for trial in running_trials]),
+            )  # fmt: skip
+        else:
+            acquisition = LogEI(model, space, heights.max())
+        return space.get_unnormalized_param(self._maximized(acquisition, known[[np.argmax(heights)]]))
+
+    def _fitted(self, known: np.ndarray, heights: np.ndarray, is_categorical: np.ndarray) -> GPRegressor:
+        before = self._fit
+        if before and np.array_equal(before[0], known) and np.array_equal(before[1], heights):
+            return before[2]
+        start = before[2] if before and before[0].shape[1] == known.shape[1] else None
+        model = fit_kernel_params(
+            known, heights, is_categorical, self._log_prior, self._minimum_noise, self._deterministic, start
+        )
+        self._fit = known, heights, model
+        return model
+
+    def _maximized(self, acquisition: BaseAcquisitionFunc, best: np.ndarray) -> np.ndarray:
+        rng, ranges = self._rng.rng, acquisition.search_space.continuous_indices
+        places = np.vstack([acquisition.search_space.sample_normalized_params(self._points, rng), best])
+        values = acquisition.eval_acqf_no_grad(places)
+        for radius in self._radii:
+            near = places[np.argsort(values)[-self._kept :]][rng.randint(self._kept, size=self._near)]
+            moved = near[:, ranges] + radius * rng.standard_normal((self._near, len(ranges)))
+            near[:, ranges] = moved.clip(0, 1)
+            places, values = np.vstack([places, near]), np.append(values, acquisition.eval_acqf_no_grad(near))
+        chosen: np.ndarray = places[np.argmax(values)]
+        return chosen
 
 
 def close_database(storage: CachedStorage) -> None:

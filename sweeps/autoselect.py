@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import statistics
@@ -14,7 +13,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from mutransfer.devices import is_out_of_memory
+from mutransfer.devices import is_out_of_memory, limited_threads
 from mutransfer.errors import RequestError
 from mutransfer.proxies.training import Training
 from mutransfer.scale import Scale
@@ -29,7 +28,6 @@ __all__ = [
     "TimedExecutor",
     "chosen",
     "fused_step",
-    "limited",
     "run_seconds",
     "single_step",
 ]
@@ -59,7 +57,7 @@ def single_step(
     """
     experiment = context.experiment
     plan = context.plan(scale or experiment.proxy_scale, experiment.parametrization, experiment.recipe)
-    with limited(threads):
+    with limited_threads(threads):
         training = Training(
             context.family, plan, context.required_data, steps=10**6, batch_size=experiment.batch_size,
             seed=experiment.seed, device=device, compile=compile,
@@ -112,17 +110,6 @@ def _timed(step: Callable[[], None], device: str) -> Timed:
 def _wait(device: str) -> None:
     if device.startswith("cuda"):
         torch.cuda.synchronize()
-
-
-@contextlib.contextmanager
-def limited(count: int | None) -> Iterator[None]:
-    """Use ``count`` CPU threads inside the context; None leaves the number unchanged."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 How = Literal["one", "processes", "fused"]

@@ -147,12 +147,3 @@ def test_a_sampler_sees_what_a_view_shows() -> None:
     study.sampler.sample_relative(view, trial, space)  # type: ignore[arg-type]
     assert seen
     assert view.study_name == study.study_name
-
-
-def test_preliminary_samples_are_fewer() -> None:
-    sampler = optuna.samplers.GPSampler(seed=0)
-    before = dict(vars(sampler))
-    of_optuna.set_preliminary_samples(sampler, 7)
-    assert {name for name, value in vars(sampler).items() if before.get(name) is not value} == {
-        "_n_preliminary_samples"
-    }

@@ -68,11 +68,12 @@ def demo(
 
     Tune a proxy of width 16, verify up to width 256 against SP, check, transfer and report: about two minutes on two cores.
     """
+    from ..devices import limited_threads
     from ..io import write_json
     from ..reports import write_report
     from ..run_dir import RunFolder
     from ..schemas import COORDINATES
-    from ..sweeps.autoselect import Forecast, TimedExecutor, limited, run_seconds
+    from ..sweeps.autoselect import Forecast, TimedExecutor, run_seconds
     from ..sweeps.executors import PerScaleExecutor, executor_for
     from ..sweeps.experiment import Experiment
     from ..sweeps.jobs import RunContext
@@ -92,7 +93,7 @@ def demo(
         if not fused:
             executor = held.enter_context(executor_for(experiment, "processes", device=where))
         scales = [experiment.proxy_scale.with_(width=width) for width in WIDTHS]
-        with limited(1):  # one thread, as in a process
+        with limited_threads(1):  # one thread, as in a process
             alone = {scale: run_seconds(context, scale, where) for scale in scales}
         side_by_side = SIDE_BY_SIDE / executor.capacity
         seconds = {
