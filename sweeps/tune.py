@@ -113,6 +113,9 @@ def _spent(path: Path, schema: Schema) -> float | None:
     return None if math.isnan(total) else float(total)
 
 
+AT_ONCE = 1.0  # seconds within which trials end together
+
+
 def run_trials(
     context: RunContext,
     claims: TrialQueue,
@@ -120,10 +123,10 @@ def run_trials(
     executor: Executor,
     flops: float | None,
     beginning: Callable[[], None] = lambda: None,
-) -> Iterator[Trial]:
-    """Start trials while the executor has capacity, prune at rungs, record results; yield each trial once it is recorded.
+) -> Iterator[int]:
+    """Start trials while the executor has capacity, prune at rungs, record results; yield how many have been recorded since.
 
-    If interrupted, return the unfinished trials to the queue.
+    Trials that end together are recorded before it yields. If interrupted, return the unfinished trials to the queue.
 
     Args:
         context: context of the experiment to tune.
@@ -139,9 +142,12 @@ def run_trials(
     experiment, failures = context.experiment, Failures(executor.capacity)
     # Once there is nothing to ask for, the running trials end first; then `tune` decides whether to continue.
     asked = iter(functools.partial(_ask, experiment, claims, dead, flops), None)
-    first = True
+    first, recorded, yielded = True, 0, time.monotonic()
     with Session(executor, context) as session, _requeued_if_interrupted(claims):
         for event in session:
+            if recorded and (not isinstance(event, Done) or time.monotonic() - yielded > AT_ONCE):
+                yield recorded
+                recorded, yielded = 0, time.monotonic()
             match event:
                 case Ready(count):
                     for trial in itertools.islice(asked, count):
@@ -161,8 +167,9 @@ def run_trials(
                     failures.note(job.key, outcome, claims.finished())
                     known = record_result(claims.study, trial, outcome, flops)
                     del claims.begun[job.key]
-                    if known:
-                        yield trial
+                    recorded += known
+        if recorded:
+            yield recorded
 
 
 def _ask(
@@ -195,6 +202,17 @@ def _requeued_if_interrupted(claims: TrialQueue) -> Iterator[None]:
         # or by another worker.
         with contextlib.suppress(Exception):
             claims.requeue_own()
+        raise
+
+
+@contextlib.contextmanager
+def _written_if_interrupted(claims: TrialQueue, folder: RunFolder) -> Iterator[None]:
+    """Write the table of trials when the block is left by any exception."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(Exception):  # such as on a full disk; the study has all trials
+            TRIALS.write(trials_frame(claims.trials()), folder.trials)
         raise
 
 
@@ -342,10 +360,11 @@ def tune(
             idle = True
             # Report progress from the start of the first trial: before that, an executor may measure and compile for minutes.
             beginning = functools.partial(progress, finished, experiment.trials, best_so_far(study))
-            for _ in run_trials(context, claims, dead, executor, flops, beginning):
-                idle = False
-                TRIALS.write(trials_frame(claims.trials()), folder.trials)
-                progress(min(claims.finished(), experiment.trials), experiment.trials, best_so_far(study))
+            with _written_if_interrupted(claims, folder):
+                for _ in run_trials(context, claims, dead, executor, flops, beginning):
+                    idle = False
+                    TRIALS.write(trials_frame(claims.trials()), folder.trials)
+                    progress(min(claims.finished(), experiment.trials), experiment.trials, best_so_far(study))
             if idle:  # other workers are running the missing trials
                 beginning()
                 time.sleep(LOOK_EVERY)
