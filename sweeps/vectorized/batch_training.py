@@ -93,13 +93,13 @@ class VectorizedTraining:
             lambda step, seed: uploaded(data.batch(step, batch_size, seed), device)
         )
         self._held_out = uploaded(data.validation(), device)
-        trained, moving = moving_parts(family, model, self._batch(0, slots[0].seed))
+        trained, moving, readers = moving_parts(family, model, self._batch(0, slots[0].seed))
         parameters = dict(model.named_parameters())
         names = {id(each): name for name, each in parameters.items()}
         # The model's own name of each planned parameter.
         self._names = {name: names[id(each)] for name, each in matched(first, model).items()}
         kinds = {self._names[row.name]: kind_of(first, row, device) for row in first.rows}
-        self.groups = grouped({name: each for name, each in parameters.items() if name in trained}, kinds)
+        self.groups = grouped({name: each for name, each in parameters.items() if name in trained}, kinds, readers)
         self.stack = Stack(family, model, len(slots), self.groups, moving)
         states = {name: blank_state(group.kind, self.stack.trained[name]) for name, group in self.groups.items()}
         self.now = Moving(self.stack.trained, self.stack.buffers, states)
@@ -284,9 +284,9 @@ class VectorizedTraining:
         """Return the mean losses of the trainings at ``indices`` over the held-out batches, in nats; NaN if not finite."""
         self.stack.model.eval()
         chosen = uploaded(torch.tensor(list(indices)), self.device)
-        whole = len(chosen) == len(self.slots)
+        whole = list(indices) == list(range(len(self.slots)))
         pick = lambda part: {name: each if whole else each[chosen] for name, each in part.items()}  # noqa: E731
-        tensors = pick({**self.stack.resting, **self.stack.parameters(self.now.trained)})
+        tensors = {**pick(self.stack.resting), **self.stack.parameters(pick(self.now.trained))}
         buffers = pick(self.now.buffers)
         sizes = [len(targets) for _, targets in self._held_out]
         judge: Step = self._judge

@@ -13,6 +13,7 @@ Shapes: groups, their gradients and states are [K, n, ...] for n parameters.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,9 @@ __all__ = [
 Tensors = dict[str, Tensor]
 
 
+JOINT = "joint:"  # prefix of the name of a joint weight
+
+
 @dataclass(frozen=True)
 class Group:
     """Parameters of equal shape, dtype and update, which are trained as one tensor ``[K, n, ...]``.
@@ -46,27 +50,60 @@ class Group:
         kind: their update.
         names: their names; the first one also names the group.
         start: number of parameters with the same kind of update in the groups before, which locates the group's numbers.
+        joint: number of successive parameters in each part of the group; those of a part are weights of linear layers that
+            read the same input, which is multiplied by all of them at once.
     """
 
     kind: Kind
     names: tuple[str, ...]
     start: int
+    joint: tuple[int, ...]
 
     @property
     def columns(self) -> slice:
         """Where the group's numbers are among those of its kind of update."""
         return slice(self.start, self.start + len(self.names))
 
+    @property
+    def parts(self) -> list[tuple[str, ...]]:
+        """Names of the parameters in each part."""
+        ends = itertools.accumulate(self.joint)
+        return [self.names[end - size : end] for end, size in zip(ends, self.joint, strict=True)]
 
-def grouped(parameters: Mapping[str, Tensor], kinds: Mapping[str, Kind]) -> dict[str, Group]:
-    """Return the groups of those ``parameters`` that have a kind, by the name of the first parameter of each."""
+    def members(self, stack: Tensor) -> Tensors:
+        """Return views of the group's tensor ``[K, n, out, in]``: the parameters by name, and the joint weight of each part.
+
+        The joint weight, ``[K, size * out, in]``, has the name of its first parameter after `JOINT`. A gradient of the group
+        is put together from those of its parts by one operation.
+        """
+        found: Tensors = {}
+        for names, part in zip(
+            self.parts, stack.split(self.joint, dim=1) if len(self.joint) > 1 else [stack], strict=True
+        ):
+            if len(names) == 1:
+                found[names[0]] = part.squeeze(1)
+            else:
+                found |= zip(names, part.unbind(1), strict=True)
+                found[JOINT + names[0]] = part.flatten(1, 2)
+        return found
+
+
+def grouped(
+    parameters: Mapping[str, Tensor], kinds: Mapping[str, Kind], readers: Sequence[Sequence[str]] = ()
+) -> dict[str, Group]:
+    """Return the groups of those ``parameters`` that have a kind, by the name of the first parameter of each.
+
+    ``readers`` are names of linear weights that read the same input.
+    """
+    reads = {name: index for index, names in enumerate(readers) for name in names}
     alike: dict[Any, list[str]] = {}
     for name, each in parameters.items():
         if name in kinds:
             alike.setdefault((kinds[name], each.shape, each.dtype), []).append(name)
     groups, counts = {}, dict.fromkeys(("adam", "sgd", "muon"), 0)
     for (kind, *_), names in alike.items():
-        groups[names[0]] = Group(kind, tuple(names), counts[kind.name])
+        parts = itertools.groupby(names, lambda name: reads.get(name, name))
+        groups[names[0]] = Group(kind, tuple(names), counts[kind.name], tuple(len(list(part)) for _, part in parts))
         counts[kind.name] += len(names)
     return groups
 
@@ -84,6 +121,67 @@ class StackedKernels(TorchFunctionMode):
         if func in (torch.rms_norm, F.rms_norm):
             return _rms_norm(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+
+class JointProducts(TorchFunctionMode):
+    """Mode in which linear layers that read the same input multiply it by all of their weights at once.
+
+    Args:
+        joint: joint weights, by the name of their first parameter after `JOINT` (`Group.members`).
+        tensors: the parameters by name, which the layers will use.
+        groups: groups of the parameters.
+    """
+
+    def __init__(self, joint: Tensors, tensors: Tensors, groups: Mapping[str, Group]) -> None:
+        super().__init__()
+        parts = {names[0]: names for group in groups.values() for names in group.parts}
+        # By weight: the joint weight, the number of layers that share it, and the layer's place among them.
+        self._places = {
+            id(tensors[name]): (weight, len(names), place)
+            for key, weight in joint.items()
+            for names in (parts[key.removeprefix(JOINT)],)
+            for place, name in enumerate(names)
+        }
+        self._products: dict[int, tuple[Tensor, dict[int, Tensor]]] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.linear and self._places:
+            return self._linear(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if id(weight) not in self._places:
+            return F.linear(input, weight, bias)
+        joint, count, place = self._places[id(weight)]
+        read, products = self._products.get(id(joint), (None, {}))
+        if read is not input or place not in products:
+            products = dict(enumerate(F.linear(input, joint).chunk(count, dim=-1)))
+            self._products[id(joint)] = input, products
+        product = products.pop(place)  # once each: what all layers have taken is not kept
+        return product if bias is None else product + bias
+
+
+class _SharedInputs(TorchFunctionMode):
+    """Mode that records which weights of linear layers read the same input.
+
+    The layers return views of wider results, as in `JointProducts`: a model that cannot use them raises.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reads: dict[int, list[Tensor]] = {}
+        self._inputs: list[Tensor] = []  # kept alive, so that no other tensor gets one's id
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.linear:
+            return self._linear(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        self._inputs.append(input)
+        self.reads.setdefault(id(input), []).append(weight)
+        out = F.linear(input, weight, bias)
+        return torch.cat((out, out), dim=-1).narrow(-1, 0, out.shape[-1])
 
 
 def _rms_norm(input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Any:
@@ -132,7 +230,9 @@ class _RMSNorm(torch.autograd.Function):
         product = gradient * normed
         rows = product.reshape(weight.shape[0], -1, weight.shape[-1])
         sums = torch.bmm(rows, weight.unsqueeze(-1)).view_as(inverse)
-        of_input = torch.addcmul(gradient * _along(weight, gradient), normed, sums, value=-1 / weight.shape[-1]) * inverse
+        of_input = (
+            torch.addcmul(gradient * _along(weight, gradient), normed, sums, value=-1 / weight.shape[-1]) * inverse
+        )
         return of_input, rows.sum(1), None
 
 
@@ -259,28 +359,25 @@ class Stack:
 
     def tensors(self) -> Tensors:
         """Return the stacked tensor ``[K, ...]`` of every parameter and changing buffer; writing to it writes to the stack."""
-        return {**self.parameters(self.trained), **self.resting, **self.buffers}
+        parameters = {name: each for name, each in self.parameters(self.trained).items() if not name.startswith(JOINT)}
+        return {**parameters, **self.resting, **self.buffers}
 
     def parameters(self, trained: Tensors) -> Tensors:
-        """Return the parameters ``[K, ...]`` by name, as views of their groups ``trained``."""
+        """Return views of the groups ``trained``: the parameters ``[K, ...]`` by name, and joint weights (`Group.members`)."""
         return {
-            name: each
-            for first, group in self.groups.items()
-            for name, each in zip(group.names, _members(trained[first]), strict=True)
+            name: each for first, group in self.groups.items() for name, each in group.members(trained[first]).items()
         }
 
     def loss(self, tensors: Tensors, batch: Any) -> Tensor:
         """Return the loss of one model with these tensors; in training mode, buffers among them are changed in place."""
-        return functional_call(self.program, {f"model.{name}": each for name, each in tensors.items()}, (batch,))
+        joint = {name: tensors.pop(name) for name in list(tensors) if name.startswith(JOINT)}
+        with JointProducts(joint, tensors, self.groups):
+            return functional_call(self.program, {f"model.{name}": each for name, each in tensors.items()}, (batch,))
 
 
-def _members(group: Tensor) -> tuple[Tensor, ...]:
-    """Return the parameters of a group; one alone is viewed otherwise, so that its gradient is not copied into a stack."""
-    return group.unbind(1) if group.shape[1] > 1 else (group.squeeze(1),)
-
-
-def moving_parts(family: Family, model: nn.Module, batch: Any) -> tuple[set[str], set[str]]:
-    """Return the names of the parameters that have a gradient, and of the buffers that a training pass changes.
+def moving_parts(family: Family, model: nn.Module, batch: Any) -> tuple[set[str], set[str], list[list[str]]]:
+    """Return what a training pass shows: the names of the parameters that have a gradient, of the buffers that it changes, and of
+    the weights of linear layers that read the same input.
 
     Raises:
         RequestError: the model or its loss raised.
@@ -288,15 +385,27 @@ def moving_parts(family: Family, model: nn.Module, batch: Any) -> tuple[set[str]
     model.train()
     before = {name: each.clone() for name, each in model.named_buffers()}
     parameters = {name: each for name, each in model.named_parameters() if each.requires_grad}
-    with random_state_restored(devices_of(parameters.values())):
-        loss = family.loss_on(model, batch, "a batch (inputs, targets) of the data")
-        gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+
+    def loss(mode: contextlib.AbstractContextManager[Any]) -> Tensor:
+        with random_state_restored(devices_of(parameters.values())), mode:
+            return family.loss_on(model, batch, "a batch (inputs, targets) of the data")
+
+    shared = _SharedInputs()
+    try:
+        found = loss(shared)
+    except Exception:  # the model's own, which it raises again, or because it cannot use views
+        shared.reads.clear()
+        found = loss(contextlib.nullcontext())
+    gradients = torch.autograd.grad(found, list(parameters.values()), allow_unused=True)
     # Compare values: an update of running averages by a kernel is not always counted as a change of the tensor.
     moving = {name for name, each in model.named_buffers() if not torch.equal(each, before[name])}
     with torch.no_grad():
         for name, each in model.named_buffers():
             each.copy_(before[name])
-    return {name for name, each in zip(parameters, gradients, strict=True) if each is not None}, moving
+    names = {id(each): name for name, each in parameters.items()}
+    readers = [[names[id(weight)] for weight in weights if id(weight) in names] for weights in shared.reads.values()]
+    trained = {name for name, each in zip(parameters, gradients, strict=True) if each is not None}
+    return trained, moving, readers
 
 
 def _empty(tensor: Tensor, *sizes: int) -> Tensor:
@@ -354,11 +463,11 @@ class TrainingStep:
             if is_in_pieces(
                 groups[name].kind, each, self.in_place
             ):  # gradients of single parameters need not be stacked
-                leaves[name] = [member.detach().requires_grad_() for member in _members(each)]
+                leaves[name] = [member.detach().requires_grad_() for member in each.unbind(1)]
                 tensors |= zip(groups[name].names, leaves[name], strict=True)
             else:
                 leaves[name] = [each.detach().requires_grad_()]
-                tensors |= zip(groups[name].names, _members(leaves[name][0]), strict=True)
+                tensors |= groups[name].members(leaves[name][0])
         losses, buffers = losses_of(self.stack, tensors, now.buffers, batch, self.precision)
         # Losses are means within each model, summed over the models: a value that is not finite stays within its model.
         found = iter(torch.autograd.grad(losses.sum(), [leaf for each in leaves.values() for leaf in each]))

@@ -46,24 +46,6 @@ def planned(asked: Any) -> tuple[Any, Any]:
     return context, plan
 
 
-def launches(depth: int) -> dict[str, int]:
-    """Take one fused step of a transformer with AdamW and clipping, in place as it is captured; return the kernels launched."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    from mutransfer.sweeps.vectorized.batch_training import Slot, VectorizedTraining
-
-    context, plan = planned(experiment("transformer", "adamw", proxy={"width": 32, "depth": depth}, base=None))
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        training = VectorizedTraining(
-            context.family, [Slot(plan, k) for k in range(3)], context.required_data, steps=20, batch_size=2, device="cuda"
-        )
-        training.stack.model.train()
-        inputs = training.inputs()
-        with fake_cuda.only_on_the_device() as launched:
-            training.step.writing()(*inputs)
-    return dict(launched)
-
-
 def fused(model: str, optimizer: str, bfloat16: bool = False, clip: bool = True) -> dict[str, int]:
     """Take one fused step, keep two of three trainings and save them; return the kernels launched by the step."""
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -262,9 +244,6 @@ def cases(group: str) -> Iterator[Case]:
     match group:
         case "uploads":
             yield "uploads", uploads
-        case "launches":
-            for depth in (2, 4):
-                yield str(depth), lambda d=depth: launches(d)
         case "separate":
             for optimizer in OPTIMIZERS:
                 yield optimizer, lambda o=optimizer: separate("mlp", o)
