@@ -82,6 +82,7 @@ def test_other_optimizers(optimizer: str) -> None:
 
 
 @pytest.mark.extended
+@pytest.mark.filterwarnings("ignore")  # torch's, of its own imports
 def test_a_compiled_step_takes_at_most_200() -> None:
     """Counted in the program that Inductor writes: its own kernels, and calls of others."""
     from torch._inductor.utils import run_and_get_code
