@@ -31,11 +31,14 @@ class Claim:
     ok: bool
 
 
-def arguments(description: str) -> argparse.Namespace:
-    """Parse --json and --quick."""
+def arguments(
+    description: str, more: Callable[[argparse.ArgumentParser], object] = lambda parser: None
+) -> argparse.Namespace:
+    """Parse --json, --quick, and what ``more`` adds."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", action="store_true", help="print the claims as one JSON object on the last line")
     parser.add_argument("--quick", action="store_true", help="fewer repeats: does it run, not how fast")
+    more(parser)
     return parser.parse_args()
 
 

@@ -172,7 +172,9 @@ def claims(width: int, ways: dict[str, Way], counts: tuple[int, ...], device: st
 
 def main() -> None:
     """Measure and publish."""
-    given = arguments(__doc__ or "")
+    given = arguments(
+        __doc__ or "", lambda parser: parser.add_argument("--widths", type=int, nargs="+", help="not all")
+    )
 
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
@@ -182,7 +184,7 @@ def main() -> None:
     found: list[Claim] = []
     lines = ["| width | way | trials a minute | first round | peak memory |", "|---|---|---|---|---|"]
     widths = (32,) if given.quick else (32, 64, 128, 256) if device == "cpu" else (64, 128, 256, 512, 1024)
-    for width in widths:
+    for width in given.widths or widths:
         counts = (4,) if given.quick else (16, 32) if device == "cpu" else (1, 4, 16, 64, 256)
         if device == "cpu" and width > 32 and not given.quick:
             counts = (16,) if width == 64 else (8,)
