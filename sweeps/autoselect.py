@@ -7,7 +7,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -123,19 +123,26 @@ LONG = (
     120.0  # seconds of work above which compilation is tried; it takes from ten seconds to a minute for each executor
 )
 FAR = 2.0  # an executor is also tried compiled if it is at most this many times slower than the fastest
+# Compiling gains fused trials at most the square of what it gains single ones: 1.8 and 1.3 at width 32, 1.1 and 1.03 at 256.
+SQUARE = 2.0
+COMPILING = 20.0  # seconds that it takes to compile fused trials on a CPU
 LEARNING = 3  # minimum number of batches in a study, so its sampler can learn from earlier ones
 LARGEST = {"cpu": 64, "cuda": 256}
 
 
 @dataclass(frozen=True)
 class Choice:
-    """How a sweep's trials are trained: ``seconds`` is the expected time for all of them, ``reason`` the measurements."""
+    """How a sweep's trials are trained: ``seconds`` is the expected time for all of them, ``reason`` the measurements.
+
+    ``step`` is the expected time of one step of one trial, in seconds.
+    """
 
     how: How
     at_once: int
     compile: bool
     seconds: float
     reason: str
+    step: float = 0.0
 
     def __str__(self) -> str:
         """Return the choice and the reason for it in one line."""
@@ -177,9 +184,9 @@ class _Work:
         filled = how == "one" or (how == "fused" and not compile)
         rounds = 1.0 if filled else math.ceil(self.trials / at_once) * at_once / self.trials
         seconds = work * step * rounds + (START if how == "processes" else 0.0) + (found.first if compile else 0.0)
-        choice = Choice(how, at_once, compile, seconds, "")
+        choice = Choice(how, at_once, compile, seconds, "", step)
         about = "about " if how == "processes" else ""
-        return Choice(how, at_once, compile, seconds, f"{about}{1e3 * step:.2f} ms {choice.words}")
+        return replace(choice, reason=f"{about}{1e3 * step:.2f} ms {choice.words}")
 
 
 def chosen(
@@ -190,7 +197,8 @@ def chosen(
 
     Steps are measured one by one and fused, with an increasing number of trials at once as long as that pays off and memory
     suffices. For processes, the time of a step on one thread is divided by the number of cores. If the fastest of these still
-    takes minutes, it and those close to it are compiled and measured again.
+    takes minutes, it and those close to it are compiled and measured again, unless what compiling single trials has gained shows
+    that compiling fused ones would not pay off.
 
     Args:
         context: context of the experiment whose proxy is trained.
@@ -210,20 +218,19 @@ def chosen(
         raise RequestError(NOT_FOR_ONE)
     soonest = min(choice.seconds for choice in found)
     if soonest > LONG:
+        gain = math.inf  # of compiling, as far as it is known; a single trial, which comes first, is compiled soonest
         for how in dict.fromkeys(choice.how for choice in found):
             best = min((choice for choice in found if choice.how == how), key=lambda choice: choice.seconds)
-            if best.seconds <= FAR * soonest and (again := work.choice(how, best.at_once, True)) is not None:
-                found.append(again)
+            pays = how != "fused" or best.seconds / gain**SQUARE + COMPILING < min(choice.seconds for choice in found)
+            if not pays or best.seconds > FAR * soonest or (again := work.choice(how, best.at_once, True)) is None:
+                continue
+            found.append(again)
+            if how == "one" and device == "cpu":
+                gain = max(1.0, best.step / again.step)
     best = min(found, key=lambda choice: choice.seconds)
     reason = f"a step of one trial takes {'; '.join(choice.reason for choice in found)}"
     why = refusal(context, device=device) if only in (None, "fused") else None
-    return Choice(
-        best.how,
-        best.at_once,
-        best.compile,
-        best.seconds,
-        reason + (f"; they cannot be fused, as {why}" if why else ""),
-    )
+    return replace(best, reason=reason + (f"; they cannot be fused, as {why}" if why else ""))
 
 
 def _uncompiled(work: _Work, at_once: int | None, only: How | None, independent: bool) -> Iterator[Choice]:

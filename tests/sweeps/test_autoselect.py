@@ -54,6 +54,14 @@ def test_narrow_models_are_fused_as_long_as_more_pay(plant: Plant) -> None:
     )
 
 
+def test_fused_trials_are_not_compiled_where_that_gains_single_ones_nothing(plant: Plant) -> None:
+    """It takes half a minute; a little gain would still be worth that in a sweep of hours."""
+    plant(70e-3, {3: 40e-3}, (1.03, 1.6))
+    assert "fused, compiled" not in chosen(RunContext(experiment(steps=1000)), 10).reason
+    plant(70e-3, {3: 40e-3}, (1.2, 1.6))
+    assert "fused, compiled" in chosen(RunContext(experiment(steps=1000)), 10).reason
+
+
 def test_wide_models_go_to_processes(plant: Plant) -> None:
     plant(50e-3, {4: 49e-3})
     choice = chosen(RunContext(experiment(steps=1000)), 60)
