@@ -189,8 +189,7 @@ class Attention(nn.Module):
         q_BHTD = self.q(x_BTC).view(B, T, -1, D).transpose(1, 2)
         k_BGTD = self.k(x_BTC).view(B, T, -1, D).transpose(1, 2)
         v_BGTD = self.v(x_BTC).view(B, T, -1, D).transpose(1, 2)
-        rotated = apply_rotary(torch.cat((self.q_norm(q_BHTD), self.k_norm(k_BGTD)), dim=1), rotary_2TD)
-        q_BHTD, k_BGTD = rotated.split((self.shape.n_heads, self.shape.n_kv), dim=1)
+        q_BHTD, k_BGTD = (apply_rotary(each, rotary_2TD) for each in (self.q_norm(q_BHTD), self.k_norm(k_BGTD)))
         grouped = self.shape.n_heads != self.shape.n_kv
         o_BHTD = F.scaled_dot_product_attention(q_BHTD, k_BGTD, v_BGTD, is_causal=True, enable_gqa=grouped)
         return self.out(o_BHTD.transpose(1, 2).reshape(B, T, -1))

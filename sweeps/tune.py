@@ -113,9 +113,6 @@ def _spent(path: Path, schema: Schema) -> float | None:
     return None if math.isnan(total) else float(total)
 
 
-AT_ONCE = 1.0  # seconds within which trials end together
-
-
 def run_trials(
     context: RunContext,
     claims: TrialQueue,
@@ -123,10 +120,11 @@ def run_trials(
     executor: Executor,
     flops: float | None,
     beginning: Callable[[], None] = lambda: None,
-) -> Iterator[int]:
-    """Start trials while the executor has capacity, prune at rungs, record results; yield how many have been recorded since.
+    settled: Callable[[], None] = lambda: None,
+) -> Iterator[Trial]:
+    """Start trials while the executor has capacity, prune at rungs, record results; yield each trial once it is recorded.
 
-    Trials that end together are recorded before it yields. If interrupted, return the unfinished trials to the queue.
+    If interrupted, return the unfinished trials to the queue.
 
     Args:
         context: context of the experiment to tune.
@@ -135,6 +133,7 @@ def run_trials(
         executor: trains the trials.
         flops: floating point operations of one step; None if unknown.
         beginning: called when the first trial starts, after any preparation by the executor.
+        settled: called when all trials that ended at the same time are recorded.
 
     Raises:
         RequestError: too many trials in a row failed.
@@ -142,12 +141,12 @@ def run_trials(
     experiment, failures = context.experiment, Failures(executor.capacity)
     # Once there is nothing to ask for, the running trials end first; then `tune` decides whether to continue.
     asked = iter(functools.partial(_ask, experiment, claims, dead, flops), None)
-    first, recorded, yielded = True, 0, time.monotonic()
+    first, recorded = True, False
     with Session(executor, context) as session, _requeued_if_interrupted(claims):
         for event in session:
-            if recorded and (not isinstance(event, Done) or time.monotonic() - yielded > AT_ONCE):
-                yield recorded
-                recorded, yielded = 0, time.monotonic()
+            if recorded and not isinstance(event, Done):
+                settled()
+                recorded = False
             match event:
                 case Ready(count):
                     for trial in itertools.islice(asked, count):
@@ -167,9 +166,11 @@ def run_trials(
                     failures.note(job.key, outcome, claims.finished())
                     known = record_result(claims.study, trial, outcome, flops)
                     del claims.begun[job.key]
-                    recorded += known
+                    if known:
+                        recorded = True
+                        yield trial
         if recorded:
-            yield recorded
+            settled()
 
 
 def _ask(
@@ -205,15 +206,19 @@ def _requeued_if_interrupted(claims: TrialQueue) -> Iterator[None]:
         raise
 
 
-@contextlib.contextmanager
-def _written_if_interrupted(claims: TrialQueue, folder: RunFolder) -> Iterator[None]:
-    """Write the table of trials when the block is left by any exception."""
-    try:
-        yield
-    except BaseException:
-        with contextlib.suppress(Exception):  # such as on a full disk; the study has all trials
-            TRIALS.write(trials_frame(claims.trials()), folder.trials)
-        raise
+class _Table:
+    """The table of trials in a run folder, which is written once for all trials that end together, or each second."""
+
+    def __init__(self, claims: TrialQueue, folder: RunFolder) -> None:
+        self._claims, self._folder, self._written = claims, folder, -math.inf
+
+    def write(self) -> None:
+        TRIALS.write(trials_frame(self._claims.trials()), self._folder.trials)
+        self._written = time.monotonic()
+
+    def write_if_old(self) -> None:
+        if time.monotonic() - self._written > 1.0:
+            self.write()
 
 
 def count_running(claims: TrialQueue) -> int:
@@ -354,17 +359,17 @@ def tune(
             claims.requeue(trial for trial in claims.trials() if trial.state is TrialState.RUNNING)
         dead = list if leases is None else leases.lapsed
         executor.expect(max(1, experiment.trials - claims.finished()))
+        table = _Table(claims, folder)
         while (finished := claims.finished()) < experiment.trials and (
             affordable(experiment, claims, flops) or count_running(claims)
         ):
             idle = True
             # Report progress from the start of the first trial: before that, an executor may measure and compile for minutes.
             beginning = functools.partial(progress, finished, experiment.trials, best_so_far(study))
-            with _written_if_interrupted(claims, folder):
-                for _ in run_trials(context, claims, dead, executor, flops, beginning):
-                    idle = False
-                    TRIALS.write(trials_frame(claims.trials()), folder.trials)
-                    progress(min(claims.finished(), experiment.trials), experiment.trials, best_so_far(study))
+            for _ in run_trials(context, claims, dead, executor, flops, beginning, table.write):
+                idle = False
+                table.write_if_old()
+                progress(min(claims.finished(), experiment.trials), experiment.trials, best_so_far(study))
             if idle:  # other workers are running the missing trials
                 beginning()
                 time.sleep(LOOK_EVERY)

@@ -89,7 +89,7 @@ def numbers_at(kind: str, settings: OptimSettings, multiplier: Tensor, step: Ten
         case "adam":
             beta1, beta2 = settings["beta1"], settings["beta2"]
             size, root = lr / (1 - beta1**t), (1 - beta2**t).sqrt()
-            rows = (keep, size, root, 1 - beta1, beta2, 1 - beta2, settings["eps"])
+            rows = (keep, size, root, 1 - beta1, 1 - beta2, settings["eps"])
         case "muon":
             momentum = settings["momentum"]
             rows = (keep, lr * settings["adjusted"], momentum, 1 - momentum)
@@ -131,12 +131,12 @@ Into = tuple[Tensor | None, ...]
 
 
 def _adam(
-    p: Tensor, g: Tensor, state: State, into: Into, keep: Tensor, size: Tensor, root: Tensor, rest1: Tensor, beta2: Tensor,
+    p: Tensor, g: Tensor, state: State, into: Into, keep: Tensor, size: Tensor, root: Tensor, rest1: Tensor,
     rest2: Tensor, eps: Tensor,
 ) -> tuple[Tensor, State]:  # fmt: skip
     """AdamW; `Adam` is the same here, since its rule has no weight decay (`torch.optim.adam._single_tensor_adam`)."""
     first = torch.lerp(state[0], g, rest1, out=into[1])
-    second = torch.addcmul(state[1] * beta2, rest2 * g, g, out=into[2])
+    second = torch.lerp(state[1], g * g, rest2, out=into[2])
     root_mean = torch.addcdiv(eps, second.sqrt(), root)  # bias-corrected, plus eps
     return torch.addcdiv(p * keep, size * first, root_mean, value=-1, out=into[0]), (first, second)
 

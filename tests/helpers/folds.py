@@ -179,9 +179,9 @@ def multiplied(attention: Any, c: float) -> None:
     def scaled(q: torch.Tensor, *rest: torch.Tensor, **options: Any) -> torch.Tensor:
         return original(q, *rest, scale=c / math.sqrt(q.shape[-1]), **options)
 
-    def forward(x: torch.Tensor) -> torch.Tensor:
+    def forward(*given: torch.Tensor) -> torch.Tensor:
         with mock.patch.object(F, "scaled_dot_product_attention", scaled):
-            return plain(attention, x)
+            return plain(attention, *given)
 
     attention.forward = forward
 
