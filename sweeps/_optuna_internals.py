@@ -58,7 +58,7 @@ def contains(distribution: BaseDistribution, value: Any) -> bool:
 
 
 class BatchGPSampler(GPSampler):
-    """Optuna's Gaussian process sampler for batches of trials: the model is fitted once a batch, and nothing is climbed.
+    """Optuna's Gaussian process sampler for batches of trials: one fit for each batch, and a faster search.
 
     The fit is used again until another trial is complete. Where Optuna maximizes the acquisition function by L-BFGS from a few
     points, which takes dozens of evaluations with gradients, this evaluates it at quasirandom points, and then near the best of
@@ -90,29 +90,19 @@ class BatchGPSampler(GPSampler):
     ) -> dict[str, Any]:
         # Optuna sets a default device around this, whose mode costs a fifth of the time.
         with without_function_modes():
-            return self._sampled(study, completed_trials, running_trials, search_space)
-
-    def _sampled(
-        self,
-        study: Study,
-        completed_trials: list[FrozenTrial],
-        running_trials: list[FrozenTrial],
-        search_space: dict[str, BaseDistribution],
-    ) -> dict[str, Any]:
-        space = SearchSpace(search_space)
-        known = space.get_normalized_params(completed_trials)
-        sign = 1.0 if study.direction is StudyDirection.MAXIMIZE else -1.0
-        heights = _standardize_values(sign * np.array([trial.values for trial in completed_trials]))[0][:, 0]
-        model = self._fitted(known, heights, space.is_categorical)
-        acquisition: BaseAcquisitionFunc
-        if running_trials:
-            acquisition = qLogEI(
-                model, space, heights.max(), self._fantasies, self._rng.rng.randint(2**31),
-                space.get_normalized_params(running_trials, [_get_params(trial) for trial in running_trials]),
-            )  # fmt: skip
-        else:
-            acquisition = LogEI(model, space, heights.max())
-        return space.get_unnormalized_param(self._maximized(acquisition, known[[np.argmax(heights)]]))
+            space = SearchSpace(search_space)
+            known = space.get_normalized_params(completed_trials)
+            sign = 1.0 if study.direction is StudyDirection.MAXIMIZE else -1.0
+            heights = _standardize_values(sign * np.array([trial.values for trial in completed_trials]))[0][:, 0]
+            model = self._fitted(known, heights, space.is_categorical)
+            acquisition: BaseAcquisitionFunc
+            if running_trials:
+                running = space.get_normalized_params(running_trials, [_get_params(trial) for trial in running_trials])
+                seed = self._rng.rng.randint(2**31)
+                acquisition = qLogEI(model, space, heights.max(), self._fantasies, seed, running)
+            else:
+                acquisition = LogEI(model, space, heights.max())
+            return space.get_unnormalized_param(self._maximized(acquisition, known[[np.argmax(heights)]]))
 
     def _fitted(self, known: np.ndarray, heights: np.ndarray, is_categorical: np.ndarray) -> GPRegressor:
         before = self._fit

@@ -370,9 +370,10 @@ class Stack:
 
     def loss(self, tensors: Tensors, batch: Any) -> Tensor:
         """Return the loss of one model with these tensors; in training mode, buffers among them are changed in place."""
-        joint = {name: tensors.pop(name) for name in list(tensors) if name.startswith(JOINT)}
+        joint = {name: each for name, each in tensors.items() if name.startswith(JOINT)}
+        own = {f"model.{name}": each for name, each in tensors.items() if name not in joint}
         with JointProducts(joint, tensors, self.groups):
-            return functional_call(self.program, {f"model.{name}": each for name, each in tensors.items()}, (batch,))
+            return functional_call(self.program, own, (batch,))
 
 
 def moving_parts(family: Family, model: nn.Module, batch: Any) -> tuple[set[str], set[str], list[list[str]]]:
