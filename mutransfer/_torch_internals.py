@@ -99,9 +99,20 @@ def local_shape_and_offset(parameter: Any) -> tuple[tuple[int, ...], tuple[int, 
     return tuple(size), tuple(start)
 
 
+def inductor_options() -> dict[str, Any]:
+    """Return the options of `torch.compile` without which its programs are wrong on this CPU.
+
+    With `ATEN_CPU_CAPABILITY=avx2` on a CPU with AVX-512, Inductor writes AVX2 code, has it compiled with `-march=native`, and
+    its numbers are wrong; its cache does not tell programs for the two instruction sets apart either.
+    """
+    restricted = torch.backends.cpu.get_cpu_capability() == "AVX2" and torch.cpu._is_avx512_supported()
+    return {"cpp.march": "haswell"} if restricted else {}  # the first CPU with AVX2
+
+
 def inductor_compile(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
     """Return ``graph`` compiled by Inductor, with bfloat16 rounded wherever the graph writes it, and eager's random numbers."""
     import torch._inductor
 
-    with torch._inductor.config.patch(emulate_precision_casts=True, fallback_random=True):
+    options = {"emulate_precision_casts": True, "fallback_random": True} | inductor_options()
+    with torch._inductor.config.patch(options):
         return torch._inductor.compile(graph, inputs)

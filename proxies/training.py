@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from mutransfer._torch_internals import inductor_options
 from mutransfer.devices import uploaded
 from mutransfer.family import Family
 from mutransfer.planning.plan import Plan
@@ -109,7 +110,7 @@ class Training:
         self.optimizer = plan.make_optimizer(self.model)
         self.schedule = scheduler(self.optimizer, plan.recipe, steps)
         if compile:
-            self.model.compile()
+            self.model.compile(options=inductor_options())
         self.step = 0
         self.finite = True
 

@@ -91,6 +91,15 @@ def test_operators_name_themselves_and_what_they_write() -> None:
     assert isinstance(torch.ops.higher_order.cond, of_torch.HigherOrderOperator)
 
 
+def test_inductor_is_left_alone_unless_torch_is_restricted_to_avx2(monkeypatch: pytest.MonkeyPatch) -> None:
+    for capability, has_avx512, given in (
+        ("AVX512", True, {}), ("AVX2", False, {}), ("DEFAULT", False, {}), ("AVX2", True, {"cpp.march": "haswell"}),
+    ):  # fmt: skip
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda found=capability: found)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda found=has_avx512: found)
+        assert of_torch.inductor_options() == given
+
+
 def test_the_default_device_is_known() -> None:
     assert torch.zeros in of_torch.device_constructors()
     assert of_torch.default_device() is None

@@ -7,8 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -233,6 +237,23 @@ def test_a_random_model_is_compiled() -> None:
         training.advance(3)
     assert training.compiles
     assert training.step is not training._uncompiled
+
+
+@pytest.mark.extended
+def test_a_compiled_program_for_avx2_is_right_on_a_cpu_with_avx512() -> None:
+    """Which is how a CPU with AVX2 alone is tried; Inductor's own choice of instructions makes its programs wrong there."""
+    program = """
+import torch
+from tests.sweeps.vectorized.test_graphs import test_a_random_model_is_compiled
+assert torch.backends.cpu.get_cpu_capability() == "AVX2"
+test_a_random_model_is_compiled()
+"""
+    env = os.environ | {"ATEN_CPU_CAPABILITY": "avx2"}
+    root = Path(__file__).parents[3]
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=env, cwd=root, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_refused_capture_leaves_the_stream_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
