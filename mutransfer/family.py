@@ -46,7 +46,7 @@ class Family:
         return replace(self, base=base)
 
     def printing_once(self) -> Family:
-        """Return a copy of this family whose loss function prints a repeated text only once, for models that print."""
+        """Return a copy of this family for models that print: whatever they print again and again is shown once."""
         return replace(self, loss=once(self.loss, self.name, "loss"))
 
     def batch_on(self, device: torch.device | str) -> Any:

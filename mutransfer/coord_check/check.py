@@ -116,7 +116,7 @@ def assert_coordinates_hold(
     optimizer: str = "adamw",
     **options: Any,
 ) -> Check:
-    """Assert that outputs, their changes and the parameters' updates scale with width as stable feature learning requires.
+    """Assert that outputs, their changes and the parameters' updates have the scaling that stable feature learning requires.
 
     Args:
         family: the model family to check; µP changes nothing at its base.

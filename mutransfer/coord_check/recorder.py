@@ -62,8 +62,8 @@ class Recorder:
         depth: depth of the model, if there is no plan.
         seed: seed of the initial weights.
         steps: optimizer steps after which to probe, in addition to the start; by default 1, 2, 4, 8 and so on.
-        outputs: names or patterns of the modules whose outputs are logits, if there is no plan; by default the last module to
-            run that owns parameters.
+        outputs: names or patterns of the modules whose outputs are logits, if there is no plan; by default the module
+            with parameters that runs last.
         name: the optimizer's name in `OPTIMIZERS`, if it cannot be derived from the class.
 
     Raises:

@@ -423,14 +423,14 @@ def record(
 
     Args:
         family: the model family to check; plans are relative to its base.
-        widths: at least two, in any order; empty or one for a check over ``depths``.
-        parametrization: name of the table that sets initialization and learning rates, or "own" for the model as its builder
-            leaves it, with mup's optimizer if mup has annotated it.
+        widths: at least two, in any order. If ``depths`` is given: the one width to check at, or none for the base's width.
+        parametrization: name of the table that sets initialization and learning rates, or "own" to check the model
+            exactly as built; if it is annotated by mup, it is then trained with mup's optimizer.
         optimizer: one of `optimizers.rules.OPTIMIZERS`; for "own", one of adam, adamw and sgd.
         lr: base learning rate; by default 2^-3 for SGD; for optimizers like Adam, the smaller of 2^-8 and 1/16 of the median
             initial std of the hidden weights.
         depth: number of layers; by default the base's.
-        depths: numbers of layers, for a check over depths at the one width in ``widths`` or the base's width.
+        depths: numbers of layers, given for a check over depths instead of widths.
         steps: number of optimizer steps, at least 1.
         seeds: seeds of the initial weights, at least one.
         device: the device to train on.

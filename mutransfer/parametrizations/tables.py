@@ -119,6 +119,7 @@ def depth_rule(alpha: Fraction) -> Depth:
     return Depth(branch=-alpha, adam=alpha - 1, sgd=2 * alpha - 1, eps=-alpha)
 
 
+# Along the width, the rows are those of MUP: an exponent changed there changes here too.
 COMPLETEP = replace(
     MUP,
     name="completep",

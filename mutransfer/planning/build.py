@@ -98,8 +98,8 @@ def plan(
             folder is refused if the run was tuned at another base.
         observation: the result of `observe` for this family, to avoid repeating it.
         target: the result of `observed_model` for this family, scale and parametrization, to avoid repeating that as well.
-        densities: for sparse layers, name pattern → m_ρ: the fraction of nonzero weights of the matching hidden layers in the
-            target, divided by that in the base (SµPar 2405.15743).
+        densities: for sparse hidden layers, by name pattern: their density (fraction of nonzero weights) in the target divided
+            by that in the base, m_ρ of SµPar (2405.15743).
 
     Raises:
         RequestError: a name is unknown, or a law does not apply.

@@ -173,7 +173,7 @@ class Plan:
 
     @property
     def in_force(self) -> Recipe:
-        """The recipe with betas adjusted by its batch and duration law. The law's effects on other settings are in ``rows``."""
+        """The recipe, with its betas adjusted if it names a ``law``. Whatever else the law changes is already in ``rows``."""
         return averaged(self.recipe, self.scale, self.base)
 
     def unit(self) -> Plan:
@@ -184,9 +184,10 @@ class Plan:
         """Register the plan's forward multipliers on ``model``; call it before `initialize`.
 
         Multipliers of whole parameters (`unit`) are registered with `torch.nn.utils.parametrize`: the parameter's name then
-        ends in ``parametrizations.weight.original``, as in its state_dict. Multipliers of single columns are registered as
-        forward pre-hooks, which leave names and state_dict unchanged. Frozen copies of such a layer inside ``model`` (a target
-        network) get the same hooks, and copy.deepcopy keeps the hooks. Without multipliers, nothing happens.
+        ends in ``parametrizations.weight.original``, in the model's state_dict as well. Multipliers of single columns are
+        registered as forward pre-hooks, which leave names and state_dict unchanged. Frozen copies of such a layer inside
+        ``model`` (such as the target network in reinforcement learning) get the same hooks, and copy.deepcopy keeps the hooks.
+        Without multipliers, nothing happens.
 
         Raises:
             RequestError: the model already has multipliers, or lacks a parameter of the plan.
@@ -222,7 +223,7 @@ class Plan:
         return (cls or rule.load())(groups, **default, **options)
 
     def per_group(self, target: torch.optim.Optimizer | torch.nn.Module, value: float) -> list[float]:
-        """Scale a learning rate of the base model to every parameter group, and return the rates in the groups' order.
+        """Return the learning rate of each parameter group, in the groups' order, for a given rate at base scale.
 
         torch's schedulers accept such a list in place of a single number (``max_lr``, ``base_lr``, ``min_lr``, ``swa_lr``).
 
@@ -269,9 +270,9 @@ class Plan:
     def clip_grad_norm_(self, model: torch.nn.Module, max_norm: float) -> torch.Tensor:
         """Clip the gradients of ``model`` to ``max_norm`` and return their norm before clipping (a scalar tensor).
 
-        The norm is that of the equivalent model with the paper's multipliers in its forward pass: each gradient is
-        multiplied by its parameter's ``gauge`` (see `ParameterPlan`). Without this factor, the readout would make the
-        norm grow with the width, and wide models would be clipped more.
+        The norm is the one that the equivalent model with multipliers in its forward pass would have: for the norm, and
+        only there, each gradient is multiplied by its parameter's ``gauge`` (see `ParameterPlan`). Without this factor, the
+        readout would make the norm grow with the width, and wide models would be clipped more.
         """
         parameters = matched(self, model)
         columns = {row.name: row.columns for row in self.rows if row.columns}

@@ -99,7 +99,7 @@ class _TargetFile(TargetValues):
 
 @dataclass(frozen=True)
 class TargetConfig:
-    """All settings of the target run. Unlike a `Recipe`, whose values hold for the proxy, it holds the target's own values.
+    """All settings of the target run. Unlike a `Recipe`, whose values refer to the base scale, it holds the target's own values.
 
     Args:
         model: reference to the model, as on the command line.
@@ -136,7 +136,9 @@ class TargetConfig:
             object.__setattr__(self, name, getattr(checked, name))
 
     def found(self) -> tuple[dict[str, str], str | None]:
-        """Return the references to model, data and trainer relative to the current folder, and the experiment's folder or None.
+        """Return where the files are now: the references to model, data and trainer, and the folder of the experiment file.
+
+        References are relative to the current folder. The folder is None if an earlier version wrote the target.
 
         Recorded paths are looked up relative to the target's file first, then at their original location (`run_dir.found`).
 

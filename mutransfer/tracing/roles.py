@@ -197,7 +197,7 @@ def role_of(name: str, shape: tuple[int, ...], use: Use, grows: tuple[bool, ...]
             return "hidden"
         case True, False:
             return "bottleneck" if use.feature and not use.logit else "output"
-        case False, True:
+        case False, True:  # embeddings, biases, gains; depthwise convolutions, whose growing axis is not summed over
             contracted = "in" in use.axes or "gather" in use.axes
             return "input" if contracted or sum(size > 1 for size in shape) > 1 else "vector"
         case _:
