@@ -54,13 +54,14 @@ def verdict(coordinates: pd.DataFrame, margin: float = MARGIN, *, decay_policy: 
     For each module, statistic and step, the slope of log2(value) against log2(width), or against log2(depth) if the depth
     varies, is fitted over seeds and sizes with a 95% confidence interval. A row passes if the interval lies within the expected
     band widened by ``margin``, fails if it lies entirely outside, and is undecided otherwise. There is one
-    exception: a row that fails over all sizes is undecided if the fit to the wider half of them alone does not fail, or lies
-    clearly closer to the band than the fit to the narrower half (docs/explanation/coordinate-check.md).
+    exception. If the fit over all sizes fails, the wider half of the sizes is fitted again on its own; the row is then undecided
+    if this second fit does not fail, or if its slope is clearly closer to the band than that of the narrower half
+    (docs/explanation/coordinate-check.md).
 
     The verdict judges, for each module, the size of its activations at the start and their changes; and for each parameter:
 
     - its initial size,
-    - how much the parameter's update ΔW changes its module's output for the module's input from before training (ΔW·x),
+    - the size of ΔW·x, where ΔW is the parameter's update and x what its module received as input before training,
     - the learning rate implied by its first step,
     - lr · weight decay,
     - gradient / epsilon, where epsilon matters.

@@ -185,8 +185,8 @@ class Plan:
 
         Multipliers of whole parameters (`unit`) are registered with `torch.nn.utils.parametrize`: the parameter's name then
         ends in ``parametrizations.weight.original``, in the model's state_dict as well. Multipliers of single columns are
-        registered as forward pre-hooks, which leave names and state_dict unchanged. Frozen copies of such a layer inside
-        ``model`` (such as the target network in reinforcement learning) get the same hooks, and copy.deepcopy keeps the hooks.
+        registered as forward pre-hooks, which leave names and state_dict unchanged; frozen copies of their layers inside
+        ``model``, as in a target network, get the same hooks, and copy.deepcopy keeps the hooks.
         Without multipliers, nothing happens.
 
         Raises:
@@ -232,8 +232,7 @@ class Plan:
             value: the learning rate at base scale; ``recipe.lr`` gives the planned rates.
 
         Raises:
-            RequestError: the optimizer's groups have no parameter names, mix parameters with different rates, or belong to
-                another plan.
+            RequestError: the optimizer's groups have no parameter names, mix different rates, or belong to another plan.
         """
         groups = target.param_groups if isinstance(target, torch.optim.Optimizer) else self.param_groups(target)
         return schedulers.per_group(self._rates(), self.recipe.lr, groups, value)

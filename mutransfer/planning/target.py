@@ -136,11 +136,9 @@ class TargetConfig:
             object.__setattr__(self, name, getattr(checked, name))
 
     def found(self) -> tuple[dict[str, str], str | None]:
-        """Return where the files are now: the references to model, data and trainer, and the folder of the experiment file.
+        """Find the files that the target refers to; return the references to model, data and trainer, and their folder.
 
-        References are relative to the current folder. The folder is None if an earlier version wrote the target.
-
-        Recorded paths are looked up relative to the target's file first, then at their original location (`run_dir.found`).
+        References are relative to the current folder. The folder is None in targets that earlier versions wrote.
 
         Raises:
             FileError: one of them no longer exists.
