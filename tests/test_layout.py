@@ -19,7 +19,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("mutransfer", "proxies", "sweeps", "reports")
 LONGEST = 600
-MOST = 130  # modules
+MOST = 110  # modules, apart from the folders with one file for each command, framework or method
 # Who may import whom: the part of the house → parts it may name. The command line may name all.
 MAY_IMPORT = {
     "core": {"core"},
@@ -266,7 +266,7 @@ def test_library_code_does_not_print() -> None:
 
 def test_no_module_is_two_concepts_long() -> None:
     assert too_long() == {}
-    assert len(modules()) <= MOST
+    assert sum(path.parent.name not in ONE_FILE_EACH for path in modules()) <= MOST
 
 
 def test_where_to_go_is_where_it_is() -> None:

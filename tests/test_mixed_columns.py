@@ -15,7 +15,7 @@ import mutransfer as mt
 from mutransfer.coord_check.check import judge_coordinates
 from mutransfer.errors import RequestError
 from mutransfer.export import export
-from mutransfer.planning.plan import as_entered
+from mutransfer.planning.multipliers import as_entered
 from mutransfer.planning.target import target_config
 from mutransfer.proxies.training import Training
 

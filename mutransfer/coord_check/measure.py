@@ -21,7 +21,8 @@ from ..optimizers.rules import OPTIMIZERS
 from ..param_names import plain_name, planned_names
 from ..parametrizations.spec import FOLDS
 from ..parametrizations.tables import TABLES, table
-from ..planning.plan import Plan, as_entered
+from ..planning.multipliers import as_entered
+from ..planning.plan import Plan
 
 __all__ = [
     "Owned",

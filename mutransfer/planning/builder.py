@@ -21,7 +21,7 @@ from ..parametrizations.tables import Table
 from ..recipe import Recipe
 from ..scale import Scale
 from ..tracing.specs import Observation, ParamSpec
-from .plan import ColumnBlock
+from .multipliers import ColumnBlock
 
 __all__ = ["PlanBuilder", "fold_all"]
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -36,10 +35,10 @@ from ..scale import Scale
 from ..schemas import PARAMETERS
 from . import schedulers
 from .laws import averaged
+from .multipliers import ColumnBlock, ColumnMultiplier, Multiplier, columns_of
 
 __all__ = [
-    "ColumnMultiplier", "ColumnBlock", "Multiplier", "ParameterPlan", "Plan", "as_entered", "attach",
-    "clip_grad_norm_", "matched", "parted", "plain_name", "refuse_other_gauge", "unit",
+    "ParameterPlan", "Plan", "attach", "clip_grad_norm_", "matched", "parted", "plain_name", "refuse_other_gauge", "unit",
 ]  # fmt: skip
 
 FORMAT = "mutransfer-plan/1"
@@ -357,21 +356,6 @@ def _without_std(row: Any) -> Any:
     return {key: value for key, value in row.items() if key != "init_std"} if isinstance(row, dict) else row
 
 
-@exact
-@dataclass(frozen=True)
-class ColumnBlock:
-    """Entries ``begin`` to ``end`` of the axis that a layer sums over, whose inputs are multiplied by ``multiplier``.
-
-    ``gauge`` is how much larger these entries are, relative to the layer's other columns, than in the table's source.
-    """
-
-    axis: Whole
-    begin: Whole
-    end: Whole
-    multiplier: Number
-    gauge: Number
-
-
 class _PlanFile(Settings):
     """A plan as `Plan.save` writes it; a target config holds the same keys among others."""
 
@@ -384,48 +368,6 @@ class _PlanFile(Settings):
     recipe: Any
     parameters: tuple[Annotated[ParameterPlan, BeforeValidator(_without_std)], ...]
     notes: tuple[str, ...] = ()
-
-
-class ColumnMultiplier:
-    """Forward pre-hook of a linear layer or convolution that multiplies some features of its input."""
-
-    def __init__(self, columns: tuple[ColumnBlock, ...], axes: int) -> None:
-        self.columns, self.dim = columns, 1 - axes  # in a convolution with k spatial axes, channels are dim −k−1
-        self.paused = False
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """Return the layer's arguments with the input multiplied."""
-        if self.paused:
-            return args, kwargs
-        if args:
-            return (self.multiplied(args[0], self.dim), *args[1:]), kwargs
-        return args, {**kwargs, "input": self.multiplied(kwargs["input"], self.dim)}
-
-    def multiplied(self, tensor: torch.Tensor, dim: int, *, divide: bool = False) -> torch.Tensor:
-        """Return ``tensor`` with its entries along ``dim`` multiplied, or divided."""
-        end, pieces = 0, []
-        for each in self.columns:
-            pieces.append(tensor.narrow(dim, end, each.begin - end))
-            by = 1 / each.multiplier if divide else each.multiplier
-            pieces.append(tensor.narrow(dim, each.begin, each.end - each.begin) * by)
-            end = each.end
-        return torch.cat([*pieces, tensor.narrow(dim, end, tensor.shape[dim] - end)], dim)
-
-
-class Multiplier(nn.Module):
-    """Parametrization with weight = c · original; assigning to ``weight`` divides by c. It has no state."""
-
-    def __init__(self, c: float) -> None:
-        super().__init__()
-        self.c = c
-
-    def forward(self, original: torch.Tensor) -> torch.Tensor:
-        """Return the weight that the model uses."""
-        return original * self.c
-
-    def right_inverse(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return the trained tensor for a weight that the model should use."""
-        return weight / self.c
 
 
 def unit(plan: Plan) -> Plan:
@@ -477,7 +419,7 @@ def _attach_columns(row: ParameterPlan, model: nn.Module) -> None:
     owner, _, key = row.name.rpartition(".")
     layer = dict(model.named_modules()).get(owner)
     weight = getattr(layer, key, None)
-    if layer is None or weight is None or _columns_of(layer):
+    if layer is None or weight is None or columns_of(layer):
         raise RequestError(
             f"{row.name} is not a plain parameter of the model: attach the plan once, to a freshly built model."
         )
@@ -497,24 +439,6 @@ def _copies(other: torch.Tensor | None, weight: torch.Tensor) -> bool:
     return bool(torch.equal(other, weight))
 
 
-@contextmanager
-def as_entered(module: nn.Module) -> Iterator[None]:
-    """Pause the column multipliers of ``module``, to call it with inputs that they have already multiplied."""
-    hooks = [each for each in module._forward_pre_hooks.values() if isinstance(each, ColumnMultiplier)]
-    for each in hooks:
-        each.paused = True
-    try:
-        yield
-    finally:
-        for each in hooks:
-            each.paused = False
-
-
-def _columns_of(module: nn.Module) -> tuple[ColumnBlock, ...]:
-    hooks = (each for each in module._forward_pre_hooks.values() if isinstance(each, ColumnMultiplier))
-    return next((each.columns for each in hooks), ())
-
-
 def refuse_other_gauge(plan: Plan, model: nn.Module) -> None:
     """Raise if the forward multipliers of a model are not the plan's."""
     found = {
@@ -527,7 +451,7 @@ def refuse_other_gauge(plan: Plan, model: nn.Module) -> None:
     columns = {
         plain_name(f"{prefix}.weight".lstrip(".")): each
         for prefix, module in model.named_modules()
-        if (each := _columns_of(module))
+        if (each := columns_of(module))
     }
     for row in plan.rows:
         actual = found.get(row.name, 1.0)

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from mutransfer._torch_internals import NEWTON_SCHULZ, muon_lr
 from mutransfer.optimizers.muon import iteration_dtype, orthogonalized
-from mutransfer.planning.plan import ColumnBlock, ParameterPlan, Plan
+from mutransfer.planning.multipliers import ColumnBlock
+from mutransfer.planning.plan import ParameterPlan, Plan
 
 __all__ = [
     "FUSED", "Kind", "OptimSettings", "State", "blank_state", "is_in_pieces", "kind_of", "numbers_at", "settings_of",
