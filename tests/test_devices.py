@@ -63,11 +63,12 @@ def test_a_run_on_the_cpu_touches_no_gpu(eight_gpus: list[str], tmp_path: Path) 
     assert folder.read_environment()["cuda"] == "GPU"
 
 
-def test_a_check_leaves_the_random_numbers_of_its_caller() -> None:
+@pytest.mark.parametrize("parametrization", ["mup", "own"])
+def test_a_check_leaves_the_random_numbers_of_its_caller(parametrization: str) -> None:
     torch.manual_seed(1)
     expected = torch.rand(3)
     torch.manual_seed(1)
-    record(families.mlp(width=8), [8, 16], seeds=range(2), steps=1)
+    record(families.mlp(width=8), [8, 16], parametrization, seeds=range(2), steps=1)
     assert torch.equal(torch.rand(3), expected)
 
 

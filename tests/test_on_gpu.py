@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -12,6 +13,22 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PARTS = ["capture", "throughput", "refused", "memory", "checkpoints", "recaptures", "check", "basin"]
+
+
+def test_a_gpu_is_only_expected_to_be_faster_when_it_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few small trials leave most of it idle, so nothing is claimed of them."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    throughput = importlib.import_module("sweep_throughput")
+    counts = (1, 4, 16, 64, 256)
+    seconds = {"eager": 10.0, "graphs": 5.0} | {f"fused {count}": 10.0 for count in counts}
+    ways = {}
+    for name, each in seconds.items():
+        ways[name] = throughput.Way(name, None, 64)
+        ways[name].seconds = [each]
+    found = throughput.claims(128, ways, counts, "cuda")
+    assert [claim.name for claim in found] == [
+        f"width 128: fused {count} / {other}" for count in (64, 256) for other in ("one by one", "CUDA graphs")
+    ]
 
 
 @pytest.mark.extended

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
+import weakref
 from typing import Any
 
 import pytest
@@ -14,6 +16,11 @@ from mutransfer.devices import is_out_of_memory
 from mutransfer.errors import RequestError
 from mutransfer.family import Family
 from mutransfer.scale import Scale
+from mutransfer.sweeps.jobs import Job, RunContext, run_jobs
+from mutransfer.sweeps.vectorized.batch_training import VectorizedTraining
+from mutransfer.sweeps.vectorized.executor import VectorizedExecutor
+
+from ...helpers.small import experiment
 
 LIMITED = """
 import contextlib, json, resource, sys, warnings
@@ -118,3 +125,44 @@ def test_the_loss_of_memory_is_no_fault_of_the_model() -> None:
     family = Family(lambda scale: torch.nn.Linear(scale.width, 1), torch.ones(1, 8), loss, Scale(8))
     with pytest.raises(torch.OutOfMemoryError):
         family.loss_on(family.build(Scale(8)), family.batch)
+
+
+def fails_above(monkeypatch: pytest.MonkeyPatch, most: int, width: int) -> list[weakref.ref[VectorizedTraining]]:
+    """More than ``most`` trials at ``width`` do not fit into memory; return references to all trainings."""
+    made: list[weakref.ref[VectorizedTraining]] = []
+    advance = VectorizedTraining.advance
+
+    def limited(training: VectorizedTraining, count: int) -> None:
+        made.append(weakref.ref(training))
+        if training.slots[0].plan.scale.width == width and len(training.slots) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        advance(training, count)
+
+    monkeypatch.setattr(VectorizedTraining, "advance", limited)
+    return made
+
+
+def test_little_memory_at_one_width_does_not_lower_the_capacity_at_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = experiment(steps=4)
+    fails_above(monkeypatch, 2, width=32)
+    fused = VectorizedExecutor(4)
+    todo = [Job((width, k), Scale(width, 2), "mup", given.recipe, k) for width in (32, 8, 32) for k in range(5)]
+    todo = [Job(n, job.scale, job.parametrization, job.recipe, job.seed) for n, job in enumerate(todo)]
+    capacities = [(job.scale.width, fused.capacity) for job, _ in run_jobs(fused, RunContext(given), todo)]
+    assert capacities == [(32, 2)] * 5 + [(8, 4)] * 5 + [(32, 2)] * 5
+
+
+def test_the_cache_is_emptied_after_the_batch_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = experiment(steps=4)
+    made = fails_above(monkeypatch, 2, width=given.proxy.width)
+    alive: list[int] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: alive.append(sum(each() is not None for each in made)))
+    fused = VectorizedExecutor(4, "cpu:0")  # another name than "cpu": what is done on a GPU is done here
+    gc.collect()
+    gc.disable()  # memory must not depend on it
+    try:
+        todo = [Job(k, given.proxy_scale, "mup", given.recipe, k) for k in range(4)]
+        assert len(list(run_jobs(fused, RunContext(given), todo))) == 4
+    finally:
+        gc.enable()
+    assert alive == [0]
