@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, PlainValidator, Strict, Valid
 
 from .errors import SettingsError, describe, nearest
 
-__all__ = ["Number", "Positive", "Settings", "Whole", "exact", "parse", "read_by"]
+__all__ = ["Number", "Positive", "Settings", "Whole", "exact", "parse", "read_by", "sentence_of"]
 
 T = TypeVar("T", bound=BaseModel)
 # Types and configuration of dataclasses that are read from files which a program wrote.
@@ -78,12 +78,17 @@ def parse(model: type[T], data: Any, where: str, again: str | None = None) -> T:
 
 
 def _refusal(model: type[BaseModel], error: ValidationError, where: str, again: str | None = None) -> SettingsError:
+    if again is None:
+        return SettingsError(f"{where}: {sentence_of(model, error, ': add it')}")
+    return SettingsError(f"{where} is damaged ({sentence_of(model, error).rstrip('.')}): {again}.")
+
+
+def sentence_of(model: type[BaseModel], error: ValidationError, add: str = "") -> str:
+    """Return a sentence about the first problem of ``error``, with the dotted key; ``add`` is appended if a key is missing."""
     # Report unknown keys first: an unknown "lrr" explains a missing "lr".
     unknown = ("extra_forbidden", "unexpected_keyword_argument")
     problems = sorted(error.errors(include_url=False), key=lambda problem: problem["type"] not in unknown)
-    if again is None:
-        return SettingsError(f"{where}: {_sentence(model, problems[0], ': add it')}")
-    return SettingsError(f"{where} is damaged ({_sentence(model, problems[0]).rstrip('.')}): {again}.")
+    return _sentence(model, problems[0], add)
 
 
 def _sentence(model: type[BaseModel], problem: Any, add: str = "") -> str:

@@ -6,10 +6,11 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, model_serializer, model_validator
 
 from .config import Settings
 from .io import read_json, write_json
+from .methods import Backprop, MethodOf
 
 __all__ = ["Recipe"]
 
@@ -22,7 +23,8 @@ class Recipe(Settings):
 
     Numbers are dimensionless except ``clip`` and ``eps`` (units of the gradient). Each ``alpha_*`` acts as a multiplier on
     one part of the forward pass, folded into weights and optimizer settings, and ``init_scale`` multiplies the initial
-    weights; a value of 1 changes nothing. TP-V (2203.03466), Table 1, lists which of these transfer.
+    weights; a value of 1 changes nothing. TP-V (2203.03466), Table 1, lists which of these transfer. ``method`` is the training
+    method, by name or with its settings (`methods`).
     """
 
     lr: Positive = 2**-9
@@ -47,6 +49,7 @@ class Recipe(Settings):
     final: Annotated[float, Field(ge=0, le=1)] = 0.0
     clip: Positive | None = None
     law: Literal["none", "sqrt", "bjorck", "power-lines", "ema"] = "none"
+    method: MethodOf = Backprop()
 
     @model_validator(mode="after")
     def _phases_fit(self) -> Self:
@@ -55,6 +58,14 @@ class Recipe(Settings):
                 f"warmup {self.warmup:g} and cooldown {self.cooldown:g} are fractions of one run: make their sum at most 1."
             )
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_default(self, handler: Any) -> dict[str, Any]:
+        """Leave backpropagation out, so that files of such recipes can be read by earlier versions."""
+        data: dict[str, Any] = handler(self)
+        if data.get("method", {}).get("name") == "backprop":
+            del data["method"]
+        return data
 
     def with_(self, **changes: Any) -> Recipe:
         """Return a validated copy of this recipe with some values replaced."""

@@ -135,9 +135,10 @@ def parameter_table(parameters: pd.DataFrame) -> HtmlTable:
 
 def recipe_table(recipe: Recipe) -> HtmlTable:
     """Return the recipe's values next to the defaults; a default is shown only where the recipe differs from it."""
-    default = Recipe().model_dump(mode="json")
+    default = {**Recipe().model_dump(mode="json"), "method": str(Recipe().method)}
+    values = {**recipe.model_dump(mode="json"), "method": str(recipe.method)}
     rows = []
-    for key, value in recipe.model_dump(mode="json").items():
+    for key, value in values.items():
         text = f"{_value(value)} ({power_of_two(math.log2(value))})" if key == "lr" else _value(value)
         rows.append([cell(key), cell(text), cell("same" if value == default[key] else _value(default[key]))])
     return HtmlTable([("setting", "at base scale"), ("value", "as tuned"), ("default", "before tuning")], rows)

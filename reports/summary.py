@@ -252,8 +252,9 @@ def _price(price: dict[str, Any], widest: int) -> list[Fact]:
 
 
 def _recipe(recipe: Recipe) -> str:
-    default = Recipe().model_dump()
-    changed = {key: value for key, value in recipe.model_dump().items() if value != default[key] and key != "lr"}
+    default = {**Recipe().model_dump(), "method": str(Recipe().method)}
+    values = {**recipe.model_dump(), "method": str(recipe.method)}
+    changed = {key: value for key, value in values.items() if value != default[key] and key != "lr"}
     others = [f"{key} {number(value) if isinstance(value, float) else value}" for key, value in changed.items()]
     return ", ".join([f"lr {number(recipe.lr)} ({power_of_two(math.log2(recipe.lr))})", *others])
 

@@ -16,6 +16,7 @@ from mutransfer import run_dir
 from mutransfer.config import Settings
 from mutransfer.errors import FileError, SettingsError, nearest
 from mutransfer.io import write_text
+from mutransfer.methods import METHODS
 from mutransfer.optimizers.rules import optimizer_rule
 from mutransfer.parametrizations.tables import table
 from mutransfer.proxies.load import DEFAULT_DATA
@@ -228,9 +229,22 @@ class Experiment(Settings):
 
     @model_validator(mode="before")
     @classmethod
+    def _takes_method(cls, given: Any) -> Any:
+        """Accept ``method`` as a key of its own; it is part of the recipe."""
+        if not isinstance(given, dict) or "method" not in given:
+            return given
+        recipe = given.get("recipe") or {}
+        if isinstance(recipe, Recipe):
+            recipe = recipe.model_dump()
+        rest = {key: value for key, value in given.items() if key != "method"}
+        return {**rest, "recipe": {**recipe, "method": given["method"]}} if isinstance(recipe, dict) else given
+
+    @model_validator(mode="before")
+    @classmethod
     def _searches_known(cls, data: Any) -> Any:
         """Check the names of searched hyperparameters before their ranges."""
-        known = {*Recipe.model_fields, *BETAS} - {"betas", "decay", "decay_policy"}
+        known = {*Recipe.model_fields, *BETAS} - {"betas", "decay", "decay_policy", "method"}
+        known |= {name for method in METHODS.values() for name in method.searchable}
         search = data.get("search") if isinstance(data, dict) else None
         for name, range_ in search.items() if isinstance(search, dict) else ():
             if name not in known:
@@ -275,6 +289,9 @@ class Experiment(Settings):
         )
         read = {name: rule.reads(with_values(self.recipe, {name: 0.123})) for name in others}
         idle = {name: f"{self.optimizer} has none" for name in others if read[name] == rule.reads(self.recipe)}
+        method = self.recipe.method
+        others_settings = {name for each in METHODS.values() for name in each.searchable} - {*method.searchable}
+        idle |= dict.fromkeys(others_settings, f"the method {method.name} has none")
         idle["law"] = "it acts between the proxy's batch and duration and the target's"
         schedules = self.search["schedule"].ends() if "schedule" in self.search else [self.recipe.schedule]
         if "wsd" not in schedules:
@@ -414,11 +431,18 @@ class Experiment(Settings):
 
 
 def with_values(recipe: Recipe, values: dict[str, Any]) -> Recipe:
-    """Return ``recipe`` with searched values filled in; beta1 and beta2 are combined into ``betas``."""
+    """Return ``recipe`` with searched values filled in: beta1 and beta2 in ``betas``, and the method's in ``method``."""
     values = dict(values)
     beta1, beta2 = recipe.betas
     betas = (values.pop("beta1", beta1), values.pop("beta2", beta2))
-    return recipe.with_(**values, betas=betas)
+    settings = {name: values.pop(name) for name in recipe.method.searchable if name in values}
+    return recipe.with_(**values, betas=betas, method={**recipe.method.model_dump(), **settings})
+
+
+def values_of(recipe: Recipe) -> dict[str, Any]:
+    """Return the values of a recipe under the names by which they are searched; the inverse of `with_values`."""
+    settings = {name: getattr(recipe.method, name) for name in recipe.method.searchable}
+    return {**recipe.model_dump(), **dict(zip(BETAS, recipe.betas, strict=True)), **settings}
 
 
 def _apply(data: dict[str, Any], change: str) -> None:
@@ -426,6 +450,8 @@ def _apply(data: dict[str, Any], change: str) -> None:
     if not equals or not key:
         raise SettingsError(f"--set {change!r} is not of the form key=value, as in recipe.lr=0.01.")
     *path, last = key.split(".")
+    if path and path[-1] == "method" and isinstance(data.get("method"), str):
+        data["method"] = {"name": data["method"]}
     for part in path:
         if data.get(part) is None:
             data[part] = {}  # also replaces an empty section

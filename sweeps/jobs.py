@@ -37,6 +37,7 @@ from mutransfer.price import Flops, optimizer_flops, step_cost
 from mutransfer.proxies.data import Data, load_data
 from mutransfer.proxies.importing import modules_in
 from mutransfer.proxies.load import load_family
+from mutransfer.proxies.methods import pruned_densities
 from mutransfer.proxies.training import Outcome, Training, train
 from mutransfer.recipe import Recipe
 from mutransfer.scale import Scale
@@ -110,7 +111,12 @@ class RunContext:
         target = self.once(
             ("model", scale, parametrization), lambda: observed_model(self.family, scale, parametrization, observation)
         )
-        return plan(self.family, scale, parametrization, self.experiment.optimizer, recipe, target=target)
+        pruned = self.once(
+            ("pruned", recipe.method.model_dump_json()), lambda: pruned_densities(recipe, self.family, observation)
+        )
+        return plan(
+            self.family, scale, parametrization, self.experiment.optimizer, recipe, target=target, pruned=pruned
+        )
 
     def cost(self, scale: Scale) -> Flops | None:
         """Return the cost of one training step at ``scale``; None if a user trainer chooses its batches.

@@ -15,7 +15,7 @@ from mutransfer.errors import RequestError, StorageError
 from mutransfer.schemas import TRIALS
 
 from ._optuna_internals import storage_of, study_id
-from .experiment import BETAS, Experiment
+from .experiment import Experiment, values_of
 from .pruners import Halving, judged_once
 from .samplers import START, Auto, GaussianProcess, Independent, Quasirandom, Random, Sampler, inside, tpe
 from .storage import Opened
@@ -108,7 +108,7 @@ def baseline(experiment: Experiment) -> dict[str, Any] | None:
 
 
 def _recipe_values(experiment: Experiment) -> dict[str, Any]:
-    values = {**experiment.recipe.model_dump(), **dict(zip(BETAS, experiment.recipe.betas, strict=True))}
+    values = values_of(experiment.recipe)
     return {name: values[name] for name in experiment.search}
 
 

@@ -9,7 +9,7 @@ import typer
 
 from ..errors import RequestError, nearest
 from .console import AsJson, Device, Progress, device_of, emit, numbers, records, say, table
-from .models import BASE_WIDTH_HELP, MODEL, DepthField, Optimizer, Roles, WidthField
+from .models import BASE_WIDTH_HELP, MODEL, DepthField, MethodOption, Optimizer, Roles, WidthField
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ..coord_check import Verdict
     from ..coord_check.cache import CheckCache
     from ..family import Family
+    from ..methods import Method
     from ..run_dir import RunFolder
 
 WIDTHS = "64,128,256,512"
@@ -74,6 +75,7 @@ def check(
     width_field: WidthField = None,
     depth_field: DepthField = None,
     role: Roles = None,
+    method: MethodOption = None,
     seed: Annotated[int, typer.Option(min=0, help="First seed.")] = 0,
     device: Device = "auto",
     as_json: AsJson = False,
@@ -86,7 +88,7 @@ def check(
     from ..parametrizations.tables import TABLES
     from ..proxies.hf_config import describe_changes
     from ..recipe import Recipe
-    from .models import family_for, fields_asked_for, fields_between, subject_of
+    from .models import family_for, fields_asked_for, fields_between, method_for, subject_of
 
     sizes, layers = _sizes(widths, depths)
     options = fields_asked_for(model, width_field, depth_field)
@@ -107,6 +109,7 @@ def check(
         say(f"{family.name} {describe_changes(grown)}")
     if lr is not None:
         Recipe.read({"lr": lr}, "--lr")
+    trained_by = method_for(model, method)
     for name in (parametrization, control):
         if name and name not in (known := [*TABLES, OWN]):
             raise RequestError(f"unknown parametrization {name!r}: {nearest(name, known)}")
@@ -120,6 +123,7 @@ def check(
             "--depths": depths,
             "--parametrization": parametrization,
             "--optimizer": optimizer,
+            "--method": method,
         }
         arguments |= {
             "--steps": steps,
@@ -144,11 +148,24 @@ def check(
         depths=layers,
         most=max_seeds,
         cache=cache,
+        method=trained_by,
     )
     second = None
     if control:
         second, control_frame = judge(
-            family, sizes, control, optimizer, where, steps, seeds, lr, seed, patience=1, depths=layers, cache=cache
+            family,
+            sizes,
+            control,
+            optimizer,
+            where,
+            steps,
+            seeds,
+            lr,
+            seed,
+            patience=1,
+            depths=layers,
+            cache=cache,
+            method=trained_by,
         )
         import pandas as pd
 
@@ -207,12 +224,13 @@ def _sizes(widths: str, depths: str | None) -> tuple[list[int], list[int]]:
 def judge(
     family: Family, widths: list[int], parametrization: str, optimizer: str, device: str, steps: int, seeds: int,
     lr: float | None, first: int = 0, patience: int | None = None, depths: list[int] | None = None,
-    most: int | None = None, cache: CheckCache | None = None,
+    most: int | None = None, cache: CheckCache | None = None, method: Method | None = None,
 ) -> tuple[Verdict, pd.DataFrame]:  # fmt: skip
     """Run the check with a progress bar, and print warnings about what cannot be measured to stderr."""
     import warnings
 
     from ..coord_check import PATIENCE, judge_coordinates
+    from ..proxies.methods import planner_for
 
     with warnings.catch_warnings(record=True) as caught, Progress(_title(family, parametrization)) as progress:
         warnings.simplefilter("always", UserWarning)
@@ -220,6 +238,7 @@ def judge(
             family, widths, parametrization, optimizer, seeds=seeds, first=first, patience=patience or PATIENCE, most=most,
             cache=cache, more=lambda done, adding, judged: say(f"not decided with {done} seeds, adding {adding}: {judged.cause}"),
             lr=lr, depths=depths or (), steps=steps, device=device, progress=progress,
+            planner=None if method is None or method.name == "backprop" else planner_for(method),
         )  # fmt: skip
     for text in dict.fromkeys(str(each.message) for each in caught):
         say(text)

@@ -8,6 +8,7 @@ import typer
 
 if TYPE_CHECKING:
     from ..family import Family
+    from ..methods import Method
     from ..proxies.data import Data
     from ..scale import Scale
     from ..sweeps.experiment import Experiment
@@ -36,6 +37,13 @@ WidthField = Annotated[list[str] | None, typer.Option("--width-field", help=FIEL
 Roles = Annotated[
     list[str] | None,
     typer.Option("--role", help="Role of parameters by name, such as '*.router.weight=output'; may be repeated."),
+]
+MethodOption = Annotated[
+    str | None,
+    typer.Option(
+        "--method",
+        help="Training method with its settings, such as pruned,density=0.1; by default backprop, or that of an experiment.",
+    ),
 ]
 DepthField = Annotated[list[str] | None, typer.Option("--depth-field", help=FIELD.format("depth"))]
 
@@ -116,6 +124,30 @@ def experiment_of(model: str) -> Experiment | None:
 
     names_file = not model.startswith("hf:") and Path(model).suffix in (".yaml", ".yml")
     return Experiment.load(model) if names_file else None
+
+
+def method_for(model: str, text: str | None) -> Method:
+    """Return the training method that --method names, or else that of the experiment that MODEL names.
+
+    Raises:
+        RequestError: ``text`` is not NAME or NAME,KEY=VALUE,…, or a setting is unknown or out of range.
+    """
+    import yaml
+
+    from ..errors import RequestError
+    from ..recipe import Recipe
+
+    if text is None:
+        experiment = experiment_of(model)
+        return Recipe().method if experiment is None else experiment.recipe.method
+    name, *settings = text.split(",")
+    given: dict[str, Any] = {"name": name}
+    for each in settings:
+        key, equals, value = each.partition("=")
+        if not equals:
+            raise RequestError(f"--method {text!r}: {each!r} is not of the form key=value, as in pruned,density=0.1.")
+        given[key] = yaml.safe_load(value)
+    return Recipe.read({"method": given}, "--method").method
 
 
 def subject_of(model: str, parametrization: str, optimizer: str, options: dict[str, Any] | None) -> dict[str, Any]:

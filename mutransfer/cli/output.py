@@ -175,6 +175,7 @@ class Parameter(Output):
         description="Columns for inputs of a fixed size, if other columns of the layer grow with the width; "
         "plan.attach(model) multiplies the inputs of the fixed columns. Absent if there are none.",
     )
+    density: float = Field(default=1.0, description="Fraction of the weights that are not pruned. Absent if it is 1.")
 
 
 class Group(Output):

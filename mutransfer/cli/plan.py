@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from .console import AsJson, UnusedDevice, UnusedSeed, emit, records, table
-from .models import BASE_WIDTH_HELP, MODEL, DepthField, Optimizer, Parametrization, Roles, WidthField
+from .models import BASE_WIDTH_HELP, MODEL, DepthField, MethodOption, Optimizer, Parametrization, Roles, WidthField
 
 BASE_WIDTH = 64  # default for built-in models
 
@@ -30,6 +30,7 @@ def plan(
     width_field: WidthField = None,
     depth_field: DepthField = None,
     role: Roles = None,
+    method: MethodOption = None,
     seed: UnusedSeed = 0,
     device: UnusedDevice = "auto",
     as_json: AsJson = False,
@@ -40,13 +41,17 @@ def plan(
     """
     from ..planning import build
     from ..proxies.hf_config import describe_changes
-    from .models import family_for, fields_asked_for, fields_between
+    from ..proxies.methods import pruned_densities
+    from .models import family_for, fields_asked_for, fields_between, method_for
 
     options = fields_asked_for(model, width_field, depth_field)
     family, _ = family_for(model, data, base_width, base_depth, default_width=BASE_WIDTH, options=options, roles=role)
     scale = family.base.with_(width=width, depth=depth or base_depth or family.base.depth)
     grown = fields_between(family, scale)
-    planned = build.plan(family, scale, parametrization, optimizer, recipe)
+    given = build.recipe_for(family, recipe, parametrization)
+    if method is not None or recipe is None:
+        given = given.with_(method=method_for(model, method))
+    planned = build.plan(family, scale, parametrization, optimizer, given, pruned=pruned_densities(given, family))
     frame = planned.frame()
     compact = {column: ".4g" for column in frame.columns if frame[column].dtype.kind == "f"}
     text = table(frame, **compact)
@@ -59,6 +64,7 @@ def plan(
         row
         | {"shape": list(plan_row.shape)}
         | ({"columns": [vars(each) for each in plan_row.columns]} if plan_row.columns else {})
+        | ({} if plan_row.density == 1 else {"density": plan_row.density})
         for row, plan_row in zip(records(frame), planned.rows, strict=True)
     ]
     result = {"parameters": parameters, "groups": planned.groups(), "notes": list(planned.notes)}

@@ -11,7 +11,7 @@ from typing import Any
 from ..errors import InitError, LayerError, RequestError
 from ..family import Family
 from ..initialization import Init, InitTracer
-from ..optimizers.rules import optimizer_rule
+from ..optimizers.rules import OptimizerRule, optimizer_rule
 from ..parametrizations.spec import Factors
 from ..parametrizations.tables import table
 from ..recipe import Recipe
@@ -84,6 +84,7 @@ def plan(
     observation: Observation | None = None,
     target: ObservedModel | None = None,
     densities: Mapping[str, float] | None = None,
+    pruned: Mapping[str, float] | None = None,
 ) -> Plan:
     """Return the settings of every parameter of ``family`` at ``scale``.
 
@@ -100,6 +101,8 @@ def plan(
         target: the result of `observed_model` for this family, scale and parametrization, to avoid repeating that as well.
         densities: for sparse hidden layers, by name pattern: their density (fraction of nonzero weights) in the target divided
             by that in the base, m_ρ of SµPar (2405.15743).
+        pruned: the density of each hidden matrix of the base model by name, for a recipe whose method prunes by a score
+            (`proxies.methods.pruned_densities`).
 
     Raises:
         RequestError: a name is unknown, or a law does not apply.
@@ -107,9 +110,7 @@ def plan(
             its forward pass fails), `RoleError` or `InitError` (the role or the initialization of a parameter cannot be
             determined) or `LayerError` (the model at the base and at the target differ in more than width and depth).
     """
-    if recipe is None or not isinstance(recipe, Recipe):
-        _require_base(family, recipe, parametrization)
-        recipe = Recipe() if recipe is None else Recipe.load(recipe)
+    recipe = recipe_for(family, recipe, parametrization)
     rules, rule = table(parametrization), optimizer_rule(optimizer, recipe)
     observed = target or observed_model(family, scale, parametrization, observation)
     if (observed.scale, observed.parametrization) != (scale, parametrization):
@@ -118,16 +119,45 @@ def plan(
             f"{parametrization}: call observed_model with these."
         )
     builder = PlanBuilder(
-        rules, rule, recipe, observed.seen, scale, family.base, observed.shapes, observed.origin, densities or {}
-    )
+        rules, rule, recipe, observed.seen, scale, family.base, observed.shapes, observed.origin, densities or {},
+        _pruned(recipe, rule, observed.seen, pruned),
+    )  # fmt: skip
     planned = finished(builder, optimizer, observed.inits)
     base = sum(math.prod(spec.shape) for spec in observed.seen.specs.values())
     grown = sum(map(math.prod, observed.shapes.values())) / base
     return apply_law(planned, scale, family.base, grown)
 
 
+def _pruned(
+    recipe: Recipe, rule: OptimizerRule, seen: Observation, measured: Mapping[str, float] | None
+) -> dict[str, float]:
+    """Return the density of each hidden matrix of the base model that the recipe's method prunes.
+
+    Raises:
+        RequestError: the densities have not been measured, or the optimizer has no rule for pruned matrices.
+    """
+    hidden = {name: spec.shape for name, spec in seen.specs.items() if spec.role == "hidden" and len(spec.shape) > 1}
+    found = {name: density for name, density in recipe.method.densities(hidden, measured).items() if density != 1}
+    if found and not rule.entrywise:
+        raise RequestError(
+            f"{rule.name} does not update every weight by itself, and pruning has no rule for it: use adamw, adam or sgd."
+        )
+    return found
+
+
+def recipe_for(family: Family, recipe: Recipe | str | os.PathLike[str] | None, parametrization: str) -> Recipe:
+    """Return the recipe that ``recipe`` names: a path is read, and None is ``Recipe()``.
+
+    Raises:
+        RequestError: the file cannot be read, or was tuned at a base that makes its numbers mean something else for ``family``.
+    """
+    if isinstance(recipe, Recipe):
+        return recipe
+    _require_base(family, recipe, parametrization)
+    return Recipe() if recipe is None else Recipe.load(recipe)
+
+
 def _require_base(family: Family, recipe: str | os.PathLike[str] | None, parametrization: str) -> None:
-    """Raise if ``recipe`` was tuned at a base that makes its numbers mean something else for ``family``."""
     tuned = None if recipe is None else tuned_base(recipe)
     if tuned is None or parametrization == "sp":  # under which no learning rate depends on the base
         return
@@ -210,6 +240,7 @@ def _row(builder: PlanBuilder, name: str, target: Init) -> ParameterPlan:
         init_factor=None if spec.init.fixed and not init.std else size.init,
         gauge=total.gauge,
         columns=columns,
+        density=builder.density(name),
     )
 
 

@@ -15,6 +15,7 @@ from functools import cached_property
 from typing import Any
 
 from ..errors import LayerError, RequestError
+from ..methods import Pruned
 from ..optimizers.rules import Growth, OptimizerRule
 from ..parametrizations.spec import FOLDS, Factors
 from ..parametrizations.tables import Table
@@ -42,6 +43,7 @@ class PlanBuilder:
         shapes: shapes of the target's parameters, by name.
         origin: name of each parameter → the base model's parameter that it is scaled from.
         densities: name pattern → density ratio m_ρ of these hidden layers.
+        pruned: name of each of the base's hidden matrices → its density, if the recipe's method prunes it.
         size: name → factors that follow from the sizes.
         alpha: name → factors that follow from the recipe's α's.
         notes: what a reader of the plan should know.
@@ -58,6 +60,7 @@ class PlanBuilder:
     shapes: dict[str, tuple[int, ...]]
     origin: dict[str, str]
     densities: Mapping[str, float] = field(default_factory=dict)
+    pruned: Mapping[str, float] = field(default_factory=dict)
     size: dict[str, Factors] = field(default_factory=dict)
     alpha: dict[str, Factors] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -74,6 +77,29 @@ class PlanBuilder:
                     f"no parameter matches {pattern!r}, which has density {density:g}: give another pattern."
                 )
             self.notes.append(f"SµPar: {pattern} ({len(found)} parameters) with density ratio {density:g}.")
+        self._note_pruned()
+
+    def _note_pruned(self) -> None:
+        found = {name: density for name in self.shapes if (density := self.density(name)) != 1}
+        if not found:
+            return
+        sizes = {name: math.prod(self.shapes[name]) for name in self.shapes if self.spec(name).role == "hidden"}
+        overall = sum(found.get(name, 1.0) * size for name, size in sizes.items()) / sum(sizes.values())
+        low, high = min(found.values()), max(found.values())
+        scaled = "scaled by SµPar" if self._scales_with_density else "not scaled with their density"
+        self.notes.append(
+            f"pruned: {len(found)} hidden matrices keep {overall:.3%} of their weights ({low:.3%} to {high:.3%} each), {scaled}."
+        )
+
+    @property
+    def _scales_with_density(self) -> bool:
+        """Whether pruned layers follow SµPar; without a rule for the width, as under SP, there is none for the density."""
+        method = self.recipe.method
+        return isinstance(method, Pruned) and method.rule == "supar" and self.rules.name != "sp"
+
+    def density(self, name: str) -> float:
+        """Return the fraction of the weights of one parameter that the recipe's method leaves."""
+        return self.pruned.get(self.origin[name], 1.0)
 
     @property
     def wider(self) -> float:
@@ -242,6 +268,7 @@ class PlanBuilder:
     def _density(self, name: str) -> float:
         """Return the density ratio m_ρ of one parameter, by which SµPar (2405.15743, Table 1) scales its remaining fan-in."""
         density = next((d for pattern, d in self.densities.items() if fnmatch.fnmatchcase(name, pattern)), 1.0)
+        density *= self.density(name) if self._scales_with_density else 1.0
         role, rule = self.spec(name).role, self.rule.of(self.spec(name))
         if density == 1:
             return density

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import pandas as pd
 import torch
-from pydantic import AfterValidator, BeforeValidator, ConfigDict
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -35,6 +35,7 @@ from ..scale import Scale
 from ..schemas import PARAMETERS
 from . import schedulers
 from .laws import averaged
+from .masks import drawn_mask, masks_of, register_mask
 from .multipliers import ColumnBlock, ColumnMultiplier, Multiplier, columns_of
 
 __all__ = [
@@ -52,7 +53,8 @@ class ParameterPlan:
     The ``*_factor`` fields compare with the base model under the same recipe. ``gauge`` is c in
     W = c·W': W is the weight of the plain model, W' that of the paper's model, which multiplies it by c in its forward pass.
     ``multiplier`` is the multiplier that remains in the forward pass (`unit`). ``columns`` are multipliers on single columns of
-    the input, for layers whose input joins fixed and growing columns (`attach`).
+    the input, for layers whose input joins fixed and growing columns (`attach`). ``density`` is the fraction of the weights that
+    are not pruned (`masks`).
     """
 
     name: str
@@ -71,6 +73,7 @@ class ParameterPlan:
     gauge: Number
     multiplier: Number = 1.0
     columns: tuple[ColumnBlock, ...] = ()
+    density: Annotated[Number, Field(gt=0, le=1)] = 1.0
 
     def times(self, settings: Factors, factors: Factors | None = None) -> ParameterPlan:
         """Return the parameter with its settings multiplied.
@@ -94,7 +97,7 @@ class ParameterPlan:
         """Return the parameter as plain data, with the shape as a list."""
         row = vars(self) | {"shape": list(self.shape), "init": self.init.as_dict(), "init_std": self.init.std}
         row["columns"] = [vars(each) for each in self.columns]
-        more = *(() if self.multiplier == 1 else ("multiplier",)), *(("columns",) if self.columns else ())
+        more = [key for key, default in (("multiplier", 1.0), ("columns", []), ("density", 1.0)) if row[key] != default]
         return {key: row[key] for key in (*PARAMETERS.columns, "gauge", "init", *more)}
 
 
@@ -135,14 +138,18 @@ class Plan:
 
         Each parameter has its own random numbers, which depend only on ``seed`` and its name: the result does not depend on
         what ran before, and is the same on every device and under any sharding (`initialization.init.draw_`). Parameters that
-        are DTensors are filled shard by shard; a model built on the meta device needs ``to_empty`` first.
+        are DTensors are filled shard by shard; a model built on the meta device needs ``to_empty`` first. The weights that a
+        pruned matrix keeps are drawn in the same way.
 
         Raises:
             RequestError: the model's parameters are not the plan's, or have no memory yet.
         """
-        parameters = matched(self, model)
+        parameters, masks = matched(self, model), masks_of(model)
         for row in self.rows:
-            draw_(parameters[row.name], row.init, seed, row.name)
+            parameter = parameters[row.name]
+            draw_(parameter, row.init, seed, row.name)
+            for mask in masks.get(id(parameter), ()):
+                mask.set(drawn_mask(row.shape, row.density, seed, row.name), parameter)
 
     def param_groups(self, model: torch.nn.Module, *, tensor_lr: bool = False) -> list[dict[str, Any]]:
         """Return parameter groups for the plan's `torch.optim` class: one per distinct setting, with parameter names.
@@ -179,17 +186,22 @@ class Plan:
         """Return the equivalent plan in u-µP's form: weights start at size 1, and `attach` registers the forward multipliers."""
         return unit(self)
 
-    def attach(self, model: torch.nn.Module) -> None:
-        """Register the plan's forward multipliers on ``model``; call it before `initialize`.
+    def dense(self) -> Plan:
+        """Return the plan without masks, for a trainer that keeps pruned weights at 0 by itself."""
+        return replace(self, rows=tuple(replace(row, density=1.0) for row in self.rows))
 
-        Multipliers of whole parameters (`unit`) are registered with `torch.nn.utils.parametrize`: the parameter's name then
-        ends in ``parametrizations.weight.original``, in the model's state_dict as well. Multipliers of single columns are
-        registered as forward pre-hooks, which leave names and state_dict unchanged; frozen copies of their layers inside
-        ``model``, as in a target network, get the same hooks, and copy.deepcopy keeps the hooks.
-        Without multipliers, nothing happens.
+    def attach(self, model: torch.nn.Module) -> None:
+        """Register the plan's forward multipliers and masks on ``model``; call it before `initialize`.
+
+        Multipliers of whole parameters (`unit`), and the masks of pruned ones, are registered with
+        `torch.nn.utils.parametrize`: the parameter's name then ends in ``parametrizations.weight.original``, in the model's
+        state_dict as well. Multipliers of single columns are registered as forward pre-hooks, which leave names and state_dict
+        unchanged; frozen copies of their layers inside ``model``, as in a target network, get the same hooks, and copy.deepcopy
+        keeps the hooks.
+        Without multipliers and masks, nothing happens.
 
         Raises:
-            RequestError: the model already has multipliers, or lacks a parameter of the plan.
+            RequestError: the model already has multipliers or masks, or lacks a parameter of the plan.
         """
         attach(self, model)
 
@@ -341,6 +353,13 @@ def matched(plan: Plan, model: torch.nn.Module) -> dict[str, torch.nn.Parameter]
                 f"{name} has shape {list(parameters[name].shape)} in the model and {list(shape)} in the plan for width "
                 f"{plan.scale.width}: build the model at the plan's scale."
             )
+    masks = masks_of(model)
+    for row in plan.rows:
+        if (id(parameters[row.name]) in masks) != (row.density != 1):
+            raise RequestError(
+                f"{row.name} has density {row.density:g} in the plan, and {'a' if row.density == 1 else 'no'} mask in the model: "
+                "call plan.attach(model) once, on a freshly built model, before plan.initialize(model)."
+            )
     return parameters
 
 
@@ -390,17 +409,17 @@ def _unit(row: ParameterPlan, kind: str) -> ParameterPlan:
 
 @torch.no_grad()
 def attach(plan: Plan, model: nn.Module) -> None:
-    """Register the plan's multipliers on ``model``, in place, without changing what it computes.
+    """Register the plan's multipliers and masks (of ones) on ``model``, in place, without changing what it computes.
 
     Raises:
-        RequestError: the model already has multipliers, or lacks a parameter of the plan.
+        RequestError: the model already has multipliers or masks, or lacks a parameter of the plan.
     """
     owners = list(_owners(model))
     named = {f"{prefix}.{key}".lstrip("."): getattr(module, key) for module, prefix, key in owners}
     for row in plan.rows:
         if row.columns:
             _attach_columns(row, model)
-        if row.multiplier == 1:
+        if row.multiplier == row.density == 1:
             continue
         if row.name not in named:
             raise RequestError(
@@ -410,7 +429,10 @@ def attach(plan: Plan, model: nn.Module) -> None:
         value = parameter / row.multiplier
         for module, _, key in owners:
             if getattr(module, key, None) is parameter:  # a tied matrix is multiplied wherever it is used
-                parametrize.register_parametrization(module, key, Multiplier(row.multiplier))
+                if row.multiplier != 1:
+                    parametrize.register_parametrization(module, key, Multiplier(row.multiplier))
+                if row.density != 1:
+                    register_mask(module, key, row.name)
         parameter.copy_(value)
 
 

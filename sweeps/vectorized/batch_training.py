@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,14 +16,16 @@ from mutransfer.devices import devices_of, float32_products, is_out_of_memory, s
 from mutransfer.errors import describe
 from mutransfer.family import Family, unwrapped
 from mutransfer.initialization.init import draw_
-from mutransfer.planning.plan import Plan, matched
+from mutransfer.methods import Pruned
+from mutransfer.planning.masks import drawn_mask
+from mutransfer.planning.plan import ParameterPlan, Plan, matched
 from mutransfer.proxies.data import Data
 from mutransfer.proxies.training import FINITE_EVERY, Training, multiplier
 from mutransfer.scale import Scale
 
 from ..jobs import RunContext
 from .compile import Graphed, Step, compiled, graphed
-from .step import Moving, Stack, Tensors, TrainingStep, grouped, losses_of, moving_parts
+from .step import MASK, Moving, Stack, Tensors, TrainingStep, grouped, losses_of, moving_parts
 from .updates import FUSED, OptimSettings, blank_state, kind_of, numbers_at, settings_of
 
 __all__ = ["NOT_FOR_ONE", "Precision", "Slot", "Snapshot", "VectorizedTraining", "refusal"]
@@ -85,7 +87,9 @@ class VectorizedTraining:
     ) -> None:  # fmt: skip
         self.family, self.data, self.steps, self.batch_size, self.device = family, data, steps, batch_size, device
         self.slots, self.precision = list(slots), precision
-        first = slots[0].plan
+        first = slots[
+            0
+        ].plan.dense()  # gradients are masked instead of weights, so that each training may have its own mask
         model = unwrapped(family.built(first.scale, device))
         first.attach(model)
         # Without a reference to this object, whose memory would then be freed by garbage collection only.
@@ -101,6 +105,11 @@ class VectorizedTraining:
         kinds = {self._names[row.name]: kind_of(first, row, device) for row in first.rows}
         self.groups = grouped({name: each for name, each in parameters.items() if name in trained}, kinds, readers)
         self.stack = Stack(family, model, len(slots), self.groups, moving)
+        if isinstance(first.recipe.method, Pruned):
+            hidden = {self._names[row.name] for row in first.rows if row.role == "hidden" and len(row.shape) > 1}
+            for name, group in self.groups.items():
+                if not hidden.isdisjoint(group.names):
+                    self.stack.resting[MASK + name] = torch.ones_like(self.stack.trained[name], dtype=torch.bool)
         states = {name: blank_state(group.kind, self.stack.trained[name]) for name, group in self.groups.items()}
         self.now = Moving(self.stack.trained, self.stack.buffers, states)
         # Where the settings of each parameter are: the kind of its update, and its column.
@@ -160,6 +169,8 @@ class VectorizedTraining:
         given = {**dict(self.stack.model.named_parameters()), **dict(self.stack.model.named_buffers())}
         names = {first: group.names for first, group in self.groups.items()}
         for first, stack in {**self.now.trained, **self.stack.resting}.items():
+            if first.startswith(MASK):
+                continue
             if first not in rows[0]:  # frozen
                 stack[list(indices)] = given[first].detach()
                 continue
@@ -178,11 +189,27 @@ class VectorizedTraining:
                         drawn[name, seed, row.init] = each
             if not direct:
                 stack[list(indices)] = uploaded(region, self.device)
+        self._prune(indices, rows)
         for name, stack in self.now.buffers.items():
             stack[list(indices)] = given[name]
         for state in self.now.states.values():
             for each in state:
                 each[list(indices)] = 0
+
+    def _prune(self, indices: Sequence[int], rows: Sequence[Mapping[str, ParameterPlan]]) -> None:
+        """Draw the masks of the trainings at ``indices`` as `Plan.initialize` does; ``rows`` are their planned parameters."""
+        for first, group in self.groups.items():
+            if (masks := self.stack.resting.get(MASK + first)) is None:
+                continue
+            for index, own in zip(indices, rows, strict=True):
+                for place, row in enumerate(own[name] for name in group.names):
+                    drawn = (
+                        None
+                        if row.density == 1
+                        else drawn_mask(row.shape, row.density, self.slots[index].seed, row.name)
+                    )
+                    masks[index, place] = True if drawn is None else uploaded(drawn.bool(), self.device)
+                self.now.trained[first][index] *= masks[index]
 
     @torch.no_grad()
     def _set(self, index: int, slot: Slot) -> None:

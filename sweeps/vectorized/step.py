@@ -33,13 +33,14 @@ from mutransfer.planning.plan import parted
 from .updates import Kind, State, is_in_pieces, updated
 
 __all__ = [
-    "Group", "Moving", "Stack", "StackedKernels", "Tensors", "TrainingStep", "grouped", "losses_of", "moving_parts",
+    "MASK", "Group", "Moving", "Stack", "StackedKernels", "Tensors", "TrainingStep", "grouped", "losses_of", "moving_parts",
 ]  # fmt: skip
 
 Tensors = dict[str, Tensor]
 
 
 JOINT = "joint:"  # prefix of the name of a joint weight
+MASK = "mask:"  # prefix of the name of a group's masks [K, n, ...] among the tensors that rest
 
 
 @dataclass(frozen=True)
@@ -336,7 +337,8 @@ class Stack:
 
     Attributes:
         trained: groups of parameters with a gradient, ``[K, n, ...]`` each.
-        resting: parameters that the loss does not use or that require no gradient; the optimizer does not change them.
+        resting: parameters that the loss does not use or that require no gradient; the optimizer does not change them. With them
+            are masks of groups whose weights may be pruned, after the prefix `MASK`.
         buffers: buffers that a training pass changes, such as running averages; all others are those of ``model``.
 
     Args:
@@ -371,7 +373,7 @@ class Stack:
     def loss(self, tensors: Tensors, batch: Any) -> Tensor:
         """Return the loss of one model with these tensors; in training mode, buffers among them are changed in place."""
         joint = {name: each for name, each in tensors.items() if name.startswith(JOINT)}
-        own = {f"model.{name}": each for name, each in tensors.items() if name not in joint}
+        own = {f"model.{name}": each for name, each in tensors.items() if not name.startswith((JOINT, MASK))}
         with JointProducts(joint, tensors, self.groups):
             return functional_call(self.program, own, (batch,))
 
@@ -452,13 +454,15 @@ class TrainingStep:
 
         Args:
             now: current state; not changed unless the step writes in place.
-            resting: the stack's parameters that are not trained.
+            resting: the stack's parameters that are not trained, and masks.
             numbers: numbers of the optimizer for each kind of update, [N, K, P] (`numbers_at`).
             gauges: gauges of the parameters of each kind of update, [K, P] in float64.
             limit: maximum norm of the gradient, infinite for a model that does not clip; [K] in float64.
             batch: a separate batch for each model, [K, N, ...].
         """
-        groups, tensors = self.stack.groups, dict(resting)
+        groups = self.stack.groups
+        masks = {name.removeprefix(MASK): each for name, each in resting.items() if name.startswith(MASK)}
+        tensors = {name: each for name, each in resting.items() if not name.startswith(MASK)}
         leaves: dict[str, list[Tensor]] = {}
         for name, each in now.trained.items():
             if is_in_pieces(
@@ -477,6 +481,11 @@ class TrainingStep:
             for name, each in leaves.items()
         }
         with torch.no_grad():
+            for name, mask in masks.items():  # pruned weights are 0: without a gradient, they stay 0
+                gradients[name] = [
+                    each * (mask if len(gradients[name]) == 1 else mask[:, index : index + 1])
+                    for index, each in enumerate(gradients[name])
+                ]
             scale = clip_scale(gradients, groups, gauges, limit) if self.clips else None
             after = {
                 name: updated(

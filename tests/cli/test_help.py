@@ -26,12 +26,12 @@ FLAGS = {
     "init": ["--device", "--force", "--json", "--seed", "folder"],
     "doctor": ["--device", "--json", "--seed"],
     "plan": [
-        "--base-depth", "--base-width", "--data", "--depth", "--depth-field", "--device", "--json", "--optimizer",
-        "--parametrization", "--recipe", "--role", "--seed", "--width", "--width-field", "model",
+        "--base-depth", "--base-width", "--data", "--depth", "--depth-field", "--device", "--json", "--method",
+        "--optimizer", "--parametrization", "--recipe", "--role", "--seed", "--width", "--width-field", "model",
     ],
     "check": [
         "--base-width", "--control", "--data", "--depth", "--depth-field", "--depths", "--device", "--json", "--lr",
-        "--max-seeds", "--optimizer", "--out", "--parametrization", "--role", "--seed", "--seeds", "--steps", "--width-field",
+        "--max-seeds", "--method", "--optimizer", "--out", "--parametrization", "--role", "--seed", "--seeds", "--steps", "--width-field",
         "--widths", "model",
     ],
     "tune": [

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 import mutransfer as mt
+from mutransfer.param_names import plain_name
 from mutransfer.planning.build import plan
 from mutransfer.proxies.data.base import Data
 from mutransfer.proxies.load import load_family
@@ -97,13 +98,17 @@ OWN: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
-def plans(name: str, optimizer: str = "adamw") -> list[mt.Plan]:
+PRUNED: list[Any] = [{"name": "pruned", "density": density, "score": "erk"} for density in (0.5, 1.0, 0.25, 0.1, 0.6)]
+
+
+def plans(name: str, optimizer: str = "adamw", *, pruned: bool = False) -> list[mt.Plan]:
     base = family(name)
     found = []
     for k, own in enumerate(OWN):
         decay = 0.0 if optimizer == "adam" else 0.02 * k
         lr = own["lr"] * (4 if optimizer == "sgd" else 1)
         recipe = mt.Recipe.read({"momentum": 0.5 + 0.1 * k, "weight_decay": decay, **own, "lr": lr}, "recipe")
+        recipe = recipe.with_(method=PRUNED[k]) if pruned else recipe
         found.append(plan(base, base.base.with_(width=2 * base.base.width), "mup", optimizer, recipe))
     return found
 
@@ -122,6 +127,8 @@ def together(name: str, slots: Sequence[Slot], **options: Any) -> VectorizedTrai
 def distance(training: Training, fused: VectorizedTraining, index: int) -> float:
     """The largest difference of any parameter or buffer, relative to that tensor's largest entry."""
     own = {**dict(training.model.named_parameters()), **dict(training.model.named_buffers())}
+    # Fused models have no masks: their gradients are masked.
+    own = {plain_name(name): each for name, each in own.items() if not name.endswith(".mask")}
     ours = fused.stack.tensors()
     shared = dict(fused.stack.model.named_buffers())
     gaps = []

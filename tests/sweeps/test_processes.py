@@ -191,7 +191,7 @@ def test_whatever_ends_the_sweep_ends_the_processes_at_work(
 
 def test_a_bug_in_a_process_shows_where_it_is(two: ProcessExecutor) -> None:
     given = experiment()
-    job = Job(0, given.proxy_scale, "mup", 3, 0)  # type: ignore[arg-type]
+    job = Job(0, given.proxy_scale, "mup", given.recipe, 0, rungs=3)  # type: ignore[arg-type]
     with pytest.raises(TypeError) as caught:
         list(run_jobs(two, RunContext(given), [job]))
     assert "in _serve" in caught.value.__notes__[0]

@@ -57,6 +57,27 @@ def test_fused_trainings_are_separate_trainings(name: str, optimizer: str) -> No
         assert distance(training, fused, seed) < 1e-10
 
 
+PRUNED = ["mlp", "transformer", "resnet"]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("name", extended_but(PRUNED, "mlp", "resnet"))
+def test_pruned_fused_trainings_are_separate_trainings(name: str, optimizer: str) -> None:
+    """Each has its own density, and slot 1 none; what is kept and what begins later as well."""
+    own = plans(name, optimizer, pruned=True)
+    fused = together(name, [Slot(plan, seed) for seed, plan in enumerate(own)])
+    fused.advance(7)
+    fused.keep([4, 1, 0])
+    fused.begin(1, Slot(own[3], seed=5))
+    fused.begin(2, Slot(own[0], seed=0), fused.snapshots([2])[0])
+    fused.advance(13)
+    losses = fused.validate([0, 1, 2])
+    for index, (plan, seed, steps) in enumerate(((own[4], 4, 20), (own[3], 5, 13), (own[0], 0, 20))):
+        training, loss = apart(name, plan, seed, steps)
+        assert losses[index] == pytest.approx(loss, rel=1e-10)
+        assert distance(training, fused, index) < 1e-10
+
+
 def bits(fused: VectorizedTraining, index: int) -> list[bytes]:
     return [each[index].numpy().tobytes() for part in (fused.now.trained, fused.now.buffers) for each in part.values()]
 
