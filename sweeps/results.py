@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from optuna.trial import FrozenTrial, TrialState
 
 from mutransfer.errors import RequestError
 from mutransfer.io import read_json
-from mutransfer.planning.build import plan
 from mutransfer.planning.target import TargetConfig, of_evidence, regularizers, target_config
 from mutransfer.proxies.training import Outcome
 from mutransfer.recipe import Recipe
@@ -337,11 +337,11 @@ def target_of_run(
         "folder": experiment.folder,
         "places": experiment.places(written_to or folder.path),
     }
-    rules = experiment.parametrization, experiment.optimizer, recipe
+    planned = partial(context.plan, parametrization=experiment.parametrization, recipe=recipe)
     unproven = of_evidence(folder, recipe, experiment.subject(), [experiment.base_scale.width * 2**k for k in range(4)])
-    counted = plan(family, experiment.proxy_scale, *rules).rows if recipe.law == "power-lines" else ()
+    counted = planned(experiment.proxy_scale).rows if recipe.law == "power-lines" else ()
     return target_config(
-        plan(family, scale, *rules),
+        planned(scale),
         proxy_parameters=sum(math.prod(row.shape) for row in counted) or None,
         model=experiment.model,
         options=experiment.options,

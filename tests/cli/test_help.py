@@ -31,8 +31,8 @@ FLAGS = {
     ],
     "check": [
         "--base-width", "--control", "--data", "--depth", "--depth-field", "--depths", "--device", "--json", "--lr",
-        "--max-seeds", "--method", "--optimizer", "--out", "--parametrization", "--role", "--seed", "--seeds", "--steps", "--width-field",
-        "--widths", "model",
+        "--max-seeds", "--method", "--optimizer", "--out", "--parametrization", "--role", "--seed", "--seeds", "--steps",
+        "--width-field", "--widths", "model",
     ],
     "tune": [
         "--at-once", "--device", "--executor", "--json", "--lease", "--out", "--precision", "--seed", "--set", "--storage",
