@@ -15,7 +15,7 @@ from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError
 from .config import Settings, sentence_of
 from .errors import RequestError, nearest
 
-__all__ = ["METHODS", "Backprop", "Method", "MethodOf", "Pruned", "erdos_renyi"]
+__all__ = ["METHODS", "Backprop", "ForwardGradient", "Method", "MethodOf", "Pruned", "erdos_renyi"]
 
 
 class Method(Settings):
@@ -48,6 +48,10 @@ class Method(Settings):
             RequestError: ``measured`` is needed, or lacks a matrix.
         """
         return dict.fromkeys(shapes, 1.0)
+
+    def flops(self, backprop: float) -> float:
+        """Return the floating point operations of a step, given those of one with backpropagation (three products a layer)."""
+        return backprop
 
 
 class Backprop(Method):
@@ -100,7 +104,31 @@ class Pruned(Method):
         return {name: measured[name] for name in shapes}
 
 
-METHODS: dict[str, type[Method]] = {"backprop": Backprop, "pruned": Pruned}
+class ForwardGradient(Method):
+    """Gradients are estimated from directional derivatives along random tangents, without a backward pass (2202.08587).
+
+    Attributes:
+        tangents: number of tangents of a step, K.
+        covariance: "preconditioned": tangents have the variance of µP's learning rate factors, and every parameter has the same
+            learning rate; the mean of the update is that of SGD under µP. "isotropic": tangents have variance 1.
+        derivative: "jvp" (forward-mode differentiation) or "difference" (central differences of the loss, as in MeZO,
+            2305.17333), which needs no forward mode.
+    """
+
+    searchable: ClassVar[tuple[str, ...]] = ("tangents",)
+
+    name: Literal["forward-gradient"] = "forward-gradient"
+    tangents: Annotated[int, Field(ge=1)] = 8
+    covariance: Literal["preconditioned", "isotropic"] = "preconditioned"
+    derivative: Literal["jvp", "difference"] = "jvp"
+
+    def flops(self, backprop: float) -> float:
+        """See `Method`. A product takes one, and two for each tangent; a difference takes two for each."""
+        passes = (1 if self.derivative == "jvp" else 0) + 2 * self.tangents
+        return backprop * passes / 3
+
+
+METHODS: dict[str, type[Method]] = {"backprop": Backprop, "pruned": Pruned, "forward-gradient": ForwardGradient}
 
 
 def _read(given: Any) -> Any:

@@ -17,6 +17,7 @@ from mutransfer.planning.plan import Plan
 from mutransfer.recipe import Recipe
 
 from .data.base import Data
+from .methods import gradients_for
 
 __all__ = ["Outcome", "Training", "multiplier", "scheduler", "train"]
 
@@ -109,7 +110,8 @@ class Training:
         plan.initialize(self.model, seed)
         self.optimizer = plan.make_optimizer(self.model)
         self.schedule = scheduler(self.optimizer, plan.recipe, steps)
-        if compile:
+        self.gradients = gradients_for(plan, family, seed, self._batches())
+        if compile and plan.recipe.method.name != "forward-gradient":  # whose forward mode is not compiled
             self.model.compile(options=inductor_options())
         self.step = 0
         self.finite = True
@@ -124,9 +126,7 @@ class Training:
 
     def train_on(self, batch: Any) -> torch.Tensor:
         """Take the next optimizer step on a batch that is on the device; return the loss before it."""
-        loss = self._loss(batch)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss = self.gradients(self.model, batch, self.step)
         if self.plan.recipe.clip is not None:
             self.plan.clip_grad_norm_(self.model, self.plan.recipe.clip)
         self.optimizer.step()
@@ -162,7 +162,10 @@ class Training:
         self.step = int(state["step"])
 
     def _loss(self, batch: Any) -> torch.Tensor:
-        return self.family.loss_on(self.model, batch, f"a batch (inputs, targets) of {self.data.name}")
+        return self.family.loss_on(self.model, batch, self._batches())
+
+    def _batches(self) -> str:
+        return f"a batch (inputs, targets) of {self.data.name}"
 
 
 def train(

@@ -263,6 +263,10 @@ class Experiment(Settings):
         optimizer_rule(self.optimizer, self.recipe)
         if self.data == NO_DATA and self.trainer is None:
             raise ValueError("data none is for a trainer that loads its own: name its trainer, or other data.")
+        if self.trainer is not None and (method := self.recipe.method.name) != "backprop":
+            raise ValueError(
+                f"method {method} is for the built-in loop, which {self.trainer} replaces: take one of them out."
+            )
         if self.maximize and self.trainer is None:
             raise ValueError(
                 "direction maximize is for a trainer that reports a metric, but the built-in loop's loss is minimized: name "

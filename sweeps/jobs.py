@@ -143,6 +143,7 @@ class RunContext:
                 f"{experiment.model} cannot be trained on {experiment.data} ({describe(error)}): its loss must accept batches "
                 "(inputs, targets) of the experiment's data."
             ) from error
+        cost = replace(cost, total=experiment.recipe.method.flops(cost.total))
         if not isinstance(OPTIMIZERS[experiment.optimizer], Muon):
             return cost
         planned = self.plan(scale, experiment.parametrization, experiment.recipe)

@@ -176,6 +176,9 @@ class Parameter(Output):
         "plan.attach(model) multiplies the inputs of the fixed columns. Absent if there are none.",
     )
     density: float = Field(default=1.0, description="Fraction of the weights that are not pruned. Absent if it is 1.")
+    tangent: float = Field(
+        default=1.0, description="Standard deviation of the tangents of a forward gradient. Absent if it is 1."
+    )
 
 
 class Group(Output):

@@ -64,7 +64,7 @@ def plan(
         row
         | {"shape": list(plan_row.shape)}
         | ({"columns": [vars(each) for each in plan_row.columns]} if plan_row.columns else {})
-        | ({} if plan_row.density == 1 else {"density": plan_row.density})
+        | {key: value for key in ("density", "tangent") if (value := getattr(plan_row, key)) != 1}
         for row, plan_row in zip(records(frame), planned.rows, strict=True)
     ]
     result = {"parameters": parameters, "groups": planned.groups(), "notes": list(planned.notes)}

@@ -11,6 +11,7 @@ from typing import Any
 from ..errors import InitError, LayerError, RequestError
 from ..family import Family
 from ..initialization import Init, InitTracer
+from ..methods import ForwardGradient
 from ..optimizers.rules import OptimizerRule, optimizer_rule
 from ..parametrizations.spec import Factors
 from ..parametrizations.tables import table
@@ -113,6 +114,11 @@ def plan(
     recipe = recipe_for(family, recipe, parametrization)
     rules, rule = table(parametrization), optimizer_rule(optimizer, recipe)
     observed = target or observed_model(family, scale, parametrization, observation)
+    if isinstance(recipe.method, ForwardGradient) and optimizer != "sgd":
+        raise RequestError(
+            f"forward-gradient has a rule for sgd alone, because {optimizer} would normalize the noise of its estimates: set "
+            "the optimizer to sgd."
+        )
     if (observed.scale, observed.parametrization) != (scale, parametrization):
         raise RequestError(
             f"the target was observed at {observed.scale} for {observed.parametrization}, but the plan is for {scale} under "
@@ -221,9 +227,14 @@ def _row(builder: PlanBuilder, name: str, target: Init) -> ParameterPlan:
     # The factor applies to s + w: decay of w would pull s + w back to the unscaled s.
     decays = (recipe.decay == "all" or is_matrix) and not (spec.shift and total.gauge != 1)
     base_lr, base_eps = rule.base(recipe)
+    lr, weight_decay, tangent = total.lr, total.weight_decay, 1.0
+    if isinstance(recipe.method, ForwardGradient) and recipe.method.covariance == "preconditioned":
+        # The tangents carry the factor of the learning rate; lr · weight decay stays what it was.
+        lr, weight_decay, tangent = 1.0, total.lr * total.weight_decay, total.lr**0.5
+        size = replace(size, lr=1.0, weight_decay=size.lr * size.weight_decay)
     settings: dict[str, Any] = {
-        "lr": base_lr * total.lr,
-        "weight_decay": recipe.weight_decay * total.weight_decay if decays else 0.0,
+        "lr": base_lr * lr,
+        "weight_decay": recipe.weight_decay * weight_decay if decays else 0.0,
         "eps": base_eps * total.eps if rule.has_eps else None,
     }
     return ParameterPlan(
@@ -241,6 +252,7 @@ def _row(builder: PlanBuilder, name: str, target: Init) -> ParameterPlan:
         gauge=total.gauge,
         columns=columns,
         density=builder.density(name),
+        tangent=tangent,
     )
 
 

@@ -54,7 +54,7 @@ class ParameterPlan:
     W = c·W': W is the weight of the plain model, W' that of the paper's model, which multiplies it by c in its forward pass.
     ``multiplier`` is the multiplier that remains in the forward pass (`unit`). ``columns`` are multipliers on single columns of
     the input, for layers whose input joins fixed and growing columns (`attach`). ``density`` is the fraction of the weights that
-    are not pruned (`masks`).
+    are not pruned (`masks`). ``tangent`` is the standard deviation of the tangents of a forward gradient.
     """
 
     name: str
@@ -74,6 +74,7 @@ class ParameterPlan:
     multiplier: Number = 1.0
     columns: tuple[ColumnBlock, ...] = ()
     density: Annotated[Number, Field(gt=0, le=1)] = 1.0
+    tangent: Annotated[Number, Field(gt=0)] = 1.0
 
     def times(self, settings: Factors, factors: Factors | None = None) -> ParameterPlan:
         """Return the parameter with its settings multiplied.
@@ -97,7 +98,8 @@ class ParameterPlan:
         """Return the parameter as plain data, with the shape as a list."""
         row = vars(self) | {"shape": list(self.shape), "init": self.init.as_dict(), "init_std": self.init.std}
         row["columns"] = [vars(each) for each in self.columns]
-        more = [key for key, default in (("multiplier", 1.0), ("columns", []), ("density", 1.0)) if row[key] != default]
+        usual = {"multiplier": 1.0, "columns": [], "density": 1.0, "tangent": 1.0}
+        more = [key for key, default in usual.items() if row[key] != default]
         return {key: row[key] for key in (*PARAMETERS.columns, "gauge", "init", *more)}
 
 

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
 
 from mutransfer.family import Family
-from mutransfer.methods import Method, Pruned
+from mutransfer.methods import ForwardGradient, Method, Pruned
 from mutransfer.planning.build import plan
-from mutransfer.planning.plan import Plan
+from mutransfer.planning.plan import Plan, matched
 from mutransfer.recipe import Recipe
 from mutransfer.scale import Scale
 from mutransfer.tracing.specs import Observation
 
+from .forward_gradient import forward_gradients
 from .pruned import layer_densities
 
-__all__ = ["planner_for", "pruned_densities"]
+__all__ = ["gradients_for", "planner_for", "pruned_densities"]
 
 
 def pruned_densities(recipe: Recipe, family: Family, observation: Observation | None = None) -> dict[str, float] | None:
@@ -33,6 +37,38 @@ def pruned_densities(recipe: Recipe, family: Family, observation: Observation | 
     if not isinstance(method, Pruned) or not method.needs_scores:
         return None
     return layer_densities(family, method.score, method.density, observation=observation)
+
+
+Gradients = Callable[[nn.Module, Any, int], Tensor]
+
+
+def gradients_for(plan: Plan, family: Family, seed: int, of: str) -> Gradients:
+    """Return a function of (model, batch, step) that sets the gradients of a model and returns its loss.
+
+    Args:
+        plan: the plan of the model, whose recipe names the method.
+        family: provides the loss.
+        seed: seed of random numbers that the method draws.
+        of: describes the batches in error messages.
+    """
+    method = plan.recipe.method
+    if not isinstance(method, ForwardGradient):
+
+        def backpropagated(model: nn.Module, batch: Any, step: int) -> Tensor:
+            loss = family.loss_on(model, batch, of)
+            model.zero_grad(set_to_none=True)
+            loss.backward()
+            return loss
+
+        return backpropagated
+    scales = {row.name: row.tangent for row in plan.rows}
+
+    def estimated(model: nn.Module, batch: Any, step: int) -> Tensor:
+        planned = {id(each): scales[name] for name, each in matched(plan, model).items()}
+        own = {name: planned[id(each)] for name, each in model.named_parameters() if each.requires_grad}
+        return forward_gradients(method, model, family.loss, batch, own, seed, step)
+
+    return estimated
 
 
 def planner_for(method: Method) -> Callable[..., Plan]:

@@ -16,7 +16,7 @@ from mutransfer.devices import devices_of, float32_products, is_out_of_memory, s
 from mutransfer.errors import describe
 from mutransfer.family import Family, unwrapped
 from mutransfer.initialization.init import draw_
-from mutransfer.methods import Pruned
+from mutransfer.methods import ForwardGradient, Pruned
 from mutransfer.planning.masks import drawn_mask
 from mutransfer.planning.plan import ParameterPlan, Plan, matched
 from mutransfer.proxies.data import Data
@@ -405,6 +405,8 @@ def refusal(context: RunContext, scale: Scale | None = None, device: str = "cpu"
     experiment = context.experiment
     if experiment.trainer is not None:
         return f"{experiment.trainer} trains them, one at a time"
+    if isinstance(experiment.recipe.method, ForwardGradient):
+        return "forward gradients are estimated for one trial at a time"
     if experiment.optimizer not in FUSED:
         return f"{experiment.optimizer} has no update of many trials at once ({', '.join(FUSED)} have)"
     scale, asked = scale or experiment.proxy_scale, experiment.model_dump_json(exclude={"trials"})

@@ -65,6 +65,29 @@ def test_pruned_from_the_proxy_to_the_report(
     assert f"pruned (density 0.25, score {score}, rule supar)" in page
 
 
+def test_forward_gradients_from_the_proxy_to_the_report(
+    file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    settings = [
+        "--set",
+        "method=forward-gradient",
+        "--set",
+        "optimizer=sgd",
+        "--set",
+        "search.tangents={choices: [2, 4]}",
+    ]
+    asked(capsys, "tune", file, "--out", str(folder), *settings, "--executor", "fused")
+    method = json.loads((folder / "best.json").read_text())["method"]
+    assert method["tangents"] in (2, 4)
+    asked(capsys, "verify", str(folder), "--widths", "16,32", "--seeds", "2", codes=(0, 1))
+    target = asked(capsys, "transfer", str(folder), "--width", "32")
+    assert len({row["lr"] for row in target["parameters"]}) == 1
+    assert asked(capsys, "train", str(folder / "target.json"))["verdict"] in ("pass", "fail")
+    asked(capsys, "report", str(folder))
+    assert "forward-gradient (tangents" in (folder / "report.html").read_text(encoding="utf-8")
+
+
 def test_the_density_is_searched(file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "run"
     ranged = "search.density={low: 0.1, high: 0.9}"
@@ -117,6 +140,11 @@ def test_a_wrong_method_is_one_sentence(arguments: list[str], message: str, caps
             "search.density has no effect here (the method backprop has none)",
         ),
         (["--set", "method=pruned", "--set", "search.density={low: 0.0, high: 0.9}"], "density is 0"),
+        (["--set", "method=forward-gradient"], "forward-gradient has a rule for sgd alone"),
+        (
+            ["--set", "method=pruned", "--set", "trainer=train.py:train"],
+            "method pruned is for the built-in loop, which train.py:train",
+        ),
     ],
 )
 def test_wrong_settings_in_an_experiment(
