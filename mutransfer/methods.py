@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError
+from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, WithJsonSchema
 
 from .config import Settings, sentence_of
 from .errors import RequestError, nearest
@@ -149,7 +149,11 @@ def _read(given: Any) -> Any:
         raise ValueError(sentence_of(METHODS[name], error)) from None
 
 
-MethodOf = Annotated[SerializeAsAny[Method], BeforeValidator(_read)]
+MethodOf = Annotated[
+    SerializeAsAny[Method],
+    BeforeValidator(_read),
+    WithJsonSchema({"anyOf": [each.model_json_schema() for each in METHODS.values()]}),
+]
 
 
 def erdos_renyi(shapes: Mapping[str, tuple[int, ...]], density: float) -> dict[str, float]:

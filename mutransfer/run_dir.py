@@ -160,6 +160,7 @@ class RunFolder:
             basins = self.read_environment().get("basins")
             known |= {"recipe": basins["recipe"]} if isinstance(basins, dict) and "recipe" in basins else {}
         known |= {key: content[key] for key in ("parametrization", "optimizer") if key in content and key not in known}
+        known = {"method": "backprop", **known}  # earlier versions had no other, and did not record it
         found = [
             key
             for key, value in question.items()

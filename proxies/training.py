@@ -111,7 +111,8 @@ class Training:
         self.optimizer = plan.make_optimizer(self.model)
         self.schedule = scheduler(self.optimizer, plan.recipe, steps)
         self.gradients = gradients_for(plan, family, seed, self._batches())
-        if compile and plan.recipe.method.name != "forward-gradient":  # whose forward mode is not compiled
+        # Every masked layer is a class of its own, which would be compiled anew for each trial; forward mode is not compiled.
+        if compile and plan.recipe.method.name == "backprop":
             self.model.compile(options=inductor_options())
         self.step = 0
         self.finite = True

@@ -197,7 +197,7 @@ def _over_seeds(
     else:
         path.unlink(missing_ok=True)
         inside.note_environment(control=question)
-    flops = context.flops(variant.proxy_scale)
+    flops = context.flops(variant.proxy_scale, recipe)
     missing = [
         Job(("seed", seed), variant.proxy_scale, variant.parametrization, recipe, seed)
         for seed in range(seeds)

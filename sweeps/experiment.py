@@ -16,7 +16,7 @@ from mutransfer import run_dir
 from mutransfer.config import Settings
 from mutransfer.errors import FileError, SettingsError, nearest
 from mutransfer.io import write_text
-from mutransfer.methods import METHODS
+from mutransfer.methods import METHODS, ForwardGradient
 from mutransfer.optimizers.rules import optimizer_rule
 from mutransfer.parametrizations.tables import table
 from mutransfer.proxies.load import DEFAULT_DATA
@@ -231,13 +231,7 @@ class Experiment(Settings):
     @classmethod
     def _takes_method(cls, given: Any) -> Any:
         """Accept ``method`` as a key of its own; it is part of the recipe."""
-        if not isinstance(given, dict) or "method" not in given:
-            return given
-        recipe = given.get("recipe") or {}
-        if isinstance(recipe, Recipe):
-            recipe = recipe.model_dump()
-        rest = {key: value for key, value in given.items() if key != "method"}
-        return {**rest, "recipe": {**recipe, "method": given["method"]}} if isinstance(recipe, dict) else given
+        return _with_method_in_recipe(given)
 
     @model_validator(mode="before")
     @classmethod
@@ -275,6 +269,8 @@ class Experiment(Settings):
         for name, range_ in self.search.items():
             if name in (idle := self._idle()):
                 raise ValueError(f"search.{name} has no effect here ({idle[name]}): take it out.")
+            if name == "tangents" and range_.choices is None:
+                raise ValueError("search.tangents is a whole number: give choices, such as {choices: [2, 4, 8, 16]}.")
             for value in range_.ends():
                 optimizer_rule(self.optimizer, with_values(self.recipe, {name: value}))
         if self.sampler == "independent" and self.trials < (least := 2 + 2 * len(self.search)):
@@ -296,6 +292,8 @@ class Experiment(Settings):
         method = self.recipe.method
         others_settings = {name for each in METHODS.values() for name in each.searchable} - {*method.searchable}
         idle |= dict.fromkeys(others_settings, f"the method {method.name} has none")
+        if isinstance(method, ForwardGradient):
+            idle["clip"] = "the norm of a forward gradient grows with the number of parameters, so it is not clipped"
         idle["law"] = "it acts between the proxy's batch and duration and the target's"
         schedules = self.search["schedule"].ends() if "schedule" in self.search else [self.recipe.schedule]
         if "wsd" not in schedules:
@@ -325,6 +323,11 @@ class Experiment(Settings):
         base = self.base or self.proxy
         return Scale(base.width, base.depth)
 
+    def extremes(self) -> list[Recipe]:
+        """Return the recipes at the ends of the searched settings of the method, one setting at a time."""
+        searched = [(name, self.search[name].ends()) for name in self.recipe.method.searchable if name in self.search]
+        return [with_values(self.recipe, {name: value}) for name, ends in searched for value in ends]
+
     def question(self) -> dict[str, Any]:
         """Return the settings that must match for trials to be comparable: all but trials, budget, repeats and folder."""
         asked = self.model_dump(mode="json", exclude={*OPEN, "folder"})
@@ -336,7 +339,7 @@ class Experiment(Settings):
         path = run_dir.path_of("model", self.model)
         if path is not None and self.folder is not None:
             asked["model"] = run_dir.with_path("model", self.model, os.path.normpath(os.path.join(self.folder, path)))
-        return asked
+        return asked | {"method": str(self.recipe.method)}
 
     def references(self) -> dict[str, str]:
         """Return the settings that may contain a path, with the keys that `run_dir.path_of` accepts: model, data and call."""
@@ -387,6 +390,10 @@ class Experiment(Settings):
             # In run folders of earlier versions, paths were relative to the current folder.
             if "folder" not in data and not (home.trials.exists() or home.journal.exists()):
                 data["folder"] = "."
+            try:
+                data = _with_method_in_recipe(data)
+            except ValueError as error:
+                raise SettingsError(f"{path}: {error}") from None
             for change in changes or []:
                 _apply(data, change)
         experiment = cls.read(data, str(path))
@@ -434,6 +441,20 @@ class Experiment(Settings):
         return here.model_copy(update={"trainer": here.trainer.model_copy(update={"command": command})})
 
 
+def _with_method_in_recipe(given: Any) -> Any:
+    """Return the data of an experiment with the key ``method`` moved into its recipe."""
+    if not isinstance(given, dict) or "method" not in given:
+        return given
+    recipe = given.get("recipe") or {}
+    recipe = recipe.model_dump() if isinstance(recipe, Recipe) else recipe
+    if not isinstance(recipe, dict):
+        return given
+    if "method" in recipe:
+        raise ValueError("the method is given twice, as method and as recipe.method: take one of them out.")
+    rest = {key: value for key, value in given.items() if key != "method"}
+    return {**rest, "recipe": {**recipe, "method": given["method"]}}
+
+
 def with_values(recipe: Recipe, values: dict[str, Any]) -> Recipe:
     """Return ``recipe`` with searched values filled in: beta1 and beta2 in ``betas``, and the method's in ``method``."""
     values = dict(values)
@@ -453,10 +474,12 @@ def _apply(data: dict[str, Any], change: str) -> None:
     key, equals, text = change.partition("=")
     if not equals or not key:
         raise SettingsError(f"--set {change!r} is not of the form key=value, as in recipe.lr=0.01.")
+    if key == "method" or key.startswith("method."):
+        key = f"recipe.{key}"
     *path, last = key.split(".")
-    if path and path[-1] == "method" and isinstance(data.get("method"), str):
-        data["method"] = {"name": data["method"]}
     for part in path:
+        if part == "method" and isinstance(data.get(part), str):
+            data[part] = {"name": data[part]}
         if data.get(part) is None:
             data[part] = {}  # also replaces an empty section
         data = data[part]

@@ -118,8 +118,10 @@ class RunContext:
             self.family, scale, parametrization, self.experiment.optimizer, recipe, target=target, pruned=pruned
         )
 
-    def cost(self, scale: Scale) -> Flops | None:
+    def cost(self, scale: Scale, recipe: Recipe | None = None) -> Flops | None:
         """Return the cost of one training step at ``scale``; None if a user trainer chooses its batches.
+
+        The method is that of ``recipe``, by default the experiment's.
 
         Muon's iteration on hidden matrices is included; the elementwise work of other optimizers is left out.
 
@@ -143,15 +145,15 @@ class RunContext:
                 f"{experiment.model} cannot be trained on {experiment.data} ({describe(error)}): its loss must accept batches "
                 "(inputs, targets) of the experiment's data."
             ) from error
-        cost = replace(cost, total=experiment.recipe.method.flops(cost.total))
+        cost = replace(cost, total=(recipe or experiment.recipe).method.flops(cost.total))
         if not isinstance(OPTIMIZERS[experiment.optimizer], Muon):
             return cost
         planned = self.plan(scale, experiment.parametrization, experiment.recipe)
         return replace(cost, total=cost.total + optimizer_flops(planned))
 
-    def flops(self, scale: Scale) -> float | None:
+    def flops(self, scale: Scale, recipe: Recipe | None = None) -> float | None:
         """Return the total floating point operations of `cost`; None if unknown."""
-        cost = self.cost(scale)
+        cost = self.cost(scale, recipe)
         return None if cost is None else cost.total
 
 

@@ -97,7 +97,8 @@ class Replicates:
                 idle = False
                 needed(outcome, f"trial {job.key[0]} with seed {job.seed}")
                 if DONE + _name(job) not in self.study.user_attrs:
-                    self.study.set_user_attr(DONE + _name(job), _row(job, outcome, flops))
+                    spent = flops and self.context.flops(job.scale, job.recipe)
+                    self.study.set_user_attr(DONE + _name(job), _row(job, outcome, spent))
                 rows = self._rows()
                 REPEATS.write(REPEATS.frame(rows), folder.repeats)
                 progress(len(rows), len(self.wanted), words)

@@ -23,6 +23,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from mutransfer.errors import RequestError
 from mutransfer.io import naming_the_disk
 from mutransfer.proxies.training import Outcome
+from mutransfer.recipe import Recipe
 from mutransfer.run_dir import RunFolder
 from mutransfer.scale import Scale
 from mutransfer.schemas import BASINS, REPEATS, TRIALS, Schema
@@ -94,7 +95,7 @@ def price(context: RunContext, folder: RunFolder, target: Scale) -> dict[str, An
         ``uncounted``, the names of operations that none of these figures include. A value is None if the runs do not exist
         or their cost is unknown (user trainers). None of the figures include validation.
     """
-    cost = context.cost(target)
+    cost = context.cost(target, Recipe.load(folder.best) if folder.best.exists() else None)
     known = cost is not None
     tuning = _spent(folder.trials, TRIALS) if known else None
     whole = cost.total * context.experiment.steps if cost is not None else None
@@ -164,7 +165,7 @@ def run_trials(
                 case Done(job, outcome):
                     trial = claims.begun[job.key]
                     failures.note(job.key, outcome, claims.finished())
-                    known = record_result(claims.study, trial, outcome, flops)
+                    known = record_result(claims.study, trial, outcome, context.flops(job.scale, job.recipe))
                     del claims.begun[job.key]
                     if known:
                         recorded = True
@@ -332,7 +333,11 @@ def tune(
     data = context.data
     check_trainer(experiment)
     context.plan(experiment.proxy_scale, experiment.parametrization, experiment.recipe)
-    flops = context.flops(experiment.proxy_scale)
+    for extreme in experiment.extremes():
+        context.plan(experiment.proxy_scale, experiment.parametrization, extreme)
+    # Of the dearest trials, where they differ: a trial is only started if the budget allows one of them.
+    flops = max((context.flops(experiment.proxy_scale, each) or 0.0 for each in experiment.extremes()), default=None)
+    flops = flops or context.flops(experiment.proxy_scale)
     if flops is None and experiment.budget.flops is not None:
         raise RequestError("budget.flops cannot be counted without mutransfer's own data: use budget.seconds.")
     _refuse_other_experiment(experiment, folder)

@@ -88,7 +88,7 @@ def basins(
         raise RequestError(f"a drift needs at least two widths, but {widths} is {len(widths)}: see --widths.")
     # Report wrong requests before anything is written.
     alike = {width: _alike(context, _scale(experiment, width), parametrizations, recipe) for width in widths}
-    flops = {width: context.flops(_scale(experiment, width)) for width in widths}
+    flops = {width: context.flops(_scale(experiment, width), recipe) for width in widths}
     middle = {
         (name, width): _middle(context, _scale(experiment, width), name, recipe, step)
         for name, width in itertools.product(parametrizations, widths)

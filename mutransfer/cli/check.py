@@ -110,6 +110,16 @@ def check(
     if lr is not None:
         Recipe.read({"lr": lr}, "--lr")
     trained_by = method_for(model, method)
+    if trained_by.name == "forward-gradient":
+        raise RequestError(
+            "the check trains by backpropagation, which says nothing about the noise of forward gradients: check with --method "
+            "backprop, and verify the learning rate."
+        )
+    if trained_by.name != "backprop" and OWN in (parametrization, control):
+        raise RequestError(
+            f"the method {trained_by.name} needs a plan, but {OWN} checks the model as it is built: name a parametrization, or "
+            "--method backprop."
+        )
     for name in (parametrization, control):
         if name and name not in (known := [*TABLES, OWN]):
             raise RequestError(f"unknown parametrization {name!r}: {nearest(name, known)}")
@@ -133,7 +143,7 @@ def check(
             "--control": control,
             "--seed": seed,
         }
-        begin(folder, subject_of(model, parametrization, optimizer, options), arguments)
+        begin(folder, subject_of(model, parametrization, optimizer, options, trained_by), arguments)
     cache = _cache(out, model)
     judged, frame = judge(
         family,

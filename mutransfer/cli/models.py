@@ -150,10 +150,13 @@ def method_for(model: str, text: str | None) -> Method:
     return Recipe.read({"method": given}, "--method").method
 
 
-def subject_of(model: str, parametrization: str, optimizer: str, options: dict[str, Any] | None) -> dict[str, Any]:
+def subject_of(
+    model: str, parametrization: str, optimizer: str, options: dict[str, Any] | None, method: Method | None = None
+) -> dict[str, Any]:
     """Return the model and the rules that scale it, as plain data (see `Experiment.subject`)."""
     experiment = experiment_of(model)
     known = {"model": model, "options": options or {}} if experiment is None else experiment.subject()
+    known |= {} if method is None else {"method": str(method)}
     return {**known, "parametrization": parametrization, "optimizer": optimizer}
 
 

@@ -22,8 +22,13 @@ def write(target: TargetConfig) -> tuple[str, str]:
     """Return the file name and the JSON text; docs/reference/pytorch-export.md describes its keys.
 
     Raises:
-        RequestError: the plan needs a forward multiplier, which is not a setting of a parameter.
+        RequestError: the plan needs a forward multiplier or a training method, which are not settings of a parameter.
     """
+    if (method := target.plan.recipe.method.name) != "backprop":
+        raise RequestError(
+            f"the recipe's method is {method}, which settings of parameters cannot express: train with `mutransfer train`, or "
+            "let the script call TargetConfig.load(path).plan."
+        )
     for row in target.plan.rows:
         if row.columns:
             raise RequestError(

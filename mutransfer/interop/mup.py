@@ -195,6 +195,10 @@ def plan_annotated(
             "no axis of the annotated model grows: set_base_shapes was given None or the model itself, so pass a narrower "
             "base, and a delta that differs from it."
         )
+    if recipe.method.name != "backprop":
+        raise RequestError(
+            f"the method {recipe.method.name} has no rule for models annotated by mup: plan the plain model as a Family."
+        )
     base, width = growing[-1]  # only shown in the plan's title; each axis has its own ratio
     seen = Observation(
         specs=specs,

@@ -114,6 +114,11 @@ def plan(
     recipe = recipe_for(family, recipe, parametrization)
     rules, rule = table(parametrization), optimizer_rule(optimizer, recipe)
     observed = target or observed_model(family, scale, parametrization, observation)
+    if isinstance(recipe.method, ForwardGradient) and recipe.clip is not None:
+        raise RequestError(
+            "the norm of a forward gradient grows with the number of parameters, so a limit on it does not transfer: leave clip "
+            "out."
+        )
     if isinstance(recipe.method, ForwardGradient) and optimizer != "sgd":
         raise RequestError(
             f"forward-gradient has a rule for sgd alone, because {optimizer} would normalize the noise of its estimates: set "

@@ -84,6 +84,11 @@ class PlanBuilder:
         if not found:
             return
         sizes = {name: math.prod(self.shapes[name]) for name in self.shapes if self.spec(name).role == "hidden"}
+        for name, density in found.items():
+            if round(density * sizes[name]) == 0:
+                raise RequestError(
+                    f"density {density:.3g} leaves none of the {sizes[name]} weights of {name}: raise method.density."
+                )
         overall = sum(found.get(name, 1.0) * size for name, size in sizes.items()) / sum(sizes.values())
         low, high = min(found.values()), max(found.values())
         scaled = "scaled by SµPar" if self._scales_with_density else "not scaled with their density"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mutransfer.devices import is_out_of_memory
+from mutransfer.devices import devices_of, is_out_of_memory, random_state_restored
 from mutransfer.errors import RequestError, describe
 from mutransfer.methods import ForwardGradient
 
@@ -29,7 +29,11 @@ Tensors = dict[str, Tensor]
 
 
 def estimate(
-    function: Callable[[Tensors], Tensor], at: Tensors, along: Tensors, derivative: str = "jvp"
+    function: Callable[[Tensors], Tensor],
+    at: Tensors,
+    along: Tensors,
+    derivative: str = "jvp",
+    moving: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensors]:
     """Return the value of a function, and the estimate of its gradient.
 
@@ -39,6 +43,7 @@ def estimate(
         along: K tangents of each, ``[K, ...]``.
         derivative: "jvp" for exact directional derivatives by forward-mode differentiation, or "difference" for central
             differences, which need no forward mode.
+        moving: buffers that the function may change; differences leave them as one evaluation does.
     """
     count = len(next(iter(along.values())))
     at = {name: each.detach() for name, each in at.items()}
@@ -49,14 +54,21 @@ def estimate(
         value = values[0]
     else:
         with torch.no_grad():
+            each = ({name: v[index] for name, v in along.items()} for index in range(count))
+            slopes = torch.stack([_difference(function, at, v, moving) for v in each])
             value = function(at)
-            slopes = torch.stack([_difference(function, at, {k: v[i] for k, v in along.items()}) for i in range(count)])
     return value, {name: torch.tensordot(slopes.to(v.dtype), v, 1) / count for name, v in along.items()}
 
 
-def _difference(function: Callable[[Tensors], Tensor], at: Tensors, v: Tensors) -> Tensor:
-    up, down = (function({name: at[name] + sign * DIFFERENCE * v[name] for name in at}) for sign in (1, -1))
-    return (up - down) / (2 * DIFFERENCE)
+def _difference(function: Callable[[Tensors], Tensor], at: Tensors, v: Tensors, moving: Sequence[Tensor]) -> Tensor:
+    """Return the central difference along ``v``, both sides with the same random numbers, such as dropout masks."""
+    values, before = [], [each.clone() for each in moving]
+    for sign in (1, -1):
+        with random_state_restored(devices_of(at.values())):
+            values.append(function({name: at[name] + sign * DIFFERENCE * v[name] for name in at}))
+        for buffer, kept in zip(moving, before, strict=True):
+            buffer.copy_(kept)
+    return (values[0] - values[1]) / (2 * DIFFERENCE)
 
 
 def tangents(at: Mapping[str, Tensor], scales: Mapping[str, float], count: int, seed: int, step: int) -> Tensors:
@@ -109,7 +121,7 @@ def forward_gradients(
         try:
             value, gradients = estimate(
                 lambda given: functional_call(program, {f"model.{k}": v for k, v in given.items()}, (batch,)),
-                at, along, method.derivative,
+                at, along, method.derivative, list(model.buffers()),
             )  # fmt: skip
         except Exception as error:
             if is_out_of_memory(error) or isinstance(error, RequestError):

@@ -159,7 +159,7 @@ class SlotBatch:
         first: list[int] = []
         for index, each in self._places():
             if each.start is None:
-                weights = each.slot.seed, tuple(row.init for row in each.slot.plan.rows)
+                weights = each.slot.seed, tuple((row.init, row.density) for row in each.slot.plan.rows)
                 if weights not in alike:
                     first.append(index)
                 alike.setdefault(weights, []).append(each)
@@ -339,7 +339,7 @@ class VectorizedExecutor(Executor):
 
     def _training(self, context: RunContext, jobs: Sequence[Running], clips: bool) -> VectorizedTraining:
         experiment = context.experiment
-        same = experiment.model_dump_json(exclude=NOT_COMPILED)
+        same = f"{experiment.model_dump_json(exclude=NOT_COMPILED)} by {experiment.recipe.method.name}"
         known = self.programs.setdefault(f"{same} at {jobs[0].job.scale}, {len(jobs)} at once", {})
         training = VectorizedTraining(
             context.family, [each.slot for each in jobs], context.required_data, steps=experiment.steps,

@@ -10,6 +10,11 @@ import pytest
 import torch
 
 from mutransfer.cli import run
+from mutransfer.errors import SettingsError
+from mutransfer.methods import Pruned
+from mutransfer.run_dir import RunFolder
+from mutransfer.schemas import TRIALS
+from mutransfer.sweeps.experiment import Experiment
 
 EXPERIMENT = """
 model: mlp
@@ -142,6 +147,17 @@ def test_a_wrong_method_is_one_sentence(arguments: list[str], message: str, caps
         (["--set", "method=pruned", "--set", "search.density={low: 0.0, high: 0.9}"], "density is 0"),
         (["--set", "method=forward-gradient"], "forward-gradient has a rule for sgd alone"),
         (
+            [
+                "--set",
+                "method=forward-gradient",
+                "--set",
+                "optimizer=sgd",
+                "--set",
+                "search.tangents={low: 1, high: 16}",
+            ],
+            "search.tangents is a whole number: give choices",
+        ),
+        (
             ["--set", "method=pruned", "--set", "trainer=train.py:train"],
             "method pruned is for the built-in loop, which train.py:train",
         ),
@@ -153,3 +169,80 @@ def test_wrong_settings_in_an_experiment(
     assert run(["tune", file, "--out", str(tmp_path / "run"), *changes]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("written", "changes"),
+    [
+        ("method: pruned", ["recipe.method.density=0.5"]),
+        ("method: {name: pruned, density: 0.2}", ["method.density=0.5"]),
+        ("recipe: {method: {name: pruned}}", ["method.density=0.5"]),
+        ("recipe: {method: pruned}", ["recipe.method.density=0.5"]),
+        ("recipe: {method: pruned}", ["method=pruned", "method.density=0.5"]),
+        ("", ["method=pruned", "method.density=0.5"]),
+    ],
+)
+def test_settings_of_the_method_wherever_the_file_names_it(written: str, changes: list[str], file: str) -> None:
+    Path(file).write_text(f"{EXPERIMENT}\n{written}\n")
+    found = Experiment.load(file, changes).recipe.method
+    assert isinstance(found, Pruned)
+    assert found.density == 0.5
+
+
+def test_a_method_that_is_named_twice_is_refused(file: str) -> None:
+    Path(file).write_text(f"{EXPERIMENT}\nmethod: pruned\nrecipe: {{method: backprop}}\n")
+    with pytest.raises(SettingsError, match="given twice"):
+        Experiment.load(file)
+
+
+def test_a_trial_costs_what_its_tangents_cost(file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run"
+    settings = [
+        "--set",
+        "method=forward-gradient",
+        "--set",
+        "optimizer=sgd",
+        "--set",
+        "search.tangents={choices: [1, 4]}",
+    ]
+    asked(capsys, "tune", file, "--out", str(folder), *settings, "--set", "pruner=none", "--trials", "6")
+    trials = TRIALS.read(RunFolder(folder).trials)
+    complete = trials[trials["steps"] == 12]
+    costs = complete.groupby("tangents")["flops"].agg(["min", "max"])
+    assert (costs["min"] == costs["max"]).all()
+    assert costs["max"].loc[4] == pytest.approx(3 * costs["max"].loc[1])
+
+
+def test_an_export_without_a_place_for_the_method_is_refused(
+    file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    asked(capsys, "tune", file, "--out", str(folder), *PRUNED)
+    assert run(["transfer", str(folder), "--width", "32", "--to", "pytorch"]) == 2
+    assert "the recipe's method is pruned" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--method", "forward-gradient", "--optimizer", "sgd"], "says nothing about the noise of forward gradients"),
+        (["--method", "pruned", "--parametrization", "own"], "the method pruned needs a plan"),
+    ],
+)
+def test_a_check_that_cannot_be_made(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["check", "mlp", "--widths", "16,32", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_check_under_another_method_does_not_count(
+    file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    asked(capsys, "tune", file, "--out", str(folder), *PRUNED)
+    quick = ["--widths", "16,32", "--steps", "1", "--seeds", "2", "--max-seeds", "2", "--out", str(folder)]
+    asked(capsys, "check", str(folder / "experiment.yaml"), "--method", "backprop", *quick, codes=(0, 1))
+    warnings = asked(capsys, "transfer", str(folder), "--width", "32")["warnings"]
+    assert [text for text in warnings if "checked for another method" in text]
+    asked(capsys, "check", str(folder / "experiment.yaml"), *quick, codes=(0, 1))
+    warnings = asked(capsys, "transfer", str(folder), "--width", "32")["warnings"]
+    assert not [text for text in warnings if "another method" in text]

@@ -200,6 +200,7 @@ def test_a_layer_without_a_forward_mode_is_named(model: type[nn.Module], layer: 
     ("optimizer", "method", "message"),
     [
         ("adamw", {"name": "forward-gradient"}, "forward-gradient has a rule for sgd alone"),
+        ("sgd", {"name": "forward-gradient", "tangents": "all"}, "tangents is 'all'"),
         ("sgd", {"name": "forward-gradient", "tangents": 0}, "tangents is 0: it should be greater than or equal to 1"),
         ("sgd", {"name": "forward-gradient", "tangent": 3}, "unknown key 'tangent': did you mean 'tangents'"),
     ],
@@ -211,7 +212,35 @@ def test_wrong_use_is_a_sentence(optimizer: str, method: Any, message: str) -> N
         )
 
 
+def test_differences_are_of_one_function() -> None:
+    """Both sides see the same dropout masks, and running averages move once."""
+    model = nn.Sequential(nn.Linear(6, 64), nn.BatchNorm1d(64), nn.Dropout(0.5), nn.Linear(64, 3)).double()
+    scales = {key: 1.0 for key, _ in model.named_parameters()}
+    method = ForwardGradient(tangents=1, derivative="difference")
+    torch.manual_seed(5)
+    forward_gradients(method, model, loss, batch(), scales, 0, 0)
+    along = tangents(dict(model.named_parameters()), scales, 1, 0, 0)
+    found = {name: each.grad.clone() for name, each in model.named_parameters() if each.grad is not None}
+    averages = [each.clone() for each in model.buffers()]
+    for each in model.modules():
+        if isinstance(each, nn.BatchNorm1d):
+            each.reset_running_stats()
+    torch.manual_seed(5)
+    gradients = torch.autograd.grad(loss(model, batch()), list(model.parameters()))
+    slope = sum(
+        (g * along[name][0]).sum().item() for (name, _), g in zip(model.named_parameters(), gradients, strict=True)
+    )
+    for name, each in found.items():
+        assert torch.allclose(each, slope * along[name][0], rtol=1e-3)
+    assert all(torch.allclose(one, other) for one, other in zip(averages, model.buffers(), strict=True))
+
+
 def test_the_flops_of_a_step() -> None:
     assert ForwardGradient(tangents=1).flops(3.0) == 3.0  # as many products as backpropagation
     assert ForwardGradient(tangents=8).flops(3.0) == 17.0
     assert ForwardGradient(tangents=4, derivative="difference").flops(3.0) == 8.0
+
+
+def test_a_limit_on_the_norm_is_refused() -> None:
+    with pytest.raises(mt.RequestError, match="leave clip out"):
+        planned(32, clip=1.0)

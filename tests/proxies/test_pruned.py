@@ -276,6 +276,10 @@ def test_what_cannot_be_planned_is_refused() -> None:
         mt.plan(family, Scale(64, 3), optimizer="muon", recipe=mt.Recipe(method=Pruned(score="random")))
     with pytest.raises(mt.RequestError, match=r"leaves no weight in hidden\.\d\.weight: raise the density"):
         layer_densities(family, "magnitude", 1e-3)
+    with pytest.raises(
+        mt.RequestError, match=r"leaves none of the 4096 weights of hidden\.0\.weight: raise method\.density"
+    ):
+        planned(1e-4)
     with pytest.raises(mt.RequestError, match="no hidden matrix to prune"):
         layer_densities(families.mlp(32, 1), "snip", 0.5)
 
