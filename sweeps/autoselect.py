@@ -122,6 +122,9 @@ SHORT = 15.0  # seconds of work below which no alternative is measured
 LONG = (
     120.0  # seconds of work above which compilation is tried; it takes from ten seconds to a minute for each executor
 )
+LONGER = (
+    240.0  # the same where single trials are fastest: compiling gains them less (1.2 at width 256, for 35 s in all)
+)
 FAR = 2.0  # an executor is also tried compiled if it is at most this many times slower than the fastest
 # Compiling gains fused trials at most the square of what it gains single ones: 1.8 and 1.3 at width 32, 1.1 and 1.03 at 256.
 SQUARE = 2.0
@@ -216,8 +219,9 @@ def chosen(
     found = list(_uncompiled(work, at_once, only, independent))
     if not found:
         raise RequestError(NOT_FOR_ONE)
-    soonest = min(choice.seconds for choice in found)
-    if soonest > LONG:
+    first = min(found, key=lambda choice: choice.seconds)
+    soonest = first.seconds
+    if soonest > (LONG if first.how == "fused" else LONGER):
         gain = math.inf  # of compiling, as far as it is known; a single trial, which comes first, is compiled soonest
         for how in dict.fromkeys(choice.how for choice in found):
             best = min((choice for choice in found if choice.how == how), key=lambda choice: choice.seconds)
