@@ -50,7 +50,8 @@ def estimate(
     if derivative == "jvp":
         with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():  # the other kernels have no forward mode
             warnings.filterwarnings("ignore", r"`torch\.jit\.script", DeprecationWarning)  # torch's own, on first use
-            values, slopes = torch.vmap(lambda v: jvp(function, (at,), (v,)), randomness="same")(along)
+            both = torch.vmap(lambda v: jvp(function, (at,), (v,))[:2], randomness="same")
+            values, slopes = both(along)
         value = values[0]
     else:
         with torch.no_grad():
@@ -115,7 +116,7 @@ def forward_gradients(
         RequestError: an operation has no forward mode; the message names the layer.
     """
     program = _Loss(model, loss)
-    at = {name: each for name, each in model.named_parameters() if each.requires_grad}
+    at: Tensors = {name: each for name, each in model.named_parameters() if each.requires_grad}
     along = tangents(at, scales, method.tangents, seed, step)
     with _entered(model) as last:
         try:
