@@ -35,8 +35,15 @@ from ..scale import Scale
 from ..schemas import PARAMETERS
 from . import schedulers
 from .laws import averaged
-from .masks import drawn_mask, masks_of, register_mask
-from .multipliers import ColumnBlock, ColumnMultiplier, Multiplier, columns_of
+from .multipliers import (
+    ColumnBlock,
+    ColumnMultiplier,
+    Multiplier,
+    columns_of,
+    drawn_mask,
+    masks_of,
+    register_mask,
+)
 
 __all__ = [
     "ParameterPlan", "Plan", "attach", "clip_grad_norm_", "matched", "parted", "plain_name", "refuse_other_gauge", "unit",
@@ -54,7 +61,7 @@ class ParameterPlan:
     W = c·W': W is the weight of the plain model, W' that of the paper's model, which multiplies it by c in its forward pass.
     ``multiplier`` is the multiplier that remains in the forward pass (`unit`). ``columns`` are multipliers on single columns of
     the input, for layers whose input joins fixed and growing columns (`attach`). ``density`` is the fraction of the weights that
-    are not pruned (`masks`). ``tangent`` is the standard deviation of the tangents of a forward gradient.
+    are not pruned (`multipliers.Mask`). ``tangent`` is the standard deviation of the tangents of a forward gradient.
     """
 
     name: str

@@ -17,7 +17,7 @@ from mutransfer.errors import describe
 from mutransfer.family import Family, unwrapped
 from mutransfer.initialization.init import draw_
 from mutransfer.methods import ForwardGradient, Pruned
-from mutransfer.planning.masks import drawn_mask
+from mutransfer.planning.multipliers import drawn_mask
 from mutransfer.planning.plan import ParameterPlan, Plan, matched
 from mutransfer.proxies.data import Data
 from mutransfer.proxies.training import FINITE_EVERY, Training, multiplier

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import mutransfer as mt
 from mutransfer.methods import Pruned, erdos_renyi
-from mutransfer.planning.masks import drawn_mask, masks_of
+from mutransfer.planning.multipliers import drawn_mask, masks_of
 from mutransfer.planning.plan import matched
 from mutransfer.proxies.methods import pruned_densities
 from mutransfer.proxies.methods.pruned import SCORES, kept, layer_densities, prune, score, shuffled
