@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -145,38 +146,14 @@ def check(
         }
         begin(folder, subject_of(model, parametrization, optimizer, options, trained_by), arguments)
     cache = _cache(out, model)
-    judged, frame = judge(
-        family,
-        sizes,
-        parametrization,
-        optimizer,
-        where,
-        steps,
-        seeds,
-        lr,
-        seed,
-        depths=layers,
-        most=max_seeds,
-        cache=cache,
-        method=trained_by,
-    )
+    judged_under = partial(
+        judge, family, sizes, optimizer=optimizer, device=where, steps=steps, seeds=seeds, lr=lr, first=seed, depths=layers,
+        cache=cache, method=trained_by,
+    )  # fmt: skip
+    judged, frame = judged_under(parametrization, most=max_seeds)
     second = None
     if control:
-        second, control_frame = judge(
-            family,
-            sizes,
-            control,
-            optimizer,
-            where,
-            steps,
-            seeds,
-            lr,
-            seed,
-            patience=1,
-            depths=layers,
-            cache=cache,
-            method=trained_by,
-        )
+        second, control_frame = judged_under(control, patience=1)
         import pandas as pd
 
         frame = pd.concat([frame, control_frame], ignore_index=True)

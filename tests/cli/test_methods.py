@@ -26,6 +26,7 @@ rungs: 1
 trials: 4
 search: {lr: {low: 0.002, high: 0.06, log: true}}
 """
+FORWARD = ["--set", "method=forward-gradient", "--set", "optimizer=sgd"]
 PRUNED = ["--set", "method=pruned", "--set", "method.density=0.25"]
 
 
@@ -74,14 +75,7 @@ def test_forward_gradients_from_the_proxy_to_the_report(
     file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "run"
-    settings = [
-        "--set",
-        "method=forward-gradient",
-        "--set",
-        "optimizer=sgd",
-        "--set",
-        "search.tangents={choices: [2, 4]}",
-    ]
+    settings = [*FORWARD, "--set", "search.tangents={choices: [2, 4]}"]
     asked(capsys, "tune", file, "--out", str(folder), *settings, "--executor", "fused")
     method = json.loads((folder / "best.json").read_text())["method"]
     assert method["tangents"] in (2, 4)
@@ -197,14 +191,7 @@ def test_a_method_that_is_named_twice_is_refused(file: str) -> None:
 
 def test_a_trial_costs_what_its_tangents_cost(file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "run"
-    settings = [
-        "--set",
-        "method=forward-gradient",
-        "--set",
-        "optimizer=sgd",
-        "--set",
-        "search.tangents={choices: [1, 4]}",
-    ]
+    settings = [*FORWARD, "--set", "search.tangents={choices: [1, 4]}"]
     asked(capsys, "tune", file, "--out", str(folder), *settings, "--set", "pruner=none", "--trials", "6")
     trials = TRIALS.read(RunFolder(folder).trials)
     complete = trials[trials["steps"] == 12]
