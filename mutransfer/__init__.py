@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from .coord_check.recorder import Recorder as Recorder
     from .errors import RequestError as RequestError
     from .family import Family as Family
+    from .family import Scale as Scale
     from .optimizers.muon import MuonWithAdamW as MuonWithAdamW
     from .planning.build import plan as plan
     from .planning.plan import Plan as Plan
     from .planning.target import TargetConfig as TargetConfig
     from .recipe import Recipe as Recipe
-    from .scale import Scale as Scale
 
 __version__ = "0.1.0"
 
@@ -31,7 +31,7 @@ _HOMES = {
     "Recipe": "recipe",
     "Recorder": "coord_check.recorder",
     "RequestError": "errors",
-    "Scale": "scale",
+    "Scale": "recipe",
     "TargetConfig": "planning.target",
     "assert_coordinates_hold": "coord_check.check",
     "plan": "planning.build",

@@ -13,7 +13,7 @@ from ._torch_internals import tree_map_only
 from .devices import is_out_of_memory
 from .errors import BuildError, RequestError, describe
 from .printing import once
-from .scale import Scale
+from .recipe import Scale
 
 __all__ = ["Family", "is_lazy", "unwrapped"]
 

@@ -52,7 +52,7 @@ from .family import Family
 from .flop_formulas import FORMULAS, HIGHER_ORDER, Formula, grouped_mm, is_free
 from .optimizers.rules import OPTIMIZERS, Muon
 from .planning.plan import Plan
-from .scale import Scale
+from .recipe import Scale
 from .tracing.run import REAL, build, on_cpu, on_fake_tensors, quiet, unfused
 
 __all__ = ["FakeValues", "FlopCounter", "Flops", "optimizer_flops", "step_cost", "step_flops"]

@@ -1,18 +1,20 @@
-"""The hyperparameters of a run, expressed at the base scale."""
+"""The hyperparameters of a run, expressed at the base scale, and the scale: the size of a model and its run."""
 
 from __future__ import annotations
 
 import os
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_serializer, model_validator
 
 from .config import Settings
+from .errors import SettingsError
 from .io import read_json, write_json
 from .methods import Backprop, MethodOf
 
-__all__ = ["Recipe"]
+__all__ = ["Recipe", "Scale"]
 
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -83,3 +85,38 @@ class Recipe(Settings):
             RequestError: the file does not exist or is not JSON, a key is unknown, or a value is out of range.
         """
         return cls.read(read_json(path, "a recipe, such as the best.json of `mutransfer tune`"), str(path))
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Width and depth of a model, batch size and tokens of its run: what may differ between a proxy and its target.
+
+    Args:
+        width: the size that grows, in the unit that the family's ``build`` uses (hidden size, channels).
+        depth: number of repeated blocks.
+        batch: examples per optimizer step; None if unspecified.
+        tokens: training examples (tokens for language models) of the whole run; None if unspecified.
+
+    Raises:
+        SettingsError: a size is not a positive integer.
+    """
+
+    width: int
+    depth: int = 2
+    batch: int | None = None
+    tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if value is None and name in ("batch", "tokens"):
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise SettingsError(f"{name} is {value!r}: give a whole number of at least 1.")
+
+    def with_(self, **changes: int | None) -> Scale:
+        """Return this scale with some sizes replaced."""
+        return replace(self, **changes)  # type: ignore[arg-type]
+
+    def as_dict(self) -> dict[str, int | None]:
+        """Return the four sizes as a dictionary."""
+        return asdict(self)

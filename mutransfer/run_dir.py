@@ -23,7 +23,7 @@ import yaml
 
 from .errors import DataError, FileError, RequestError, SettingsError
 from .io import masked, naming_the_disk, read_json, write_json
-from .scale import Scale
+from .recipe import Scale
 
 __all__ = [
     "RunFolder",

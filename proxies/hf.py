@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from mutransfer._torch_internals import detect_fake_mode
 from mutransfer.errors import BuildError, DataError, FileError, RequestError, nearest
 from mutransfer.family import Family
-from mutransfer.scale import Scale
+from mutransfer.recipe import Scale
 
 from .data.base import Batch, Data
 from .hf_config import Fields, Whole, flat, infer, resized

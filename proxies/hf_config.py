@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from mutransfer.errors import BuildError, RequestError, closest, nearest
-from mutransfer.scale import Scale
+from mutransfer.recipe import Scale
 
 from .importing import describe_exception
 

@@ -17,7 +17,7 @@ import torch
 
 from mutransfer.errors import BuildError, RequestError, assertion
 from mutransfer.printing import shown_once
-from mutransfer.scale import Scale
+from mutransfer.recipe import Scale
 
 __all__ = ["FORMS", "guarded", "helpers_of", "import_file", "import_module", "modules_in", "describe_exception"]
 

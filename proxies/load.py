@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from mutransfer.errors import DataError, MissingBaseError, RequestError, closest, nearest
 from mutransfer.family import Family
-from mutransfer.scale import Scale
+from mutransfer.recipe import Scale
 from mutransfer.tracing.roles import check_roles, with_roles
 from mutransfer.tracing.run import build, on_fake_tensors
 

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mutransfer.reports.coord_check_figure import CoordinateFigure as CoordinateFigure
     from mutransfer.reports.page import write_report as write_report
-    from mutransfer.reports.plan_figure import PlanFigure as PlanFigure
     from mutransfer.reports.search_figures import HistoryFigure as HistoryFigure
     from mutransfer.reports.search_figures import ImportanceFigure as ImportanceFigure
     from mutransfer.reports.search_figures import ParallelFigure as ParallelFigure
     from mutransfer.reports.search_figures import SliceFigure as SliceFigure
     from mutransfer.reports.transfer_figures import BasinFigure as BasinFigure
+    from mutransfer.reports.transfer_figures import PlanFigure as PlanFigure
     from mutransfer.reports.transfer_figures import WiderFigure as WiderFigure
 
 __all__ = [
@@ -34,7 +34,7 @@ _HOMES = {
     "HistoryFigure": "search_figures",
     "ImportanceFigure": "search_figures",
     "ParallelFigure": "search_figures",
-    "PlanFigure": "plan_figure",
+    "PlanFigure": "transfer_figures",
     "SliceFigure": "search_figures",
     "WiderFigure": "transfer_figures",
     "write_report": "page",

@@ -16,7 +16,7 @@ import torch
 from mutransfer.devices import is_out_of_memory, limited_threads
 from mutransfer.errors import RequestError
 from mutransfer.proxies.training import Training
-from mutransfer.scale import Scale
+from mutransfer.recipe import Scale
 
 from .jobs import Done, Events, Executor, RunContext, Session
 from .vectorized.batch_training import NOT_FOR_ONE, Precision, Slot, VectorizedTraining, refusal

@@ -13,7 +13,7 @@ from typing import Any
 from mutransfer import devices
 from mutransfer.errors import RequestError, nearest
 from mutransfer.proxies.importing import modules_in
-from mutransfer.scale import Scale
+from mutransfer.recipe import Scale
 
 from .commands import Commands, check_command
 from .experiment import Experiment, Size

@@ -20,9 +20,8 @@ from mutransfer.methods import METHODS, ForwardGradient
 from mutransfer.optimizers.rules import optimizer_rule
 from mutransfer.parametrizations.tables import table
 from mutransfer.proxies.load import DEFAULT_DATA
-from mutransfer.recipe import Recipe
+from mutransfer.recipe import Recipe, Scale
 from mutransfer.run_dir import RunFolder
-from mutransfer.scale import Scale
 from mutransfer.tracing.roles import check_roles
 
 from .pruners import geometric_rungs

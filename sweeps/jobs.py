@@ -39,8 +39,7 @@ from mutransfer.proxies.importing import modules_in
 from mutransfer.proxies.load import load_family
 from mutransfer.proxies.methods import pruned_densities
 from mutransfer.proxies.training import Outcome, Training, train
-from mutransfer.recipe import Recipe
-from mutransfer.scale import Scale
+from mutransfer.recipe import Recipe, Scale
 from mutransfer.tracing.observe import observe
 
 from .experiment import NO_DATA, Experiment, Size

@@ -23,9 +23,8 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from mutransfer.errors import RequestError
 from mutransfer.io import naming_the_disk
 from mutransfer.proxies.training import Outcome
-from mutransfer.recipe import Recipe
+from mutransfer.recipe import Recipe, Scale
 from mutransfer.run_dir import RunFolder
-from mutransfer.scale import Scale
 from mutransfer.schemas import BASINS, REPEATS, TRIALS, Schema
 
 from .executors import check_trainer, one_by_one

@@ -17,9 +17,8 @@ from mutransfer.basins import DRIFT_LIMIT, REGRET_LIMIT, bracket, flat_range, ju
 from mutransfer.errors import RequestError
 from mutransfer.io import as_json_value, read_json, write_json
 from mutransfer.proxies.load import cross_entropy
-from mutransfer.recipe import Recipe
+from mutransfer.recipe import Recipe, Scale
 from mutransfer.run_dir import RunFolder
-from mutransfer.scale import Scale
 from mutransfer.schemas import BASINS
 
 from .autoselect import Forecast

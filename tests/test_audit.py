@@ -12,8 +12,7 @@ import torch
 import mutransfer as mt
 from mutransfer.errors import RequestError
 from mutransfer.planning.audit import COLUMNS, audit, live
-from mutransfer.recipe import Recipe
-from mutransfer.scale import Scale
+from mutransfer.recipe import Recipe, Scale
 
 from .helpers import families
 from .helpers.planned import plan_of

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import mutransfer as mt
-from mutransfer.scale import Scale
+from mutransfer.recipe import Scale
 
 from .helpers import families
 from .helpers.planned import plan_of

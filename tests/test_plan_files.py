@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import mutransfer as mt
 from mutransfer.errors import RequestError, SettingsError
-from mutransfer.scale import Scale
+from mutransfer.recipe import Scale
 
 from .helpers import families
 from .helpers.planned import plan_of

@@ -11,8 +11,7 @@ from torch import nn
 import mutransfer as mt
 from mutransfer.errors import RequestError
 from mutransfer.planning.build import observed_model, plan
-from mutransfer.recipe import Recipe
-from mutransfer.scale import Scale
+from mutransfer.recipe import Recipe, Scale
 
 from .helpers import families
 from .helpers.planned import FAMILIES, OPTIMIZERS, plan_of, rows, wider

@@ -25,7 +25,7 @@ from mutransfer.planning import builder
 from mutransfer.planning.audit import audit, live
 from mutransfer.planning.builder import PlanBuilder
 from mutransfer.planning.plan import ParameterPlan, Plan
-from mutransfer.scale import Scale
+from mutransfer.recipe import Scale
 from mutransfer.tracing.observe import observe
 from mutransfer.tracing.specs import Observation
 

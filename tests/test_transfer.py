@@ -14,9 +14,8 @@ import mutransfer as mt
 from mutransfer.errors import RequestError
 from mutransfer.io import write_json
 from mutransfer.planning.target import KEYS, TargetConfig, of_evidence, regularizers, target_config
-from mutransfer.recipe import Recipe
+from mutransfer.recipe import Recipe, Scale
 from mutransfer.run_dir import RunFolder
-from mutransfer.scale import Scale
 
 from .helpers import families
 from .helpers.planned import plan_of

@@ -15,7 +15,7 @@ import typer
 from .console import AsJson, Device, Seed, device_of, emit, say
 
 if TYPE_CHECKING:
-    from ..scale import Scale
+    from ..recipe import Scale
     from ..sweeps.experiment import Experiment
     from ..sweeps.jobs import Executor
 

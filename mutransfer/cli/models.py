@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from ..family import Family
     from ..methods import Method
     from ..proxies.data import Data
-    from ..scale import Scale
+    from ..recipe import Scale
     from ..sweeps.experiment import Experiment
 
 
@@ -90,7 +90,7 @@ def family_for(
     from .. import run_dir
     from ..proxies.data import load_data
     from ..proxies.load import DEFAULT_DATA, DEFAULT_DEPTH, load_family
-    from ..scale import Scale
+    from ..recipe import Scale
     from ..tracing.roles import roles_from, with_roles
 
     role_overrides = roles_from(roles or (), "--role")

@@ -22,8 +22,7 @@ from ..param_names import pattern_of, planned_names
 from ..parametrizations.tables import table
 from ..planning.build import plan
 from ..planning.plan import Plan
-from ..recipe import Recipe
-from ..scale import Scale
+from ..recipe import Recipe, Scale
 from ..schemas import COORDINATES
 from ..tracing.observe import observe, with_depth_constants
 from ..tracing.run import build, on_fake_tensors

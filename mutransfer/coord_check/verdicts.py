@@ -14,8 +14,7 @@ from ..optimizers.rules import OPTIMIZERS
 from ..parametrizations.spec import Band, Table
 from ..parametrizations.tables import HEALTHY, HEALTHY_DECAY, HEALTHY_DEPTH, TABLES
 from ..schemas import SLOPES, varying
-from .diagnosis import cause, missing
-from .slopes import beyond, relative_updates, slope, wide_and_narrow, without_gradient
+from .diagnosis import beyond, cause, missing, relative_updates, slope, wide_and_narrow, without_gradient
 
 __all__ = ["MARGIN", "Verdict", "verdict"]
 

@@ -34,8 +34,7 @@ from ..parametrizations.tables import table
 from ..planning.build import finished
 from ..planning.builder import PlanBuilder
 from ..planning.plan import Plan
-from ..recipe import Recipe
-from ..scale import Scale
+from ..recipe import Recipe, Scale
 from ..tracing.growing_products import Heads
 from ..tracing.observe import shapes_of
 from ..tracing.run import WIDER, build, on_fake_tensors

@@ -15,9 +15,8 @@ from ..methods import ForwardGradient
 from ..optimizers.rules import OptimizerRule, optimizer_rule
 from ..parametrizations.spec import Factors
 from ..parametrizations.tables import table
-from ..recipe import Recipe
+from ..recipe import Recipe, Scale
 from ..run_dir import tuned_base
-from ..scale import Scale
 from ..tracing.observe import at_target, observe, shapes_of, with_depth_constants
 from ..tracing.run import build, on_fake_tensors
 from ..tracing.specs import Observation, fits, kinds, match_layers

@@ -19,8 +19,7 @@ from ..methods import Pruned
 from ..optimizers.rules import Growth, OptimizerRule
 from ..parametrizations.spec import FOLDS, Factors
 from ..parametrizations.tables import Table
-from ..recipe import Recipe
-from ..scale import Scale
+from ..recipe import Recipe, Scale
 from ..tracing.specs import Observation, ParamSpec
 from .multipliers import ColumnBlock
 

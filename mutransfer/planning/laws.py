@@ -10,8 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..errors import RequestError, nearest
-from ..recipe import Recipe
-from ..scale import Scale
+from ..recipe import Recipe, Scale
 
 __all__ = ["LAWS", "Change", "Law", "Ratios", "averaged", "law", "ratios"]
 

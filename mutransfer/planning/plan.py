@@ -30,8 +30,7 @@ from ..optimizers.rules import OPTIMIZERS
 from ..param_names import plain_name, planned_names
 from ..parametrizations.spec import Factors
 from ..parametrizations.tables import table
-from ..recipe import Recipe
-from ..scale import Scale
+from ..recipe import Recipe, Scale
 from ..schemas import PARAMETERS
 from . import schedulers
 from .laws import averaged

@@ -28,9 +28,8 @@ from ..io import read_json, write_json
 from ..optimizers.rules import optimizer_rule
 from ..param_names import pattern_of
 from ..parametrizations.tables import table
-from ..recipe import Recipe
+from ..recipe import Recipe, Scale
 from ..run_dir import RunFolder
-from ..scale import Scale
 from ..tracing.run import LAYERS, build
 from .build import apply_law
 from .laws import Ratios, law

@@ -18,7 +18,7 @@ from ..errors import BuildError, LayerError, ModelError, RoleError
 from ..family import Family
 from ..initialization import Init, InitTracer
 from ..param_names import pattern_of
-from ..scale import Scale
+from ..recipe import Scale
 from .aliases import uneven, union
 from .columns import Columns, Joins, Labels, mixed_columns
 from .dataflow import Use

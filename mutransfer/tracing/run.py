@@ -32,7 +32,7 @@ from .._torch_internals import (
 from ..errors import BuildError, RequestError, describe
 from ..family import Family, is_lazy, unwrapped
 from ..initialization import InitTracer
-from ..scale import Scale
+from ..recipe import Scale
 from .scales import of_buffers
 from .tracer import ForwardPass, OpTracer
 

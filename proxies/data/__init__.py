@@ -41,17 +41,17 @@ def load_data(spec: str, sequence_length: int = 128) -> Data:
     # Import only the requested source: importing scikit-learn alone takes a second.
     match name:
         case "digits":
-            from . import digits
+            from . import builtin
 
-            return digits.load_digits()
+            return builtin.load_digits()
         case "bytes":
             from . import corpora
 
             return corpora.load_standard_library(sequence_length)
         case "markov":
-            from . import markov
+            from . import builtin
 
-            return markov.load_markov(sequence_length)
+            return builtin.load_markov(sequence_length)
         case "text":
             from . import corpora
 

@@ -11,8 +11,7 @@ from mutransfer.family import Family
 from mutransfer.methods import ForwardGradient, Method, Pruned
 from mutransfer.planning.build import plan
 from mutransfer.planning.plan import Plan, matched
-from mutransfer.recipe import Recipe
-from mutransfer.scale import Scale
+from mutransfer.recipe import Recipe, Scale
 from mutransfer.tracing.specs import Observation
 
 from .forward_gradient import forward_gradients

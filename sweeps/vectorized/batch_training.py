@@ -21,7 +21,7 @@ from mutransfer.planning.multipliers import drawn_mask
 from mutransfer.planning.plan import ParameterPlan, Plan, matched
 from mutransfer.proxies.data import Data
 from mutransfer.proxies.training import FINITE_EVERY, Training, multiplier
-from mutransfer.scale import Scale
+from mutransfer.recipe import Scale
 
 from ..jobs import RunContext
 from .compile import Graphed, Step, compiled, graphed

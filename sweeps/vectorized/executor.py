@@ -26,7 +26,7 @@ from mutransfer.errors import RequestError
 from mutransfer.io import write_bytes
 from mutransfer.planning.plan import Plan
 from mutransfer.proxies.training import Outcome
-from mutransfer.scale import Scale
+from mutransfer.recipe import Scale
 
 from ..experiment import Experiment
 from ..jobs import Done, Events, Executor, Job, Report, Reports, RunContext, SequentialExecutor, Session

@@ -9,7 +9,7 @@ import pytest
 
 import mutransfer as mt
 from mutransfer.family import Family
-from mutransfer.scale import Scale
+from mutransfer.recipe import Scale
 from mutransfer.tracing.observe import observe
 from mutransfer.tracing.specs import Observation
 

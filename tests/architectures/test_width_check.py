@@ -12,7 +12,7 @@ import mutransfer as mt
 from mutransfer.coord_check import Verdict, record, verdict
 from mutransfer.errors import RequestError
 from mutransfer.family import Family
-from mutransfer.scale import Scale
+from mutransfer.recipe import Scale
 from mutransfer.tracing.observe import observe
 
 from ..helpers.configs import CONFIGS, family

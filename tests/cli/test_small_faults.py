@@ -15,7 +15,7 @@ from mutransfer.cli.models import BASE_WIDTH_HELP, MODEL
 from mutransfer.errors import RequestError, describe, nearest
 from mutransfer.proxies.data import load_data
 from mutransfer.proxies.load import load_family
-from mutransfer.scale import Scale
+from mutransfer.recipe import Scale
 from mutransfer.sweeps.experiment import Experiment
 
 ROOT = Path(__file__).parents[2]

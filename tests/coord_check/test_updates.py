@@ -13,8 +13,7 @@ from torch import nn
 
 import mutransfer as mt
 from mutransfer.coord_check import judge_coordinates, record, verdict
-from mutransfer.coord_check.diagnosis import plant_in
-from mutransfer.coord_check.slopes import relative_updates
+from mutransfer.coord_check.diagnosis import plant_in, relative_updates
 from mutransfer.tracing.observe import observe
 
 from ..helpers import families

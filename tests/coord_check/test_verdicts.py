@@ -17,7 +17,7 @@ from mutransfer.coord_check import record
 from mutransfer.coord_check.measure import module_roles
 from mutransfer.coord_check.verdicts import MARGIN, verdict
 from mutransfer.errors import RequestError
-from mutransfer.scale import Scale
+from mutransfer.recipe import Scale
 from mutransfer.schemas import COORDINATES, SLOPES
 
 from ..helpers import families

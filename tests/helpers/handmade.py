@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from mutransfer.family import Family
-from mutransfer.scale import Scale
+from mutransfer.recipe import Scale
 from mutransfer.tracing.observe import observe
 from mutransfer.tracing.specs import Observation, ParamSpec
 

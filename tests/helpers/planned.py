@@ -9,7 +9,7 @@ from torch import nn
 import mutransfer as mt
 from mutransfer.planning.build import ObservedModel, observed_model
 from mutransfer.planning.plan import ParameterPlan
-from mutransfer.scale import Scale
+from mutransfer.recipe import Scale
 from mutransfer.tracing.observe import observe
 from mutransfer.tracing.specs import Observation
 

@@ -24,7 +24,7 @@ from mutransfer.coord_check.verdicts import MARGIN, verdict
 from mutransfer.optimizers.rules import Muon, OptimizerRule
 from mutransfer.parametrizations.tables import MUP, TABLES
 from mutransfer.proxies.models import MLP
-from mutransfer.scale import Scale
+from mutransfer.recipe import Scale
 
 from ..helpers import families
 from ..helpers.sets import extended_but

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mutransfer.proxies.data import Data, load_data
-from mutransfer.proxies.data.digits import Digits
+from mutransfer.proxies.data.builtin import Digits
 
 from ..helpers.corpora import SOURCES, TOKEN_SOURCES, T, equal
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mutransfer.proxies.data import Data, corpora, load_data, markov
+from mutransfer.proxies.data import Data, builtin, corpora, load_data
 from mutransfer.proxies.data.corpora import read_tree, tree_sha256
 
 from ..helpers.corpora import T, equal, marked_files, rows
@@ -107,7 +107,7 @@ def test_the_hash_changes_with_the_content(tmp_path: Path):
     path.write_bytes(b"x" * 999 + b"y")
     assert load_data(f"text:{path}", T).sha256 != text
     assert load_data(f"bin:{path}", T).sha256 != tokens
-    assert markov.load_markov(T, language=0).sha256 != markov.load_markov(T, language=1).sha256
+    assert builtin.load_markov(T, language=0).sha256 != builtin.load_markov(T, language=1).sha256
     assert len(text) == 64
 
 

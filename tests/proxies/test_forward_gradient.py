@@ -16,7 +16,7 @@ import mutransfer as mt
 from mutransfer.methods import ForwardGradient
 from mutransfer.proxies.methods.forward_gradient import estimate, forward_gradients, tangents
 from mutransfer.proxies.training import Training
-from mutransfer.scale import Scale
+from mutransfer.recipe import Scale
 
 from ..helpers import families
 from ..helpers.blobs import blobs

@@ -19,7 +19,7 @@ from mutransfer.family import Family
 from mutransfer.proxies.data import load_data
 from mutransfer.proxies.hf_config import describe_changes, resized
 from mutransfer.proxies.load import load_family
-from mutransfer.scale import Scale
+from mutransfer.recipe import Scale
 
 COMMON = {"vocab_size": 64, "max_position_embeddings": 64}
 STACK = {"hidden_size": 32, "intermediate_size": 96, "num_attention_heads": 4, "num_hidden_layers": 2} | COMMON

@@ -16,7 +16,7 @@ import mutransfer as mt
 from mutransfer.errors import RequestError
 from mutransfer.proxies.data import load_data
 from mutransfer.proxies.load import load_family
-from mutransfer.scale import Scale
+from mutransfer.recipe import Scale
 
 BASE = Scale(16, 2)
 GOOD = """

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from mutransfer.errors import RequestError
-from mutransfer.proxies.data import Data, markov
+from mutransfer.proxies.data import Data, builtin
 
 from ..helpers.corpora import T
 
 # The Markov language
 
 
-def transition_matrix(language: markov.Markov) -> np.ndarray:
+def transition_matrix(language: builtin.Markov) -> np.ndarray:
     """Dense [contexts, contexts], written out by loops."""
     V, k = language.classes, language.order
     contexts = list(itertools.product(range(V), repeat=k))
@@ -33,7 +33,7 @@ def transition_matrix(language: markov.Markov) -> np.ndarray:
 def test_the_markov_floor_is_the_entropy_of_a_sequence(order: int):
     """Oracle: power iteration for the stationary distribution, and every sequence of the language enumerated."""
     V, length = 5, 4
-    language = markov.load_markov(length, vocabulary=V, order=order, branching=3)
+    language = builtin.load_markov(length, vocabulary=V, order=order, branching=3)
     P = transition_matrix(language)
     assert np.allclose(P.sum(axis=1), 1)
     occupation = np.full(len(P), 1 / len(P))
@@ -65,7 +65,7 @@ def test_the_markov_floor_is_the_entropy_of_a_sequence(order: int):
 @pytest.mark.parametrize("order", [1, 2])
 def test_the_true_distribution_reaches_the_markov_floor(order: int):
     """The best model there is scores the floor on sampled batches: sampler, targets and floor belong together."""
-    language = markov.load_markov(64, order=order)
+    language = builtin.load_markov(64, order=order)
     P = transition_matrix(language).reshape(len(language.stationary), -1)
     V = language.classes
     x, y = (tensor.numpy() for tensor in language.batch(0, 4000, seed=0))
@@ -105,5 +105,5 @@ def test_markov_validation_is_a_stream_of_its_own(sources: dict[str, Data]):
 )
 def test_impossible_languages_are_refused(changed: dict[str, int], words: str):
     with pytest.raises(RequestError, match="cannot be built") as caught:
-        markov.load_markov(T, **changed)
+        builtin.load_markov(T, **changed)
     assert words in str(caught.value)

@@ -13,7 +13,7 @@ import mutransfer as mt
 from mutransfer.errors import RequestError
 from mutransfer.price import step_flops
 from mutransfer.proxies.models import MLP, Attention, ResNet, Transformer, TransformerShape, apply_rotary, rotary_table
-from mutransfer.scale import Scale
+from mutransfer.recipe import Scale
 
 from ..helpers import families
 

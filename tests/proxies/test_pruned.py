@@ -19,7 +19,7 @@ from mutransfer.planning.plan import matched
 from mutransfer.proxies.methods import pruned_densities
 from mutransfer.proxies.methods.pruned import SCORES, kept, layer_densities, prune, score, shuffled
 from mutransfer.proxies.training import Training
-from mutransfer.scale import Scale
+from mutransfer.recipe import Scale
 
 from ..helpers import families
 from ..helpers.blobs import blobs

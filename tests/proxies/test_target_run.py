@@ -24,7 +24,7 @@ from mutransfer.planning.target import TargetConfig, target_config
 from mutransfer.proxies.data import load_data
 from mutransfer.proxies.load import load_family
 from mutransfer.proxies.target_run import run_target
-from mutransfer.scale import Scale
+from mutransfer.recipe import Scale
 
 from ..helpers.sets import extended_but
 

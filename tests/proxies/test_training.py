@@ -16,7 +16,7 @@ from torch import nn
 import mutransfer as mt
 from mutransfer.proxies.data.base import Batch
 from mutransfer.proxies.training import Outcome, Training, multiplier, scheduler, train
-from mutransfer.scale import Scale
+from mutransfer.recipe import Scale
 
 from ..helpers import families
 from ..helpers.blobs import Blobs, blobs

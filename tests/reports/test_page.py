@@ -289,7 +289,7 @@ def test_what_the_core_computes_can_be_drawn(run):
 
 @pytest.mark.parametrize(("text", "said"), [("0..0", "0"), ("-inf..0", "up to 0"), ("-0.5..0", "−0.5 to 0")])
 def test_ranges_read_well(slopes, text, said):
-    from mutransfer.reports.html_tables import slope_table
+    from mutransfer.reports.page import slope_table
 
     assert slope_table(slopes.assign(expected=text)).rows[0][5] == (said, text)
 

@@ -12,7 +12,7 @@ from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 
 import mutransfer as mt
 from mutransfer.coord_check import record, verdict
-from mutransfer.scale import Scale
+from mutransfer.recipe import Scale
 
 from ..helpers import trained
 

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from mutransfer.cli.verify import price_lines
 from mutransfer.optimizers.muon import orthogonalized
 from mutransfer.price import FlopCounter
+from mutransfer.recipe import Scale
 from mutransfer.run_dir import RunFolder
-from mutransfer.scale import Scale
 from mutransfer.schemas import BASINS, REPEATS, TRIALS
 from mutransfer.sweeps.experiment import Budget
 from mutransfer.sweeps.jobs import RunContext

@@ -10,8 +10,7 @@ import pytest
 import yaml
 
 from mutransfer.errors import RequestError
-from mutransfer.recipe import Recipe
-from mutransfer.scale import Scale
+from mutransfer.recipe import Recipe, Scale
 from mutransfer.sweeps.experiment import Experiment, Range, with_values
 
 from ..helpers.small import SMALL, experiment

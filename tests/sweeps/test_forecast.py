@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mutransfer.scale import Scale
+from mutransfer.recipe import Scale
 from mutransfer.sweeps import autoselect
 from mutransfer.sweeps.autoselect import UNSURE, Forecast, Timed, TimedExecutor, run_seconds, single_step
 from mutransfer.sweeps.jobs import Job, RunContext, run_jobs

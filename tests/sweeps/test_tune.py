@@ -8,8 +8,8 @@ from pathlib import Path
 import optuna
 import pytest
 
+from mutransfer.recipe import Scale
 from mutransfer.run_dir import RunFolder
-from mutransfer.scale import Scale
 from mutransfer.schemas import TRIALS
 from mutransfer.sweeps.jobs import Job, RunContext, SequentialExecutor, run_jobs
 from mutransfer.sweeps.results import best_so_far

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import mutransfer as mt
-from mutransfer.scale import Scale
+from mutransfer.recipe import Scale
 from mutransfer.tracing.observe import observe
 
 from ..helpers import families

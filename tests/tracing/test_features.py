@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from mutransfer.family import Family
-from mutransfer.scale import Scale
+from mutransfer.recipe import Scale
 from mutransfer.tracing.observe import observe
 
 

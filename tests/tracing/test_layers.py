@@ -10,7 +10,7 @@ from torch import nn
 
 import mutransfer as mt
 from mutransfer.errors import RequestError
-from mutransfer.scale import Scale
+from mutransfer.recipe import Scale
 from mutransfer.tracing.observe import observe, observe_in_full
 from mutransfer.tracing.run import LAYERS
 from mutransfer.tracing.specs import match_layers

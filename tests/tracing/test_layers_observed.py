@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations
 import mutransfer as mt
 from mutransfer.errors import RequestError
 from mutransfer.family import Family
-from mutransfer.scale import Scale
+from mutransfer.recipe import Scale
 from mutransfer.tracing.observe import observe
 
 from ..helpers.handmade import FEATURES, Net, family, parameter, roles, seen

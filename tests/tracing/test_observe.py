@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import mutransfer as mt
 from mutransfer.errors import RequestError
-from mutransfer.scale import Scale
+from mutransfer.recipe import Scale
 from mutransfer.tracing.observe import observe
 from mutransfer.tracing.specs import ParamSpec
 

@@ -14,8 +14,8 @@ from mutransfer.errors import RequestError
 from mutransfer.io import write_json
 from mutransfer.planning.target import TargetConfig
 from mutransfer.proxies.load import load_family
+from mutransfer.recipe import Scale
 from mutransfer.run_dir import RunFolder
-from mutransfer.scale import Scale
 from mutransfer.sweeps.experiment import Experiment
 from mutransfer.sweeps.jobs import RunContext
 from mutransfer.sweeps.results import target_of_run

@@ -12,7 +12,7 @@ from torch import nn
 
 import mutransfer as mt
 from mutransfer.family import Family
-from mutransfer.scale import Scale
+from mutransfer.recipe import Scale
 from mutransfer.tracing.observe import observe
 
 TOKENS = torch.zeros(2, 5, dtype=torch.long)

@@ -11,9 +11,8 @@ from typing import Any
 import pytest
 
 from mutransfer.proxies.training import Outcome
-from mutransfer.recipe import Recipe
+from mutransfer.recipe import Recipe, Scale
 from mutransfer.run_dir import RunFolder
-from mutransfer.scale import Scale
 from mutransfer.sweeps.experiment import Experiment, with_values
 from mutransfer.sweeps.jobs import Executor, Job, RunContext, SequentialExecutor, run_jobs
 from mutransfer.sweeps.tune import tune

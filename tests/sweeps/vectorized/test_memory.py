@@ -15,7 +15,7 @@ import torch
 from mutransfer.devices import is_out_of_memory
 from mutransfer.errors import RequestError
 from mutransfer.family import Family
-from mutransfer.scale import Scale
+from mutransfer.recipe import Scale
 from mutransfer.sweeps.jobs import Job, RunContext, run_jobs
 from mutransfer.sweeps.vectorized.batch_training import VectorizedTraining
 from mutransfer.sweeps.vectorized.executor import VectorizedExecutor
