@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import fields, is_dataclass
-from typing import Annotated, Any, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, Strict, ValidationError, with_config
 
@@ -38,6 +38,7 @@ class Settings(BaseModel):
     """Base class of everything read from YAML or JSON: unknown keys, NaN and later changes are rejected."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    shorthands: ClassVar[tuple[str, ...]] = ()  # keys that a validator accepts and moves elsewhere
 
     def __init__(self, **data: Any) -> None:
         try:
@@ -127,4 +128,6 @@ def _models_in(annotation: Any) -> list[type]:
 
 
 def _names(model: Any) -> Iterable[str]:
-    return model.model_fields if issubclass(model, BaseModel) else (field.name for field in fields(model))
+    if not issubclass(model, BaseModel):
+        return (field.name for field in fields(model))
+    return [*model.model_fields, *getattr(model, "shorthands", ())]

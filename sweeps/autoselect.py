@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import os
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from time import perf_counter
 from typing import Literal, NamedTuple
 
 import torch
@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 ENOUGH = 0.4  # seconds of measurement
-LEAST, MOST = 3, 50  # steps to measure
+LEAST, MOST = 2, 50  # steps to measure
 
 
 class Timed(NamedTuple):
@@ -92,18 +92,18 @@ def fused_step(
 
 def _timed(step: Callable[[], None], device: str) -> Timed:
     """Time ``step``; the first two calls, which allocate, choose kernels and compile, are measured separately."""
-    begun = time.perf_counter()
+    begun = perf_counter()
     for _ in range(2):
         step()
-    _wait(device)
-    first = time.perf_counter() - begun
+        _wait(device)
+    first = perf_counter() - begun
     times: list[float] = []
     while len(times) < LEAST or (sum(times) < ENOUGH and len(times) < MOST):
         _wait(device)
-        begun = time.perf_counter()
+        begun = perf_counter()
         step()
         _wait(device)
-        times.append(time.perf_counter() - begun)
+        times.append(perf_counter() - begun)
     return Timed(statistics.median(times), first)
 
 
@@ -114,10 +114,21 @@ def _wait(device: str) -> None:
 
 How = Literal["one", "processes", "fused"]
 
+VALIDATIONS = 2  # validations of a run: before its first step and after its last
+FORWARD = 1 / 3  # cost of a forward pass relative to a training step: the backward pass costs twice as much
+
+
+def _steps(context: RunContext) -> float:
+    """Return how many training steps a run of the experiment is worth, its validations included."""
+    examples = sum(len(targets) for _, targets in context.required_data.validation())
+    return context.experiment.steps + VALIDATIONS * FORWARD * examples / context.experiment.batch_size
+
+
 # Constants that are not measured, because a measurement would take longer than it saves.
 START = 4.0  # seconds until processes have imported torch
 SPOILED = 1.1  # slowdown of a process that runs in parallel with others
 WORTH = 0.95  # doubling the number of fused trials must reduce the total time below this fraction
+HOPED = 0.1  # share of the total time that the first doubling may gain
 SHORT = 15.0  # seconds of work below which no alternative is measured
 LONG = (
     120.0  # seconds of work above which compilation is tried; it takes from ten seconds to a minute for each executor
@@ -173,7 +184,7 @@ class _Work:
 
     def choice(self, how: How, at_once: int, compile: bool = False) -> Choice | None:
         """Measure one executor; return None if it cannot be used."""
-        work, cores = self.trials * self.context.experiment.steps, 1
+        work, cores = self.trials * _steps(self.context), 1
         if how == "fused":
             found = fused_step(self.context, at_once, self.device, self.precision, compile)
         else:
@@ -198,10 +209,10 @@ def chosen(
 ) -> Choice:  # fmt: skip
     """Return the fastest way to train ``trials`` trials of the experiment.
 
-    Steps are measured one by one and fused, with an increasing number of trials at once as long as that pays off and memory
-    suffices. For processes, the time of a step on one thread is divided by the number of cores. If the fastest of these still
-    takes minutes, it and those close to it are compiled and measured again, unless what compiling single trials has gained shows
-    that compiling fused ones would not pay off.
+    Steps are measured one by one and fused, with an increasing number of trials at once as long as that is expected to gain more
+    time than it takes to measure, and memory suffices. For processes, the time of a step on one thread is divided by the number
+    of cores. If the fastest of these still takes minutes, it and those close to it are compiled and measured again, unless what
+    compiling single trials has gained shows that compiling fused ones would not pay off.
 
     Args:
         context: context of the experiment whose proxy is trained.
@@ -255,23 +266,29 @@ def _uncompiled(work: _Work, at_once: int | None, only: How | None, independent:
 
 
 def _fused(work: _Work, at_once: int | None, batches: int) -> Iterator[Choice]:
+    """Measure fused trials, more and more at once as long as that is expected to gain more time than it takes to measure.
+
+    A step of K fused trials takes a + b·K, so each doubling of K gains half as much per trial as the one before it.
+    """
     most = min(LARGEST["cuda" if work.device.startswith("cuda") else "cpu"], max(2, work.trials // batches))
     before = math.inf
     count = max(1, min(at_once, work.trials)) if at_once else min(4, most)
+    begun = perf_counter()
     while (choice := work.choice("fused", count)) is None and math.isinf(before) and count > 1:
         count //= 2  # not enough memory
         at_once = at_once and count
+        begun = perf_counter()
     while choice is not None:
         yield choice
-        if at_once or count >= most or choice.seconds > WORTH * before:
+        took = perf_counter() - begun
+        gain = HOPED * choice.seconds if math.isinf(before) else (before - choice.seconds) / 2
+        if at_once or count >= most or choice.seconds > WORTH * before or 2 * took > gain:
             return
-        before, count = choice.seconds, min(2 * count, most)
+        before, count, begun = choice.seconds, min(2 * count, most), perf_counter()
         choice = work.choice("fused", count)
 
 
 UNSURE = 10.0  # seconds of work during which the forecast has more weight than the clock
-VALIDATIONS = 2  # validations of a run: before its first step and after its last
-FORWARD = 1 / 3  # cost of a forward pass relative to a training step: the backward pass costs twice as much
 
 
 class Forecast:
@@ -282,7 +299,7 @@ class Forecast:
         clock: returns the current time in seconds.
     """
 
-    def __init__(self, phases: Mapping[str, float], clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(self, phases: Mapping[str, float], clock: Callable[[], float] = perf_counter) -> None:
         self._open = dict(phases)
         self._current, self._rest = "", 0.0
         self._done = 0.0
@@ -352,6 +369,4 @@ def run_seconds(context: RunContext, scale: Scale, device: str = "cpu", threads:
     """
     measured = single_step(context, device, threads, scale=scale)
     assert measured is not None
-    examples = sum(len(targets) for _, targets in context.required_data.validation())
-    held_out = FORWARD * examples / context.experiment.batch_size
-    return measured.first + measured.step * (context.experiment.steps + VALIDATIONS * held_out)
+    return measured.first + measured.step * _steps(context)

@@ -75,7 +75,9 @@ def executor_for(
                     return held.enter_context(ProcessExecutor(count, compile=compile))
 
                 def choose(at: RunContext, jobs: int | None, independent: bool = False) -> Executor:
-                    return _planned(at, jobs, how, at_once, device, precision, checkpoints, pool, independent)
+                    return _planned(
+                        at, jobs, how, at_once, device, precision, checkpoints, pool, independent, per_scale
+                    )
 
                 yield PerScaleExecutor(choose) if per_scale else LazyExecutor(functools.partial(choose, context))
 
@@ -226,7 +228,7 @@ def _check(how: str, at_once: int | None, device: str, precision: str) -> None:
 
 def _planned(
     context: RunContext, missing: int | None, how: str, at_once: int | None, device: str, precision: str,
-    checkpoints: Path | None, pool: Callable[[int, bool], Executor], independent: bool,
+    checkpoints: Path | None, pool: Callable[[int, bool], Executor], independent: bool, per_scale: bool,
 ) -> Executor:  # fmt: skip
 
     from .autoselect import chosen
@@ -251,7 +253,7 @@ def _planned(
         precision=narrow,
         only="fused" if how == "fused" or (begun and why is None) else None, independent=independent,
     )  # fmt: skip
-    logger.info("%s", choice)
+    logger.info("%s%s", f"width {context.experiment.proxy.width}: " if per_scale else "", choice)
     match choice.how:
         case "one":
             return SequentialExecutor(device, compile=choice.compile)

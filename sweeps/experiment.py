@@ -7,7 +7,7 @@ import shlex
 import string
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import yaml
 from pydantic import Field, model_validator
@@ -209,6 +209,8 @@ class Experiment(Settings):
     repeats: Repeats | None = None
     seed: Annotated[int, Field(ge=0)] = 0
     folder: str | None = None
+
+    shorthands: ClassVar[tuple[str, ...]] = ("method",)
 
     @model_validator(mode="before")
     @classmethod

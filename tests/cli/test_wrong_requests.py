@@ -16,7 +16,8 @@ from ..helpers.processes import Ended, Processes, contents
 from ..helpers.sets import extended_but
 
 PROGRESS = re.compile(
-    r"(tuning|training|learning-rate basins|coordinate check) .*(…|: \d+/\d+.*)|(not decided with|trials are trained) .*"
+    r"(tuning|training|learning-rate basins|coordinate check) .*(…|: \d+/\d+.*)"
+    r"|(not decided with|(width \d+: )?trials are trained) .*"
 )
 
 # (what is asked, what the sentence names). In the workplace of conftest.py.
@@ -26,6 +27,7 @@ WRONG = [
     # An unknown key, with the nearest right one.
     ((*TUNE, "recipe.weigth_decay=0.1"), ["unknown key 'recipe.weigth_decay'", "did you mean 'weight_decay'?"]),
     ((*TUNE, "step=5"), ["unknown key 'step'", "did you mean 'steps'?"]),
+    ((*TUNE, "methd=pruned"), ["unknown key 'methd'", "did you mean 'method'?"]),
     ((*TUNE, "search.lr.hihg=5"), ["did you mean 'high'?"]),
     # A value out of range.
     ((*TUNE, "recipe.lr=0"), ["recipe.lr is 0", "greater than 0"]),

@@ -77,6 +77,36 @@ def test_a_sweep_that_does_not_last_is_not_compiled(plant: Plant) -> None:
     assert (choice.how, choice.at_once, choice.compile) == ("fused", 8, False)  # a third of the trials at most
 
 
+@pytest.mark.parametrize(("seconds", "at_once"), [(0.1, 64), (1.0, 32), (6.0, 16), (15.0, 8), (25.0, 4)])
+def test_no_more_is_measured_than_can_be_gained(
+    seconds: float, at_once: int, plant: Plant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first doubling may gain 40 s; doublings then gain 100, 50, 25 and 12.5 s, and each takes twice as long to measure."""
+    fused = {count: 1e-3 + 4e-3 / count for count in (4, 8, 16, 32, 64)}
+    plant(5e-3, fused)
+    passed = [0.0]
+    monkeypatch.setattr(autoselect, "perf_counter", lambda: passed[0])
+
+    def slow(*given: Any) -> Timed:
+        passed[0] += seconds * given[1] / 4
+        return Timed(fused[given[1]], 0.1)
+
+    monkeypatch.setattr(autoselect, "fused_step", slow)
+    monkeypatch.setattr(autoselect, "WORTH", 1.0)
+    choice = chosen(RunContext(experiment(steps=1000)), 200, independent=True)
+    assert choice.how == "fused"
+    assert f"ms {at_once} at a time, fused" in choice.reason
+    assert f"ms {2 * at_once} at a time, fused" not in choice.reason
+
+
+def test_validations_count(plant: Plant) -> None:
+    plant(5e-3, {})
+    few, many = (chosen(RunContext(experiment(steps=steps)), 3).seconds for steps in (10, 20))
+    examples = sum(len(targets) for _, targets in RunContext(experiment()).required_data.validation())
+    assert many - few == pytest.approx(3 * 10 * 5e-3)
+    assert few == pytest.approx(3 * 5e-3 * (10 + 2 / 3 * examples / experiment().batch_size))
+
+
 def test_memory_ends_the_search_for_more(plant: Plant) -> None:
     plant(5e-3, {4: 1e-3})
     assert chosen(RunContext(experiment(steps=1000)), 400).at_once == 4
