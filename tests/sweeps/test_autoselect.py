@@ -62,6 +62,25 @@ def test_fused_trials_are_not_compiled_where_that_gains_single_ones_nothing(plan
     assert "fused, compiled" in chosen(RunContext(experiment(steps=1000)), 10).reason
 
 
+def test_nothing_is_compiled_for_minutes_of_work_where_fusing_gains_nothing(plant: Plant) -> None:
+    """Measured at width 256: fusing gained 3%, and two compilations took 35 of 150 seconds, for slower steps."""
+    plant(76e-3, {4: 77e-3, 8: 74e-3}, (0.92, 0.92))
+    assert "compiled" not in chosen(RunContext(experiment(steps=40)), 75, independent=True).reason
+    plant(76e-3, {4: 25e-3, 8: 19e-3}, (1.8, 1.6))
+    assert "compiled" in chosen(RunContext(experiment(steps=40)), 250, independent=True).reason
+    plant(76e-3, {4: 77e-3, 8: 74e-3}, (0.92, 0.92))
+    assert "compiled" in chosen(RunContext(experiment(steps=400)), 75, independent=True).reason
+
+
+def test_processes_that_run_already_cost_no_start(plant: Plant) -> None:
+    plant(20e-3, {4: 10e-3})
+    context = RunContext(experiment(steps=40))
+    assert chosen(context, 40, independent=True).how == "fused"
+    plant(20e-3, {4: 11.2e-3})
+    found = {started: chosen(context, 40, independent=True, started=started) for started in (False, True)}
+    assert {started: choice.how for started, choice in found.items()} == {False: "fused", True: "processes"}
+
+
 def test_wide_models_go_to_processes(plant: Plant) -> None:
     plant(50e-3, {4: 49e-3})
     choice = chosen(RunContext(experiment(steps=1000)), 60)
