@@ -172,7 +172,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class _Work:
-    """The trials to train, the device and precision for them, and whether processes have been started already."""
+    """The trials to train, the device and precision for them, and whether the start of processes counts as done."""
 
     context: RunContext
     trials: int
@@ -224,7 +224,7 @@ def chosen(
         precision: precision of fused trials; other than float32, only fused trials are considered.
         only: consider only this executor, and choose its number of trials and whether to compile.
         independent: any number of trials may run at once; otherwise, later ones are to learn from earlier ones.
-        started: processes have been started already.
+        started: processes have been started already, or will be in any case.
 
     Raises:
         RequestError: the model cannot be trained.

@@ -228,7 +228,7 @@ def _check(how: str, at_once: int | None, device: str, precision: str) -> None:
 
 def _planned(
     context: RunContext, missing: int | None, how: str, at_once: int | None, device: str, precision: str,
-    checkpoints: Path | None, pool: functools._lru_cache_wrapper[Executor], independent: bool, per_scale: bool,
+    checkpoints: Path | None, pool: Callable[[int, bool], Executor], independent: bool, per_scale: bool,
 ) -> Executor:  # fmt: skip
 
     from .autoselect import chosen
@@ -252,7 +252,7 @@ def _planned(
         context, missing or context.experiment.trials, device, at_once=at_once,
         precision=narrow,
         only="fused" if how == "fused" or (begun and why is None) else None, independent=independent,
-        started=pool.cache_info().currsize > 0,
+        started=per_scale,  # all scales share the processes, whose start none of them should have to outweigh alone
     )  # fmt: skip
     logger.info("%s%s", f"width {context.experiment.proxy.width}: " if per_scale else "", choice)
     match choice.how:
