@@ -60,7 +60,7 @@ class HtmlTable:
 
 
 def cell(text: str, key: object = None) -> tuple[str, str]:
-    """Return a cell: its text, and its sort key (the text unless ``key`` is given; missing keys are sorted last)."""
+    """Return a cell: its text, and its sort key (by default the text; NA and NaN are sorted last)."""
     return text, text if key is None else "" if key is pd.NA or key != key else str(key)
 
 

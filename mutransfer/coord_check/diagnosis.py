@@ -87,7 +87,7 @@ def beyond(value: float, band: tuple[float, float]) -> float:
 
 
 # Roles whose updates are divided by the size of the module's input. A vector's update does not act on the input, and a readout
-# tied to an embedding receives its factor through the input.
+# that is tied to an embedding has its multiplier on the input.
 RELATIVE = frozenset({"input", "hidden", "bottleneck", "attention", "feature"})
 RESOLVED = 1e-5  # fraction of the module's output; a smaller difference of two float32 forward passes is rounding
 
@@ -159,7 +159,7 @@ class Fault:
         init: powers on the initial weights.
         adam: powers on the learning rate of Adam-like optimizers.
         sgd: powers on the learning rate of SGD-like optimizers.
-        forward: powers on a number in the forward pass, by the role of the module that precedes it.
+        forward: powers on a multiplier in the forward pass, by the role of the module whose output it multiplies.
         decay: optimizer column → powers on the weight decay.
     """
 
@@ -187,17 +187,17 @@ class Fault:
             init, forward = float(self.init.get(role, 0)), float(self.forward.get(role, 0))
             found["weight", role] = init
             found["step", role] = float(self.lr(column).get(role, 0))
-            # With a wrong learning rate, lr · weight decay may be right or wrong: a plan chooses the decay for the right rate,
-            # a training script for a single rate.
+            # With a wrong learning rate, lr · weight decay says nothing: it depends on the rate for which the decay was chosen.
             wrong_lr = bool(self.lr(column).get(role, 0))
             found["decay", role] = math.nan if wrong_lr else float(self.decay.get(column, {}).get(role, 0))
-            # Biases do not shrink with width, so they mask how fast small logits shrink, and a layer with too small weights.
+            # The gain (output relative to input) shows no fault of a readout or of small initial weights: the layer's bias, which
+            # does not shrink with width, is then the larger part of its output.
             found["gain", role] = math.nan if role == "output" or init else forward
             found["update", role] = float(self.lr(column).get(role, 0)) + forward
             if column == "sgd" and role != "output":
                 found["update", role] += float(self.init.get("output", 0))
-            # How the size of a hidden layer affects the gradients depends on the norms in between; without norms, the loss
-            # saturates.
+            # The size of a hidden layer's output changes the gradients by an amount that depends on the normalization layers in
+            # between; without these, it saturates the loss.
             if column == "sgd" and (self.init.get("hidden") or (self.forward and role != "output")):
                 found["update", role] = math.nan
         return found
@@ -418,7 +418,7 @@ def pattern(modules: list[str]) -> str:
 
 
 def _possible(found: Signature, signature: Signature) -> bool:
-    """Return whether a signature has the rates that the first steps show, and blames no initial size that is right."""
+    """Return whether a signature agrees with the measured first steps, and with the initial sizes that are right."""
     for (statistic, role), value in found.items():
         blamed = statistic == "step" or (statistic == "weight" and abs(value) < OFF)
         if blamed and abs(value - signature[statistic, role]) > OFF:

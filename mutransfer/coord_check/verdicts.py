@@ -52,9 +52,10 @@ def verdict(coordinates: pd.DataFrame, margin: float = MARGIN, *, decay_policy: 
 
     For each module, statistic and step, the slope of log2(value) against log2(width), or against log2(depth) if the depth
     varies, is fitted over seeds and sizes with a 95% confidence interval. A row passes if the interval lies within the expected
-    band widened by ``margin``, fails if it lies entirely outside, and is undecided otherwise. There is one
-    exception. If the fit over all sizes fails, the wider half of the sizes is fitted again on its own; the row is then undecided
-    if this second fit does not fail, or if its slope is clearly closer to the band than that of the narrower half
+    band widened by ``margin`` (and by 0.1 more for updates, except a readout's), fails if it lies entirely outside, and is
+    undecided otherwise. A row that fails over all sizes is fitted again over the wider half of them. It remains a fail only if
+    this second fit fails too and its slope is not clearly closer to the band than the slope of the narrower half; otherwise it
+    is undecided. Where learning rates are judged by themselves, changes and updates that shrink have to shrink fast to fail
     (docs/explanation/coordinate-check.md).
 
     The verdict judges, for each module, the size of its activations at the start and their changes; and for each parameter:

@@ -99,8 +99,8 @@ def plan(
             folder is refused if the run was tuned at another base.
         observation: the result of `observe` for this family, to avoid repeating it.
         target: the result of `observed_model` for this family, scale and parametrization, to avoid repeating that as well.
-        densities: for sparse hidden layers, by name pattern: their density (fraction of nonzero weights) in the target divided
-            by that in the base, m_ρ of SµPar (2405.15743).
+        densities: for models whose hidden layers are sparse by themselves, ratios of densities by name pattern: the fraction of
+            nonzero weights in the target divided by that in the base, m_ρ of SµPar (2405.15743).
         pruned: the density of each hidden matrix of the base model by name, for a recipe whose method prunes by a score
             (`proxies.methods.pruned_densities`).
 

@@ -204,8 +204,8 @@ class Plan:
         Multipliers of whole parameters (`unit`), and the masks of pruned ones, are registered with
         `torch.nn.utils.parametrize`: the parameter's name then ends in ``parametrizations.weight.original``, in the model's
         state_dict as well. Multipliers of single columns are registered as forward pre-hooks, which leave names and state_dict
-        unchanged; frozen copies of their layers inside ``model``, as in a target network, get the same hooks, and copy.deepcopy
-        keeps the hooks.
+        unchanged. Frozen copies of such layers inside ``model`` (the target network of reinforcement learning, say) get the same
+        hooks, and copy.deepcopy keeps the hooks.
         Without multipliers and masks, nothing happens.
 
         Raises:
@@ -288,9 +288,10 @@ class Plan:
     def clip_grad_norm_(self, model: torch.nn.Module, max_norm: float) -> torch.Tensor:
         """Clip the gradients of ``model`` to ``max_norm`` and return their norm before clipping (a scalar tensor).
 
-        The norm is the one that the equivalent model with multipliers in its forward pass would have: for the norm, and
-        only there, each gradient is multiplied by its parameter's ``gauge`` (see `ParameterPlan`). Without this factor, the
-        readout would make the norm grow with the width, and wide models would be clipped more.
+        The norm is that of the gradients of an equivalent model, which has multipliers in its forward pass in place of the plan's
+        scaled initial weights and learning rates. To compute it, each gradient is multiplied by its parameter's ``gauge``
+        (`ParameterPlan`); the gradients themselves are not. Without this factor, the readout would make the norm grow with
+        the width, and wide models would be clipped more.
         """
         parameters = matched(self, model)
         columns = {row.name: row.columns for row in self.rows if row.columns}
